@@ -1,0 +1,31 @@
+"""A digest of a table's business columns: the same whatever the order of rows, the files, or the time of the run."""
+
+from __future__ import annotations
+
+import duckdb
+
+from lakehouse.iceberg import Handle, living
+
+MODULUS = 2**64
+
+
+def business_columns(handle: Handle) -> list[str]:
+    """The columns that count: all but those whose name starts with an underscore, in alphabetical order."""
+    return sorted(name for name in handle.reader.schema.names if not name.startswith("_"))
+
+
+def digest(handle: Handle) -> str:
+    """'<rows>-<16 hex digits>': the sum, modulo 2^64, of each row's MD5 over its columns' text."""
+    columns = business_columns(handle)
+    rows, total = 0, 0
+    text = ", ".join(f"coalesce('=' || \"{name}\"::VARCHAR, '~')" for name in columns)
+    for file in handle.files():
+        frame = handle.reader.read([file], columns, living(handle.table, None))
+        with duckdb.connect() as connection:
+            connection.register("frame", frame.to_arrow())
+            query = f"SELECT count(*), coalesce(sum(md5_number_lower(concat_ws(chr(31), {text}))::HUGEINT), 0) FROM frame"
+            found = connection.execute(query).fetchone()
+        assert found is not None
+        rows += int(found[0])
+        total = (total + int(found[1])) % MODULUS
+    return f"{rows}-{total:016x}"

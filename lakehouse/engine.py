@@ -1,0 +1,792 @@
+"""The incremental engine: sources into bronze, steps into silver and gold.
+
+A refresh of a step:
+1. load the target, then everything upstream (so that a commit in between makes ours fail);
+2. compare the target's positions with upstream: nothing newer, nothing to do;
+3. extract: the keys that new rows touch (everything is touched when the target was never filled, or on rebuild);
+4. merge, bucket by bucket of keys: gather all rows of the touched groups, `fill`, compare with what is there,
+   write data files and position deletes;
+5. commit once, with the positions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+from pyiceberg.manifest import DataFile
+
+from lakehouse.difference import difference
+from lakehouse.errors import CommitConflict, UnknownColumn
+from lakehouse.iceberg import (
+    FILE,
+    POS,
+    File,
+    FileReader,
+    FileWriter,
+    Handle,
+    Lake,
+    group_hash,
+    living,
+    polars_schema,
+)
+from lakehouse.parallel import Piece, Pieces, Pool
+from lakehouse.source import Plan, Reached, Rows, Source, Task
+from lakehouse.step import Changes, Context, Gather, Join, Parsed, Read, Step, Whole
+from lakehouse.table import DELETED, GROUP_HASH, SEQUENCE, Table
+
+ATTEMPTS = 6
+SINCE = "since"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one step did."""
+
+    table: str
+    status: str
+    rows_read: int = 0
+    rows_changed: int = 0
+    rows_written: int = 0
+    rows_deleted: int = 0
+    bytes_written: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    parallel: bool = False
+    snapshot: int | None = None
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """A table that a step reads, as one snapshot of it: picklable."""
+
+    table: Table
+    reader: FileReader
+    files: tuple[File, ...]
+
+    def read(self, columns: Sequence[str], predicate: pl.Expr | None = None, *, positions: bool = False) -> pl.DataFrame:
+        """Living rows for which `predicate` holds."""
+        return self.reader.read(self.files, columns, living(self.table, predicate), positions=positions)
+
+    @property
+    def columns(self) -> list[str]:
+        """All columns but the engine's."""
+        return [name for name in self.reader.schema.names if name not in (SEQUENCE, GROUP_HASH, DELETED)]
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """One piece of reading what is new in one upstream table, for one read of a step."""
+
+    step: Step
+    name: str
+    upstream: Upstream
+    since: int | None
+    positions: tuple[str, ...]
+    full: bool
+    buckets: int
+    split_documents: pl.DataFrame | None = None
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One bucket of a step's merge."""
+
+    step: Step
+    bucket: int
+    buckets: int
+    full: bool
+    groups: pl.DataFrame | None
+    upstream: Mapping[str, Upstream]
+    old: Upstream
+    writer: FileWriter
+    sequence: int
+    context: Context
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge wrote, not yet committed."""
+
+    files: tuple[DataFile, ...] = ()
+    rows_read: int = 0
+    rows_written: int = 0
+    rows_deleted: int = 0
+
+
+def key_frame(frame: pl.DataFrame, keys: tuple[pl.Expr, ...], target: Table) -> pl.DataFrame:
+    """The target's group columns for each row of `frame`, with the target's types."""
+    types = polars_schema(target.schema)
+    return frame.select(
+        expression.cast(types[name]).alias(name) for name, expression in zip(target.group, keys, strict=True)
+    ) if frame.height else pl.DataFrame(schema={name: types[name] for name in target.group})
+
+
+def roots(*expressions: pl.Expr | None) -> list[str]:
+    """The columns that expressions read."""
+    return list(dict.fromkeys(name for e in expressions if e is not None for name in e.meta.root_names()))
+
+
+def to_pieces(kind: str, frame: pl.DataFrame, bucket: int = -1) -> list[Piece]:
+    """A frame as pieces; none when it is empty."""
+    return [Piece(kind, bucket, frame.to_arrow())] if frame.height else []
+
+
+def by_bucket(kind: str, frame: pl.DataFrame, hashes: pl.Series, buckets: int) -> list[Piece]:
+    """A frame split by the bucket of its group."""
+    if buckets == 1:
+        return to_pieces(kind, frame, 0)
+    split = frame.with_columns((hashes % buckets).alias("__bucket")).partition_by("__bucket", as_dict=True, include_key=False)
+    return [piece for key, part in split.items() for piece in to_pieces(kind, part, int(str(key[0])))]
+
+
+def newer(since: int | None, positions: tuple[str, ...]) -> pl.Expr | None:
+    """The predicate for rows later than `since`, or at one of the given source positions."""
+    if since is None:
+        return None
+    late = pl.col(SEQUENCE) > since
+    return late | pl.col("_source_position").is_in(list(positions)) if positions else late
+
+
+def extract(work: Extraction) -> list[Piece]:
+    """Read what is new: keys or rows, rejected rows, and how much was read."""
+    read, target = work.step.reads[work.name], work.step.target
+    upstream, table = work.upstream, work.upstream.table
+    predicate = newer(work.since, work.positions)
+    if isinstance(read, Changes):
+        raw = upstream.reader.read(upstream.files, _wanted(read.columns, upstream), living(table, predicate))
+        parsed = read.parse(raw)
+        hashes = group_hash(parsed.rows, target.group)
+        return [
+            *by_bucket(f"rows:{work.name}", parsed.rows, hashes, work.buckets),
+            *_keys_of_rows(parsed.rows, target),
+            *_reported(work.name, raw, parsed),
+        ]
+    assert isinstance(read, Gather)
+    needed = roots(*(e for keys in read.keys for e in keys), read.always)
+    extra = [*read.resolve, *([work.step.ordered_by] if work.step.ordered_by else [])]
+    if work.full or read.parse:
+        columns = list(dict.fromkeys([*_wanted(read.columns, upstream), *needed, *extra]))
+    else:
+        columns = list(dict.fromkeys([*needed, *extra]))
+    # a tombstone is news: it names the groups that lost a row
+    predicate = living(table, predicate, tombstones=not work.full)
+    raw = upstream.reader.read(upstream.files, columns, predicate)
+    reported = _reported(work.name, raw, read.parse(raw)) if read.parse and raw.height else [Piece(f"count:{work.name}", -1, pa.table({"rows": [raw.height]}))]
+    if not work.full:
+        return [*_touched_keys(work, read, raw), *reported]
+    return [*_spread_rows(work, read, raw), *reported]
+
+
+def _wanted(columns: tuple[str, ...], upstream: Upstream) -> list[str]:
+    present = set(upstream.columns)
+    return [name for name in (columns or upstream.columns) if name in present]
+
+
+def _keys_of_rows(rows: pl.DataFrame, target: Table) -> list[Piece]:
+    return to_pieces("keys", rows.select(target.group).unique().with_columns(pl.lit(None, pl.Datetime("us", "UTC")).alias(SINCE)))
+
+
+def _touched_keys(work: Extraction, read: Gather, raw: pl.DataFrame) -> list[Piece]:
+    order = work.step.ordered_by
+    moment = pl.Series(SINCE, raw[order]) if order else pl.Series(SINCE, [None] * raw.height, dtype=pl.Datetime("us", "UTC"))
+    pieces = []
+    for keys in read.keys:
+        frame = key_frame(raw, keys, work.step.target).with_columns(moment)
+        frame = frame.drop_nulls(list(work.step.target.group)).group_by(work.step.target.group).agg(pl.col(SINCE).min())
+        pieces += to_pieces("keys", frame)
+    if read.resolve:
+        pieces += to_pieces("resolve", raw.select(read.resolve).drop_nulls().unique())
+    return pieces
+
+
+def _spread_rows(work: Extraction, read: Gather, raw: pl.DataFrame) -> list[Piece]:
+    kind, group = f"rows:{work.name}", work.step.target.group
+    if work.buckets == 1:
+        return to_pieces(kind, raw, 0)
+    pieces: list[Piece] = []
+    everywhere = pl.Series([False] * raw.height)
+    if read.resolve and work.split_documents is not None:
+        marked = raw.select(read.resolve).with_row_index("n").join(work.split_documents, on=list(read.resolve), how="semi", nulls_equal=True)
+        everywhere = pl.Series(range(raw.height)).is_in(marked["n"].implode())
+        pieces += to_pieces(kind, raw.filter(everywhere), -1)
+    frames = []
+    for keys in read.keys:
+        frame = key_frame(raw, keys, work.step.target)
+        known = ~frame.select(pl.any_horizontal(pl.col(group).is_null())).to_series() & ~everywhere
+        frames.append(
+            pl.DataFrame({"n": pl.Series(range(raw.height), dtype=pl.UInt32), "b": group_hash(frame, group) % work.buckets}).filter(known)
+        )
+    spread = pl.concat(frames).unique(maintain_order=True)
+    for key, part in spread.partition_by("b", as_dict=True).items():
+        pieces += to_pieces(kind, raw[part["n"]], int(str(key[0])))
+    return pieces
+
+
+def _reported(name: str, raw: pl.DataFrame, parsed: Parsed) -> list[Piece]:
+    pieces = [Piece(f"count:{name}", -1, pa.table({"rows": [raw.height]}))]
+    if parsed.rejected is not None:
+        pieces += to_pieces(f"rejected:{name}", parsed.rejected)
+    if "_op" in raw.columns:
+        pieces += to_pieces(f"fixed:{name}", raw.filter(pl.col("_op") == "fix").select("_source_position"))
+    return pieces
+
+
+def _frames(pieces: Pieces, kind: str, bucket: int | None = None) -> list[pl.DataFrame]:
+    frames = [pl.from_arrow(table) for table in pieces.of(kind, bucket)]
+    return [frame for frame in frames if isinstance(frame, pl.DataFrame)]
+
+
+def gather(
+    read: Gather, upstream: Upstream, groups: pl.DataFrame, target: Table, ordered_by: str
+) -> pl.DataFrame:
+    """All living rows of `upstream` that belong to one of `groups` (for histories: from each group's `since` on)."""
+    wanted = _wanted(read.columns, upstream)
+    needed = roots(*(e for keys in read.keys for e in keys), read.always)
+    columns = list(dict.fromkeys([*wanted, *needed, *read.resolve, *([ordered_by] if ordered_by else [])]))
+    types = polars_schema(target.schema)
+    candidates = pl.lit(False)
+    for keys in read.keys:
+        hit = pl.lit(True)
+        for name, expression in zip(target.group, keys, strict=True):
+            hit &= expression.cast(types[name]).is_in(groups[name].unique().implode())
+        candidates |= hit
+    if ordered_by and (first := groups[SINCE].min()) is not None and groups[SINCE].null_count() == 0:
+        recent = pl.col(ordered_by) >= first
+        candidates &= recent if read.always is None else (recent | read.always)
+    frame = upstream.read(columns, candidates, positions=True)
+    frame = frame.filter(_members(frame, read, groups, target, ordered_by))
+    if read.resolve and frame.height:
+        shared = pl.all_horizontal([pl.col(name).is_in(frame[name].drop_nulls().unique().implode()) for name in read.resolve])
+        frame = pl.concat([frame, upstream.read(columns, shared, positions=True)]).unique([FILE, POS], maintain_order=True)
+    return frame.select(wanted)
+
+
+def _members(frame: pl.DataFrame, read: Gather, groups: pl.DataFrame, target: Table, ordered_by: str) -> pl.Series:
+    member = pl.Series([False] * frame.height, dtype=pl.Boolean)
+    for keys in read.keys:
+        keyed = key_frame(frame, keys, target).with_row_index("__n")
+        joined = keyed.join(groups, on=list(target.group), how="inner")
+        if ordered_by:
+            rows = frame.select(
+                pl.col(ordered_by).alias("__at"), (read.always if read.always is not None else pl.lit(False)).alias("__always")
+            ).with_row_index("__n")
+            joined = joined.join(rows, on="__n").filter(
+                pl.col(SINCE).is_null() | (pl.col("__at") >= pl.col(SINCE)) | pl.col("__always")
+            )
+        member |= pl.Series(range(frame.height), dtype=pl.UInt32).is_in(joined["__n"].unique().implode())
+    return member
+
+
+def merge(work: Merge, pieces: Pieces) -> Merged:
+    """Fill one bucket: gather, fill, compare with what is there, write."""
+    step, target = work.step, work.step.target
+    frames: dict[str, pl.DataFrame] = {}
+    groups = work.groups
+    for name, read in step.reads.items():
+        if isinstance(read, Whole):
+            frames[name] = work.upstream[name].read(_wanted(read.columns, work.upstream[name]))
+        elif isinstance(read, Changes) or (isinstance(read, Gather) and work.full):
+            parts = _frames(pieces, f"rows:{name}", work.bucket)
+            frames[name] = pl.concat(parts, how="vertical_relaxed") if parts else _empty(read, work.upstream[name])
+        elif isinstance(read, Gather):
+            assert groups is not None
+            frames[name] = gather(read, work.upstream[name], groups, target, step.ordered_by)
+    rows_read = sum(frame.height for frame in frames.values())
+    if work.full:
+        groups = _all_groups(work, frames)
+    assert groups is not None
+    for name, read in step.reads.items():
+        if isinstance(read, Join):
+            values = read.values(frames).unique()
+            upstream = work.upstream[name]
+            columns = list(dict.fromkeys([*_wanted(read.columns, upstream), read.on]))
+            frames[name] = upstream.read(columns, pl.col(read.on).is_in(values.implode()))
+            rows_read += frames[name].height
+    old, opening = existing(work, groups)
+    rows_read += old.height + (opening.height if opening is not None else 0)
+    declared = [column.name for column in target.columns]
+    alive = old.filter(~pl.col(DELETED)) if target.keeps_tombstones else old
+    frames["old"], frames["groups"] = alive.select(declared), groups
+    if step.ordered_by:
+        frames["opening"] = opening.select(declared) if opening is not None else alive.select(declared).clear()
+    wanted = conform(step.fill(frames, work.context), target)
+    wanted = wanted.join(groups, on=list(target.group), how="semi", nulls_equal=True)
+    change = difference(target, old, wanted)
+    if change.empty:
+        return Merged(rows_read=rows_read)
+    stamped = stamp(target, change.written, work.sequence)
+    return Merged(
+        (*work.writer.write(stamped), *work.writer.write_deletes(work.old.files, change.deleted)),
+        rows_read,
+        change.written.height,
+        change.deleted.height,
+    )
+
+
+def stamp(table: Table, rows: pl.DataFrame, sequence: int) -> pl.DataFrame:
+    """The rows in the table's order, with the engine's columns."""
+    order = list(table.sort_by or table.key)
+    return rows.with_columns(pl.lit(sequence, pl.Int64).alias(SEQUENCE), group_hash(rows, table.group)).sort(order, nulls_last=True)
+
+
+def conform(frame: pl.DataFrame, table: Table) -> pl.DataFrame:
+    """The declared columns with their declared types; a value that does not fit is an error."""
+    return frame.select(pl.col(name).cast(dtype) for name, dtype in polars_schema(table.schema).items())
+
+
+def _empty(read: Read, upstream: Upstream) -> pl.DataFrame:
+    if isinstance(read, Changes):
+        return read.parse(upstream.reader.read((), _wanted(read.columns, upstream))).rows
+    return upstream.reader.read((), _wanted(read.columns, upstream)) if isinstance(read, Gather) else pl.DataFrame()
+
+
+def _all_groups(work: Merge, frames: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
+    target = work.step.target
+    parts = []
+    for name, read in work.step.reads.items():
+        if isinstance(read, Gather):
+            parts += [key_frame(frames[name], keys, target).drop_nulls() for keys in read.keys]
+        elif isinstance(read, Changes):
+            parts.append(conform_groups(frames[name], target))
+    parts.append(conform_groups(work.old.reader.read(work.old.files, target.group), target))
+    groups = pl.concat(parts).unique()
+    if work.buckets > 1:
+        groups = groups.filter(group_hash(groups, target.group) % work.buckets == work.bucket)
+    return groups.with_columns(pl.lit(None, pl.Datetime("us", "UTC")).alias(SINCE))
+
+
+def conform_groups(frame: pl.DataFrame, table: Table) -> pl.DataFrame:
+    """The group columns with their declared types."""
+    types = polars_schema(table.schema)
+    return frame.select(pl.col(name).cast(types[name]) for name in table.group).unique()
+
+
+def existing(work: Merge, groups: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame | None]:
+    """The target's own rows of the groups with where they lie (tombstones too); for histories, those from `since`
+    on, and the last row of each group before it."""
+    target, old, order = work.step.target, work.old, work.step.ordered_by
+    columns = [*(column.name for column in target.columns), *([DELETED] if target.keeps_tombstones else [])]
+    if not old.files:
+        return old.reader.read((), columns, positions=True), None
+    member: pl.Expr | None = None
+    if not work.full:
+        member = pl.col(GROUP_HASH).is_in(group_hash(groups, target.group).implode())
+    elif work.buckets > 1:
+        member = pl.col(GROUP_HASH) % work.buckets == work.bucket
+    if order and not work.full and groups[SINCE].null_count() == 0:
+        return _history(work, groups, columns, member)
+    rows = old.reader.read(old.files, columns, member, positions=True)
+    return rows.join(groups, on=list(target.group), how="semi", nulls_equal=True), None
+
+
+def _history(
+    work: Merge, groups: pl.DataFrame, columns: list[str], member: pl.Expr | None
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    target, old, order = work.step.target, work.old, work.step.ordered_by
+    hashed = groups.with_columns(group_hash(groups, target.group)).group_by(GROUP_HASH).agg(pl.col(SINCE).min())
+    narrow = old.reader.read(old.files, [GROUP_HASH, order], member, positions=True).join(hashed, on=GROUP_HASH)
+    before = narrow.filter(pl.col(order) < pl.col(SINCE))
+    last = before.filter(pl.col(order) == pl.col(order).max().over(GROUP_HASH))
+    positions = pl.concat([narrow.filter(pl.col(order) >= pl.col(SINCE)), last]).select(FILE, POS)
+    rows = old.reader.at_positions(old.files, columns, positions)
+    rows = rows.join(groups, on=list(target.group), how="inner", nulls_equal=True)
+    current = rows.filter(pl.col(order) >= pl.col(SINCE)).drop(SINCE)
+    opening = rows.filter(pl.col(order) < pl.col(SINCE)).drop(SINCE).sort(target.key)
+    if target.keeps_tombstones:
+        opening = opening.filter(~pl.col(DELETED))
+    return current, opening.unique(list(target.group), keep="last", maintain_order=True)
+
+
+def chunks(files: Sequence[File], rows: int) -> list[tuple[File, ...]]:
+    """Files in groups of about `rows` rows."""
+    result: list[tuple[File, ...]] = []
+    group: list[File] = []
+    for file in files:
+        if group and sum(item.rows for item in group) + file.rows > rows:
+            result.append(tuple(group))
+            group = []
+        group.append(file)
+    return [*result, tuple(group)] if group else result
+
+
+@dataclass
+class Engine:
+    """Runs sources and steps against a lake."""
+
+    lake: Lake
+    pool: Pool
+    context: Context
+    quarantine: Table
+    clock: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
+
+    def refresh(self, step: Step, *, rebuild: bool = False, replay: Mapping[str, tuple[str, ...]] | None = None) -> Report:
+        """Bring a step's table up to date; `replay`: by bronze table, source positions to read again."""
+        return self._repeated(lambda: self._refresh(step, rebuild, replay or {}))
+
+    def ingest(self, source: Source, tables: Mapping[str, Table]) -> list[Report]:
+        """Read what is new at a source into its bronze tables, and tell the source once that is committed."""
+        unknown: dict[str, list[pa.Field]] = {}
+
+        def attempt() -> list[Report]:
+            while True:
+                try:
+                    return self._ingest(source, tables, unknown)
+                except UnknownColumn as error:
+                    if any(f.name == error.column for f in unknown.get(error.table, [])):
+                        raise
+                    unknown.setdefault(error.table, []).append(pa.field(error.column, error.arrow_type))
+
+        return self._repeated(attempt)
+
+    def _repeated(self, attempt: Callable[[], Any]) -> Any:
+        """Another writer got in first: everything is read again, from what that one left."""
+        for number in range(ATTEMPTS):
+            try:
+                return attempt()
+            except CommitConflict:
+                if number == ATTEMPTS - 1:
+                    raise
+                time.sleep(0.2 * 2**number)
+        raise AssertionError
+
+    def _refresh(self, step: Step, rebuild: bool, replay: Mapping[str, tuple[str, ...]]) -> Report:
+        started, cpu = time.monotonic(), time.process_time()
+        target = self.lake.load(step.target)
+        handles = self._upstream_handles(step)
+        stored = target.positions
+        since: dict[str, int | None] = {}
+        for name, handle in handles.items():
+            known = stored.get(name)
+            since[name] = known["sequence"] if known and known["table"] == handle.position["table"] else None
+        replayed = any(replay.get(name) for name in handles)
+        stale = [name for name, handle in handles.items() if since[name] is None or handle.data_sequence > (since[name] or 0)]
+        triggers = {read.table.name for read in step.reads.values() if isinstance(read, Gather | Changes)}
+        full = rebuild or any(since[name] is None for name in triggers if handles[name].data_sequence)
+        if not rebuild and not replayed and (not stale or all(handles[name].data_sequence == 0 for name in handles)):
+            return Report(step.target.name, "unchanged", seconds=time.monotonic() - started, cpu_seconds=time.process_time() - cpu)
+        merged, changed, elsewhere, parallel, pieces = self._rows(step, target, handles, since, full, replay)
+        self._quarantine(step, handles, pieces)
+        files = [file for part in merged for file in part.files]
+        positions = {name: handle.position for name, handle in handles.items()}
+        rows_written = sum(part.rows_written for part in merged)
+        rows_deleted = sum(part.rows_deleted for part in merged)
+        snapshot = target.snapshot.snapshot_id if target.snapshot else None
+        if files or positions != stored:
+            snapshot = target.commit(
+                files,
+                positions=positions,
+                changes_rows=bool(files),
+                properties={"shopsphere.rows-changed": str(rows_written)},
+            )
+        return Report(
+            step.target.name,
+            "rebuilt" if rebuild else "changed" if files else "read",
+            rows_read=sum(part.rows_read for part in merged) + (0 if full else changed),
+            rows_changed=changed,
+            rows_written=rows_written,
+            rows_deleted=rows_deleted,
+            bytes_written=sum(file.file_size_in_bytes for file in files),
+            seconds=time.monotonic() - started,
+            cpu_seconds=time.process_time() - cpu + elsewhere,
+            parallel=parallel,
+            snapshot=snapshot,
+        )
+
+    def _upstream_handles(self, step: Step) -> dict[str, Handle]:
+        handles: dict[str, Handle] = {}
+        for read in step.reads.values():
+            tables = [read.table, *([read.through] if isinstance(read, Whole | Join) and read.through else [])]
+            for table in tables:
+                if table.name not in handles and table.name != step.target.name:
+                    handles[table.name] = self.lake.load(table)
+        return handles
+
+    def _rows(
+        self,
+        step: Step,
+        target: Handle,
+        handles: Mapping[str, Handle],
+        since: Mapping[str, int | None],
+        full: bool,
+        replay: Mapping[str, tuple[str, ...]],
+    ) -> tuple[list[Merged], int, float, bool, Pieces]:
+        upstream = {
+            name: Upstream(read.table, handles[read.table.name].reader, tuple(handles[read.table.name].files()))
+            for name, read in step.reads.items()
+        }
+        fresh: dict[str, Sequence[File]] = {}
+        for name, read in step.reads.items():
+            if not isinstance(read, Gather | Changes):
+                continue
+            if full or replay.get(read.table.name):
+                fresh[name] = upstream[name].files
+            elif handles[read.table.name].data_sequence > (since[read.table.name] or 0):
+                fresh[name] = handles[read.table.name].files(since=since[read.table.name] or 0)
+        expected = sum(file.rows for files in fresh.values() for file in files)
+        parallel = expected >= self.pool.settings.inline_rows
+        buckets = 1
+        if parallel and step.expand is None and (full or any(isinstance(r, Changes) for r in step.reads.values())):
+            buckets = max(1, math.ceil(expected / self.pool.settings.rows_per_task))
+        extractions = [
+            Extraction(
+                step,
+                name,
+                replace(upstream[name], files=group),
+                None if full else since[step.reads[name].table.name] or 0,
+                replay.get(step.reads[name].table.name, ()),
+                full,
+                buckets,
+                self._split_documents(step.reads[name], upstream[name], step.target) if full and buckets > 1 else None,
+            )
+            for name, files in fresh.items()
+            for group in chunks(files, self.pool.settings.rows_per_task if parallel else 10**12)
+        ]
+        pieces = self.pool.extract(extract, extractions, parallel=parallel and (full or expected >= 4 * self.pool.settings.inline_rows))
+        changed = sum(int(table["rows"][0].as_py()) for name in fresh for table in pieces.of(f"count:{name}"))
+        groups = None if full else self._touched(step, handles, upstream, since, target, pieces)
+        if groups is not None and groups.height == 0:
+            return [], changed, pieces.cpu_seconds, parallel, pieces
+        old = Upstream(step.target, target.reader, tuple(target.files()))
+        merges = [
+            Merge(step, bucket, buckets, full, part, upstream, old, target.writer, target.sequence, self.context)
+            for bucket, part in self._bucketed(groups, step.target, buckets)
+        ]
+        merged, cpu = self.pool.map(merge, merges, pieces, parallel=parallel and (len(merges) > 1 or bool(pieces.refs)))
+        return merged, changed, cpu + pieces.cpu_seconds, parallel, pieces
+
+    def _bucketed(self, groups: pl.DataFrame | None, target: Table, buckets: int) -> Iterable[tuple[int, pl.DataFrame | None]]:
+        for bucket in range(buckets):
+            if groups is None or buckets == 1:
+                yield bucket, groups
+            else:
+                part = groups.filter(group_hash(groups, target.group) % buckets == bucket)
+                if part.height:
+                    yield bucket, part
+
+    def _split_documents(self, read: Read, upstream: Upstream, target: Table) -> pl.DataFrame | None:
+        """Source records whose rows belong to several groups, or name none: they go to every bucket."""
+        if not isinstance(read, Gather) or not read.resolve:
+            return None
+        needed = list(dict.fromkeys([*read.resolve, *roots(*read.keys[0])]))
+        rows = upstream.read(needed)
+        keyed = pl.concat([rows.select(read.resolve), key_frame(rows, read.keys[0], target)], how="horizontal")
+        key = pl.struct(target.group)
+        return (
+            keyed.group_by(read.resolve)
+            .agg(key.n_unique().alias("n"), pl.any_horizontal(pl.col(target.group).is_null().any()).alias("nameless"))
+            .filter((pl.col("n") > 1) | pl.col("nameless"))
+            .select(read.resolve)
+        )
+
+    def _touched(
+        self,
+        step: Step,
+        handles: Mapping[str, Handle],
+        upstream: Mapping[str, Upstream],
+        since: Mapping[str, int | None],
+        target: Handle,
+        pieces: Pieces,
+    ) -> pl.DataFrame:
+        group = list(step.target.group)
+        types = polars_schema(step.target.schema)
+        empty = pl.DataFrame(schema={**{name: types[name] for name in group}, SINCE: pl.Datetime("us", "UTC")})
+        parts = [empty, *(frame.select(empty.columns) for frame in _frames(pieces, "keys"))]
+        for name, read in step.reads.items():
+            if isinstance(read, Gather) and read.resolve and (found := _frames(pieces, "resolve")):
+                parts.append(self._resolved(read, upstream[name], pl.concat(found).unique(), step.target))
+            if isinstance(read, Whole | Join) and read.touch:
+                parts.append(self._touched_through(step, name, read, handles, since, target))
+        touched = pl.concat(parts).group_by(group).agg(
+            pl.when(pl.col(SINCE).null_count() == 0).then(pl.col(SINCE).min()).otherwise(None).alias(SINCE)
+        )
+        if step.expand and touched.height:
+            wide = step.expand(touched.select(group), self._lookup)
+            touched = conform_groups(wide, step.target).with_columns(pl.lit(None, pl.Datetime("us", "UTC")).alias(SINCE))
+        return touched
+
+    def _resolved(self, read: Gather, upstream: Upstream, records: pl.DataFrame, target: Table) -> pl.DataFrame:
+        same = pl.all_horizontal([pl.col(name).is_in(records[name].implode()) for name in read.resolve])
+        rows = upstream.read(list(dict.fromkeys([*read.resolve, *roots(*read.keys[0])])), same)
+        keys = key_frame(rows, read.keys[0], target).drop_nulls().unique()
+        return keys.with_columns(pl.lit(None, pl.Datetime("us", "UTC")).alias(SINCE))
+
+    def _touched_through(
+        self, step: Step, name: str, read: Whole | Join, handles: Mapping[str, Handle], since: Mapping[str, int | None], target: Handle
+    ) -> pl.DataFrame:
+        types = polars_schema(step.target.schema)
+        nothing = pl.DataFrame(schema={**{g: types[g] for g in step.target.group}, SINCE: pl.Datetime("us", "UTC")})
+        handle, start = handles[read.table.name], since[read.table.name] or 0
+        if handle.data_sequence <= start:
+            return nothing
+        columns = [n for n in handle.reader.schema.names if n not in (SEQUENCE, GROUP_HASH, DELETED)]
+        new = handle.reader.read(handle.files(since=start), columns, newer(start, ()))
+        if new.height == 0:
+            return nothing
+        assert read.touch is not None
+        through = handles[read.through.name] if read.through else target
+        expressions = read.touch_keys or tuple(pl.col(n) for n in step.target.group)
+        needed = list(dict.fromkeys([*read.touch_columns, *roots(*expressions)]))
+        rows = through.read(needed, read.touch(new))
+        return key_frame(rows, expressions, step.target).drop_nulls().unique().with_columns(
+            pl.lit(None, pl.Datetime("us", "UTC")).alias(SINCE)
+        )
+
+    def _lookup(self, table: Table, columns: Sequence[str], predicate: pl.Expr, predicate_columns: Sequence[str]) -> pl.DataFrame:
+        return self.lake.load(table).read(list(columns), predicate)
+
+    def _quarantine(self, step: Step, handles: Mapping[str, Handle], pieces: Pieces) -> None:
+        """Keep the rows that cannot be read, and let go of those that now can; before the target's own commit, so
+        that a crash in between repeats it."""
+        for name, read in step.reads.items():
+            parse = read.parse if isinstance(read, Gather | Changes) else None
+            if parse is None:
+                continue
+            rejected, fixed = _frames(pieces, f"rejected:{name}"), _frames(pieces, f"fixed:{name}")
+            positions = {p for f in rejected for p in f["source_position"].to_list()} | {p for f in fixed for p in f["_source_position"].to_list()}
+            kept = self.lake.load(self.quarantine)
+            known = kept.read(["source_position"], pl.col("source_table") == read.table.name)["source_position"].to_list()
+            positions |= set(known)
+            if positions:
+                self._settle(read, parse, handles[read.table.name], kept, sorted(positions))
+
+    def _settle(
+        self, read: Gather | Changes, parse: Callable[[pl.DataFrame], Parsed], bronze: Handle, kept: Handle, positions: list[str]
+    ) -> None:
+        at = pl.col("_source_position").is_in(positions)
+        columns = [n for n in bronze.reader.schema.names if n not in (SEQUENCE, GROUP_HASH, DELETED)]
+        rows = bronze.reader.read(bronze.files(), columns, at)
+        broken = []
+        for part in rows.partition_by("_source_position"):
+            outcomes = [parse(part[n : n + 1]) for n in range(part.height)]
+            bad = [o.rejected for o in outcomes if o.rejected is not None and o.rejected.height]
+            if len(bad) == len(outcomes):
+                originals = part.filter(pl.col("_op") != "fix")
+                chosen = parse((originals if originals.height else part)[:1]).rejected
+                assert chosen is not None
+                broken.append(chosen.with_columns(part["_source_time"][:1].alias("source_time")))
+        table = self.quarantine
+        wanted = pl.concat(broken) if broken else pl.DataFrame(schema={"reason": pl.String, "source_position": pl.String, "original": pl.Binary, "source_time": pl.Datetime("us", "UTC")})
+        wanted = conform(wanted.with_columns(pl.lit(read.table.name).alias("source_table")), table)
+        member = (pl.col("source_table") == read.table.name) & pl.col("source_position").is_in(positions)
+        files = kept.files()
+        old = kept.reader.read(files, [*(c.name for c in table.columns), DELETED], member, positions=True)
+        change = difference(table, old, wanted)
+        if not change.empty:
+            written = kept.writer.write(stamp(table, change.written, kept.sequence))
+            kept.commit([*written, *kept.writer.write_deletes(files, change.deleted)], positions=kept.positions)
+
+    def _ingest(self, source: Source, tables: Mapping[str, Table], unknown: Mapping[str, Sequence[pa.Field]]) -> list[Report]:
+        started, cpu = time.monotonic(), time.process_time()
+        handles = {name: self.lake.load(table) for name, table in tables.items() if name in source.tables}
+        positions = {name: (handle.positions.get(source.name)) for name, handle in handles.items()}
+        plan = source.plan(positions, {name: _source_schema(handle) for name, handle in handles.items()})
+        try:
+            outcomes, elsewhere, parallel = self._extract_source(plan, handles, unknown)
+        finally:
+            if plan.held is not None and hasattr(plan.held, "close"):
+                plan.held.close()
+        reports = []
+        for name, handle in handles.items():
+            written = [outcome[name] for outcome in outcomes if name in outcome]
+            files = [file for part in written for file in part.files]
+            rows = sum(part.rows_written for part in written)
+            reached = next((part.position for part in reversed(written) if part.position is not None), plan.positions.get(name))
+            snapshot = None
+            if files or (reached is not None and (positions[name] is None or (written and reached != positions[name]))):
+                snapshot = handle.commit(files, positions={source.name: reached if reached is not None else positions[name]}, changes_rows=bool(files))
+            reports.append(
+                Report(
+                    name,
+                    "changed" if files else "unchanged",
+                    rows,
+                    rows,
+                    rows,
+                    0,
+                    sum(file.file_size_in_bytes for file in files),
+                    time.monotonic() - started,
+                    time.process_time() - cpu + elsewhere,
+                    parallel,
+                    snapshot,
+                )
+            )
+            started, cpu, elsewhere = time.monotonic(), time.process_time(), 0.0
+        if plan.tasks:
+            source.acknowledge(plan)
+        return reports
+
+    def _extract_source(
+        self, plan: Plan, handles: Mapping[str, Handle], unknown: Mapping[str, Sequence[pa.Field]]
+    ) -> tuple[list[dict[str, Written]], float, bool]:
+        for name, handle in handles.items():
+            if name in plan.schemas:
+                handle.widen(plan.schemas[name])
+            if unknown.get(name):
+                handle.widen(pa.schema(list(unknown[name])))
+        if not plan.tasks:
+            return [], 0.0, False
+        targets = {name: (handle.writer, handle.sequence) for name, handle in handles.items()}
+        parallel = len(plan.tasks) > 1 and (plan.rows is None or plan.rows >= self.pool.settings.inline_rows)
+        function = partial(write_source_rows, targets=targets, at=self.clock())
+        outcomes, cpu = self.pool.map(function, plan.tasks, Pieces(), parallel=parallel)
+        return outcomes, cpu, parallel
+
+
+@dataclass(frozen=True)
+class Written:
+    """What one task wrote for one bronze table."""
+
+    files: tuple[DataFile, ...] = ()
+    rows_written: int = 0
+    position: Any = None
+
+
+def _source_schema(handle: Handle) -> pa.Schema:
+    """The columns of a bronze table as its source gives them."""
+    return pa.schema([f for f in handle.arrow_schema if f.name not in (SEQUENCE, "_ingested_at")])
+
+
+def write_source_rows(task: Task, pieces: Pieces, *, targets: Mapping[str, tuple[FileWriter, int]], at: datetime) -> dict[str, Written]:
+    """Run a task of a source and write what it gives; batches of a table are joined to files of useful size."""
+    result: dict[str, Written] = {}
+    waiting: dict[str, list[pa.Table]] = {}
+
+    def flush(name: str) -> None:
+        rows = pa.concat_tables(waiting.pop(name), promote_options="permissive")
+        writer, sequence = targets[name]
+        table = _stamped_source_rows(rows, writer.schema, sequence, at)
+        files = writer.write(table)
+        before = result.get(name, Written())
+        result[name] = replace(before, files=(*before.files, *files), rows_written=before.rows_written + rows.num_rows)
+
+    for item in task.read():
+        if isinstance(item, Reached):
+            result[item.table] = replace(result.get(item.table, Written()), position=item.position)
+        elif isinstance(item, Rows) and item.rows.num_rows:
+            waiting.setdefault(item.table, []).append(item.rows)
+            if sum(rows.num_rows for rows in waiting[item.table]) >= 250_000:
+                flush(item.table)
+    for name in list(waiting):
+        flush(name)
+    return result
+
+
+def _stamped_source_rows(rows: pa.Table, schema: pa.Schema, sequence: int, at: datetime) -> pa.Table:
+    columns = []
+    for f in schema:
+        if f.name == SEQUENCE:
+            columns.append(pa.repeat(pa.scalar(sequence, f.type), rows.num_rows))
+        elif f.name == "_ingested_at":
+            columns.append(pa.repeat(pa.scalar(at, f.type), rows.num_rows))
+        elif f.name in rows.schema.names:
+            columns.append(rows.column(f.name).cast(f.type))
+        else:
+            columns.append(pa.nulls(rows.num_rows, f.type))
+    return pa.table(columns, schema=schema)

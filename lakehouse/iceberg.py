@@ -1,0 +1,533 @@
+"""The only Iceberg I/O: load a table, read what is there or what changed, write data files, commit once.
+
+A `Handle` is a table as it was when it was loaded. Everything read through it is of that moment, and a commit
+through it succeeds only if nobody committed since: commit retries are off, so a stale writer fails rather than
+repeating its rows.
+"""
+
+from __future__ import annotations
+
+import io as io_module
+import itertools
+import json
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyiceberg.catalog import Catalog, load_catalog
+from pyiceberg.exceptions import (
+    CommitFailedException,
+    CommitStateUnknownException,
+    NamespaceAlreadyExistsError,
+    NoSuchTableError,
+    TableAlreadyExistsError,
+)
+from pyiceberg.expressions import AlwaysTrue, BooleanExpression, GreaterThan
+from pyiceberg.io import FileIO
+from pyiceberg.io.pyarrow import _dataframe_to_data_files, schema_to_pyarrow
+from pyiceberg.manifest import DataFile, DataFileContent, FileFormat
+from pyiceberg.partitioning import UNPARTITIONED_PARTITION_SPEC, PartitionField, PartitionSpec
+from pyiceberg.schema import Schema
+from pyiceberg.table import Transaction
+from pyiceberg.table import Table as IcebergTable
+from pyiceberg.table.metadata import TableMetadata
+from pyiceberg.table.snapshots import Snapshot
+from pyiceberg.transforms import DayTransform, IdentityTransform, MonthTransform, Transform, YearTransform
+from pyiceberg.typedef import Record
+from pyiceberg.types import DecimalType, DoubleType, FloatType, IcebergType, IntegerType, LongType, NestedField
+from pyiceberg_core import transform as iceberg_transform
+from sqlalchemy.exc import SQLAlchemyError
+
+from lakehouse.errors import CommitConflict, SchemaConflict, SettingsError, TableNotFound
+from lakehouse.row_delta import RowDelta
+from lakehouse.settings import Settings
+from lakehouse.table import DELETED, GROUP_HASH, SEQUENCE, Table
+
+POSITIONS = "shopsphere.positions"
+DATA_SEQUENCE = "shopsphere.data-sequence"
+PATH_FIELD, POS_FIELD = 2147483546, 2147483545
+"""Reserved field ids of a position delete file (Iceberg spec, 'Reserved Field IDs')."""
+
+FILE, POS = "_file", "_pos"
+"""Where a row read from a table lies: the number of its file in the list that was read, its position there."""
+
+TABLE_PROPERTIES = {
+    "format-version": "2",
+    "commit.retry.num-retries": "0",
+    "commit.manifest-merge.enabled": "true",
+    "commit.manifest.min-count-to-merge": "20",
+    "write.metadata.delete-after-commit.enabled": "true",
+    "write.metadata.previous-versions-max": "20",
+    "write.parquet.row-group-limit": "65536",
+    "write.parquet.compression-codec": "zstd",
+}
+"""Retries off: see the module text. Small row groups: a look-up of scattered keys then decodes little."""
+
+TRANSFORMS: dict[str, Transform[Any, Any]] = {
+    "identity": IdentityTransform(),
+    "day": DayTransform(),
+    "month": MonthTransform(),
+    "year": YearTransform(),
+}
+
+
+@dataclass(frozen=True)
+class File:
+    """A data file as one snapshot has it, with the position deletes that apply to it."""
+
+    path: str
+    deletes: tuple[str, ...]
+    rows: int
+    bytes: int
+    partition: Record = field(compare=False)
+
+
+def stored_columns(table: Table) -> list[tuple[str, pa.DataType, str, bool]]:
+    """The columns of a table as it is stored: the declared ones and the engine's (name, type, doc, required)."""
+    engine: list[tuple[str, pa.DataType, str, bool]] = [(SEQUENCE, pa.int64(), "Sequence of the commit that wrote or changed the row", False)]
+    if table.key:
+        engine.append((GROUP_HASH, pa.int32(), "Hash of the row's group, for look-ups", False))
+    if table.keeps_tombstones:
+        engine.append((DELETED, pa.bool_(), "True where the row is a tombstone: deleted, kept until gold has heard of it", False))
+    return [(c.name, c.type, c.doc, c.required) for c in table.columns] + engine
+
+
+def iceberg_schema(table: Table) -> Schema:
+    """The Iceberg schema of a declaration, with its documentation."""
+    from pyiceberg.io.pyarrow import visit_pyarrow, _ConvertToIcebergWithoutIDs
+    from pyiceberg.schema import assign_fresh_schema_ids
+
+    plain = pa.schema([pa.field(name, type_, nullable=True) for name, type_, _, _ in stored_columns(table)])
+    converted = visit_pyarrow(plain, _ConvertToIcebergWithoutIDs())
+    docs = {name: doc for name, _, doc, _ in stored_columns(table)}
+    fields = [
+        NestedField(field_id=number, name=f.name, field_type=f.field_type, required=False, doc=docs[f.name])
+        for number, f in enumerate(converted.fields, start=1)
+    ]
+    return assign_fresh_schema_ids(Schema(*fields))
+
+
+def partition_spec(table: Table, schema: Schema) -> PartitionSpec:
+    """The Iceberg partition spec of a declaration."""
+    if not table.partition_by:
+        return UNPARTITIONED_PARTITION_SPEC
+    return PartitionSpec(
+        *(
+            PartitionField(
+                source_id=schema.find_field(part.column).field_id,
+                field_id=1000 + number,
+                transform=TRANSFORMS[part.transform],
+                name=part.column if part.transform == "identity" else f"{part.column}_{part.transform}",
+            )
+            for number, part in enumerate(table.partition_by)
+        )
+    )
+
+
+def group_hash(frame: pl.DataFrame, columns: Sequence[str]) -> pl.Series:
+    """A 31-bit hash of the given columns, stable for ever: Iceberg's own bucket hash (murmur3) of their text."""
+    if frame.height == 0:
+        return pl.Series(GROUP_HASH, [], dtype=pl.Int32)
+    parts = []
+    for name in columns:
+        dtype = frame.schema[name]
+        expression = pl.col(name)
+        if isinstance(dtype, pl.Datetime):
+            expression = expression.dt.cast_time_unit("us").cast(pl.Int64)
+        elif dtype == pl.Date:
+            expression = expression.cast(pl.Int32)
+        parts.append(expression.cast(pl.String).fill_null("\x00"))
+    text = frame.select(pl.concat_str(parts, separator="\x1f").alias("t"))["t"]
+    array = text.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.string())
+    return pl.Series(GROUP_HASH, iceberg_transform.bucket(array, 2**31 - 1), dtype=pl.Int32)
+
+
+def polars_schema(schema: pa.Schema) -> dict[str, pl.DataType]:
+    """The polars types of an Arrow schema."""
+    frame = pl.from_arrow(schema.empty_table())
+    assert isinstance(frame, pl.DataFrame)
+    return dict(frame.schema)
+
+
+def as_arrow(frame: pl.DataFrame, schema: pa.Schema) -> pa.Table:
+    """A polars frame as an Arrow table of exactly that schema (missing columns: null)."""
+    frame = frame.select(
+        pl.col(f.name) if f.name in frame.columns else pl.lit(None).alias(f.name) for f in schema
+    )
+    return frame.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(schema)
+
+
+@dataclass(frozen=True)
+class FileReader:
+    """Reads data files of one table in any process: picklable, holds no connection."""
+
+    io: FileIO
+    schema: pa.Schema
+
+    def _source(self, path: str) -> Any:
+        if path.startswith("file:") or path.startswith("/"):
+            return path.removeprefix("file://")
+        with self.io.new_input(path).open() as stream:
+            return io_module.BytesIO(stream.read())
+
+    @cached_property
+    def _types(self) -> dict[str, pl.DataType]:
+        return polars_schema(self.schema)
+
+    def _deleted(self, paths: Iterable[str]) -> dict[str, pl.Series]:
+        frames = [pl.read_parquet(self._source(path), columns=["file_path", "pos"]) for path in paths]
+        if not frames:
+            return {}
+        parts = pl.concat(frames).partition_by("file_path", as_dict=True)
+        return {str(key[0]): part["pos"] for key, part in parts.items()}
+
+    def read(
+        self,
+        files: Sequence[File],
+        columns: Sequence[str],
+        predicate: pl.Expr | None = None,
+        *,
+        positions: bool = False,
+    ) -> pl.DataFrame:
+        """The rows of `files` for which `predicate` holds, without those deleted by position.
+
+        A column that a file does not have yet is null. `positions`: also give `_file` (index in `files`) and `_pos`.
+        """
+        wanted = list(dict.fromkeys(columns))
+        roots = set(predicate.meta.root_names()) if predicate is not None else set()
+        deleted = self._deleted(sorted({path for file in files for path in file.deletes}))
+        frames = []
+        for number, file in enumerate(files):
+            lazy = pl.scan_parquet(self._source(file.path), row_index_name=POS, glob=False)
+            present = lazy.collect_schema()
+            needed = [*wanted, *(name for name in roots if name not in wanted and name != POS)]
+            lazy = lazy.select(
+                pl.col(POS),
+                *(
+                    pl.col(name)
+                    if name in present and present[name] == self._types[name]
+                    else pl.col(name).cast(self._types[name])
+                    if name in present
+                    else pl.lit(None, dtype=self._types[name]).alias(name)
+                    for name in needed
+                ),
+            )
+            if predicate is not None:
+                lazy = lazy.filter(predicate)
+            if (gone := deleted.get(file.path)) is not None:
+                lazy = lazy.filter(~pl.col(POS).is_in(gone.cast(pl.UInt32).implode()))
+            keep: list[pl.Expr | str] = list(wanted)
+            if positions:
+                keep = [*wanted, pl.lit(number, dtype=pl.UInt32).alias(FILE), POS]
+            frames.append(lazy.select(keep).collect())
+        if frames:
+            return pl.concat(frames)
+        empty: dict[str, Any] = {name: self._types[name] for name in wanted}
+        return pl.DataFrame(schema={**empty, FILE: pl.UInt32, POS: pl.UInt32} if positions else empty)
+
+    def at_positions(self, files: Sequence[File], columns: Sequence[str], where: pl.DataFrame) -> pl.DataFrame:
+        """The rows at given places (`_file`, `_pos`), with these places."""
+        parts = []
+        for key, part in where.partition_by(FILE, as_dict=True).items():
+            number = int(str(key[0]))
+            at = pl.col(POS).is_in(part[POS].implode())
+            rows = self.read([files[number]], columns, at, positions=True)
+            parts.append(rows.with_columns(pl.lit(number, dtype=pl.UInt32).alias(FILE)))
+        return pl.concat(parts) if parts else self.read((), columns, positions=True)
+
+
+@dataclass(frozen=True)
+class FileWriter:
+    """Writes data files and position delete files in any process: picklable, holds no connection."""
+
+    io: FileIO
+    metadata: TableMetadata
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """The Arrow schema of the table."""
+        return schema_to_pyarrow(self.metadata.schema(), include_field_ids=False)
+
+    def write(self, frame: pl.DataFrame | pa.Table) -> list[DataFile]:
+        """Write rows to new data files. Nothing refers to them until they are committed."""
+        table = frame if isinstance(frame, pa.Table) else as_arrow(frame, self.schema)
+        if table.num_rows == 0:
+            return []
+        return list(
+            _dataframe_to_data_files(table_metadata=self.metadata, df=table, io=self.io, write_uuid=uuid.uuid4(), counter=itertools.count(0))
+        )
+
+    def write_deletes(self, files: Sequence[File], where: pl.DataFrame) -> list[DataFile]:
+        """Write position delete files, one a partition; `where` has `_file` (index in `files`) and `_pos`."""
+        if where.height == 0:
+            return []
+        paths = pl.DataFrame({FILE: pl.Series(range(len(files)), dtype=pl.UInt32), "file_path": [file.path for file in files]})
+        located = where.select(FILE, pl.col(POS).cast(pl.Int64).alias("pos")).join(paths, on=FILE).sort("file_path", "pos")
+        by_partition: dict[str, list[int]] = {}
+        for number, file in enumerate(files):
+            by_partition.setdefault(repr(file.partition), []).append(number)
+        result = []
+        for numbers in by_partition.values():
+            part = located.filter(pl.col(FILE).is_in(numbers))
+            if part.height:
+                result.append(self._write_deletes(part, files[numbers[0]].partition))
+        return result
+
+    def _write_deletes(self, part: pl.DataFrame, partition: Record) -> DataFile:
+        schema = pa.schema(
+            [
+                pa.field("file_path", pa.string(), nullable=False, metadata={"PARQUET:field_id": str(PATH_FIELD)}),
+                pa.field("pos", pa.int64(), nullable=False, metadata={"PARQUET:field_id": str(POS_FIELD)}),
+            ]
+        )
+        columns = part.select("file_path", "pos").to_arrow(compat_level=pl.CompatLevel.oldest())
+        table = pa.table([columns["file_path"].cast(pa.string()), columns["pos"]], schema=schema)
+        location = f"{self.metadata.location}/data/{uuid.uuid4()}-deletes.parquet"
+        output = self.io.new_output(location)
+        with output.create() as stream:
+            pq.write_table(table, stream, compression="zstd")
+        first, last = part["file_path"].min(), part["file_path"].max()
+        return DataFile.from_args(
+            content=DataFileContent.POSITION_DELETES,
+            file_path=location,
+            file_format=FileFormat.PARQUET,
+            partition=partition,
+            record_count=part.height,
+            file_size_in_bytes=len(output),
+            lower_bounds={PATH_FIELD: str(first).encode()},
+            upper_bounds={PATH_FIELD: str(last).encode()},
+            sort_order_id=None,
+            equality_ids=None,
+            key_metadata=None,
+        )
+
+
+class Handle:
+    """A table as it was when it was loaded: what to read, and the one commit that may follow."""
+
+    def __init__(self, table: Table, loaded: IcebergTable) -> None:
+        self.table = table
+        self.loaded = loaded
+        self._transaction: Transaction | None = None
+
+    @property
+    def metadata(self) -> TableMetadata:
+        """The metadata, with the schema changes prepared so far."""
+        return self._transaction.table_metadata if self._transaction else self.loaded.metadata
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """The current snapshot, None for an empty table."""
+        return self.loaded.metadata.current_snapshot()
+
+    @property
+    def sequence(self) -> int:
+        """The sequence number that the next commit gets, if nobody else commits first."""
+        return self.loaded.metadata.next_sequence_number()
+
+    def summary(self, name: str) -> str | None:
+        """A property of the current snapshot's summary."""
+        snapshot = self.snapshot
+        return snapshot.summary.additional_properties.get(name) if snapshot and snapshot.summary else None
+
+    @property
+    def positions(self) -> dict[str, Any]:
+        """How far each upstream has been read, from the current snapshot."""
+        return json.loads(self.summary(POSITIONS) or "{}")
+
+    @property
+    def data_sequence(self) -> int:
+        """The sequence of the last commit that changed rows; 0 for none."""
+        return int(self.summary(DATA_SEQUENCE) or 0)
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """What a table downstream remembers of this one: its identity and the last change."""
+        return {"table": str(self.loaded.metadata.table_uuid), "sequence": self.data_sequence}
+
+    @property
+    def arrow_schema(self) -> pa.Schema:
+        """The stored columns and their Arrow types."""
+        return schema_to_pyarrow(self.metadata.schema(), include_field_ids=False)
+
+    @property
+    def reader(self) -> FileReader:
+        """A picklable reader of this table's files."""
+        return FileReader(self.loaded.io, self.arrow_schema)
+
+    @property
+    def writer(self) -> FileWriter:
+        """A picklable writer of files for this table."""
+        return FileWriter(self.loaded.io, self.metadata)
+
+    def files(self, since: int | None = None, where: BooleanExpression | None = None, snapshot_id: int | None = None) -> list[File]:
+        """The data files of the snapshot; with `since`, those that may hold rows of a later sequence."""
+        if self.snapshot is None:
+            return []
+        row_filter: BooleanExpression = where or AlwaysTrue()
+        if since is not None:
+            row_filter = GreaterThan(SEQUENCE, since)
+        scan = self.loaded.scan(row_filter=row_filter, snapshot_id=snapshot_id)
+        files = [
+            File(
+                task.file.file_path,
+                tuple(sorted(delete.file_path for delete in task.delete_files)),
+                task.file.record_count,
+                task.file.file_size_in_bytes,
+                task.file.partition,
+            )
+            for task in scan.plan_files()
+        ]
+        return sorted(files, key=lambda file: file.path)
+
+    def read(self, columns: Sequence[str], predicate: pl.Expr | None = None, *, tombstones: bool = False) -> pl.DataFrame:
+        """The rows for which `predicate` holds, all files; tombstones only when asked for."""
+        return self.reader.read(self.files(), columns, living(self.table, predicate, tombstones))
+
+    def widen(self, columns: pa.Schema) -> None:
+        """Prepare the schema for rows that have these columns; committed with the data. Raises SchemaConflict."""
+        current = self.arrow_schema
+        new = [f for f in columns if f.name not in current.names]
+        promoted = [
+            (f.name, target)
+            for f in columns
+            if f.name in current.names
+            and not same_type(current.field(f.name).type, f.type)
+            and (target := promotion(self.metadata.schema().find_field(f.name).field_type, f.type)) is not None
+        ]
+        for f in columns:
+            if f.name in current.names and not compatible(current.field(f.name).type, f.type):
+                raise SchemaConflict(self.table.name, f.name, str(current.field(f.name).type), str(f.type))
+        if not new and not promoted:
+            return
+        if self._transaction is None:
+            self._transaction = self.loaded.transaction()
+        with self._transaction.update_schema() as update:
+            if new:
+                update.union_by_name(pa.schema([pa.field(f.name, f.type, nullable=True) for f in new]))
+            for name, target in promoted:
+                update.update_column(name, target)
+
+    def commit(
+        self,
+        added: Iterable[DataFile] = (),
+        *,
+        positions: Mapping[str, Any],
+        removed_paths: frozenset[str] = frozenset(),
+        changes_rows: bool = True,
+        properties: Mapping[str, str] | None = None,
+    ) -> int:
+        """Commit once: files and positions together. Gives the snapshot id. Raises CommitConflict if anyone was first."""
+        transaction = self._transaction or self.loaded.transaction()
+        summary = {
+            POSITIONS: json.dumps(dict(positions), sort_keys=True),
+            DATA_SEQUENCE: str(self.sequence if changes_rows else self.data_sequence),
+            **(properties or {}),
+        }
+        delta = RowDelta(transaction, self.loaded.io, added=added, removed_paths=removed_paths, properties=summary)
+        try:
+            delta.commit()
+            transaction.commit_transaction()
+        except (CommitFailedException, CommitStateUnknownException) as error:
+            raise CommitConflict(f"{self.table.name}: another writer committed first ({type(error).__name__}). Run again.") from error
+        except SQLAlchemyError as error:
+            raise CommitConflict(f"{self.table.name}: the catalog is busy or unreachable ({type(error).__name__}). Run again.") from error
+        return delta.snapshot_id
+
+
+def living(table: Table, predicate: pl.Expr | None, tombstones: bool = False) -> pl.Expr | None:
+    """The predicate, restricted to rows that are not tombstones."""
+    if not table.keeps_tombstones or tombstones:
+        return predicate
+    alive = ~pl.col(DELETED).fill_null(False)
+    return alive if predicate is None else alive & predicate
+
+
+def same_type(left: pa.DataType, right: pa.DataType) -> bool:
+    """Whether two Arrow types are one Iceberg type."""
+    for test in (lambda t: pa.types.is_string(t) or pa.types.is_large_string(t), lambda t: pa.types.is_binary(t) or pa.types.is_large_binary(t)):
+        if test(left) and test(right):
+            return True
+    return bool(left == right)
+
+
+def promotion(established: IcebergType, arriving: pa.DataType) -> IcebergType | None:
+    """The wider Iceberg type that an established column must get for arriving values; None: none needed."""
+    if isinstance(established, IntegerType) and pa.types.is_int64(arriving):
+        return LongType()
+    if isinstance(established, FloatType) and pa.types.is_float64(arriving):
+        return DoubleType()
+    if isinstance(established, DecimalType) and pa.types.is_decimal(arriving) and arriving.precision > established.precision:
+        return DecimalType(arriving.precision, established.scale)
+    return None
+
+
+def compatible(established: pa.DataType, arriving: pa.DataType) -> bool:
+    """Whether arriving values fit an established column, perhaps after Iceberg's own promotion of it."""
+    if same_type(established, arriving):
+        return True
+    if pa.types.is_integer(established) and pa.types.is_integer(arriving):
+        return True
+    if pa.types.is_floating(established) and pa.types.is_floating(arriving):
+        return True
+    return bool(pa.types.is_decimal(established) and pa.types.is_decimal(arriving) and established.scale == arriving.scale)
+
+
+class Lake:
+    """The catalog, and the tables in it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._ensured: set[str] = set()
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        """The Iceberg catalog of the settings; raises SettingsError when it cannot be opened."""
+        properties = dict(self.settings.catalog.properties)
+        if not properties:
+            home = Path(self.settings.home).absolute()
+            (home / "warehouse").mkdir(parents=True, exist_ok=True)
+            properties = {"type": "sql", "uri": f"sqlite:///{home / 'catalog.db'}", "warehouse": f"file://{home / 'warehouse'}"}
+        try:
+            catalog = load_catalog(self.settings.catalog.name, **properties)
+            catalog.list_namespaces()
+            return catalog
+        except Exception as error:  # every catalog has errors of its own
+            shown = properties.get("uri", properties.get("type", "?")).split("@")[-1]
+            raise SettingsError(
+                f"The Iceberg catalog at {shown} cannot be opened ({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}). "
+                "Correct the [catalog] section of the settings, or start the catalog."
+            ) from error
+
+    def load(self, table: Table, *, create: bool = True) -> Handle:
+        """Load a table, making it when it is not there. Raises TableNotFound with create=False."""
+        try:
+            return Handle(table, self.catalog.load_table(table.name))
+        except NoSuchTableError:
+            if not create:
+                raise TableNotFound(f"{table.name} does not exist yet. Run `python -m app run` first.") from None
+        try:
+            self.catalog.create_namespace(table.layer)
+        except NamespaceAlreadyExistsError:
+            pass
+        schema = iceberg_schema(table)
+        try:
+            loaded = self.catalog.create_table(
+                table.name,
+                schema,
+                partition_spec=partition_spec(table, schema),
+                properties={**TABLE_PROPERTIES, "comment": table.doc, "owner": table.owner},
+            )
+        except TableAlreadyExistsError:
+            loaded = self.catalog.load_table(table.name)
+        return Handle(table, loaded)
+
+    def exists(self, table: Table) -> bool:
+        """Whether the table has been made."""
+        return self.catalog.table_exists(table.name)

@@ -1,0 +1,201 @@
+"""Where work runs: in this process when there is little of it, else on Ray Data.
+
+The same functions run in both places; only the cost differs. Ray is started when it is first needed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from lakehouse.errors import SettingsError
+from lakehouse.settings import RaySettings
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a task's output that another task will read: an Arrow table under a kind and a bucket."""
+
+    kind: str
+    bucket: int
+    table: pa.Table
+
+
+@dataclass
+class Pieces:
+    """The pieces of many tasks, in memory or in Ray's object store; picklable into tasks."""
+
+    local: list[Piece] = field(default_factory=list)
+    refs: list[Any] = field(default_factory=list)
+    cpu_seconds: float = 0.0
+
+    def of(self, kind: str, bucket: int | None = None) -> Iterator[pa.Table]:
+        """The tables of a kind; with `bucket`, those of that bucket and those for every bucket (-1)."""
+        for piece in self.local:
+            if piece.kind == kind and (bucket is None or piece.bucket in (bucket, -1)):
+                yield piece.table
+        if self.refs:
+            import ray
+
+            for block in ray.get(self.refs):
+                kinds, buckets, data = block.column("kind"), block.column("bucket"), block.column("data")
+                for row in range(block.num_rows):
+                    if kinds[row].as_py() == kind and (bucket is None or buckets[row].as_py() in (bucket, -1)):
+                        yield pa.ipc.open_stream(data[row].as_buffer()).read_all()
+
+
+def _serialised(pieces: Sequence[Piece]) -> pa.Table:
+    rows = []
+    for piece in pieces:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, piece.table.schema) as stream:
+            stream.write_table(piece.table)
+        rows.append(sink.getvalue())
+    return pa.table(
+        {
+            "kind": pa.array([piece.kind for piece in pieces], pa.string()),
+            "bucket": pa.array([piece.bucket for piece in pieces], pa.int32()),
+            "data": pa.array([row.to_pybytes() for row in rows], pa.large_binary()),
+        }
+    )
+
+
+class Pool:
+    """Runs functions over items, on Ray Data or in this process."""
+
+    def __init__(self, settings: RaySettings) -> None:
+        self.settings = settings
+        self.started = False
+
+    def start(self) -> None:
+        """Join or start Ray, once. Raises SettingsError when the cluster cannot be reached."""
+        if self.started:
+            return
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+        paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+        import ray
+
+        address = self.settings.address or os.environ.get("RAY_ADDRESS") or None
+        try:
+            if ray.is_initialized():
+                pass
+            elif address:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            else:
+                ray.init(
+                    num_cpus=self.settings.cpus or None,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    configure_logging=False,
+                )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise SettingsError(
+                f"Ray at {address or 'this machine'} cannot be used: {str(error).splitlines()[0][:200]}. "
+                "Correct SHOPSPHERE_RAY__ADDRESS, or leave it empty to start Ray here."
+            ) from error
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        context.enable_operator_progress_bars = False
+        for name in ("ray.data", "ray", "ray._private"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        self.started = True
+
+    def map(
+        self, function: Callable[[Item, Pieces], Result], items: Sequence[Item], pieces: Pieces, *, parallel: bool
+    ) -> tuple[list[Result], float]:
+        """Run `function` over `items`, each with all `pieces`; gives the results in the items' order, and the CPU
+        seconds used elsewhere."""
+        if not parallel or not items:
+            return [function(item, pieces) for item in items], 0.0
+        self.start()
+        import ray
+
+        import cloudpickle
+
+        payload = cloudpickle.dumps(function)
+
+        def run(row: dict[str, Any]) -> dict[str, Any]:
+            started = time.process_time()
+            # object references travel in the closure, where Ray sees them: hidden in pickled bytes they would never resolve
+            result = cloudpickle.loads(payload)(pickle.loads(row["item"]), pieces)
+            return {"number": row["number"], "result": pickle.dumps(result), "cpu": time.process_time() - started}
+
+        dataset = ray.data.from_items(
+            [{"number": number, "item": cloudpickle.dumps(item)} for number, item in enumerate(items)],
+            override_num_blocks=len(items),
+        ).map(run)
+        rows = sorted(_unwrapped(dataset.take_all), key=lambda row: int(row["number"]))
+        return [pickle.loads(row["result"]) for row in rows], sum(float(row["cpu"]) for row in rows)
+
+    def extract(self, function: Callable[[Item], list[Piece]], items: Sequence[Item], *, parallel: bool) -> Pieces:
+        """Run `function` over `items`; what it gives stays where it was made."""
+        if not parallel or not items:
+            return Pieces(local=[piece for item in items for piece in function(item)])
+        self.start()
+        import ray
+
+        import cloudpickle
+
+        payload = cloudpickle.dumps(function)
+
+        def run(batch: pa.Table) -> pa.Table:
+            started = time.process_time()
+            work = cloudpickle.loads(payload)
+            pieces = [piece for item in batch.column("item").to_pylist() for piece in work(pickle.loads(item))]
+            cpu = Piece("cpu", -1, pa.table({"seconds": [time.process_time() - started]}))
+            return _serialised([*pieces, cpu])
+
+        dataset = ray.data.from_items(
+            [{"item": cloudpickle.dumps(item)} for item in items], override_num_blocks=len(items)
+        ).map_batches(run, batch_size=1, batch_format="pyarrow")
+        refs = _unwrapped(lambda: dataset.materialize().to_arrow_refs())
+        pieces = Pieces(refs=refs)
+        pieces.cpu_seconds = sum(float(table["seconds"][0].as_py()) for table in pieces.of("cpu"))
+        return pieces
+
+    def close(self) -> None:
+        """Stop Ray if this pool started it."""
+        if self.started:
+            import ray
+
+            ray.shutdown()
+            self.started = False
+
+
+def _unwrapped(action: Callable[[], Any]) -> Any:
+    """Run a Ray Data action; an error of ours raised in a task comes out as itself."""
+    from lakehouse.errors import ShopSphereError
+
+    try:
+        return action()
+    except ShopSphereError:
+        raise
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            inner = getattr(cause, "cause", None) or cause.__cause__
+            if isinstance(cause, ShopSphereError):
+                raise cause from None
+            cause = inner
+        raise
+
+

@@ -1,0 +1,113 @@
+"""SQL over all tables by layer and name, time travel included, on DuckDB.
+
+Time travel: `gold.sales_daily FOR VERSION AS OF <snapshot id>` or `FOR TIMESTAMP AS OF '<time>'`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import duckdb
+import polars as pl
+import pyarrow as pa
+import sqlglot
+from sqlglot import exp
+from sqlglot.errors import SqlglotError
+
+from lakehouse.errors import QueryError
+from lakehouse.iceberg import Handle, Lake, living
+from lakehouse.table import BOOKKEEPING, Table
+
+
+@dataclass(frozen=True)
+class Mention:
+    """A table named in a statement, perhaps as of an earlier snapshot or moment."""
+
+    name: str
+    kind: str = ""
+    moment: str = ""
+
+
+def snapshot_of(handle: Handle, mention: Mention) -> int | None:
+    """The snapshot that a mention means; None: the current one. Raises QueryError when there is none."""
+    if not mention.kind:
+        return None
+    snapshots = list(handle.loaded.metadata.snapshots)
+    if mention.kind == "VERSION":
+        known = [s.snapshot_id for s in snapshots]
+        if not mention.moment.isdigit() or int(mention.moment) not in known:
+            raise QueryError(f"{mention.name} has no snapshot {mention.moment}. Snapshots: {', '.join(map(str, known[-10:])) or 'none'}.")
+        return int(mention.moment)
+    try:
+        moment = datetime.fromisoformat(mention.moment)
+    except ValueError:
+        raise QueryError(f"'{mention.moment}' is not a time. Write it as '2026-01-31 12:00:00' (UTC).") from None
+    limit = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000
+    before = [s for s in snapshots if s.timestamp_ms <= limit]
+    if not before:
+        raise QueryError(f"{mention.name} has no snapshot at or before {mention.moment}.")
+    return max(before, key=lambda s: s.timestamp_ms).snapshot_id
+
+
+def rows_of(handle: Handle, snapshot_id: int | None, columns: Sequence[str] | None = None) -> pl.DataFrame:
+    """The living rows of a snapshot without the engine's bookkeeping columns."""
+    reader = handle.reader
+    names = [n for n in reader.schema.names if n not in BOOKKEEPING and (columns is None or n in columns)]
+    if snapshot_id is None and handle.snapshot is None:
+        return reader.read((), names)
+    return reader.read(handle.files(snapshot_id=snapshot_id), names, living(handle.table, None))
+
+
+def _mentions(tree: exp.Expression, tables: Mapping[str, Table]) -> dict[Mention, list[exp.Table]]:
+    local = {cte.alias_or_name for cte in tree.find_all(exp.CTE)}
+    found: dict[Mention, list[exp.Table]] = {}
+    for node in tree.find_all(exp.Table):
+        if not node.db and node.name in local or isinstance(node.this, exp.Func):
+            continue
+        name = f"{node.db}.{node.name}" if node.db else node.name
+        if name not in tables:
+            near = [t for t in tables if t.split(".")[1] == node.name]
+            hint = f"Did you mean {near[0]}?" if near else f"Tables: {', '.join(sorted(tables))}."
+            raise QueryError(f"There is no table {name}. {hint}")
+        version = node.args.get("version") or node.args.get("when")
+        mention = Mention(name, version.this.upper(), version.expression.name) if isinstance(version, exp.Version) else Mention(name)
+        found.setdefault(mention, []).append(node)
+    return found
+
+
+def _used_columns(tree: exp.Expression) -> set[str] | None:
+    """The names of columns that the statement mentions; None: all (a star)."""
+    if any(not isinstance(star.parent, exp.Count) for star in tree.find_all(exp.Star)):
+        return None
+    names = {column.name for column in tree.find_all(exp.Column)} | {i.name for i in tree.find_all(exp.Identifier)}
+    return {name.lower() for name in names}
+
+
+def query(lake: Lake, tables: Mapping[str, Table], statement: str) -> pa.Table:
+    """Run one SELECT. Raises QueryError with what is wrong and what there is."""
+    try:
+        trees = [tree for tree in sqlglot.parse(statement, dialect="databricks" if " AS OF " in statement.upper() else "duckdb") if tree]
+    except SqlglotError as error:
+        raise QueryError(f"The statement cannot be read: {str(error).splitlines()[0]}") from None
+    if len(trees) != 1 or not isinstance(trees[0], exp.Query):
+        raise QueryError("Give exactly one SELECT: the lakehouse is read here, never written.")
+    tree = trees[0]
+    mentions = _mentions(tree, tables)
+    used = _used_columns(tree)
+    with duckdb.connect() as connection:
+        connection.execute("SET TimeZone='UTC'")
+        connection.execute("SET enable_external_access=false")
+        for number, (mention, nodes) in enumerate(mentions.items()):
+            handle = lake.load(tables[mention.name], create=False)
+            columns = None if used is None else [n for n in handle.reader.schema.names if n.lower() in used]
+            rows = rows_of(handle, snapshot_of(handle, mention), columns or None)
+            connection.register(f"t{number}", rows.to_arrow(compat_level=pl.CompatLevel.oldest()))
+            for node in nodes:
+                alias = node.alias or node.name
+                node.replace(exp.alias_(exp.to_table(f"t{number}"), alias, table=True))
+        try:
+            return connection.execute(tree.sql(dialect="duckdb")).to_arrow_table()
+        except duckdb.Error as error:
+            raise QueryError(f"The statement cannot be run: {str(error).splitlines()[0]}") from None

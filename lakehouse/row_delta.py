@@ -1,0 +1,177 @@
+"""One Iceberg snapshot that adds and removes data files and position deletes.
+
+PyIceberg 0.12 has no row delta and no merge-on-read write; this module is the whole of what this project adds to
+its private snapshot producer. There are no conflict checks: it is safe only with commit retries off, from a
+handle loaded before the read, so that any commit in between makes it fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from pyiceberg.manifest import (
+    DataFile,
+    DataFileContent,
+    ManifestContent,
+    ManifestEntry,
+    ManifestEntryStatus,
+    ManifestFile,
+    ManifestWriterV2,
+)
+from pyiceberg.table import TableProperties
+from pyiceberg.table.snapshots import Operation, SnapshotSummaryCollector, Summary, update_snapshot_summaries
+from pyiceberg.table.update.snapshot import _ManifestMergeManager, _SnapshotProducer
+from pyiceberg.utils.properties import property_as_bool, property_as_int
+
+if TYPE_CHECKING:
+    from pyiceberg.io import FileIO
+    from pyiceberg.table import Transaction
+
+
+class DeleteManifestWriter(ManifestWriterV2):
+    """A manifest of position delete files."""
+
+    def content(self) -> ManifestContent:
+        """Tell that the entries are delete files."""
+        return ManifestContent.DELETES
+
+    @property
+    def _meta(self) -> dict[str, str]:
+        return {**super()._meta, "content": "deletes"}
+
+
+class RowDelta(_SnapshotProducer["RowDelta"]):
+    """Adds data files and position delete files, removes files by path; all in one snapshot."""
+
+    def __init__(
+        self,
+        transaction: Transaction,
+        io: FileIO,
+        *,
+        added: Iterable[DataFile] = (),
+        removed_paths: frozenset[str] = frozenset(),
+        properties: dict[str, str],
+    ) -> None:
+        added = tuple(added)
+        deletes = [file for file in added if file.content != DataFileContent.DATA]
+        operation = Operation.OVERWRITE if deletes or removed_paths else Operation.APPEND
+        super().__init__(operation, transaction, io, snapshot_properties=properties)
+        for file in added:
+            if file.content == DataFileContent.DATA:
+                self.append_data_file(file)
+        self._added_delete_files = deletes
+        self._removed_paths = removed_paths
+        self._removed_files: list[DataFile] = []
+
+    def _validate_concurrency(self) -> None:
+        """Nothing to check: a commit in between fails this one (retries are off)."""
+
+    def _parent_manifests(self) -> list[ManifestFile]:
+        if self._parent_snapshot_id is None:
+            return []
+        snapshot = self._transaction.table_metadata.snapshot_by_id(self._parent_snapshot_id)
+        return snapshot.manifests(io=self._io) if snapshot else []
+
+    def _writer(self, content: ManifestContent, spec_id: int) -> ManifestWriterV2:
+        if content == ManifestContent.DATA:
+            return self.new_manifest_writer(self.spec(spec_id))  # type: ignore[return-value]
+        return DeleteManifestWriter(
+            self.spec(spec_id), self.schema(), self.new_manifest_output(), self._snapshot_id, self._compression
+        )
+
+    def _rewritten(self, manifest: ManifestFile) -> list[ManifestFile]:
+        """The manifest without the removed files, and a manifest that records their removal."""
+        entries = manifest.fetch_manifest_entry(io=self._io, discard_deleted=True)
+        gone = [entry for entry in entries if entry.data_file.file_path in self._removed_paths]
+        if not gone:
+            return [manifest]
+        self._removed_files.extend(entry.data_file for entry in gone)
+        kept = [entry for entry in entries if entry.data_file.file_path not in self._removed_paths]
+        result = []
+        for status, group in ((ManifestEntryStatus.EXISTING, kept), (ManifestEntryStatus.DELETED, gone)):
+            if group:
+                with self._writer(manifest.content, manifest.partition_spec_id) as writer:
+                    for entry in group:
+                        writer.add_entry(self._with_status(entry, status))
+                result.append(writer.to_manifest_file())
+        return result
+
+    def _with_status(self, entry: ManifestEntry, status: ManifestEntryStatus) -> ManifestEntry:
+        return ManifestEntry.from_args(
+            status=status,
+            snapshot_id=self._snapshot_id if status == ManifestEntryStatus.DELETED else entry.snapshot_id,
+            sequence_number=entry.sequence_number,
+            file_sequence_number=entry.file_sequence_number,
+            data_file=entry.data_file,
+        )
+
+    def _existing_manifests(self) -> list[ManifestFile]:
+        live = [m for m in self._parent_manifests() if m.has_added_files() or m.has_existing_files()]
+        if not self._removed_paths:
+            return live
+        return [rewritten for manifest in live for rewritten in self._rewritten(manifest)]
+
+    def _deleted_entries(self) -> list[ManifestEntry]:
+        return []
+
+    def _manifests(self) -> list[ManifestFile]:
+        manifests = super()._manifests()
+        if self._added_delete_files:
+            with self._writer(ManifestContent.DELETES, self._transaction.table_metadata.default_spec_id) as writer:
+                for file in self._added_delete_files:
+                    writer.add_entry(
+                        ManifestEntry.from_args(
+                            status=ManifestEntryStatus.ADDED,
+                            snapshot_id=self._snapshot_id,
+                            sequence_number=None,
+                            file_sequence_number=None,
+                            data_file=file,
+                        )
+                    )
+            manifests.append(writer.to_manifest_file())
+        return manifests
+
+    def _process_manifests(self, manifests: list[ManifestFile]) -> list[ManifestFile]:
+        """Merge small data manifests, as Iceberg's merge append does, so that planning stays cheap."""
+        properties = self._transaction.table_metadata.properties
+        data = [manifest for manifest in manifests if manifest.content == ManifestContent.DATA]
+        deletes = [manifest for manifest in manifests if manifest.content == ManifestContent.DELETES]
+        at_least = property_as_int(properties, TableProperties.MANIFEST_MIN_MERGE_COUNT, 20) or 20
+        merger = _ManifestMergeManager(
+            target_size_bytes=property_as_int(  # type: ignore[arg-type]
+                properties, TableProperties.MANIFEST_TARGET_SIZE_BYTES, TableProperties.MANIFEST_TARGET_SIZE_BYTES_DEFAULT
+            ),
+            min_count_to_merge=at_least,
+            merge_enabled=property_as_bool(properties, TableProperties.MANIFEST_MERGE_ENABLED, True),
+            snapshot_producer=self,
+        )
+        if len(deletes) >= at_least:
+            deletes = self._merged_deletes(deletes)
+        return (merger.merge_manifests(data) if data else []) + deletes
+
+    def _merged_deletes(self, manifests: list[ManifestFile]) -> list[ManifestFile]:
+        by_spec: dict[int, list[ManifestFile]] = {}
+        for manifest in manifests:
+            by_spec.setdefault(manifest.partition_spec_id, []).append(manifest)
+        merged = []
+        for spec_id, group in by_spec.items():
+            with self._writer(ManifestContent.DELETES, spec_id) as writer:
+                for manifest in group:
+                    for entry in manifest.fetch_manifest_entry(io=self._io, discard_deleted=True):
+                        writer.add_entry(self._with_status(entry, ManifestEntryStatus.EXISTING))
+            merged.append(writer.to_manifest_file())
+        return merged
+
+    def _summary(self, snapshot_properties: dict[str, str] | None = None) -> Summary:
+        metadata = self._transaction.table_metadata
+        collector = SnapshotSummaryCollector()
+        for file in (*self._added_data_files, *self._added_delete_files):
+            collector.add_file(data_file=file, partition_spec=metadata.spec(), schema=metadata.schema())
+        for file in self._removed_files:
+            collector.remove_file(data_file=file, partition_spec=metadata.specs()[file.spec_id], schema=metadata.schema())
+        parent = metadata.snapshot_by_id(self._parent_snapshot_id) if self._parent_snapshot_id is not None else None
+        return update_snapshot_summaries(
+            summary=Summary(operation=self._operation, **collector.build(), **self.snapshot_properties),
+            previous_summary=parent.summary if parent is not None else None,  # type: ignore[arg-type]
+        )

@@ -1,0 +1,150 @@
+"""Settings: one TOML file plus the environment.
+
+Read from, the first that has it: the environment (`SHOPSPHERE_KAFKA__BOOTSTRAP_SERVERS=...`), the TOML
+file (`SHOPSPHERE_CONFIG`, by default `$SHOPSPHERE_HOME/shopsphere.toml`), the defaults below.
+"""
+
+from __future__ import annotations
+
+import os
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from lakehouse.errors import SettingsError
+
+
+class Section(BaseModel):
+    """A section of the settings file: frozen, and an unknown name is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CatalogSettings(Section):
+    """The Iceberg catalog. Any PyIceberg catalog: `properties` go to `pyiceberg.catalog.load_catalog` as they are."""
+
+    name: str = Field("shopsphere", description="Name of the catalog")
+    properties: dict[str, str] = Field(
+        default_factory=dict,
+        description="PyIceberg catalog properties (type, uri, warehouse, s3.endpoint ...); "
+        "empty: SQLite and a local warehouse under SHOPSPHERE_HOME",
+    )
+
+
+class PostgresSettings(Section):
+    """The operational PostgreSQL database."""
+
+    enabled: bool = Field(True, description="Read this source")
+    dsn: SecretStr = Field(SecretStr(""), description="libpq connection string or URI")
+    schema_name: str = Field("public", description="Schema that holds the tables")
+    publication: str = Field("shopsphere", description="Publication to read")
+    slot: str = Field("shopsphere", description="Logical replication slot, created when it is not there")
+    retyped_columns: Literal["error", "beside"] = Field(
+        "error",
+        description="A column whose type changed incompatibly: 'error' stops, 'beside' stores the new values "
+        "in a new column named <column>__<type>",
+    )
+
+
+class MongoSettings(Section):
+    """The MongoDB database of the marketplaces."""
+
+    enabled: bool = Field(True, description="Read this source")
+    uri: SecretStr = Field(SecretStr(""), description="MongoDB connection URI")
+    database: str = Field("shopsphere", description="Database")
+    collection: str = Field("marketplace_orders", description="Collection of marketplace orders")
+    mode: Literal["auto", "change_stream", "watermark"] = Field(
+        "auto", description="How changes are read; 'auto': change stream where the server has them"
+    )
+
+
+class KafkaSettings(Section):
+    """The Kafka topics of events."""
+
+    enabled: bool = Field(True, description="Read this source")
+    bootstrap_servers: str = Field("", description="host:port, comma separated")
+    topics: Annotated[tuple[str, ...], NoDecode] = Field(("events",), description="Topics to read, comma separated")
+    properties: dict[str, str] = Field(
+        default_factory=dict, description="More librdkafka properties (security.protocol, sasl.*, ...)"
+    )
+    batch_messages: int = Field(250_000, ge=1, description="Messages that one reading task takes at most")
+
+
+class RaySettings(Section):
+    """Ray: where it runs, and when it is worth starting."""
+
+    address: str = Field("", description="Ray address; empty: join the cluster of the job, else start Ray locally")
+    cpus: int = Field(0, ge=0, description="CPUs of a local Ray; 0: all of them")
+    inline_rows: int = Field(
+        50_000,
+        ge=0,
+        description="A step that reads fewer new rows than this runs in the driver: starting Ray costs more; 0: always Ray",
+    )
+    rows_per_task: int = Field(250_000, ge=1, description="Rows that one task handles, roughly")
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Frozen."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="SHOPSPHERE_", env_nested_delimiter="__", frozen=True, extra="forbid", nested_model_default_partial_update=True
+    )
+
+    home: Path = Field(Path(".shopsphere"), description="Where everything local lives")
+    base_currency: str = Field("USD", pattern="^[A-Z]{3}$", description="ISO 4217 currency of gold")
+    default_region: str = Field("ID", pattern="^[A-Z]{2}$", description="Region of phone numbers that name none")
+    address_crowd: int = Field(12, ge=2, description="An address shared by more people than this links nobody")
+    identifier_crowd: int = Field(8, ge=2, description="An email, phone or device shared by more people than this links nobody")
+    low_stock_days: Decimal = Field(Decimal(7), description="Days of cover below which stock is low")
+    snapshot_retention_hours: float = Field(24.0 * 7, ge=0, description="`maintain` expires older snapshots")
+    orphan_retention_hours: float = Field(24.0, ge=0, description="`maintain` deletes unreferenced files older than this")
+    catalog: CatalogSettings = CatalogSettings()
+    postgres: PostgresSettings = PostgresSettings()
+    mongo: MongoSettings = MongoSettings()
+    kafka: KafkaSettings = KafkaSettings()
+    ray: RaySettings = RaySettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=config_file())
+
+
+def home_directory() -> Path:
+    """The directory of everything local: `SHOPSPHERE_HOME`, by default `.shopsphere`, absolute."""
+    return Path(os.environ.get("SHOPSPHERE_HOME", ".shopsphere")).expanduser().absolute()
+
+
+def config_file() -> Path:
+    """The settings file: `SHOPSPHERE_CONFIG`, by default `shopsphere.toml` in the home directory."""
+    return Path(os.environ.get("SHOPSPHERE_CONFIG", home_directory() / "shopsphere.toml")).expanduser()
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Read the settings; `overrides` win over everything. Raises SettingsError naming each wrong setting."""
+    try:
+        return Settings(**{"home": home_directory(), **overrides})
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors(include_input=False)
+        )
+        raise SettingsError(
+            f"Settings are wrong: {wrong}. Correct {config_file()} or the SHOPSPHERE_... environment variable of that name."
+        ) from None
+    except (ValueError, OSError) as error:
+        raise SettingsError(f"Settings file {config_file()} cannot be read: {error}. Correct it, or remove it.") from None

@@ -1,0 +1,141 @@
+"""Declarations: how a table is filled from others. Frozen values, pure functions, no I/O.
+
+A step is a function of the SET of rows upstream. The engine finds the groups that new upstream rows touch,
+gathers everything about those groups, calls `fill`, and replaces those groups in the target. A full rebuild is
+the same call with every group touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import polars as pl
+
+from lakehouse.table import Table
+
+Lookup = Callable[[Table, Sequence[str], pl.Expr, Sequence[str]], pl.DataFrame]
+"""lookup(table, columns, predicate, predicate_columns): the living rows of a table for which `predicate` holds."""
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What parsing gave: the rows, and those that cannot be read.
+
+    rejected has the columns reason (str), source_position (str), original (binary).
+    parsed_positions (str): the positions that were read well (their quarantine, if any, ends).
+    """
+
+    rows: pl.DataFrame
+    rejected: pl.DataFrame | None = None
+    parsed_positions: pl.Series | None = None
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Read all living rows of the touched groups from `table`, over its whole history.
+
+    keys     one or more tuples of expressions over the table's columns; each tuple gives the target's group
+             columns, in order. A row belongs to every group that one of the tuples gives (null: to none).
+    columns  the columns that `fill` gets (empty: all)
+    parse    run over the new rows only, to find those that cannot be read: they go to quarantine. `fill` gets the
+             rows as they are in the table
+    always   rows of touched groups that are read whatever the step's `ordered_by` moment
+    resolve  columns that identify a source record: a new row whose keys are null (a delete that names nothing
+             else) touches the groups of the earlier rows with the same values here, and `fill` also gets all
+             rows that share them with a gathered row
+    """
+
+    table: Table
+    keys: tuple[tuple[pl.Expr, ...], ...]
+    columns: tuple[str, ...] = ()
+    parse: Callable[[pl.DataFrame], Parsed] | None = None
+    always: pl.Expr | None = None
+    resolve: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Read only the rows of `table` that are new; what was there before is in the target's own rows (`old`).
+
+    parse gives rows that have the target's group columns. For targets whose merge is associative, commutative
+    and idempotent.
+    """
+
+    table: Table
+    parse: Callable[[pl.DataFrame], Parsed]
+    columns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Read all of a small table.
+
+    touch(changed rows) -> predicate over the columns of `through` (default: the target), named in
+    `touch_columns`: the rows for which it holds give the groups to recompute (`touch_keys`: expressions, default:
+    the group columns). None: a change touches nothing by itself.
+    """
+
+    table: Table
+    columns: tuple[str, ...] = ()
+    touch: Callable[[pl.DataFrame], pl.Expr] | None = None
+    touch_columns: tuple[str, ...] = ()
+    through: Table | None = None
+    touch_keys: tuple[pl.Expr, ...] = ()
+
+
+@dataclass(frozen=True)
+class Join:
+    """Read the rows of `table` whose column `on` has one of the values that `values(gathered frames)` gives.
+
+    touch and the rest: as in `Whole`.
+    """
+
+    table: Table
+    on: str
+    values: Callable[[Mapping[str, pl.DataFrame]], pl.Series]
+    columns: tuple[str, ...] = ()
+    touch: Callable[[pl.DataFrame], pl.Expr] | None = None
+    touch_columns: tuple[str, ...] = ()
+    through: Table | None = None
+    touch_keys: tuple[pl.Expr, ...] = ()
+
+
+Read = Gather | Changes | Whole | Join
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a fill may know beside its rows: settings that shape the result. No clock."""
+
+    base_currency: str = "USD"
+    default_region: str = "ID"
+    address_crowd: int = 12
+    identifier_crowd: int = 8
+    low_stock_days: float = 7.0
+
+
+Fill = Callable[[Mapping[str, pl.DataFrame], Context], pl.DataFrame]
+"""fill(frames, context): frames by the reads' names, plus 'old' (the target's own living rows of the touched
+groups, business columns only) and 'groups' (the touched groups). Gives the rows of the touched groups as they
+must be now, with the target's columns."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """How one table is filled.
+
+    reads      by the name under which `fill` gets them
+    expand     widens the touched groups (e.g. to whole connected components): expand(groups, lookup) -> groups;
+               a step that has it runs as a single task
+    ordered_by a column of the target by which groups are histories: only rows from the first change on are
+               recomputed; `fill` also gets 'opening', the last row of each group before it, and the Gather
+               tables must have a column of the same name
+    """
+
+    target: Table
+    reads: Mapping[str, Read]
+    fill: Fill
+    expand: Callable[[pl.DataFrame, Lookup], pl.DataFrame] | None = None
+    ordered_by: str = ""
+    uses_old: bool = field(default=False)

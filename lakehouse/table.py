@@ -1,0 +1,101 @@
+"""Declarations: what a table is. Frozen values, no I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+
+TIMESTAMP = pa.timestamp("us", tz="UTC")
+MONEY = pa.decimal128(20, 4)
+
+SEQUENCE = "_seq"
+GROUP_HASH = "_group_hash"
+DELETED = "_deleted"
+BOOKKEEPING = (SEQUENCE, GROUP_HASH, DELETED)
+"""Columns the engine adds and keeps: the commit that changed the row, a hash of its group, the tombstone mark."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: name, Arrow type, what it means."""
+
+    name: str
+    type: pa.DataType
+    doc: str
+    required: bool = False
+
+
+def column(name: str, type: pa.DataType, doc: str, *, required: bool = False) -> Column:
+    """Declare a column."""
+    return Column(name, type, doc, required)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A partition field: an Iceberg transform of a column."""
+
+    column: str
+    transform: Literal["identity", "day", "month", "year"]
+
+
+def month(column_name: str) -> Partition:
+    """Partition by the month of a date or timestamp column."""
+    return Partition(column_name, "month")
+
+
+def day(column_name: str) -> Partition:
+    """Partition by the day of a date or timestamp column."""
+    return Partition(column_name, "day")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the lakehouse.
+
+    name         'layer.table', e.g. 'silver.orders_unified'
+    key          columns that identify a row; empty in bronze, which is append-only
+    group        columns of the unit that is recomputed together; part of the key (default: the key)
+    traced       columns whose old value downstream tables must hear of: when one changes, the row with the old
+                 value stays as a tombstone
+    sort_by      order of rows within a data file
+    """
+
+    name: str
+    doc: str
+    columns: tuple[Column, ...]
+    key: tuple[str, ...] = ()
+    group: tuple[str, ...] = ()
+    traced: tuple[str, ...] = ()
+    partition_by: tuple[Partition, ...] = ()
+    sort_by: tuple[str, ...] = ()
+    owner: str = "data platform"
+
+    def __post_init__(self) -> None:
+        known = {item.name for item in self.columns}
+        partitioned = tuple(item.column for item in self.partition_by)
+        if missing := [name for name in (*self.key, *self.group, *self.traced, *partitioned, *self.sort_by) if name not in known]:
+            raise ValueError(f"{self.name}: no column {missing}. Existing columns: {sorted(known)}")
+        if not self.group:
+            object.__setattr__(self, "group", self.key)
+
+    @property
+    def layer(self) -> str:
+        """The Iceberg namespace: bronze, silver or gold."""
+        return self.name.split(".")[0]
+
+    @property
+    def short_name(self) -> str:
+        """The name without its layer."""
+        return self.name.split(".")[1]
+
+    @property
+    def keeps_tombstones(self) -> bool:
+        """Silver keeps deleted rows as tombstones, so that gold hears of them."""
+        return self.layer == "silver"
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The Arrow schema of the declared columns, without the engine's own."""
+        return pa.schema([pa.field(item.name, item.type, nullable=not item.required) for item in self.columns])

@@ -1,0 +1,289 @@
+"""The laws, on small tables of every kind of step: any order, any duplication, any split, rerun, rebuild."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import cloudpickle
+import polars as pl
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lakehouse.digest import digest
+from lakehouse.engine import Engine
+from lakehouse.errors import CommitConflict
+from lakehouse.iceberg import Handle, Lake, as_arrow
+from lakehouse.parallel import Pool
+from lakehouse.settings import RaySettings, Settings
+from lakehouse.step import Changes, Context, Gather, Join, Parsed, Step, Whole
+from lakehouse.table import TIMESTAMP, Table, column
+
+BRONZE = Table(
+    "bronze.accounts",
+    "Changes of accounts",
+    (
+        column("id", pa.int64(), "id"),
+        column("city", pa.string(), "city"),
+        column("amount", pa.int64(), "amount"),
+        column("at", TIMESTAMP, "moment"),
+        column("raw", pa.binary(), "as received"),
+        column("_op", pa.string(), "operation"),
+        column("_source_position", pa.string(), "position"),
+        column("_source_time", TIMESTAMP, "time"),
+    ),
+)
+RATES = Table("silver.rates", "Rate per city", (column("city", pa.string(), "city"), column("rate", pa.int64(), "rate")), key=("city",))
+ACCOUNTS = Table(
+    "silver.accounts",
+    "Accounts now",
+    (
+        column("id", pa.int64(), "id"),
+        column("city", pa.string(), "city"),
+        column("amount", pa.int64(), "amount"),
+        column("rated", pa.int64(), "amount * rate"),
+    ),
+    key=("id",),
+    traced=("city",),
+)
+CITIES = Table(
+    "gold.cities",
+    "Totals",
+    (column("city", pa.string(), "city"), column("accounts", pa.int64(), "n"), column("amount", pa.int64(), "sum")),
+    key=("city",),
+)
+EVENTS = Table(
+    "silver.events",
+    "Each event once",
+    (column("id", pa.int64(), "id"), column("city", pa.string(), "city"), column("amount", pa.int64(), "amount"), column("at", TIMESTAMP, "moment")),
+    key=("id",),
+)
+LEDGER = Table(
+    "silver.ledger",
+    "Running balance per city",
+    (
+        column("city", pa.string(), "city"),
+        column("at", TIMESTAMP, "moment"),
+        column("id", pa.int64(), "id"),
+        column("balance", pa.int64(), "balance"),
+    ),
+    key=("city", "at", "id"),
+    group=("city",),
+)
+QUARANTINE = Table(
+    "silver.quarantine",
+    "Unreadable rows",
+    (
+        column("source_table", pa.string(), "table"),
+        column("source_position", pa.string(), "position"),
+        column("reason", pa.string(), "why"),
+        column("original", pa.binary(), "bytes"),
+        column("source_time", TIMESTAMP, "time"),
+    ),
+    key=("source_table", "source_position"),
+)
+
+
+def newest(rows: pl.DataFrame) -> pl.DataFrame:
+    return rows.sort("_source_position", "_op").unique("id", keep="last", maintain_order=True).filter(pl.col("_op") != "d")
+
+
+def fill_accounts(frames, context):
+    rates = frames["rates"].select("city", "rate")
+    rows = newest(frames["rows"]).join(rates, on="city", how="left")
+    return rows.select("id", "city", "amount", (pl.col("amount") * pl.col("rate").fill_null(1)).alias("rated"))
+
+
+def fill_cities(frames, context):
+    return frames["accounts"].group_by("city").agg(pl.len().cast(pl.Int64).alias("accounts"), pl.col("rated").sum().alias("amount"))
+
+
+def parse_events(rows: pl.DataFrame) -> Parsed:
+    bad = rows.filter(pl.col("raw") == b"bad")
+    good = rows.filter((pl.col("raw") != b"bad") & (pl.col("_op") != "d"))
+    return Parsed(
+        good.select("id", "city", "amount", "at"),
+        bad.select(pl.lit("bad bytes").alias("reason"), pl.col("_source_position").alias("source_position"), pl.col("raw").alias("original")),
+    )
+
+
+def fill_events(frames, context):
+    rows = pl.concat([frames["new"], frames["old"]])
+    return rows.sort("at", "city", "amount").unique("id", keep="first", maintain_order=True)
+
+
+def fill_ledger(frames, context):
+    opening = frames["opening"].select("city", pl.col("balance").alias("start"))
+    rows = frames["events"].sort("at", "id").join(opening, on="city", how="left")
+    return rows.select("city", "at", "id", (pl.col("amount").cum_sum().over("city") + pl.col("start").fill_null(0)).alias("balance"))
+
+
+STEPS = (
+    Step(
+        ACCOUNTS,
+        {
+            "rows": Gather(BRONZE, ((pl.col("id"),),)),
+            "rates": Whole(RATES, touch=lambda new: pl.col("city").is_in(new["city"].implode()), touch_columns=("city",)),
+        },
+        fill_accounts,
+    ),
+    Step(CITIES, {"accounts": Gather(ACCOUNTS, ((pl.col("city"),),))}, fill_cities),
+    Step(EVENTS, {"new": Changes(BRONZE, parse_events)}, fill_events, uses_old=True),
+    Step(LEDGER, {"events": Gather(EVENTS, ((pl.col("city"),),), columns=("city", "at", "id", "amount"))}, fill_ledger, ordered_by="at"),
+)
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def make_engine(home: Path, **ray) -> Engine:
+    options = {"inline_rows": 10**9, **ray}
+    configured = Settings(home=home, ray=RaySettings(**options))
+    return Engine(Lake(configured), Pool(configured.ray), Context(), QUARANTINE)
+
+
+def bronze_rows(rows: list[tuple]) -> pl.DataFrame:
+    return pl.DataFrame(
+        [
+            {
+                "id": id_,
+                "city": city,
+                "amount": amount,
+                "at": START + timedelta(minutes=minute),
+                "raw": b"bad" if amount == 0 else b"good",
+                "_op": op,
+                "_source_position": f"{number:06d}",
+                "_source_time": START,
+            }
+            for number, id_, city, amount, minute, op in rows
+        ]
+    )
+
+
+def append(engine: Engine, rows: pl.DataFrame, table: Table = BRONZE) -> None:
+    handle: Handle = engine.lake.load(table)
+    sequence = handle.sequence
+    columns = as_arrow(rows.with_columns(pl.lit(sequence).alias("_seq"), pl.lit(0).alias("_group_hash"), pl.lit(False).alias("_deleted")), handle.writer.schema)
+    handle.commit(handle.writer.write(columns), positions={})
+
+
+def set_rates(engine: Engine, rates: dict[str, int]) -> None:
+    table = Table("bronze.rates", "rates", (column("city", pa.string(), "c"), column("rate", pa.int64(), "r")))
+    append(engine, pl.DataFrame({"city": list(rates), "rate": list(rates.values())}), table)
+    step = Step(RATES, {"rows": Gather(table, ((pl.col("city"),),))}, lambda f, c: f["rows"].group_by("city").agg(pl.col("rate").max()))
+    engine.refresh(step)
+
+
+def run(engine: Engine, **options) -> list[str]:
+    return [engine.refresh(step, **options).status for step in STEPS]
+
+
+def digests(engine: Engine) -> dict[str, str]:
+    return {t.name: digest(engine.lake.load(t)) for t in (ACCOUNTS, CITIES, EVENTS, LEDGER, QUARANTINE)}
+
+
+histories = st.lists(
+    st.tuples(
+        st.integers(1, 6),
+        st.sampled_from(["x", "y", "z"]),
+        st.integers(0, 5),
+        st.integers(0, 30),
+        st.sampled_from(["c", "u", "u", "d"]),
+    ),
+    min_size=1,
+    max_size=14,
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(histories, st.data())
+def test_any_order_duplication_and_split_gives_the_tables_of_one_run(history, data):
+    rows = [(number, *item) for number, item in enumerate(history)]
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as many:
+        whole = make_engine(Path(one))
+        append(whole, bronze_rows(rows))
+        set_rates(whole, {"x": 2, "y": 3})
+        run(whole)
+        expected = digests(whole)
+
+        shuffled = data.draw(st.permutations(rows + data.draw(st.lists(st.sampled_from(rows), max_size=3))))
+        cuts = sorted(data.draw(st.lists(st.integers(0, len(shuffled)), max_size=3)))
+        parts = [shuffled[a:b] for a, b in zip([0, *cuts], [*cuts, len(shuffled)], strict=True)]
+        split = make_engine(Path(many))
+        rate_after = data.draw(st.integers(0, len(parts)))
+        for number, part in enumerate(parts):
+            if number == rate_after:
+                set_rates(split, {"x": 2, "y": 3})
+            if part:
+                append(split, bronze_rows(part))
+            run(split)
+        if rate_after == len(parts):
+            set_rates(split, {"x": 2, "y": 3})
+            run(split)
+        assert digests(split) == expected
+        assert run(split) == ["unchanged"] * len(STEPS)
+        run(split, rebuild=True)
+        assert digests(split) == expected
+
+
+def test_a_rerun_commits_nothing(tmp_path):
+    engine = make_engine(tmp_path)
+    append(engine, bronze_rows([(0, 1, "x", 5, 0, "c")]))
+    run(engine)
+    before = [engine.lake.load(step.target).snapshot.snapshot_id for step in STEPS]
+    assert run(engine) == ["unchanged"] * len(STEPS)
+    assert [engine.lake.load(step.target).snapshot.snapshot_id for step in STEPS] == before
+
+
+def test_a_stale_writer_fails_instead_of_repeating_rows(tmp_path):
+    engine = make_engine(tmp_path)
+    append(engine, bronze_rows([(0, 1, "x", 5, 0, "c")]))
+    zombie = engine.lake.load(BRONZE)
+    append(engine, bronze_rows([(1, 2, "y", 5, 0, "c")]))
+    files = zombie.writer.write(bronze_rows([(1, 2, "y", 5, 0, "c")]))
+    with pytest.raises(CommitConflict, match=r"bronze\.accounts"):
+        zombie.commit(files, positions={})
+    assert engine.lake.load(BRONZE).read(["id"]).height == 2
+
+
+def test_one_snapshot_for_replaced_and_new_rows(tmp_path):
+    engine = make_engine(tmp_path)
+    append(engine, bronze_rows([(0, 1, "x", 5, 0, "c"), (1, 2, "x", 1, 0, "c")]))
+    run(engine)
+    append(engine, bronze_rows([(2, 1, "y", 7, 1, "u")]))
+    before = len(engine.lake.load(ACCOUNTS).loaded.metadata.snapshots)
+    run(engine)
+    handle = engine.lake.load(ACCOUNTS)
+    assert len(handle.loaded.metadata.snapshots) == before + 1
+    seen = handle.loaded.scan().to_arrow().to_pylist()
+    assert sorted((r["id"], r["city"], r["_deleted"]) for r in seen) == [(1, "x", True), (1, "y", False), (2, "x", False)]
+    assert engine.lake.load(CITIES).read(["city", "amount"]).sort("city").rows() == [("x", 1), ("y", 7)]
+
+
+def test_a_correction_ends_the_quarantine_of_its_row(tmp_path):
+    engine = make_engine(tmp_path)
+    append(engine, bronze_rows([(0, 1, "x", 5, 0, "c"), (1, 2, "x", 0, 0, "c")]))
+    run(engine)
+    assert engine.lake.load(QUARANTINE).read(["source_position", "reason"]).rows() == [("000001", "bad bytes")]
+    append(engine, bronze_rows([(1, 2, "x", 9, 0, "fix")]))
+    run(engine)
+    assert engine.lake.load(QUARANTINE).read(["source_position"]).height == 0
+    assert sorted(engine.lake.load(EVENTS).read(["id", "amount"]).rows()) == [(1, 5), (2, 9)]
+
+
+@pytest.mark.slow
+def test_on_ray_and_in_the_driver_the_tables_are_the_same(tmp_path):
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    rows = [(n, n % 700, "xyz"[n % 3], n % 7, n % 50, "u" if n % 11 else "d") for n in range(5000)]
+    inline, spread = make_engine(tmp_path / "a"), make_engine(tmp_path / "b", inline_rows=0, rows_per_task=700, cpus=2)
+    try:
+        for engine in (inline, spread):
+            for part in (rows[:3000], rows[3000:]):
+                for start in range(0, len(part), 1000):
+                    append(engine, bronze_rows(part[start : start + 1000]))
+                run(engine)
+        assert digests(spread) == digests(inline)
+    finally:
+        spread.pool.close()
