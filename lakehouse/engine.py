@@ -59,6 +59,7 @@ class Report:
     bytes_written: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+    worker_cpu_seconds: float = 0.0
     parallel: bool = False
     snapshot: int | None = None
 
@@ -431,14 +432,17 @@ class Engine:
         """Bring a step's table up to date; `replay`: by bronze table, source positions to read again."""
         return self._repeated(lambda: self._refresh(step, rebuild, replay or {}))
 
-    def ingest(self, source: Source, tables: Mapping[str, Table]) -> list[Report]:
-        """Read what is new at a source into its bronze tables, and tell the source once that is committed."""
+    def ingest(self, source: Source, tables: Mapping[str, Table], *, again: frozenset[str] = frozenset()) -> list[Report]:
+        """Read what is new at a source into its bronze tables, and tell the source once that is committed.
+
+        again: tables to read from their beginning; their old rows stay, and silver takes each row once.
+        """
         unknown: dict[str, list[pa.Field]] = {}
 
         def attempt() -> list[Report]:
             while True:
                 try:
-                    return self._ingest(source, tables, unknown)
+                    return self._ingest(source, tables, unknown, again)
                 except UnknownColumn as error:
                     if any(f.name == error.column for f in unknown.get(error.table, [])):
                         raise
@@ -496,6 +500,7 @@ class Engine:
             bytes_written=sum(file.file_size_in_bytes for file in files),
             seconds=time.monotonic() - started,
             cpu_seconds=time.process_time() - cpu + elsewhere,
+            worker_cpu_seconds=elsewhere,
             parallel=parallel,
             snapshot=snapshot,
         )
@@ -683,10 +688,12 @@ class Engine:
             written = kept.writer.write(stamp(table, change.written, kept.sequence))
             kept.commit([*written, *kept.writer.write_deletes(files, change.deleted)], positions=kept.positions)
 
-    def _ingest(self, source: Source, tables: Mapping[str, Table], unknown: Mapping[str, Sequence[pa.Field]]) -> list[Report]:
+    def _ingest(
+        self, source: Source, tables: Mapping[str, Table], unknown: Mapping[str, Sequence[pa.Field]], again: frozenset[str]
+    ) -> list[Report]:
         started, cpu = time.monotonic(), time.process_time()
         handles = {name: self.lake.load(table) for name, table in tables.items() if name in source.tables}
-        positions = {name: (handle.positions.get(source.name)) for name, handle in handles.items()}
+        positions = {name: None if name in again else handle.positions.get(source.name) for name, handle in handles.items()}
         plan = source.plan(positions, {name: _source_schema(handle) for name, handle in handles.items()})
         try:
             outcomes, elsewhere, parallel = self._extract_source(plan, handles, unknown)
@@ -700,7 +707,7 @@ class Engine:
             rows = sum(part.rows_written for part in written)
             reached = next((part.position for part in reversed(written) if part.position is not None), plan.positions.get(name))
             snapshot = None
-            if files or (reached is not None and (positions[name] is None or (written and reached != positions[name]))):
+            if files or (plan.tasks and reached is not None and reached != positions[name]):
                 snapshot = handle.commit(files, positions={source.name: reached if reached is not None else positions[name]}, changes_rows=bool(files))
             reports.append(
                 Report(
@@ -713,6 +720,7 @@ class Engine:
                     sum(file.file_size_in_bytes for file in files),
                     time.monotonic() - started,
                     time.process_time() - cpu + elsewhere,
+                    elsewhere,
                     parallel,
                     snapshot,
                 )

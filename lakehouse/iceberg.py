@@ -148,6 +148,14 @@ def group_hash(frame: pl.DataFrame, columns: Sequence[str]) -> pl.Series:
     return pl.Series(GROUP_HASH, iceberg_transform.bucket(array, 2**31 - 1), dtype=pl.Int32)
 
 
+def arrow_schema(schema: Schema) -> pa.Schema:
+    """The Arrow types of an Iceberg schema: plain strings and bytes, no field ids."""
+    plain = {pa.large_string(): pa.string(), pa.large_binary(): pa.binary()}
+    return pa.schema(
+        [f.with_type(plain.get(f.type, f.type)).remove_metadata() for f in schema_to_pyarrow(schema, include_field_ids=False)]
+    )
+
+
 def polars_schema(schema: pa.Schema) -> dict[str, pl.DataType]:
     """The polars types of an Arrow schema."""
     frame = pl.from_arrow(schema.empty_table())
@@ -252,7 +260,7 @@ class FileWriter:
     @cached_property
     def schema(self) -> pa.Schema:
         """The Arrow schema of the table."""
-        return schema_to_pyarrow(self.metadata.schema(), include_field_ids=False)
+        return arrow_schema(self.metadata.schema())
 
     def write(self, frame: pl.DataFrame | pa.Table) -> list[DataFile]:
         """Write rows to new data files. Nothing refers to them until they are committed."""
@@ -354,7 +362,7 @@ class Handle:
     @property
     def arrow_schema(self) -> pa.Schema:
         """The stored columns and their Arrow types."""
-        return schema_to_pyarrow(self.metadata.schema(), include_field_ids=False)
+        return arrow_schema(self.metadata.schema())
 
     @property
     def reader(self) -> FileReader:
@@ -398,7 +406,7 @@ class Handle:
             (f.name, target)
             for f in columns
             if f.name in current.names
-            and not same_type(current.field(f.name).type, f.type)
+            and current.field(f.name).type != f.type
             and (target := promotion(self.metadata.schema().find_field(f.name).field_type, f.type)) is not None
         ]
         for f in columns:
@@ -449,14 +457,6 @@ def living(table: Table, predicate: pl.Expr | None, tombstones: bool = False) ->
     return alive if predicate is None else alive & predicate
 
 
-def same_type(left: pa.DataType, right: pa.DataType) -> bool:
-    """Whether two Arrow types are one Iceberg type."""
-    for test in (lambda t: pa.types.is_string(t) or pa.types.is_large_string(t), lambda t: pa.types.is_binary(t) or pa.types.is_large_binary(t)):
-        if test(left) and test(right):
-            return True
-    return bool(left == right)
-
-
 def promotion(established: IcebergType, arriving: pa.DataType) -> IcebergType | None:
     """The wider Iceberg type that an established column must get for arriving values; None: none needed."""
     if isinstance(established, IntegerType) and pa.types.is_int64(arriving):
@@ -470,7 +470,7 @@ def promotion(established: IcebergType, arriving: pa.DataType) -> IcebergType | 
 
 def compatible(established: pa.DataType, arriving: pa.DataType) -> bool:
     """Whether arriving values fit an established column, perhaps after Iceberg's own promotion of it."""
-    if same_type(established, arriving):
+    if established == arriving:
         return True
     if pa.types.is_integer(established) and pa.types.is_integer(arriving):
         return True

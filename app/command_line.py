@@ -1,0 +1,375 @@
+"""The command line: `python -m app`."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+import typer.core
+
+from app.output import Output, size
+from lakehouse.engine import Report
+from lakehouse.errors import ShopSphereError
+from lakehouse.settings import Settings, home_directory, load_settings
+
+typer.core.HAS_RICH = False
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="ShopSphere: one truth of a retailer's data, from PostgreSQL, MongoDB and Kafka into an Iceberg lakehouse.",
+)
+sandbox_app = typer.Typer(no_args_is_help=True, help="Real source servers on this machine, with a shop inside.")
+app.add_typer(sandbox_app, name="sandbox")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text")]
+
+
+@app.callback()
+def main_options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors")] = False) -> None:
+    """Options for every command."""
+
+
+@app.command()
+def run(
+    every: Annotated[str, typer.Option(help="Keep going: one pass every so often, e.g. 5s, 2m; SIGTERM ends it cleanly")] = "",
+    json: Json = False,
+) -> None:
+    """Read what is new at the sources and bring every table up to date."""
+    from app.passes import open_engine, run_pass
+
+    output, pause = Output(json), seconds_of(every) if every else None
+    settings = load_settings()
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)} if pause is not None else {}
+    failed = False
+    try:
+        with open_engine(settings) as engine:
+            while True:
+                begun = time.monotonic()
+                with output.progress() as show:
+                    done = run_pass(engine, teller(show), stop.is_set)
+                print_pass(output, done)
+                failed = bool(done.errors)
+                for error in done.errors:
+                    print(f"error: {error}", file=sys.stderr, flush=True)
+                if pause is None or stop.wait(max(0.0, pause - (time.monotonic() - begun))):
+                    break
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if failed and not stop.is_set():
+        raise typer.Exit(1)
+
+
+def seconds_of(text: str) -> float:
+    """'5s', '2m', '1h' or a number of seconds."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h)?", text.strip())
+    if not found:
+        raise ShopSphereError(f"'{text}' is not a time. Write it as 5s, 2m or 1h.")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, None: 1}[found[2]]
+
+
+def teller(show: Callable[[str, int, int], None]) -> Callable[[str, Report | None], None]:
+    """Progress of a pass: a bar, or a line a table."""
+
+    def tell(name: str, report: Report | None) -> None:
+        show(name, 1 if report else 0, 1)
+
+    return tell
+
+
+REPORT_COLUMNS = ("step", "status", "rows read", "rows written", "deleted", "written", "seconds", "cpu s")
+
+
+def print_pass(output: Output, done: Any) -> None:
+    """The reports of a pass: a table, or one JSON object."""
+    if output.as_json:
+        output.json(
+            {
+                "steps": [asdict(report) for report in done.reports],
+                "errors": [str(error) for error in done.errors],
+                "seconds": done.seconds,
+                "cpu_seconds": done.cpu_seconds,
+            }
+        )
+        return
+    print_reports(output, done.reports)
+    changed = sum(report.snapshot is not None and report.status != "unchanged" for report in done.reports)
+    output.say(f"{changed} of {len(done.reports)} tables changed, in {done.seconds:.1f} s ({done.cpu_seconds:.1f} CPU s).")
+
+
+def print_reports(output: Output, reports: tuple[Report, ...] | list[Report]) -> None:
+    """What each step did, those that did something."""
+    busy = [r for r in reports if r.status != "unchanged"]
+    if busy:
+        output.table(
+            REPORT_COLUMNS,
+            [
+                (r.table, r.status + (" (Ray)" if r.parallel else ""), r.rows_read, r.rows_written, r.rows_deleted, size(r.bytes_written), r.seconds, r.cpu_seconds)
+                for r in busy
+            ],
+        )
+
+
+@app.command()
+def rebuild(table: Annotated[str, typer.Argument(help="Table, e.g. gold.sales_daily")], json: Json = False) -> None:
+    """Fill one table again from everything upstream (bronze: read its source again from the beginning)."""
+    from app import passes
+
+    output = Output(json)
+    with passes.open_engine(load_settings()) as engine:
+        reports = passes.rebuild(engine, table)
+    if json:
+        output.json([asdict(report) for report in reports])
+    else:
+        print_reports(output, reports)
+        output.say("Done. `python -m app run` carries what changed into the tables after it.")
+
+
+@app.command()
+def replay(
+    fix: Annotated[Path | None, typer.Option(help='JSON Lines file of corrections: {"table", "position", "value"}')] = None,
+    json: Json = False,
+) -> None:
+    """Read quarantined rows again, with corrections if given; what can be read now leaves the quarantine."""
+    from app import passes
+
+    output = Output(json)
+    with passes.open_engine(load_settings()) as engine:
+        done = passes.replay(engine, fix)
+    if json:
+        output.json(asdict(done))
+    else:
+        print_reports(output, done.reports)
+        output.say(f"{done.corrections} corrections stored; {done.before} rows were quarantined, {done.after} are now.")
+
+
+@app.command()
+def status(json: Json = False) -> None:
+    """Per table: rows, snapshot, position, lag behind its source, last run."""
+    from app.tables_status import short_position, statuses
+    from lakehouse.iceberg import Lake
+
+    output = Output(json)
+    found = statuses(Lake(load_settings()))
+    if json:
+        output.json([asdict(item) for item in found])
+        return
+    output.table(
+        ("table", "rows", "snapshot", "lag", "last run", "files", "size", "position"),
+        [
+            (s.table, s.rows, str(s.snapshot or ""), s.lag, s.last_run, s.files, size(s.bytes), _clipped(short_position(s.position), 60))
+            for s in found
+        ],
+    )
+
+
+def _clipped(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+@app.command()
+def sql(statement: Annotated[str, typer.Argument(help="One SELECT; tables by layer and name")], json: Json = False) -> None:
+    """Run SQL over all tables, e.g. "SELECT * FROM gold.sales_daily FOR TIMESTAMP AS OF '2026-01-31 12:00:00'"."""
+    import pipelines
+    from lakehouse.iceberg import Lake
+    from lakehouse.query import query
+
+    output = Output(json)
+    result = query(Lake(load_settings()), pipelines.TABLES, statement)
+    if json:
+        output.json(result.to_pylist())
+    else:
+        output.table(result.schema.names, [list(row.values()) for row in result.to_pylist()])
+
+
+@app.command()
+def digest(tables: Annotated[list[str] | None, typer.Argument(help="Tables; none: all")] = None, json: Json = False) -> None:
+    """A digest of each table's business columns: the same whatever the order of rows, the files or the run."""
+    import pipelines
+    from app.passes import table_named
+    from lakehouse.digest import digest as digest_of
+    from lakehouse.iceberg import Lake
+
+    output, lake = Output(json), Lake(load_settings())
+    chosen = [table_named(name) for name in tables] if tables else list(pipelines.TABLES.values())
+    found = {table.name: digest_of(lake.load(table)) for table in chosen}
+    if json:
+        output.json(found)
+    else:
+        output.table(("table", "digest"), list(found.items()))
+
+
+@app.command()
+def maintain(
+    tables: Annotated[list[str] | None, typer.Argument(help="Tables; none: all")] = None,
+    snapshot_hours: Annotated[float | None, typer.Option(help="Expire snapshots older than this many hours")] = None,
+    orphan_hours: Annotated[float | None, typer.Option(help="Delete unreferenced files older than this many hours")] = None,
+    json: Json = False,
+) -> None:
+    """Compact files, expire snapshots, delete orphan files; safe beside a running writer."""
+    import pipelines
+    from app.passes import table_named
+    from lakehouse.iceberg import Lake
+    from lakehouse.maintenance import maintain as maintain_table
+
+    overrides = {
+        name: value
+        for name, value in (("snapshot_retention_hours", snapshot_hours), ("orphan_retention_hours", orphan_hours))
+        if value is not None
+    }
+    output, lake = Output(json), Lake(load_settings(**overrides))
+    chosen = [table_named(name) for name in tables] if tables else [t for t in pipelines.TABLES.values() if lake.exists(t)]
+    done = []
+    with output.progress() as show:
+        for number, table in enumerate(chosen):
+            show("maintain", number, len(chosen))
+            done.append(maintain_table(lake, table, datetime.now(UTC)))
+    if json:
+        output.json([asdict(item) for item in done])
+        return
+    output.table(
+        ("table", "files before", "files after", "delete files merged", "snapshots expired", "orphans deleted", "freed"),
+        [(m.table, m.files_before, m.files_after, m.deletes_merged, m.snapshots_expired, m.orphans_deleted, size(m.orphan_bytes)) for m in done],
+    )
+
+
+@sandbox_app.command("start")
+def sandbox_start(
+    orders: Annotated[int, typer.Option(help="Orders of the shop's history")] = 20_000,
+    seed: Annotated[int, typer.Option(help="Seed: the same seed gives the same shop")] = 7,
+    source_file: Annotated[Path | None, typer.Option("--from", help="Parquet file with the columns of UCI Online Retail")] = None,
+    empty: Annotated[bool, typer.Option("--empty", help="Schema only: somebody else fills it")] = False,
+    json: Json = False,
+) -> None:
+    """Start PostgreSQL, MongoDB and Kafka servers here, fill them, write the settings, print the addresses."""
+    from app import sandbox
+
+    output, home = Output(json), home_directory()
+    settings = load_settings()
+    with output.progress() as show:
+        addresses = sandbox.start(
+            home, orders=orders, seed=seed, source_file=source_file, empty=empty, base_currency=settings.base_currency, progress=show
+        )
+    print_addresses(output, home, asdict(addresses))
+
+
+def print_addresses(output: Output, home: Path, addresses: dict[str, Any]) -> None:
+    """Where the servers listen, and what to do next."""
+    if output.as_json:
+        output.json({**addresses, "settings": str(home / "shopsphere.toml")})
+        return
+    for name, value in addresses.items():
+        output.say(f"{name:16} {value}")
+    output.say(f"{'settings':16} {home / 'shopsphere.toml'}")
+
+
+@sandbox_app.command("step")
+def sandbox_step(orders: Annotated[int, typer.Option(help="Orders that come in")] = 200, json: Json = False) -> None:
+    """Let the shop's time go on."""
+    from app import sandbox
+
+    output, home = Output(json), home_directory()
+    with output.progress() as show:
+        addresses = sandbox.step(home, orders, show)
+    if json:
+        output.json({"orders": orders, **asdict(addresses)})
+    else:
+        output.say(f"{orders:,} more orders. `python -m app run` carries them into the lakehouse.")
+
+
+@sandbox_app.command("stop")
+def sandbox_stop(json: Json = False) -> None:
+    """Stop the servers; their data stays for the next start."""
+    from app import sandbox
+
+    output, stopped = Output(json), sandbox.stop(home_directory())
+    if json:
+        output.json({"stopped": stopped})
+    else:
+        output.say(f"Stopped {', '.join(stopped)}." if stopped else "No sandbox was running.")
+
+
+@app.command()
+def demo(
+    orders: Annotated[int, typer.Option(help="Orders of the shop's history")] = 20_000,
+    seed: Annotated[int, typer.Option(help="Seed of the shop")] = 7,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the source servers running")] = False,
+    json: Json = False,
+) -> None:
+    """The whole way on a seeded shop: servers, sources, bronze, silver, gold, and what came out."""
+    from app.demo import run_demo
+
+    run_demo(Output(json), orders=orders, seed=seed, keep=keep)
+
+
+def settings_for(home: Path) -> Settings:
+    """The settings of another home directory."""
+    os.environ["SHOPSPHERE_HOME"] = str(home)
+    return load_settings()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; an expected error is one line and exit code 1, a traceback only with --debug."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    try:
+        app(args=[a for a in arguments if a != "--debug"], prog_name="python -m app", standalone_mode=False)
+    except ShopSphereError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except typer.Exit as error:
+        return error.exit_code
+    except typer.Abort:
+        return 130
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written is visible. Run again to go on.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        if code := usage_error(error):
+            return code
+        print(f"error: {described(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def usage_error(error: Exception) -> int:
+    """Wrong use of the command line: shows what is right; 0 for any other error."""
+    show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
+    if callable(show) and isinstance(code, int):
+        show()
+        return code
+    return 0
+
+
+def described(error: BaseException) -> str:
+    """An unforeseen error in one line, with a way out."""
+    cause: BaseException | None = error
+    while cause is not None:
+        full = (isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left on device" in str(cause)
+        if full or "database or disk is full" in str(cause):
+            return "The disk is full. Free some space and run again: what was committed is whole, the rest is read again."
+        cause = cause.__cause__ or getattr(cause, "cause", None) or cause.__context__
+    first = str(error).splitlines()[0][:300] if str(error) else ""
+    return f"{type(error).__name__}: {first}. Run again with --debug to see where, and please report it."

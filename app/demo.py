@@ -1,0 +1,110 @@
+"""The demo: the whole way on a seeded shop, with what came out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pipelines
+from app import sandbox
+from app.answers import ANSWERS
+from app.command_line import print_pass, teller
+from app.identity_scores import Scores, pairwise_scores
+from app.output import Output, size
+from app.passes import open_engine, run_pass
+from app.tables_status import statuses
+from lakehouse.errors import SandboxError
+from lakehouse.iceberg import Lake
+from lakehouse.query import query
+from lakehouse.settings import home_directory, load_settings
+from pipelines.silver.identity_graph import IDENTITY_GRAPH
+
+
+def run_demo(output: Output, *, orders: int, seed: int, keep: bool) -> None:
+    """Start a fresh sandbox in `<home>/demo`, run one pass, show tables, identity scores and business answers."""
+    started = time.monotonic()
+    home = fresh_home(home_directory() / "demo")
+    output.say(f"ShopSphere demo: {orders:,} orders (seed {seed}) in {home}\n")
+    try:
+        with output.progress() as show:
+            addresses = sandbox.start(home, orders=orders, seed=seed, progress=show)
+        output.say(f"1. Source servers run and hold the shop ({time.monotonic() - started:.0f} s).")
+        for name, value in asdict(addresses).items():
+            output.say(f"   {name:16} {value}")
+        settings = load_settings()
+        with open_engine(settings) as engine:
+            output.say("\n2. Sources -> bronze -> silver -> gold")
+            with output.progress() as show:
+                done = run_pass(engine, teller(show))
+            if not output.as_json:
+                print_pass(output, done)
+            if done.errors:
+                raise done.errors[0]
+        show_results(output, Lake(settings), home, done.seconds, started)
+    finally:
+        if not keep:
+            sandbox.stop(home)
+    if not keep:
+        output.say("\nThe source servers are stopped; the lakehouse stays. Look around:")
+    where = f"SHOPSPHERE_HOME={_shown(home)} .venv/bin/python -m app"
+    output.say(f'   {where} sql "SELECT * FROM gold.customer_360 ORDER BY net_revenue DESC LIMIT 3"')
+    output.say(f"   {where} status")
+
+
+def fresh_home(home: Path) -> Path:
+    """An empty home directory for the demo; one that an earlier demo left is removed."""
+    if home.exists():
+        try:
+            sandbox.stop(home)
+        except SandboxError as error:
+            raise SandboxError(f"The servers of an earlier demo in {home} cannot be stopped: {error}") from error
+        shutil.rmtree(home)
+    home.mkdir(parents=True)
+    os.environ["SHOPSPHERE_HOME"] = str(home)
+    return home
+
+
+def identity_scores(lake: Lake, home: Path) -> Scores:
+    """How well people were recognised, against the sandbox's ground truth."""
+    predicted = lake.load(IDENTITY_GRAPH).read(["record_id", "master_user_id"]).unique()
+    truth = sandbox.truth(home)["people"].select("record_id", "person")
+    return pairwise_scores(predicted, truth)
+
+
+def show_results(output: Output, lake: Lake, home: Path, seconds: float, started: float) -> None:
+    """Tables, identity, answers; one JSON object in JSON mode."""
+    found, scores = statuses(lake), identity_scores(lake, home)
+    answers = {answer.title: query(lake, pipelines.TABLES, answer.sql) for answer in ANSWERS}
+    if output.as_json:
+        output.json(
+            {
+                "tables": {s.table: s.rows for s in found},
+                "identity": {"precision": scores.precision, "recall": scores.recall, "f1": scores.f1},
+                "answers": {title: rows.to_pylist() for title, rows in answers.items()},
+                "pass_seconds": seconds,
+                "seconds": time.monotonic() - started,
+            }
+        )
+        return
+    output.say("\n3. What the lakehouse holds")
+    output.table(("table", "rows", "files", "size", "what it is"), [(s.table, s.rows, s.files, size(s.bytes), pipelines.TABLES[s.table].doc.split(". ")[0].rstrip(".")) for s in found])
+    output.say(
+        f"\n4. One identity per person, against the ground truth: precision {scores.precision:.4f}, "
+        f"recall {scores.recall:.4f}, F1 {scores.f1:.4f}"
+    )
+    output.say("\n5. What a business would ask")
+    for answer in ANSWERS:
+        rows = answers[answer.title]
+        output.table(rows.schema.names, [list(row.values()) for row in rows.to_pylist()], title=answer.title)
+        output.say(f"   {answer.reading}")
+    output.say(f"\nDone in {time.monotonic() - started:.0f} s.")
+
+
+def _shown(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

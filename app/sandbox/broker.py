@@ -1,0 +1,674 @@
+"""A small Kafka-protocol broker: one node, record batches kept as bytes on disk. Standard library only.
+
+Speaks what librdkafka needs to produce, fetch exact offsets, look up watermarks and timestamps, and make
+or empty topics: ApiVersions, Metadata, Produce, Fetch, ListOffsets, CreateTopics, DeleteTopics,
+DeleteRecords, InitProducerId (idempotent producers), FindCoordinator, OffsetCommit and OffsetFetch.
+No consumer group membership, no transactions, no retention, no TLS.
+
+Why an own broker: of the two others that a wheel brings, librdkafka's mock cluster keeps only the newest
+5 MiB of a partition, and tansu (memory only, so gone after a stop) answered with a high watermark below what
+it had acknowledged: 189,664 of 200,000 messages right after a clean flush. A reader that trusts watermarks,
+as ours does, cannot work on that.
+
+A partition is one file `<topic>/<partition>.log` of record batches (Kafka's magic 2) as the producer
+compressed them, with the offset written in; the index is rebuilt from their headers at the start, and a batch
+torn by a crash is cut off. Timestamp look-ups are exact to the batch, and never later than the exact answer.
+
+Run: `python broker.py --directory D --port P [--partitions 4]`. Stops on SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import bisect
+import json
+import os
+import shutil
+import signal
+import struct
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import quote, unquote
+
+Item = TypeVar("Item")
+
+NODE_ID = 1
+HEADER_BYTES = 61
+MAX_REQUEST_BYTES = 128 << 20
+
+NONE = 0
+OFFSET_OUT_OF_RANGE = 1
+CORRUPT_MESSAGE = 2
+UNKNOWN_TOPIC_OR_PARTITION = 3
+INVALID_TOPIC = 17
+UNSUPPORTED_VERSION = 35
+TOPIC_ALREADY_EXISTS = 36
+INVALID_PARTITIONS = 37
+INVALID_REQUEST = 42
+OUT_OF_ORDER_SEQUENCE = 45
+UNSUPPORTED_FOR_MESSAGE_FORMAT = 43
+
+PRODUCE, FETCH, LIST_OFFSETS, METADATA, OFFSET_COMMIT, OFFSET_FETCH, FIND_COORDINATOR = 0, 1, 2, 3, 8, 9, 10
+API_VERSIONS, CREATE_TOPICS, DELETE_TOPICS, DELETE_RECORDS, INIT_PRODUCER_ID = 18, 19, 20, 21, 22
+
+SUPPORTED: dict[int, tuple[int, int]] = {
+    PRODUCE: (3, 7),
+    FETCH: (4, 10),
+    LIST_OFFSETS: (1, 2),
+    METADATA: (1, 4),
+    OFFSET_COMMIT: (2, 3),
+    OFFSET_FETCH: (1, 3),
+    FIND_COORDINATOR: (0, 1),
+    API_VERSIONS: (0, 3),
+    CREATE_TOPICS: (0, 3),
+    DELETE_TOPICS: (0, 1),
+    DELETE_RECORDS: (0, 1),
+    INIT_PRODUCER_ID: (0, 1),
+}
+
+
+class Reader:
+    """Reads Kafka's primitive types from a request."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = memoryview(data), 0
+
+    def _number(self, form: str) -> int:
+        (value,) = struct.unpack_from(form, self.data, self.at)
+        self.at += struct.calcsize(form)
+        return int(value)
+
+    def int8(self) -> int:
+        return self._number(">b")
+
+    def int16(self) -> int:
+        return self._number(">h")
+
+    def int32(self) -> int:
+        return self._number(">i")
+
+    def int64(self) -> int:
+        return self._number(">q")
+
+    def text(self) -> str | None:
+        length = self.int16()
+        return None if length < 0 else str(self._take(length), "utf-8")
+
+    def name(self) -> str:
+        return self.text() or ""
+
+    def block(self) -> memoryview | None:
+        length = self.int32()
+        return None if length < 0 else self._take(length)
+
+    def items(self, read: Callable[[], Item]) -> list[Item]:
+        return [read() for _ in range(max(0, self.int32()))]
+
+    def _take(self, length: int) -> memoryview:
+        if self.at + length > len(self.data):
+            raise ValueError("request is shorter than it says")
+        part = self.data[self.at : self.at + length]
+        self.at += length
+        return part
+
+
+class Writer:
+    """Writes Kafka's primitive types; blocks of records are kept apart, not copied."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+
+    def int8(self, value: int) -> Writer:
+        return self._put(struct.pack(">b", value))
+
+    def int16(self, value: int) -> Writer:
+        return self._put(struct.pack(">h", value))
+
+    def int32(self, value: int) -> Writer:
+        return self._put(struct.pack(">i", value))
+
+    def int64(self, value: int) -> Writer:
+        return self._put(struct.pack(">q", value))
+
+    def text(self, value: str | None) -> Writer:
+        if value is None:
+            return self.int16(-1)
+        data = value.encode()
+        return self.int16(len(data))._put(data)
+
+    def block(self, data: bytes) -> Writer:
+        return self.int32(len(data))._put(data)
+
+    def raw(self, data: bytes) -> Writer:
+        return self._put(data)
+
+    def items(self, values: Iterable[Item], write: Callable[[Item], object]) -> Writer:
+        listed = list(values)
+        self.int32(len(listed))
+        for value in listed:
+            write(value)
+        return self
+
+    def _put(self, data: bytes) -> Writer:
+        self.parts.append(data)
+        return self
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the header of a record batch says."""
+
+    bytes: int
+    magic: int
+    attributes: int
+    last_delta: int
+    max_timestamp: int
+    producer_id: int
+    producer_epoch: int
+    base_sequence: int
+
+
+def batch_header(data: bytes | memoryview, at: int) -> Batch:
+    """The batch that begins at `at`; `data` holds at least its first HEADER_BYTES bytes."""
+    length, _, magic, _, attributes, last_delta, _, newest, producer, epoch, sequence = struct.unpack_from(
+        ">iibIhiqqqhi", data, at + 8
+    )
+    return Batch(length + 12, magic, attributes, last_delta, newest, producer, epoch, sequence)
+
+
+class Partition:
+    """One partition: its file, and an index of its batches (three numbers each)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        self.start_path = path.with_suffix(".start")
+        self.start = int(self.start_path.read_text()) if self.start_path.exists() else 0
+        self.end = 0
+        self.size = 0
+        self.offsets, self.places, self.newest = array("q"), array("q"), array("q")
+        self.producers: dict[int, tuple[int, int, int]] = {}
+        self._recover()
+        self.end = max(self.end, self.start)
+
+    def _recover(self) -> None:
+        length = os.fstat(self.file).st_size
+        while self.size + HEADER_BYTES <= length:
+            header = os.pread(self.file, HEADER_BYTES, self.size)
+            batch = batch_header(header, 0)
+            (base,) = struct.unpack_from(">q", header)
+            if batch.magic != 2 or batch.bytes < HEADER_BYTES or self.size + batch.bytes > length or base < self.end:
+                break
+            self._note(batch, base)
+        if self.size < length:
+            os.ftruncate(self.file, self.size)
+
+    def _note(self, batch: Batch, base: int) -> None:
+        self.offsets.append(base)
+        self.places.append(self.size)
+        self.newest.append(batch.max_timestamp)
+        if batch.producer_id >= 0 and batch.base_sequence >= 0:
+            last = (batch.base_sequence + batch.last_delta) & 0x7FFFFFFF
+            self.producers[batch.producer_id] = (batch.producer_epoch, last, base)
+        self.end = base + batch.last_delta + 1
+        self.size += batch.bytes
+
+    def append(self, records: memoryview) -> tuple[int, int]:
+        """Append batches as they came; returns (error code, offset of the first record)."""
+        batches: list[tuple[int, Batch]] = []
+        at = 0
+        while at < len(records):
+            if at + HEADER_BYTES > len(records):
+                return CORRUPT_MESSAGE, -1
+            batch = batch_header(records, at)
+            if batch.magic != 2:
+                return UNSUPPORTED_FOR_MESSAGE_FORMAT, -1
+            if batch.bytes < HEADER_BYTES or at + batch.bytes > len(records) or batch.last_delta < 0:
+                return CORRUPT_MESSAGE, -1
+            batches.append((at, batch))
+            at += batch.bytes
+        first = -1
+        for at, batch in batches:
+            known = self.producers.get(batch.producer_id) if batch.producer_id >= 0 else None
+            if known is not None and known[0] == batch.producer_epoch:
+                last = (batch.base_sequence + batch.last_delta) & 0x7FFFFFFF
+                if last == known[1]:
+                    first = known[2] if first < 0 else first
+                    continue
+                if batch.base_sequence != (known[1] + 1) & 0x7FFFFFFF:
+                    return OUT_OF_ORDER_SEQUENCE, -1
+            data = bytearray(records[at : at + batch.bytes])
+            struct.pack_into(">q", data, 0, self.end)
+            struct.pack_into(">i", data, 12, 0)
+            place = self.size
+            written = 0
+            while written < len(data):
+                written += os.pwrite(self.file, memoryview(data)[written:], place + written)
+            first = self.end if first < 0 else first
+            self._note(batch, self.end)
+        return NONE, first
+
+    def read(self, offset: int, limit: int) -> bytes:
+        """Whole batches from the one that holds `offset`, about `limit` bytes, at least one batch."""
+        if offset >= self.end or not self.offsets:
+            return b""
+        index = max(0, bisect.bisect_right(self.offsets, offset) - 1)
+        place = self.places[index]
+        stop = bisect.bisect_right(self.places, place + max(limit, 1)) - 1
+        until = self.places[stop] if stop > index and place + limit < self.size else self.size
+        if stop <= index:
+            until = self.places[index + 1] if index + 1 < len(self.places) else self.size
+        return os.pread(self.file, until - place, place)
+
+    def at_time(self, timestamp: int) -> tuple[int, int]:
+        """(timestamp, offset) of the first batch with a record that is not older; (-1, -1) when there is none."""
+        for newest, base in zip(self.newest, self.offsets, strict=True):
+            if newest >= timestamp and base + 1 > self.start:
+                return newest, base
+        return -1, -1
+
+    def forget(self, before: int) -> int:
+        """Records before this offset are no longer there (-1: all that are there now); returns the new first offset."""
+        self.start = max(self.start, self.end if before < 0 else before)
+        self.start_path.write_text(str(self.start))
+        return self.start
+
+    def close(self) -> None:
+        os.close(self.file)
+
+
+@dataclass
+class Broker:
+    """Topics below `directory`, and the answers to requests about them."""
+
+    directory: Path
+    host: str
+    port: int
+    partitions: int
+    topics: dict[str, list[Partition]] = field(default_factory=dict)
+    committed: dict[str, int] = field(default_factory=dict)
+    waiting: set[asyncio.Event] = field(default_factory=set)
+    next_producer: int = 0
+
+    def open(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for folder in sorted(path for path in self.directory.iterdir() if path.is_dir()):
+            files = sorted(folder.glob("*.log"), key=lambda path: int(path.stem))
+            self.topics[unquote(folder.name)] = [Partition(path) for path in files]
+        self.next_producer = 1 + max(
+            (producer for topic in self.topics.values() for partition in topic for producer in partition.producers), default=0
+        )
+        commits = self.directory / "committed.json"
+        if commits.exists():
+            self.committed = json.loads(commits.read_text())
+
+    def close(self) -> None:
+        for partition in (partition for topic in self.topics.values() for partition in topic):
+            partition.close()
+
+    def create(self, topic: str, partitions: int) -> int:
+        if not topic or len(topic) > 200 or topic in (".", ".."):
+            return INVALID_TOPIC
+        if topic in self.topics:
+            return TOPIC_ALREADY_EXISTS
+        count = self.partitions if partitions == -1 else partitions
+        if not 1 <= count <= 1000:
+            return INVALID_PARTITIONS
+        folder = self.directory / quote(topic, safe="").replace(".", "%2E")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.topics[topic] = [Partition(folder / f"{number}.log") for number in range(count)]
+        return NONE
+
+    def delete(self, topic: str) -> int:
+        partitions = self.topics.pop(topic, None)
+        if partitions is None:
+            return UNKNOWN_TOPIC_OR_PARTITION
+        for partition in partitions:
+            partition.close()
+        shutil.rmtree(partitions[0].path.parent)
+        return NONE
+
+    def partition(self, topic: str, number: int) -> Partition | None:
+        partitions = self.topics.get(topic, [])
+        return partitions[number] if 0 <= number < len(partitions) else None
+
+    # Requests: each reads its body from `ask` and writes its answer to `out`.
+
+    async def produce(self, version: int, ask: Reader, out: Writer) -> bool:
+        """Returns whether an answer is wanted."""
+        ask.text()
+        acks = ask.int16()
+        ask.int32()
+
+        def partition(topic: str) -> tuple[int, int, int, int]:
+            number, records = ask.int32(), ask.block()
+            log = self.partition(topic, number)
+            if log is None:
+                return number, UNKNOWN_TOPIC_OR_PARTITION, -1, -1
+            error, offset = log.append(records) if records is not None else (CORRUPT_MESSAGE, -1)
+            return number, error, offset, log.start
+
+        def topic() -> tuple[str, list[tuple[int, int, int, int]]]:
+            name = ask.name()
+            return name, ask.items(lambda: partition(name))
+
+        def answer(item: tuple[int, int, int, int]) -> None:
+            number, error, offset, start = item
+            out.int32(number).int16(error).int64(offset).int64(-1)
+            if version >= 5:
+                out.int64(start)
+
+        results = ask.items(topic)
+        out.items(results, lambda item: out.text(item[0]).items(item[1], answer))
+        out.int32(0)
+        for event in self.waiting:
+            event.set()
+        return acks != 0
+
+    async def fetch(self, version: int, ask: Reader, out: Writer) -> bool:
+        ask.int32()
+        wait, least, most = ask.int32(), ask.int32(), ask.int32()
+        ask.int8()
+        if version >= 7:
+            ask.int32()
+            ask.int32()
+
+        def partition() -> tuple[int, int, int]:
+            number = ask.int32()
+            if version >= 9:
+                ask.int32()
+            offset = ask.int64()
+            if version >= 5:
+                ask.int64()
+            return number, offset, ask.int32()
+
+        wanted = ask.items(lambda: (ask.name(), ask.items(partition)))
+        deadline = asyncio.get_running_loop().time() + wait / 1000
+        while True:
+            event = asyncio.Event()
+            self.waiting.add(event)
+            try:
+                found = self._collect(wanted, most)
+                size = sum(len(data) for _, parts in found for _, _, _, data in parts)
+                wrong = any(error for _, parts in found for _, error, _, _ in parts)
+                left = deadline - asyncio.get_running_loop().time()
+                if size >= max(least, 1) or wrong or left <= 0 or not wanted:
+                    break
+                try:
+                    await asyncio.wait_for(event.wait(), left)
+                except TimeoutError:
+                    continue
+            finally:
+                self.waiting.discard(event)
+
+        def answer(item: tuple[int, int, Partition | None, bytes]) -> None:
+            number, error, log, data = item
+            end, start = (log.end, log.start) if log else (-1, -1)
+            out.int32(number).int16(error).int64(end).int64(end)
+            if version >= 5:
+                out.int64(start)
+            out.int32(-1).block(data)
+
+        out.int32(0)
+        if version >= 7:
+            out.int16(NONE).int32(0)
+        out.items(found, lambda item: out.text(item[0]).items(item[1], answer))
+        return True
+
+    def _collect(
+        self, wanted: list[tuple[str, list[tuple[int, int, int]]]], most: int
+    ) -> list[tuple[str, list[tuple[int, int, Partition | None, bytes]]]]:
+        found: list[tuple[str, list[tuple[int, int, Partition | None, bytes]]]] = []
+        left = most
+        for topic, partitions in wanted:
+            parts: list[tuple[int, int, Partition | None, bytes]] = []
+            for number, offset, limit in partitions:
+                log = self.partition(topic, number)
+                if log is None:
+                    parts.append((number, UNKNOWN_TOPIC_OR_PARTITION, None, b""))
+                elif not log.start <= offset <= log.end:
+                    parts.append((number, OFFSET_OUT_OF_RANGE, log, b""))
+                else:
+                    data = log.read(offset, min(limit, left)) if left > 0 else b""
+                    left -= len(data)
+                    parts.append((number, NONE, log, data))
+            found.append((topic, parts))
+        return found
+
+    async def list_offsets(self, version: int, ask: Reader, out: Writer) -> bool:
+        ask.int32()
+        if version >= 2:
+            ask.int8()
+            out.int32(0)
+
+        def answer(topic: str, number: int, timestamp: int) -> None:
+            log = self.partition(topic, number)
+            if log is None:
+                out.int32(number).int16(UNKNOWN_TOPIC_OR_PARTITION).int64(-1).int64(-1)
+                return
+            found = {-1: (-1, log.end), -2: (-1, log.start)}.get(timestamp) or log.at_time(timestamp)
+            out.int32(number).int16(NONE).int64(found[0]).int64(found[1])
+
+        wanted = ask.items(lambda: (ask.name(), ask.items(lambda: (ask.int32(), ask.int64()))))
+        out.items(wanted, lambda item: out.text(item[0]).items(item[1], lambda part: answer(item[0], *part)))
+        return True
+
+    async def metadata(self, version: int, ask: Reader, out: Writer) -> bool:
+        count = ask.int32()
+        names = sorted(self.topics) if count < 0 else [ask.name() for _ in range(count)]
+        create = bool(ask.int8()) if version >= 4 else True
+        if version >= 3:
+            out.int32(0)
+        out.int32(1).int32(NODE_ID).text(self.host).int32(self.port).text(None)
+        if version >= 2:
+            out.text("shopsphere-sandbox")
+        out.int32(NODE_ID)
+
+        def answer(topic: str) -> None:
+            error = NONE
+            if topic not in self.topics:
+                error = self.create(topic, -1) if create else UNKNOWN_TOPIC_OR_PARTITION
+            out.int16(error).text(topic).int8(0)
+            out.items(range(len(self.topics.get(topic, []))), partition)
+
+        def partition(number: int) -> None:
+            out.int16(NONE).int32(number).int32(NODE_ID)
+            out.int32(1).int32(NODE_ID).int32(1).int32(NODE_ID)
+
+        out.items(names, answer)
+        return True
+
+    async def offset_commit(self, version: int, ask: Reader, out: Writer) -> bool:
+        group = ask.name()
+        ask.int32()
+        ask.text()
+        ask.int64()
+
+        def partition(topic: str) -> int:
+            number, offset = ask.int32(), ask.int64()
+            ask.text()
+            self.committed[json.dumps([group, topic, number])] = offset
+            return number
+
+        def topic() -> tuple[str, list[int]]:
+            name = ask.name()
+            return name, ask.items(lambda: partition(name))
+
+        results = ask.items(topic)
+        temporary = self.directory / "committed.json.new"
+        temporary.write_text(json.dumps(self.committed))
+        temporary.replace(self.directory / "committed.json")
+        if version >= 3:
+            out.int32(0)
+        out.items(results, lambda item: out.text(item[0]).items(item[1], lambda number: out.int32(number).int16(NONE)))
+        return True
+
+    async def offset_fetch(self, version: int, ask: Reader, out: Writer) -> bool:
+        group = ask.name()
+        wanted = ask.items(lambda: (ask.name(), ask.items(ask.int32)))
+        if version >= 3:
+            out.int32(0)
+
+        def answer(topic: str, number: int) -> None:
+            offset = self.committed.get(json.dumps([group, topic, number]), -1)
+            out.int32(number).int64(offset).text("").int16(NONE)
+
+        out.items(wanted, lambda item: out.text(item[0]).items(item[1], lambda number: answer(item[0], number)))
+        if version >= 2:
+            out.int16(NONE)
+        return True
+
+    async def find_coordinator(self, version: int, ask: Reader, out: Writer) -> bool:
+        if version >= 1:
+            out.int32(0)
+        out.int16(NONE)
+        if version >= 1:
+            out.text(None)
+        out.int32(NODE_ID).text(self.host).int32(self.port)
+        return True
+
+    async def create_topics(self, version: int, ask: Reader, out: Writer) -> bool:
+        def topic() -> tuple[str, int]:
+            name, partitions = ask.name(), ask.int32()
+            ask.int16()
+            assigned = ask.items(lambda: (ask.int32(), ask.items(ask.int32)))
+            ask.items(lambda: (ask.text(), ask.text()))
+            return name, len(assigned) or partitions
+
+        wanted = ask.items(topic)
+        ask.int32()
+        only_check = bool(ask.int8()) if version >= 1 else False
+        if version >= 2:
+            out.int32(0)
+
+        def answer(item: tuple[str, int]) -> None:
+            error = (TOPIC_ALREADY_EXISTS if item[0] in self.topics else NONE) if only_check else self.create(*item)
+            out.text(item[0]).int16(error)
+            if version >= 1:
+                out.text(None)
+
+        out.items(wanted, answer)
+        return True
+
+    async def delete_topics(self, version: int, ask: Reader, out: Writer) -> bool:
+        wanted = ask.items(ask.name)
+        if version >= 1:
+            out.int32(0)
+        out.items(wanted, lambda topic: out.text(topic).int16(self.delete(topic)))
+        return True
+
+    async def delete_records(self, version: int, ask: Reader, out: Writer) -> bool:
+        wanted = ask.items(lambda: (ask.name(), ask.items(lambda: (ask.int32(), ask.int64()))))
+        out.int32(0)
+
+        def answer(topic: str, number: int, before: int) -> None:
+            log = self.partition(topic, number)
+            if log is None:
+                out.int32(number).int64(-1).int16(UNKNOWN_TOPIC_OR_PARTITION)
+            elif before > log.end:
+                out.int32(number).int64(-1).int16(OFFSET_OUT_OF_RANGE)
+            else:
+                out.int32(number).int64(log.forget(before)).int16(NONE)
+
+        out.items(wanted, lambda item: out.text(item[0]).items(item[1], lambda part: answer(item[0], *part)))
+        return True
+
+    async def init_producer_id(self, version: int, ask: Reader, out: Writer) -> bool:
+        transactional = ask.text()
+        self.next_producer += 1
+        out.int32(0).int16(INVALID_REQUEST if transactional else NONE).int64(self.next_producer).int16(0)
+        return True
+
+    async def api_versions(self, version: int, ask: Reader, out: Writer) -> bool:
+        listed = sorted(SUPPORTED.items())
+        if version <= 2:
+            out.int16(NONE).items(listed, lambda item: out.int16(item[0]).int16(item[1][0]).int16(item[1][1]))
+            if version >= 1:
+                out.int32(0)
+            return True
+        out.int16(NONE).raw(bytes([len(listed) + 1]))
+        for key, (lowest, highest) in listed:
+            out.int16(key).int16(lowest).int16(highest).raw(b"\0")
+        out.int32(0).raw(b"\0")
+        return True
+
+    async def answer(self, request: bytes) -> list[bytes] | None:
+        """The answer to one request, as parts to send; None when none is wanted."""
+        ask, out = Reader(request), Writer()
+        key, version, correlation = ask.int16(), ask.int16(), ask.int32()
+        ask.text()
+        out.int32(correlation)
+        lowest, highest = SUPPORTED.get(key, (0, -1))
+        if not lowest <= version <= highest:
+            if key != API_VERSIONS:
+                raise ValueError(f"request {key} version {version} is not supported")
+            out.int16(UNSUPPORTED_VERSION)
+            out.items(sorted(SUPPORTED.items()), lambda item: out.int16(item[0]).int16(item[1][0]).int16(item[1][1]))
+            return out.parts
+        handler = {
+            PRODUCE: self.produce,
+            FETCH: self.fetch,
+            LIST_OFFSETS: self.list_offsets,
+            METADATA: self.metadata,
+            OFFSET_COMMIT: self.offset_commit,
+            OFFSET_FETCH: self.offset_fetch,
+            FIND_COORDINATOR: self.find_coordinator,
+            API_VERSIONS: self.api_versions,
+            CREATE_TOPICS: self.create_topics,
+            DELETE_TOPICS: self.delete_topics,
+            DELETE_RECORDS: self.delete_records,
+            INIT_PRODUCER_ID: self.init_producer_id,
+        }[key]
+        return out.parts if await handler(version, ask, out) else None
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer the requests of one connection, in their order."""
+        try:
+            while True:
+                (length,) = struct.unpack(">i", await reader.readexactly(4))
+                if not 8 <= length <= MAX_REQUEST_BYTES:
+                    raise ValueError(f"request of {length} bytes")
+                parts = await self.answer(await reader.readexactly(length))
+                if parts is not None:
+                    writer.write(struct.pack(">i", sum(map(len, parts))) + b"".join(parts))
+                    await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        except (ValueError, struct.error, UnicodeDecodeError) as error:
+            print(f"connection closed: {error}", flush=True)
+        finally:
+            writer.close()
+
+
+async def run(directory: Path, host: str, port: int, partitions: int) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    broker = Broker(directory, host, port, partitions)
+    broker.open()
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    server = await asyncio.start_server(broker.serve, host, port, limit=1 << 22)
+    try:
+        await stopped.wait()
+    finally:
+        server.close()
+        broker.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A small Kafka-protocol broker")
+    parser.add_argument("--directory", type=Path, required=True, help="where the topics are kept")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--partitions", type=int, default=4, help="partitions of a topic made on first use")
+    arguments = parser.parse_args()
+    asyncio.run(run(arguments.directory, arguments.host, arguments.port, arguments.partitions))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What the sandbox's sources look like before anything is in them: tables, publication, collection, topic."""
+
+from __future__ import annotations
+
+import psycopg
+import pymongo
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient, NewTopic
+from pymongo.collection import Collection
+
+from app.sandbox.servers import DATABASE, Addresses
+from lakehouse.errors import SandboxError
+
+TABLES: dict[str, str] = {
+    "users": """
+        user_id bigint PRIMARY KEY, email text, email_verified boolean NOT NULL, phone_number text, phone_verified boolean NOT NULL,
+        name text, address text, city text, country char(2), loyalty_id text,
+        created_at timestamptz NOT NULL, updated_at timestamptz NOT NULL""",
+    "orders": """
+        order_id bigint PRIMARY KEY, user_id bigint, source text NOT NULL, store_id text, status text NOT NULL,
+        currency char(3) NOT NULL, total_amount numeric(18,2) NOT NULL, payment_method text, card_fingerprint text,
+        ip_address text, device_id text, shipping_address text, created_at timestamptz NOT NULL, updated_at timestamptz NOT NULL""",
+    "order_items": """
+        order_id bigint, line_no int, product_id text NOT NULL, quantity int NOT NULL, unit_price numeric(18,4) NOT NULL,
+        PRIMARY KEY (order_id, line_no)""",
+    "products": """
+        product_id text PRIMARY KEY, name text NOT NULL, category text, brand text, list_price numeric(18,2) NOT NULL,
+        currency char(3) NOT NULL, updated_at timestamptz NOT NULL""",
+    "stores": """
+        store_id text PRIMARY KEY, name text NOT NULL, kind text NOT NULL, city text, country char(2), updated_at timestamptz NOT NULL""",
+    "chargebacks": """
+        chargeback_id bigint PRIMARY KEY, order_ref text NOT NULL, reason text NOT NULL, reported_at timestamptz NOT NULL""",
+    "exchange_rates": """
+        rate_date date, currency char(3), to_base numeric(18,8) NOT NULL, PRIMARY KEY (rate_date, currency)""",
+}
+COLLECTION = "marketplace_orders"
+TOPIC = "events"
+PARTITIONS = 4
+PUBLICATION = "shopsphere"
+
+
+def create_sources(addresses: Addresses) -> None:
+    """Make tables, publication, collection and topic; what is there already stays. Raises SandboxError."""
+    create_tables(addresses.postgres_dsn)
+    create_collection(addresses.mongo_uri)
+    create_topic(addresses.kafka_bootstrap)
+
+
+def create_tables(dsn: str) -> None:
+    """The tables of the source contract, with full replica identity, and the publication."""
+    with psycopg.connect(dsn) as connection:
+        for table, columns in TABLES.items():
+            connection.execute(f"CREATE TABLE IF NOT EXISTS {table} ({columns})")  # type: ignore[arg-type]
+            connection.execute(f"ALTER TABLE {table} REPLICA IDENTITY FULL")  # type: ignore[arg-type]
+        if not connection.execute("SELECT 1 FROM pg_publication WHERE pubname = %s", [PUBLICATION]).fetchone():
+            connection.execute(f"CREATE PUBLICATION {PUBLICATION} FOR TABLES IN SCHEMA public")  # type: ignore[arg-type]
+
+
+def create_collection(uri: str) -> None:
+    """The collection of marketplace orders and its indexes."""
+    with pymongo.MongoClient[dict[str, object]](uri, serverSelectionTimeoutMS=10_000) as client:
+        database = client[DATABASE]
+        if COLLECTION not in database.list_collection_names():
+            database.create_collection(COLLECTION)
+        index_collection(database[COLLECTION])
+
+
+def index_collection(collection: Collection[dict[str, object]]) -> None:
+    """Indexes for look-ups by order and by time; an index that names `_id` makes this server refuse every insert."""
+    collection.create_index([("platform", 1), ("mp_order_id", 1)])
+    collection.create_index([("updated_at", 1)])
+
+
+def create_topic(bootstrap: str) -> None:
+    """The topic of events."""
+    client = AdminClient({"bootstrap.servers": bootstrap})
+    try:
+        for made in client.create_topics([NewTopic(TOPIC, PARTITIONS, 1)]).values():
+            made.result(30)
+    except KafkaException as error:
+        if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+            raise SandboxError(f"Topic {TOPIC} cannot be made: {error.args[0].str()}.") from None

@@ -1,0 +1,64 @@
+"""The stock of every store and product: what is really there, what the events say, and when more is ordered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from app.sandbox.catalogue import Product
+from app.sandbox.places import STORES
+
+# Share of all orders that each store serves, roughly.
+DEMAND = (0.50, 0.17, 0.09, 0.07, 0.05, 0.05, 0.025, 0.025, 0.02, 0.02)
+
+
+@dataclass
+class Stock:
+    """Numbers per pair of store and product (pair = store x products + product).
+
+    `there` is the truth, `book` what the events add up to; they differ by thefts until a count.
+    `daily` is the expected demand per day in units.
+    """
+
+    products: int
+    daily: list[float]
+    there: list[int] = field(default_factory=list)
+    book: list[int] = field(default_factory=list)
+    reserved: list[int] = field(default_factory=list)
+    incoming: list[int] = field(default_factory=list)
+    counted: int = 0
+
+    @staticmethod
+    def expecting(catalogue: tuple[Product, ...], orders_per_day: float) -> Stock:
+        """Stock for a shop of this size, empty."""
+        total = sum(product.popularity for product in catalogue)
+        units = orders_per_day * 2.1
+        daily = [units * share * product.popularity / total for share in DEMAND for product in catalogue]
+        size = len(STORES) * len(catalogue)
+        return Stock(len(catalogue), daily, [0] * size, [0] * size, [0] * size, [0] * size)
+
+    def free(self, pair: int) -> int:
+        """Units that can be sold, by the books and in truth."""
+        return min(self.book[pair], self.there[pair]) - self.reserved[pair]
+
+    def wants(self, pair: int) -> int:
+        """Units to order now, 0 when there is enough."""
+        if self.book[pair] - self.reserved[pair] + self.incoming[pair] > 14 * self.daily[pair] + 4:
+            return 0
+        return int(30 * self.daily[pair]) + 12
+
+    def opening(self, pair: int) -> int:
+        """Units on the first day."""
+        return int(30 * self.daily[pair]) + 15
+
+    def safety(self, pair: int) -> int:
+        """Units of safety stock."""
+        return int(3 * self.daily[pair]) + 1
+
+    def receive(self, pair: int, quantity: int) -> None:
+        """Units arrive."""
+        self.there[pair] += quantity
+        self.book[pair] += quantity
+
+    def place(self, pair: int) -> tuple[str, int]:
+        """(store id, index of the product) of a pair."""
+        return STORES[pair // self.products].store_id, pair % self.products

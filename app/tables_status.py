@@ -1,0 +1,101 @@
+"""What `status` shows: for each table its rows, snapshot, position, lag and last run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import polars as pl
+
+import pipelines
+from lakehouse.errors import SourceError
+from lakehouse.iceberg import Handle, Lake
+from lakehouse.table import DELETED, Table
+
+
+@dataclass(frozen=True)
+class TableStatus:
+    """The state of one table; None where it has never been filled."""
+
+    table: str
+    rows: int
+    snapshot: int | None
+    position: Any
+    lag: str
+    last_run: datetime | None
+    files: int
+    bytes: int
+
+
+def statuses(lake: Lake) -> list[TableStatus]:
+    """The state of every table, bronze first. A source that cannot be reached shows as such in `lag`."""
+    handles = {name: lake.load(table) if lake.exists(table) else None for name, table in pipelines.TABLES.items()}
+    lags = {**_source_lags(lake, handles), **_step_lags(handles)}
+    return [_status(pipelines.TABLES[name], handle, lags.get(name, "")) for name, handle in handles.items()]
+
+
+def _source_lags(lake: Lake, handles: Mapping[str, Handle | None]) -> dict[str, str]:
+    lags: dict[str, str] = {}
+    for source in pipelines.sources(lake.settings):
+        positions = {name: handle.positions.get(source.name) if (handle := handles[name]) else None for name in source.tables}
+        try:
+            lags |= source.lag(positions)
+        except SourceError:
+            lags |= dict.fromkeys(source.tables, f"{source.name} unreachable")
+    return lags
+
+
+def _step_lags(handles: Mapping[str, Handle | None]) -> dict[str, str]:
+    lags = {}
+    for step in pipelines.STEPS:
+        handle = handles[step.target.name]
+        stored = handle.positions if handle else {}
+        late = [
+            name
+            for name in sorted(pipelines.upstream(step))
+            if (above := handles[name]) and above.data_sequence > (stored.get(name) or {"sequence": 0})["sequence"]
+        ]
+        lags[step.target.name] = f"behind {', '.join(n.split('.')[1] for n in late)}" if late else "up to date"
+    return lags
+
+
+def living_rows(handle: Handle) -> int:
+    """Rows of a table that are not deleted."""
+    files = handle.files()
+    if handle.table.keeps_tombstones:
+        return handle.reader.read(files, [DELETED], ~pl.col(DELETED).fill_null(False)).height
+    if any(file.deletes for file in files):
+        return handle.reader.read(files, [handle.table.columns[0].name]).height
+    return sum(file.rows for file in files)
+
+
+def _status(table: Table, handle: Handle | None, lag: str) -> TableStatus:
+    if handle is None or handle.snapshot is None:
+        return TableStatus(table.name, 0, None, None, lag, None, 0, 0)
+    files = handle.files()
+    return TableStatus(
+        table.name,
+        living_rows(handle),
+        handle.snapshot.snapshot_id,
+        handle.positions,
+        lag,
+        datetime.fromtimestamp(handle.snapshot.timestamp_ms / 1000, UTC),
+        len(files),
+        sum(file.bytes for file in files),
+    )
+
+
+def short_position(position: Any) -> str:
+    """A position in a few words."""
+    if not position:
+        return ""
+    parts = []
+    for name, value in position.items():
+        if isinstance(value, Mapping) and "sequence" in value:
+            parts.append(f"{name.split('.')[-1]}@{value['sequence']}")
+        else:
+            parts.append(json.dumps(value, separators=(",", ":")) if not isinstance(value, str) else value)
+    return " ".join(parts)

@@ -1,0 +1,357 @@
+"""gold.customer_360: everything about a person, over all their accounts and channels, in one row.
+
+What depends on today is given as a moment to compare today with, never as "days since": a row changes only when
+something about its customer does. The predictions use one formula, which needs no training and no other customer:
+
+    expected gap (days) = (days from first to last purchase + PRIOR_GAP_DAYS) / purchases
+
+that is the average gap, as if the customer had been silent for PRIOR_GAP_DAYS once; it is defined from the first purchase on.
+A customer who still buys at this pace is silent for d days with probability exp(-d / expected gap): the churn
+probability on a given day is 1 - exp(-days since last_order_at / expected_gap_days), and it passes 95% at `churn_after`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import polars as pl
+import pyarrow as pa
+
+from lakehouse.step import Context, Gather, Join, Step
+from lakehouse.table import MONEY as MONEY_TYPE
+from lakehouse.table import TIMESTAMP, Table, column
+from pipelines.gold.revenue import MONEY, NOTHING, is_cancelled, is_purchase, line_revenue
+from pipelines.gold.touched import rows_with
+from pipelines.silver.chargebacks import CHARGEBACKS
+from pipelines.silver.identity_graph import IDENTITY_GRAPH
+from pipelines.silver.order_items_unified import ORDER_ITEMS_UNIFIED
+from pipelines.silver.orders_unified import ORDERS_UNIFIED
+from pipelines.silver.users_scd import USERS_SCD
+
+PRIOR_GAP_DAYS = 90
+HORIZON_DAYS = 365
+DAY = 86_400_000_000
+"""Microseconds of a day."""
+CHURN_GAPS = 3
+"""Silence of three expected gaps: exp(-3) = 5% of customers who still buy are silent for so long."""
+
+FREQUENCY_BINS = (2, 4, 7, 13)
+"""Purchases from which on the frequency score is 2, 3, 4, 5."""
+MONETARY_BINS = (100, 500, 1_000, 5_000)
+"""Net revenue (base currency) from which on the monetary score is 2, 3, 4, 5."""
+
+CHANNELS = ("marketplace", "pos", "web")
+
+CUSTOMER_360 = Table(
+    "gold.customer_360",
+    doc="One row per person (master user): who they are, over all accounts and channels, what they bought and what to expect. "
+    "A purchase is an order that is neither cancelled nor a credit note; money is in the base currency.",
+    columns=(
+        column("master_user_id", pa.string(), "The person, from silver.identity_graph.", required=True),
+        column(
+            "primary_user_id", pa.int64(), "The account that stands for the person: the most verified, then the newest change."
+        ),
+        column("name", pa.string(), "Name, of the primary account or else of another one."),
+        column("email", pa.string(), "E-mail, of the primary account, else of another one, else of the last marketplace order."),
+        column("phone", pa.string(), "Phone number (E.164), likewise."),
+        column("city", pa.string(), "City, of the primary account or else of another one."),
+        column("country", pa.string(), "Country, of the primary account, else of another one, else of the last order."),
+        column("customer_since", TIMESTAMP, "First trace of the person in any source."),
+        column("loyalty_ids", pa.string(), "Loyalty cards, comma-separated."),
+        column("accounts", pa.int32(), "User accounts that are open.", required=True),
+        column("records", pa.int32(), "Source records (accounts and marketplace orders) joined to this person.", required=True),
+        column(
+            "apparent_customers",
+            pa.int32(),
+            "As how many customers single-channel systems see the person: accounts, and contacts per marketplace.",
+            required=True,
+        ),
+        column("names", pa.int32(), "Different names on open accounts.", required=True),
+        column("emails", pa.int32(), "Different e-mail addresses ever seen.", required=True),
+        column("phones", pa.int32(), "Different phone numbers ever seen.", required=True),
+        column("addresses", pa.int32(), "Different addresses ever seen.", required=True),
+        column("devices", pa.int32(), "Different devices ever seen.", required=True),
+        column("cards", pa.int32(), "Different payment cards on orders.", required=True),
+        column("countries", pa.int32(), "Different countries of orders.", required=True),
+        column(
+            "probable_links", pa.int32(), "Records joined by a probabilistic match, not by a shared identifier.", required=True
+        ),
+        column("first_order_at", TIMESTAMP, "First purchase."),
+        column("last_order_at", TIMESTAMP, "Last purchase: the recency of RFM."),
+        column("orders", pa.int32(), "Purchases: the frequency of RFM.", required=True),
+        column("cancelled_orders", pa.int32(), "Cancelled orders.", required=True),
+        column("returned_orders", pa.int32(), "Orders with status returned, credit notes among them.", required=True),
+        column("gross_revenue", MONEY_TYPE, "Sum of the positive lines of orders that are not cancelled.", required=True),
+        column("returns_revenue", MONEY_TYPE, "What negative lines took off, as a positive amount.", required=True),
+        column(
+            "net_revenue",
+            MONEY_TYPE,
+            "gross_revenue - returns_revenue: the historic lifetime value, and the monetary value of RFM.",
+            required=True,
+        ),
+        column(
+            "unconverted_lines", pa.int32(), "Order lines left out of the revenue for want of an exchange rate.", required=True
+        ),
+        column("average_order_value", MONEY_TYPE, "net_revenue / orders; null without a purchase."),
+        column("orders_web", pa.int32(), "Purchases in the web shop.", required=True),
+        column("orders_pos", pa.int32(), "Purchases in stores.", required=True),
+        column("orders_marketplace", pa.int32(), "Purchases on marketplaces.", required=True),
+        column("channels", pa.int32(), "Different channels of purchases.", required=True),
+        column("favourite_channel", pa.string(), "Channel of most purchases; of equals the first by name."),
+        column("platforms", pa.string(), "Marketplaces bought on, comma-separated."),
+        column(
+            "average_days_between_orders",
+            pa.float64(),
+            "Days from first to last purchase / (purchases - 1); null for fewer than 2.",
+        ),
+        column(
+            "expected_gap_days",
+            pa.float64(),
+            f"(Days from first to last purchase + {PRIOR_GAP_DAYS}) / purchases. Churn probability on a day: "
+            "1 - exp(-days since last_order_at / expected_gap_days).",
+        ),
+        column("expected_next_order_at", TIMESTAMP, "last_order_at + expected gap."),
+        column(
+            "churn_after", TIMESTAMP, f"last_order_at + {CHURN_GAPS} expected gaps: a customer silent until then has left (95%)."
+        ),
+        column(
+            "predicted_lifetime_value",
+            MONEY_TYPE,
+            f"net_revenue and what {HORIZON_DAYS} days after last_order_at bring at the same pace: "
+            f"net_revenue x (1 + {HORIZON_DAYS} / (days from first to last purchase + {PRIOR_GAP_DAYS})); "
+            "for a customer before `churn_after`.",
+        ),
+        column("frequency_score", pa.int32(), f"RFM: 1, and one more at each of {FREQUENCY_BINS} purchases; null without one."),
+        column(
+            "monetary_score",
+            pa.int32(),
+            f"RFM: 1, and one more at each of {MONETARY_BINS} of net_revenue; null without a purchase.",
+        ),
+        column("chargebacks", pa.int32(), "Chargebacks on their orders.", required=True),
+        column("fraud_chargebacks", pa.int32(), "Those of them with reason fraud.", required=True),
+    ),
+    key=("master_user_id",),
+    owner="customer",
+)
+
+COUNTS = tuple(item.name for item in CUSTOMER_360.columns if item.required and item.type == pa.int32())
+AMOUNTS = ("gross_revenue", "returns_revenue", "net_revenue")
+
+
+def count(expression: pl.Expr, name: str) -> pl.Expr:
+    """A count as the tables have it."""
+    return expression.cast(pl.Int32).alias(name)
+
+
+def different(name: str) -> pl.Expr:
+    """The number of different values, null not counted."""
+    return count(pl.col(name).drop_nulls().n_unique(), name)
+
+
+def score(value: pl.Expr, bins: tuple[int, ...]) -> pl.Expr:
+    """1, and one more for each bound that is reached."""
+    return pl.sum_horizontal(pl.lit(1, dtype=pl.Int32), *((value >= bound).cast(pl.Int32) for bound in bins))
+
+
+def joined(name: str) -> pl.Expr:
+    """The different values, sorted, comma-separated; null when there is none."""
+    values = pl.col(name).drop_nulls().unique().sort()
+    return pl.when(values.len() > 0).then(values.str.join(",")).alias(name)
+
+
+def profiles(users: pl.DataFrame) -> pl.DataFrame:
+    """Per person: the primary account, and each attribute of the first account in its order that has one."""
+    verified = pl.col("email_verified", "phone_verified").fill_null(False).cast(pl.Int8)
+    ranked = (
+        users.filter(pl.col("is_current") & pl.col("master_user_id").is_not_null())
+        .with_columns(pl.sum_horizontal(verified).alias("proofs"))
+        .sort("proofs", "updated_at", "user_id", descending=[True, True, False], nulls_last=True)
+    )
+    return ranked.group_by("master_user_id", maintain_order=True).agg(
+        pl.col("user_id").first().alias("primary_user_id"),
+        *(pl.col(name).drop_nulls().first() for name in ("name", "email", "city", "country")),
+        pl.col("phone_number").drop_nulls().first().alias("phone"),
+        joined("loyalty_id").alias("loyalty_ids"),
+        count(pl.len(), "accounts"),
+        count(pl.col("name").drop_nulls().str.to_lowercase().n_unique(), "names"),
+    )
+
+
+def identifiers(graph: pl.DataFrame) -> pl.DataFrame:
+    """Per person: how many records and identifiers of each kind."""
+
+    def nodes(kind: str, name: str) -> pl.Expr:
+        return count(pl.col("node").filter(pl.col("kind") == kind).n_unique(), name)
+
+    probable = (pl.col("kind") == "match") & (pl.col("status") == "linked")
+    return graph.group_by("master_user_id").agg(
+        count(pl.col("record_id").n_unique(), "records"),
+        nodes("email", "emails"),
+        nodes("phone", "phones"),
+        nodes("address", "addresses"),
+        nodes("device", "devices"),
+        count(pl.col("record_id").filter(probable).n_unique(), "probable_links"),
+        pl.col("first_seen").min(),
+    )
+
+
+def purchases(orders: pl.DataFrame, lines: pl.DataFrame, chargebacks: pl.DataFrame) -> pl.DataFrame:
+    """Per person: orders, revenue, channels and chargebacks."""
+    revenue = lines.group_by("order_id").agg(line_revenue())
+    charged = chargebacks.group_by(pl.col("order_ref").alias("order_id")).agg(
+        count(pl.len(), "chargebacks"), count((pl.col("reason") == "fraud").sum(), "fraud_chargebacks")
+    )
+    bought = pl.col("purchase")
+    contact = pl.when(pl.col("channel") == "marketplace").then(
+        pl.struct("platform", pl.coalesce("email", "phone", "order_id").alias("contact"))
+    )
+    last = ["placed_at", "order_id"]
+    return (
+        orders.filter(pl.col("master_user_id").is_not_null())
+        .join(revenue, on="order_id", how="left")
+        .join(charged, on="order_id", how="left")
+        .with_columns(is_purchase().alias("purchase"), contact.alias("contact"))
+        .sort(last, descending=True)
+        .group_by("master_user_id", maintain_order=True)
+        .agg(
+            pl.col("email").drop_nulls().first().alias("order_email"),
+            pl.col("phone").drop_nulls().first().alias("order_phone"),
+            pl.col("country").drop_nulls().first().alias("order_country"),
+            pl.col("placed_at").min().alias("first_placed_at"),
+            pl.col("placed_at").filter(bought).min().alias("first_order_at"),
+            pl.col("placed_at").filter(bought).max().alias("last_order_at"),
+            count(bought.sum(), "orders"),
+            count(is_cancelled().sum(), "cancelled_orders"),
+            count((pl.col("status") == "returned").fill_null(False).sum(), "returned_orders"),
+            *(pl.col(name).sum().cast(MONEY) for name in AMOUNTS),
+            count(pl.col("unconverted_lines").sum(), "unconverted_lines"),
+            *(count((bought & (pl.col("channel") == name)).sum(), f"orders_{name}") for name in CHANNELS),
+            count(pl.col("channel").filter(bought).n_unique(), "channels"),
+            joined("platform").alias("platforms"),
+            count(pl.col("contact").drop_nulls().n_unique(), "contacts"),
+            different("card_fingerprint").alias("cards"),
+            different("country").alias("countries"),
+            count(pl.col("chargebacks").sum(), "chargebacks"),
+            count(pl.col("fraud_chargebacks").sum(), "fraud_chargebacks"),
+        )
+    )
+
+
+def favourite_channel() -> pl.Expr:
+    """The channel of most purchases; CHANNELS is sorted, so that of equals the first by name wins."""
+    most = pl.max_horizontal(f"orders_{name}" for name in CHANNELS)
+    choice = pl.lit(None, dtype=pl.String)
+    for name in reversed(CHANNELS):
+        choice = pl.when((most > 0) & (pl.col(f"orders_{name}") == most)).then(pl.lit(name)).otherwise(choice)
+    return choice.alias("favourite_channel")
+
+
+def with_predictions(customers: pl.DataFrame) -> pl.DataFrame:
+    """Adds averages, expectations and scores; all null for people without a purchase."""
+    bought = pl.col("orders") > 0
+    span = pl.col("last_order_at") - pl.col("first_order_at")
+    microseconds, prior, orders = span.dt.total_microseconds(), PRIOR_GAP_DAYS * DAY, pl.col("orders").cast(pl.Int64)
+    gap = ((microseconds + prior) // pl.when(bought).then(orders)).cast(pl.Duration("us"))
+    net = pl.col("net_revenue")
+    whole_days = span.dt.total_days() + PRIOR_GAP_DAYS
+    return customers.with_columns(
+        (net / pl.when(bought).then("orders")).cast(MONEY).alias("average_order_value"),
+        favourite_channel(),
+        # one division, by a column: polars divides a float by a literal as x * (1 / literal) unless the frame has one row,
+        # so that the last digit would depend on who else is computed
+        pl.when(orders > 1).then(microseconds / ((orders - 1) * DAY)).alias("average_days_between_orders"),
+        pl.when(bought).then((microseconds + prior) / (orders * DAY)).alias("expected_gap_days"),
+        (pl.col("last_order_at") + gap).alias("expected_next_order_at"),
+        (pl.col("last_order_at") + gap * CHURN_GAPS).alias("churn_after"),
+        (net + net * HORIZON_DAYS / whole_days).cast(MONEY).alias("predicted_lifetime_value"),
+        pl.when(bought).then(score(pl.col("orders"), FREQUENCY_BINS)).alias("frequency_score"),
+        pl.when(bought).then(score(net, MONETARY_BINS)).alias("monetary_score"),
+    )
+
+
+def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+    """The touched people: everyone with an open account, an order or a record in the identity graph."""
+    parts = (
+        identifiers(frames["identity"].filter(pl.col("master_user_id").is_not_null())),
+        profiles(frames["users"]),
+        purchases(frames["orders"], frames["lines"], frames["chargebacks"]),
+    )
+    people = pl.concat([part.select("master_user_id") for part in parts]).unique()
+    for part, suffix in zip(parts, ("_graph", "_user", "_order"), strict=True):
+        people = people.join(part, on="master_user_id", how="left", suffix=suffix)
+    people = people.with_columns(
+        pl.coalesce("email", "order_email").alias("email"),
+        pl.coalesce("phone", "order_phone").alias("phone"),
+        pl.coalesce("country", "order_country").alias("country"),
+        pl.min_horizontal("first_seen", "first_placed_at").alias("customer_since"),
+        pl.sum_horizontal(pl.col("accounts", "contacts").fill_null(0)).cast(pl.Int32).alias("apparent_customers"),
+    ).with_columns(pl.col(COUNTS).fill_null(0), pl.col(AMOUNTS).fill_null(NOTHING))
+    return with_predictions(people).select(CUSTOMER_360.schema.names).sort("master_user_id")
+
+
+STEP = Step(
+    target=CUSTOMER_360,
+    reads={
+        "orders": Gather(
+            ORDERS_UNIFIED,
+            keys=((pl.col("master_user_id"),),),
+            columns=(
+                "order_id",
+                "master_user_id",
+                "channel",
+                "platform",
+                "status",
+                "country",
+                "total_amount",
+                "card_fingerprint",
+                "email",
+                "phone",
+                "placed_at",
+            ),
+        ),
+        "users": Gather(
+            USERS_SCD,
+            keys=((pl.col("master_user_id"),),),
+            columns=(
+                "user_id",
+                "master_user_id",
+                "is_current",
+                "name",
+                "email",
+                "email_verified",
+                "phone_number",
+                "phone_verified",
+                "city",
+                "country",
+                "loyalty_id",
+                "updated_at",
+            ),
+        ),
+        "identity": Gather(
+            IDENTITY_GRAPH,
+            keys=((pl.col("master_user_id"),),),
+            columns=("record_id", "node", "kind", "status", "master_user_id", "first_seen"),
+        ),
+        "lines": Join(
+            ORDER_ITEMS_UNIFIED,
+            on="order_id",
+            values=lambda frames: frames["orders"]["order_id"],
+            columns=("order_id", "net_base", "counts_as_sale"),
+            touch=rows_with("order_id"),
+            touch_columns=("order_id",),
+            through=ORDERS_UNIFIED,
+            touch_keys=(pl.col("master_user_id"),),
+        ),
+        "chargebacks": Join(
+            CHARGEBACKS,
+            on="order_ref",
+            values=lambda frames: frames["orders"]["order_id"],
+            columns=("order_ref", "reason"),
+            touch=rows_with("order_id", of="order_ref"),
+            touch_columns=("order_id",),
+            through=ORDERS_UNIFIED,
+            touch_keys=(pl.col("master_user_id"),),
+        ),
+    },
+    fill=fill,
+)

@@ -1,0 +1,97 @@
+"""gold.dim_date: the calendar of every year in which something was ordered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import polars as pl
+import pyarrow as pa
+
+from lakehouse.step import Context, Gather, Step
+from lakehouse.table import Table, column
+from pipelines.silver.orders_unified import ORDERS_UNIFIED
+
+DIM_DATE = Table(
+    "gold.dim_date",
+    doc="Every day of every year in which an order was placed: full years, so that a day without sales is there too.",
+    columns=(
+        column("date", pa.date32(), "The day, UTC.", required=True),
+        column("date_key", pa.int32(), "The day as yyyymmdd, as fact_orders.date_key has it.", required=True),
+        column("year", pa.int32(), "Calendar year.", required=True),
+        column("quarter", pa.int32(), "Quarter, 1 to 4.", required=True),
+        column("month", pa.int32(), "Month, 1 to 12.", required=True),
+        column("month_name", pa.string(), "English name of the month.", required=True),
+        column("month_start", pa.date32(), "First day of the month.", required=True),
+        column("day_of_month", pa.int32(), "1 to 31.", required=True),
+        column("day_of_year", pa.int32(), "1 to 366.", required=True),
+        column("day_of_week", pa.int32(), "ISO: 1 Monday to 7 Sunday.", required=True),
+        column("day_name", pa.string(), "English name of the day of the week.", required=True),
+        column("iso_year", pa.int32(), "Year of the ISO week; differs from `year` around New Year.", required=True),
+        column("iso_week", pa.int32(), "ISO week, 1 to 53.", required=True),
+        column("is_weekend", pa.bool_(), "Saturday or Sunday.", required=True),
+    ),
+    key=("year", "date"),
+    group=("year",),
+    owner="data platform",
+)
+
+MONTHS = (
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+)
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+
+
+def date_key(name: str) -> pl.Expr:
+    """A date column as the integer yyyymmdd."""
+    day = pl.col(name).dt
+    return (day.year() * 10000 + day.month().cast(pl.Int32) * 100 + day.day().cast(pl.Int32)).alias("date_key")
+
+
+def named(position: pl.Expr, names: tuple[str, ...]) -> pl.Expr:
+    """The name at a position counted from 1. Not strftime: that would follow the machine's language."""
+    return position.cast(pl.Int32).replace_strict(range(1, len(names) + 1), list(names), return_dtype=pl.String)
+
+
+def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+    """All days of the years of the given orders."""
+    years = frames["orders"].select(pl.col("order_date").dt.year().alias("year")).drop_nulls().unique().sort("year")
+    first, last = pl.date(pl.col("year"), 1, 1), pl.date(pl.col("year"), 12, 31)
+    day = pl.col("date").dt
+    return (
+        years.select(pl.date_ranges(first, last).alias("date"))
+        .explode("date")
+        .with_columns(
+            date_key("date"),
+            day.year().alias("year"),
+            day.quarter().alias("quarter"),
+            day.month().alias("month"),
+            named(day.month(), MONTHS).alias("month_name"),
+            day.truncate("1mo").alias("month_start"),
+            day.day().alias("day_of_month"),
+            day.ordinal_day().alias("day_of_year"),
+            day.weekday().alias("day_of_week"),
+            named(day.weekday(), DAYS).alias("day_name"),
+            day.iso_year().alias("iso_year"),
+            day.week().alias("iso_week"),
+            (day.weekday() >= 6).alias("is_weekend"),
+        )
+        .select(DIM_DATE.schema.names)
+    )
+
+
+STEP = Step(
+    target=DIM_DATE,
+    reads={"orders": Gather(ORDERS_UNIFIED, keys=((pl.col("order_date").dt.year(),),), columns=("order_date",))},
+    fill=fill,
+)

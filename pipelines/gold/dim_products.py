@@ -1,0 +1,49 @@
+"""gold.dim_products: the catalogue as it is now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import polars as pl
+import pyarrow as pa
+
+from lakehouse.step import Context, Gather, Step
+from lakehouse.table import TIMESTAMP, Table, column
+from pipelines.silver.products import PRODUCTS
+
+UNCATEGORISED = "uncategorised"
+"""The category of products that have none, and of products that were sold but are not in the catalogue."""
+
+DIM_PRODUCTS = Table(
+    "gold.dim_products",
+    doc="Products of the catalogue as they are now. Products that were sold but are not in the catalogue have no row here; "
+    f"their revenue is in sales_daily under category '{UNCATEGORISED}'.",
+    columns=(
+        column("product_id", pa.string(), "Product.", required=True),
+        column("name", pa.string(), "Name."),
+        column("category", pa.string(), f"Category; '{UNCATEGORISED}' when the catalogue has none.", required=True),
+        column("brand", pa.string(), "Brand."),
+        column("list_price", pa.decimal128(18, 2), "List price, in `currency`."),
+        column("currency", pa.string(), "Currency of list_price, ISO 4217."),
+        column("updated_at", TIMESTAMP, "When the source last changed the row."),
+    ),
+    key=("product_id",),
+    owner="commerce",
+)
+
+
+def category() -> pl.Expr:
+    """The category, never null."""
+    return pl.col("category").fill_null(UNCATEGORISED)
+
+
+def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+    """The touched products."""
+    return frames["products"].with_columns(category()).select(DIM_PRODUCTS.schema.names).sort("product_id")
+
+
+STEP = Step(
+    target=DIM_PRODUCTS,
+    reads={"products": Gather(PRODUCTS, keys=((pl.col("product_id"),),), columns=tuple(DIM_PRODUCTS.schema.names))},
+    fill=fill,
+)

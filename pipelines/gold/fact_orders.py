@@ -1,0 +1,168 @@
+"""gold.fact_orders: one row per order, over all channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import polars as pl
+import pyarrow as pa
+
+from lakehouse.step import Context, Gather, Join, Step
+from lakehouse.table import MONEY, TIMESTAMP, Table, column, month
+from pipelines.gold.dim_date import date_key
+from pipelines.gold.dim_users import user_key
+from pipelines.gold.revenue import NOTHING, is_cancelled, line_revenue
+from pipelines.gold.touched import rows_with
+from pipelines.silver.chargebacks import CHARGEBACKS
+from pipelines.silver.order_items_unified import ORDER_ITEMS_UNIFIED
+from pipelines.silver.orders_unified import ORDERS_UNIFIED
+from pipelines.silver.users_scd import USERS_SCD
+
+FACT_ORDERS = Table(
+    "gold.fact_orders",
+    doc="One row per order of any channel, with the keys of the dimensions, its revenue and what became of it.",
+    columns=(
+        column("order_id", pa.string(), "Order, unique across channels.", required=True),
+        column("source_order_id", pa.string(), "The order's id in the system it comes from."),
+        column("order_date", pa.date32(), "UTC day on which it was placed.", required=True),
+        column("date_key", pa.int32(), "order_date as yyyymmdd: dim_date.date_key.", required=True),
+        column("placed_at", TIMESTAMP, "When it was placed.", required=True),
+        column("updated_at", TIMESTAMP, "When the source last changed it."),
+        column("channel", pa.string(), "web, pos, marketplace."),
+        column("platform", pa.string(), "The marketplace; null elsewhere."),
+        column("store_id", pa.string(), "Store: dim_stores.store_id; null for marketplaces."),
+        column("user_id", pa.int64(), "User account; null without one."),
+        column(
+            "user_key",
+            pa.string(),
+            "dim_users.user_key of the account's version when the order was placed; before the first known version: the first, "
+            "after the account was closed: the last.",
+        ),
+        column("master_user_id", pa.string(), "The person: customer_360.master_user_id; null for an anonymous sale."),
+        column("country", pa.string(), "Country of the sale, ISO 3166-1 alpha-2."),
+        column("status", pa.string(), "placed, paid, shipped, delivered, cancelled, returned."),
+        column("payment_method", pa.string(), "How it was paid."),
+        column("currency", pa.string(), "Currency of total_amount, ISO 4217."),
+        column("total_amount", MONEY, "Total as the source states it, in `currency`."),
+        column("exchange_rate", pa.decimal128(18, 8), "Base currency per unit of `currency` on order_date; null when unknown."),
+        column("total_base", MONEY, "total_amount in the base currency; null when the rate is unknown."),
+        column("items", pa.int32(), "Lines of the order; 0 when the source lists none.", required=True),
+        column("units", pa.int64(), "Units on lines that count as sales, returned units subtracted.", required=True),
+        column("gross_revenue", MONEY, "Sum of the positive lines, base currency; 0 when cancelled.", required=True),
+        column("returns_revenue", MONEY, "What negative lines took off, as a positive amount, base currency.", required=True),
+        column("net_revenue", MONEY, "gross_revenue - returns_revenue, base currency.", required=True),
+        column("unconverted_lines", pa.int32(), "Lines left out of the revenue for want of an exchange rate.", required=True),
+        column("is_cancelled", pa.bool_(), "Status is cancelled.", required=True),
+        column("is_returned", pa.bool_(), "Status is returned.", required=True),
+        column("is_chargeback", pa.bool_(), "At least one chargeback names the order.", required=True),
+        column("chargebacks", pa.int32(), "Chargebacks that name the order.", required=True),
+        column("chargeback_reason", pa.string(), "Reason of the first one: fraud, not_received, not_as_described, other."),
+        column("chargeback_reported_at", TIMESTAMP, "When the first one was reported."),
+    ),
+    key=("order_id",),
+    partition_by=(month("order_date"),),
+    sort_by=("order_date", "order_id"),
+    owner="commerce",
+)
+
+
+def revenue_per_order(lines: pl.DataFrame) -> pl.DataFrame:
+    """Lines, units and revenue of each order."""
+    return lines.group_by("order_id").agg(
+        pl.len().cast(pl.Int32).alias("items"),
+        pl.when("counts_as_sale").then(pl.col("quantity").cast(pl.Int64)).sum().alias("units"),
+        *line_revenue(),
+    )
+
+
+def chargebacks_per_order(chargebacks: pl.DataFrame) -> pl.DataFrame:
+    """Number, first reason and first report of the chargebacks of each order."""
+    by_report = ["reported_at", "chargeback_id"]
+    return (
+        chargebacks.sort(by_report, nulls_last=True)
+        .group_by(pl.col("order_ref").alias("order_id"), maintain_order=True)
+        .agg(
+            pl.len().cast(pl.Int32).alias("chargebacks"),
+            pl.col("reason").first().alias("chargeback_reason"),
+            pl.col("reported_at").first().alias("chargeback_reported_at"),
+        )
+    )
+
+
+def version_per_order(orders: pl.DataFrame, users: pl.DataFrame) -> pl.DataFrame:
+    """order_id and user_key of orders with an account: the version that held when the order was placed."""
+    placed = orders.filter(pl.col("user_id").is_not_null()).select("order_id", "user_id", "placed_at").sort("placed_at")
+    versions = users.select("user_id", "valid_from", user_key()).sort("valid_from")
+    first = versions.unique("user_id", keep="first", maintain_order=True).select("user_id", pl.col("user_key").alias("first_key"))
+    return (
+        placed.join_asof(
+            versions, left_on="placed_at", right_on="valid_from", by="user_id", strategy="backward", check_sortedness=False
+        )
+        .join(first, on="user_id", how="left")
+        .select("order_id", pl.coalesce("user_key", "first_key").alias("user_key"))
+    )
+
+
+def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+    """The touched orders with their lines, chargebacks and account version joined to them."""
+    orders = frames["orders"]
+    counts, money = ("items", "units", "unconverted_lines", "chargebacks"), ("gross_revenue", "returns_revenue", "net_revenue")
+    return (
+        orders.join(revenue_per_order(frames["lines"]), on="order_id", how="left")
+        .join(chargebacks_per_order(frames["chargebacks"]), on="order_id", how="left")
+        .join(version_per_order(orders, frames["users"]), on="order_id", how="left")
+        .with_columns(
+            date_key("order_date"),
+            is_cancelled().alias("is_cancelled"),
+            (pl.col("status") == "returned").fill_null(False).alias("is_returned"),
+            pl.col("chargebacks").is_not_null().alias("is_chargeback"),
+            pl.col(counts).fill_null(0),
+            pl.col(money).fill_null(NOTHING),
+        )
+        .select(FACT_ORDERS.schema.names)
+    )
+
+
+STEP = Step(
+    target=FACT_ORDERS,
+    reads={
+        "orders": Gather(
+            ORDERS_UNIFIED,
+            keys=((pl.col("order_id"),),),
+            columns=(
+                "order_id",
+                "source_order_id",
+                "order_date",
+                "placed_at",
+                "updated_at",
+                "channel",
+                "platform",
+                "store_id",
+                "user_id",
+                "master_user_id",
+                "country",
+                "status",
+                "payment_method",
+                "currency",
+                "total_amount",
+                "exchange_rate",
+                "total_base",
+            ),
+        ),
+        "lines": Gather(
+            ORDER_ITEMS_UNIFIED, keys=((pl.col("order_id"),),), columns=("order_id", "quantity", "net_base", "counts_as_sale")
+        ),
+        "chargebacks": Gather(CHARGEBACKS, keys=((pl.col("order_ref"),),)),
+        "users": Join(
+            USERS_SCD,
+            on="user_id",
+            values=lambda frames: frames["orders"]["user_id"],
+            columns=("user_id", "valid_from"),
+            touch=rows_with("user_id"),
+            touch_columns=("user_id",),
+            through=ORDERS_UNIFIED,
+            touch_keys=(pl.col("order_id"),),
+        ),
+    },
+    fill=fill,
+)

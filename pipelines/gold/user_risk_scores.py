@@ -1,0 +1,274 @@
+"""gold.user_risk_scores: a hand-weighted risk score per person, each point with its reason.
+
+It needs no training and no label, so that it works on the first day and beside a model that is down. RULES is all of it:
+a rule looks at one signal, gives `points` for the first value that is over `free` and for each further one, and stops
+at `cap`. The score is their sum, at most 100.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import polars as pl
+import pyarrow as pa
+
+from lakehouse.step import Context, Gather, Join, Step
+from lakehouse.table import TIMESTAMP, Table, column
+from pipelines.gold.revenue import is_cancelled
+from pipelines.gold.touched import rows_with
+from pipelines.silver.chargebacks import CHARGEBACKS
+from pipelines.silver.events_clean import EVENTS_CLEAN
+from pipelines.silver.identity_graph import IDENTITY_GRAPH
+from pipelines.silver.orders_unified import ORDERS_UNIFIED
+
+RULE_VERSION = "1"
+HIGH, MEDIUM = 50, 25
+SUCCESSES = ("approved", "authorised", "authorized", "captured", "ok", "paid", "succeeded", "success")
+"""Outcomes of a payment attempt that are no failure."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Points for a signal: first + each x (value - free - 1) for a value over `free`, at most `cap`."""
+
+    signal: str
+    free: int
+    first: int
+    each: int
+    cap: int
+    reason: str
+
+    @property
+    def points(self) -> pl.Expr:
+        """The points, an integer; 0 when the signal is silent."""
+        over = pl.col(self.signal) - self.free
+        return (
+            pl.when(over > 0).then(pl.min_horizontal(self.first + self.each * (over - 1), self.cap)).otherwise(0).cast(pl.Int32)
+        )
+
+    @property
+    def text(self) -> pl.Expr:
+        """The reason with its figure and points; null when the signal is silent."""
+        return pl.when(self.points > 0).then(pl.format(self.reason + " (+{})", pl.col(self.signal), self.points))
+
+
+RULES = (
+    Rule("fraud_chargebacks", 0, 40, 15, 70, "{} fraud chargebacks"),
+    Rule("other_chargebacks", 0, 10, 10, 20, "{} other chargebacks"),
+    Rule("most_orders_1h", 2, 10, 5, 25, "{} orders within an hour"),
+    Rule("most_orders_24h", 4, 5, 3, 15, "{} orders within 24 hours"),
+    Rule("cards", 3, 5, 5, 20, "{} different cards"),
+    Rule("shared_cards", 0, 10, 10, 30, "{} cards that other people use too"),
+    Rule("crowded_devices", 0, 10, 5, 20, "{} devices that a crowd shares"),
+    Rule("shipping_addresses", 4, 4, 2, 10, "{} different shipping addresses"),
+    Rule("most_failed_payments_24h", 2, 8, 4, 24, "{} failed payments within 24 hours"),
+    Rule("most_failed_logins_1h", 4, 8, 2, 16, "{} failed logins within an hour"),
+    Rule("cancelled_percent", 49, 10, 0, 10, "{} percent of orders cancelled"),
+)
+
+USER_RISK_SCORES = Table(
+    "gold.user_risk_scores",
+    doc="Fraud risk per person with an order, from hand-weighted rules that explain themselves. "
+    "Scores are comparable within a rule_version.",
+    columns=(
+        column("master_user_id", pa.string(), "The person.", required=True),
+        column("risk_score", pa.int32(), "0 (nothing found) to 100.", required=True),
+        column("risk_band", pa.string(), f"low, medium (from {MEDIUM}), high (from {HIGH}).", required=True),
+        column(
+            "reasons", pa.string(), "What gave points, strongest rule first as listed in RULES, with the points; null for none."
+        ),
+        column("rule_version", pa.string(), "Version of the rules.", required=True),
+        column("orders", pa.int32(), "Orders of any status.", required=True),
+        column("last_order_at", TIMESTAMP, "Newest order of any status: what the score is up to date with.", required=True),
+        column("fraud_chargebacks", pa.int32(), "Chargebacks with reason fraud.", required=True),
+        column("other_chargebacks", pa.int32(), "Chargebacks with another reason.", required=True),
+        column("most_orders_1h", pa.int32(), "Most orders within one hour, ever.", required=True),
+        column("most_orders_24h", pa.int32(), "Most orders within 24 hours, ever.", required=True),
+        column(
+            "most_failed_payments_24h",
+            pa.int32(),
+            "Most payment attempts without success within 24 hours, ever, of the accounts that ordered.",
+            required=True,
+        ),
+        column("most_failed_logins_1h", pa.int32(), "Most failed logins within one hour, ever, likewise.", required=True),
+        column("cards", pa.int32(), "Different payment cards.", required=True),
+        column("shared_cards", pa.int32(), "Those of them that are on orders of other people too.", required=True),
+        column("crowded_devices", pa.int32(), "Devices shared by so many people that they identify nobody.", required=True),
+        column("shipping_addresses", pa.int32(), "Different shipping addresses, case and spaces aside.", required=True),
+        column(
+            "cancelled_percent",
+            pa.int32(),
+            "Cancelled orders per hundred, rounded down; 0 for fewer than 3 orders.",
+            required=True,
+        ),
+    ),
+    key=("master_user_id",),
+    owner="risk",
+)
+
+
+def is_failure() -> pl.Expr:
+    """Over events: a failed login, or a payment attempt whose outcome is known and no success."""
+    success = pl.col("outcome").str.to_lowercase().is_in(SUCCESSES)
+    return ((pl.col("event_type") == "login_failed") | ((pl.col("event_type") == "payment_attempted") & ~success)).fill_null(
+        False
+    )
+
+
+def touched_by_attempts(changed: pl.DataFrame) -> pl.Expr:
+    """The orders of accounts with new payment attempts or failed logins: other events are none of our business.
+
+    Successful attempts too: one may take the place of a failed one with the same id.
+    """
+    return rows_with("user_id")(changed.filter(pl.col("event_type").is_in(["login_failed", "payment_attempted"])))
+
+
+def failures(orders: pl.DataFrame, events: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Per person: the most failed payments within 24 hours, and the most failed logins within an hour."""
+    people = orders.select("user_id", "master_user_id").drop_nulls().unique()
+    failed = events.filter(is_failure()).join(people, on="user_id").sort("master_user_id", "occurred_at")
+    logins = pl.col("event_type") == "login_failed"
+    return (
+        most_within(failed.filter(~logins), "24h", "most_failed_payments_24h", at="occurred_at"),
+        most_within(failed.filter(logins), "1h", "most_failed_logins_1h", at="occurred_at"),
+    )
+
+
+def most_within(rows: pl.DataFrame, period: str, name: str, *, at: str = "placed_at") -> pl.DataFrame:
+    """Per person: the most rows in any window of this length. rows: sorted by (master_user_id, at)."""
+    return (
+        rows.rolling(at, period=period, closed="both", group_by="master_user_id")
+        .agg(pl.len().alias(name))
+        .group_by("master_user_id")
+        .agg(pl.col(name).max().cast(pl.Int32))
+    )
+
+
+def shared_cards(orders: pl.DataFrame, card_orders: pl.DataFrame) -> pl.DataFrame:
+    """Per person: how many of their cards other people use too."""
+    shared = (
+        card_orders.drop_nulls(["card_fingerprint", "master_user_id"])
+        .unique(["card_fingerprint", "master_user_id"])
+        .group_by("card_fingerprint")
+        .agg(pl.len().alias("people"))
+        .filter(pl.col("people") > 1)
+    )
+    return (
+        orders.select("master_user_id", "card_fingerprint")
+        .unique()
+        .join(shared, on="card_fingerprint")
+        .group_by("master_user_id")
+        .agg(pl.len().cast(pl.Int32).alias("shared_cards"))
+    )
+
+
+def from_orders(orders: pl.DataFrame, chargebacks: pl.DataFrame) -> pl.DataFrame:
+    """Per person: counts over orders and their chargebacks."""
+    fraud = pl.col("reason") == "fraud"
+    charged = chargebacks.group_by(pl.col("order_ref").alias("order_id")).agg(
+        fraud.sum().alias("fraud_chargebacks"), (pl.len() - fraud.sum()).alias("other_chargebacks")
+    )
+    address = pl.col("shipping_address").str.to_lowercase().str.replace_all(r"\W+", " ").str.strip_chars()
+    percent = 100 * is_cancelled().sum() // pl.len()
+    return (
+        orders.join(charged, on="order_id", how="left")
+        .group_by("master_user_id")
+        .agg(
+            pl.len().cast(pl.Int32).alias("orders"),
+            pl.col("placed_at").max().alias("last_order_at"),
+            pl.col("fraud_chargebacks", "other_chargebacks").sum().cast(pl.Int32),
+            pl.col("card_fingerprint").drop_nulls().n_unique().cast(pl.Int32).alias("cards"),
+            address.drop_nulls().n_unique().cast(pl.Int32).alias("shipping_addresses"),
+            pl.when(pl.len() >= 3).then(percent).otherwise(0).cast(pl.Int32).alias("cancelled_percent"),
+        )
+    )
+
+
+def crowded_devices(graph: pl.DataFrame) -> pl.DataFrame:
+    """Per person: devices that the identity graph calls crowded."""
+    return (
+        graph.filter((pl.col("kind") == "device") & (pl.col("status") == "crowded"))
+        .group_by("master_user_id")
+        .agg(pl.col("node").n_unique().cast(pl.Int32).alias("crowded_devices"))
+    )
+
+
+def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+    """The touched people who ordered."""
+    orders = frames["orders"].filter(pl.col("master_user_id").is_not_null()).sort("master_user_id", "placed_at", "order_id")
+    signals = from_orders(orders, frames["chargebacks"])
+    for part in (
+        most_within(orders, "1h", "most_orders_1h"),
+        most_within(orders, "24h", "most_orders_24h"),
+        shared_cards(orders, frames["card_orders"]),
+        crowded_devices(frames["identity"]),
+        *failures(orders, frames["events"]),
+    ):
+        signals = signals.join(part, on="master_user_id", how="left")
+    total = pl.min_horizontal(pl.sum_horizontal(rule.points for rule in RULES), 100).cast(pl.Int32)
+    reasons = pl.concat_str([rule.text for rule in RULES], separator="; ", ignore_nulls=True)
+    return (
+        signals.with_columns(pl.col(rule.signal for rule in RULES).fill_null(0))
+        .with_columns(
+            total.alias("risk_score"),
+            pl.when(reasons != "").then(reasons).alias("reasons"),
+            pl.lit(RULE_VERSION).alias("rule_version"),
+        )
+        .with_columns(
+            pl.when(pl.col("risk_score") >= HIGH)
+            .then(pl.lit("high"))
+            .when(pl.col("risk_score") >= MEDIUM)
+            .then(pl.lit("medium"))
+            .otherwise(pl.lit("low"))
+            .alias("risk_band")
+        )
+        .select(USER_RISK_SCORES.schema.names)
+        .sort("master_user_id")
+    )
+
+
+STEP = Step(
+    target=USER_RISK_SCORES,
+    reads={
+        "orders": Gather(
+            ORDERS_UNIFIED,
+            keys=((pl.col("master_user_id"),),),
+            columns=("order_id", "master_user_id", "user_id", "placed_at", "status", "card_fingerprint", "shipping_address"),
+        ),
+        "identity": Gather(
+            IDENTITY_GRAPH, keys=((pl.col("master_user_id"),),), columns=("node", "kind", "status", "master_user_id")
+        ),
+        "chargebacks": Join(
+            CHARGEBACKS,
+            on="order_ref",
+            values=lambda frames: frames["orders"]["order_id"],
+            columns=("order_ref", "reason"),
+            touch=rows_with("order_id", of="order_ref"),
+            touch_columns=("order_id",),
+            through=ORDERS_UNIFIED,
+            touch_keys=(pl.col("master_user_id"),),
+        ),
+        "events": Join(
+            EVENTS_CLEAN,
+            on="user_id",
+            values=lambda frames: frames["orders"]["user_id"].drop_nulls(),
+            columns=("user_id", "event_type", "outcome", "occurred_at"),
+            touch=touched_by_attempts,
+            touch_columns=("user_id",),
+            through=ORDERS_UNIFIED,
+            touch_keys=(pl.col("master_user_id"),),
+        ),
+        "card_orders": Join(
+            ORDERS_UNIFIED,
+            on="card_fingerprint",
+            values=lambda frames: frames["orders"]["card_fingerprint"].drop_nulls(),
+            columns=("card_fingerprint", "master_user_id"),
+            touch=rows_with("card_fingerprint"),
+            touch_columns=("card_fingerprint",),
+            through=ORDERS_UNIFIED,
+            touch_keys=(pl.col("master_user_id"),),
+        ),
+    },
+    fill=fill,
+)

@@ -1,0 +1,1 @@
+"""How records become people: what each shows, which identifiers join, what is probable, who is connected."""

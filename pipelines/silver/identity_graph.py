@@ -1,0 +1,71 @@
+"""silver.identity_graph: which records are the same person, and by which links."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pyarrow as pa
+
+import polars as pl
+
+from lakehouse.step import Context, Gather, Lookup, Step
+from lakehouse.table import TIMESTAMP, Table, column
+from pipelines.bronze.tables import MARKETPLACE_ORDERS, ORDERS, USERS
+from pipelines.silver.identity.closure import (
+    DOCUMENT_COLUMNS,
+    ORDER_COLUMNS,
+    ORDER_KEY,
+    USER_COLUMNS,
+    USER_KEY,
+    crowded_groups,
+    widened,
+)
+from pipelines.silver.identity.evidence import Evidence, read_evidence
+from pipelines.silver.identity.links import resolve
+
+IDENTITY_GRAPH = Table(
+    name="silver.identity_graph",
+    doc="Links between source records and the identifiers they show; records joined by links are one master user",
+    columns=(
+        column("record_id", pa.string(), "'user:<user_id>' of a users row, 'order:<platform>:<mp_order_id>' of a marketplace order", required=True),
+        column("node", pa.string(), "'<kind>:<value>' of the identifier shown; 'record:<record_id>' of the record itself or of one it matches", required=True),
+        column("kind", pa.string(), "loyalty, email, phone, device, address; 'self' of the record itself; 'match' of a probabilistic link", required=True),
+        column("trust", pa.int32(), "1 loyalty id, 2 verified email, 3 verified phone, 4 other email or phone, 5 device, 6 name with address", required=True),
+        column("weight", pa.float64(), "Splink match weight (log2 of the odds) of a probabilistic link, else null"),
+        column("reason", pa.string(), "Why this link is there, in words", required=True),
+        column("status", pa.string(), "'linked' joins; 'crowded' (shared by too many people) and 'weak' (no proof alone) do not", required=True),
+        column("master_user_id", pa.string(), "'M-' and the record_id of the oldest member of the person", required=True),
+        column("first_seen", TIMESTAMP, "When the record began at its source: users.created_at or order_time", required=True),
+        column("holder", pa.string(), "Short form of the name shown: people at a node are counted by it"),
+        column("evidence", pa.string(), "On the record's own row: digest of all it shows; null elsewhere"),
+    ),
+    key=("record_id", "node"),
+    group=("record_id",),
+    traced=("master_user_id",),
+    sort_by=("master_user_id", "record_id"),
+)
+
+
+def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+    """The links of the gathered records, which are whole persons: see `identity.closure`."""
+    wanted = pl.col("record_id").is_in(frames["groups"]["record_id"].unique().implode())
+    evidence = read_evidence(frames, context.default_region)
+    given = Evidence(evidence.records.filter(wanted), evidence.shown.filter(wanted))
+    return resolve(given, crowded_groups(frames["groups"]), context.address_crowd, context.identifier_crowd)
+
+
+def expand(groups: pl.DataFrame, lookup: Lookup, context: Context = Context()) -> pl.DataFrame:
+    """The records whose links or person the touched ones may change."""
+    return widened(groups, lookup, IDENTITY_GRAPH, context)
+
+
+STEP = Step(
+    target=IDENTITY_GRAPH,
+    reads={
+        "users": Gather(USERS, keys=((USER_KEY,),), columns=USER_COLUMNS),
+        "marketplace": Gather(MARKETPLACE_ORDERS, keys=((ORDER_KEY,),), columns=DOCUMENT_COLUMNS, resolve=("document_id",)),
+        "orders": Gather(ORDERS, keys=((USER_KEY,),), columns=ORDER_COLUMNS),
+    },
+    fill=fill,
+    expand=expand,
+)

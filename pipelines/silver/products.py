@@ -1,0 +1,43 @@
+"""silver.products: the newest row of every product."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import polars as pl
+import pyarrow as pa
+
+from lakehouse.step import Context, Gather, Step
+from lakehouse.table import TIMESTAMP, Table, column
+from pipelines.bronze.tables import PRODUCTS as BRONZE_PRODUCTS
+from pipelines.bronze.tables import PRODUCTS_KEY
+from pipelines.silver.current_rows import current_rows, unreadable_rows
+
+PRODUCTS = Table(
+    "silver.products",
+    doc="The catalogue as it is now. category is traced, so that sales by category hear of a product that moved.",
+    columns=(
+        column("product_id", pa.string(), "Product.", required=True),
+        column("name", pa.string(), "Name."),
+        column("category", pa.string(), "Category."),
+        column("brand", pa.string(), "Brand."),
+        column("list_price", pa.decimal128(18, 2), "List price, in `currency`."),
+        column("currency", pa.string(), "Currency of the list price, ISO 4217."),
+        column("updated_at", TIMESTAMP, "When the source last changed it."),
+    ),
+    key=PRODUCTS_KEY,
+    traced=("category",),
+    owner="merchandising",
+)
+
+
+def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+    """The newest row per product; deleted ones are gone."""
+    return current_rows(frames["products"], PRODUCTS_KEY).select(PRODUCTS.schema.names)
+
+
+STEP = Step(
+    target=PRODUCTS,
+    reads={"products": Gather(BRONZE_PRODUCTS, keys=((pl.col("product_id"),),), parse=unreadable_rows)},
+    fill=fill,
+)

@@ -1,0 +1,46 @@
+"""silver.stores: the newest row of every store, warehouse and online shop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import polars as pl
+import pyarrow as pa
+
+from lakehouse.step import Context, Gather, Step
+from lakehouse.table import TIMESTAMP, Table, column
+from pipelines.bronze.tables import STORES as BRONZE_STORES
+from pipelines.bronze.tables import STORES_KEY
+from pipelines.silver.current_rows import current_rows, unreadable_rows
+
+STORES = Table(
+    "silver.stores",
+    doc="Stores, warehouses and online shops as they are now.",
+    columns=(
+        column("store_id", pa.string(), "Store.", required=True),
+        column("name", pa.string(), "Name."),
+        column("kind", pa.string(), "store, warehouse or online."),
+        column("city", pa.string(), "City."),
+        column("country", pa.string(), "Country, ISO 3166-1 alpha-2, upper case."),
+        column("updated_at", TIMESTAMP, "When the source last changed it."),
+    ),
+    key=STORES_KEY,
+    owner="retail operations",
+)
+
+
+def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+    """The newest row per store; deleted ones are gone."""
+    country = pl.col("country").str.strip_chars().str.to_uppercase()
+    return (
+        current_rows(frames["stores"], STORES_KEY)
+        .with_columns(pl.when(country != "").then(country).alias("country"))
+        .select(STORES.schema.names)
+    )
+
+
+STEP = Step(
+    target=STORES,
+    reads={"stores": Gather(BRONZE_STORES, keys=((pl.col("store_id"),),), parse=unreadable_rows)},
+    fill=fill,
+)

@@ -1,0 +1,123 @@
+"""Rows of a small world for the identity tests, and the engine in memory: what it gathers and what it asks `expand`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import polars as pl
+
+from lakehouse.step import Context
+from lakehouse.table import Table
+from pipelines.bronze.tables import MARKETPLACE_ORDERS, ORDERS, USERS
+from pipelines.silver.identity_graph import IDENTITY_GRAPH, STEP, expand
+
+START = datetime(2025, 1, 1, tzinfo=UTC)
+BRONZE = {"users": USERS, "orders": ORDERS, "marketplace": MARKETPLACE_ORDERS}
+
+
+def schema(table: Table) -> dict[str, Any]:
+    empty = pl.from_arrow(table.schema.empty_table())
+    assert isinstance(empty, pl.DataFrame)
+    return dict(empty.schema)
+
+
+def moment(number: int) -> datetime:
+    return START + timedelta(hours=number)
+
+
+def user(user_id: int, at: int = 0, op: str = "r", position: int | None = None, **values: Any) -> tuple[str, dict[str, Any]]:
+    """A version of an account; `at`: hours after START, created_at too unless given."""
+    row = {"email_verified": False, "phone_verified": False, "country": "ID", "created_at": moment(0 if op != "r" else at), "updated_at": moment(at)}
+    row = {} if op == "d" else row | values
+    return "users", row | {"user_id": user_id, "_op": op, "_source_position": f"{at if position is None else position:016X}/0000000000", "_source_time": moment(at), "_ingested_at": moment(9999)}
+
+
+def web_order(order_id: int, user_id: int | None, at: int = 0, op: str = "c", **values: Any) -> tuple[str, dict[str, Any]]:
+    row = {"order_id": order_id, "user_id": user_id, "source": "web", "created_at": moment(at), **values}
+    return "orders", row | {"_op": op, "_source_position": f"{at:016X}/0000000001", "_source_time": moment(at), "_ingested_at": moment(9999)}
+
+
+def document(order: str, at: int = 0, op: str = "c", document_id: str | None = None, platform: str = "tokopedia", **values: Any) -> tuple[str, dict[str, Any]]:
+    """A version of a marketplace document; op 'd' deletes it."""
+    row: dict[str, Any] = {"document_id": document_id or f"doc-{order}", "_op": op, "_source_position": f"{at:016d}/{document_id or order}", "_source_time": moment(at), "_ingested_at": moment(9999)}
+    if op == "d":
+        return "marketplace", row
+    stamp = {"$date": {"$numberLong": str(int(moment(at).timestamp() * 1000))}}
+    body = {"_id": row["document_id"], "mp_order_id": order, "platform": platform, "order_time": stamp, "updated_at": stamp, **values}
+    return "marketplace", row | {"platform": platform, "mp_order_id": order, "document": json.dumps(body)}
+
+
+@dataclass
+class Memory:
+    """The engine in memory: bronze rows in order of arrival, and the graph."""
+
+    context: Context = Context()
+    bronze: dict[str, pl.DataFrame] = field(default_factory=lambda: {name: pl.DataFrame(schema=schema(table)) for name, table in BRONZE.items()})
+    graph: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=schema(IDENTITY_GRAPH)))
+    filled: bool = False
+    recomputed: int = 0
+
+    def run(self, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Memory:
+        """Take in rows and bring the graph up to date."""
+        by_table: dict[str, list[Mapping[str, Any]]] = {name: [] for name in BRONZE}
+        for name, row in rows:
+            by_table[name].append(row)
+        return self.run_frames({name: pl.DataFrame(each, schema=schema(BRONZE[name])) for name, each in by_table.items()})
+
+    def run_frames(self, new: Mapping[str, pl.DataFrame]) -> Memory:
+        self.bronze = {name: pl.concat([frame, new[name]]) if name in new else frame for name, frame in self.bronze.items()}
+        if not self.filled:
+            self.filled = True
+            self._replace(self._touched(self.bronze), whole=True)
+            return self
+        touched = self._touched(new)
+        if touched.is_empty():
+            return self
+        self._replace(expand(touched, self.lookup, self.context), whole=False)
+        return self
+
+    def rebuilt(self) -> pl.DataFrame:
+        """The graph that a rebuild from nothing gives."""
+        return Memory(self.context).run_frames(self.bronze).graph
+
+    def lookup(self, table: Table, columns: Sequence[str], predicate: pl.Expr, predicate_columns: Sequence[str]) -> pl.DataFrame:
+        frames = {each.name: self.bronze[name] for name, each in BRONZE.items()} | {IDENTITY_GRAPH.name: self.graph}
+        return frames[table.name].filter(predicate).select(columns)
+
+    def _touched(self, new: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
+        parts = [pl.DataFrame(schema={"record_id": pl.String})]
+        for name, frame in new.items():
+            (key,) = STEP.reads[name].keys[0]  # type: ignore[union-attr]
+            parts.append(frame.select(key.alias("record_id")))
+            if name == "marketplace":
+                again = self.bronze[name].join(frame.select("document_id"), on="document_id", how="semi")
+                parts.append(again.select(key.alias("record_id")))
+        return pl.concat(parts).drop_nulls().unique()
+
+    def _replace(self, groups: pl.DataFrame, whole: bool) -> None:
+        self.recomputed = groups.height
+        frames = {"groups": groups, "old": self.graph.join(groups, on="record_id", how="semi")}
+        for name, read in STEP.reads.items():
+            (key,) = read.keys[0]  # type: ignore[union-attr]
+            frame = self.bronze[name]
+            if not whole:
+                chosen = frame.filter(key.is_in(groups["record_id"].implode()))
+                frame = frame.join(chosen.select("document_id"), on="document_id", how="semi") if name == "marketplace" else chosen
+            frames[name] = frame.select(read.columns)  # type: ignore[union-attr]
+        filled = STEP.fill(frames, self.context).select(self.graph.columns).cast(self.graph.schema)  # type: ignore[arg-type]
+        filled = filled.join(groups, on="record_id", how="semi")
+        self.graph = pl.concat([self.graph.join(groups, on="record_id", how="anti"), filled])
+
+
+def masters(graph: pl.DataFrame) -> dict[str, str]:
+    """record_id -> master_user_id."""
+    own = graph.filter(pl.col("kind") == "self")
+    return dict(own.select("record_id", "master_user_id").iter_rows())
+
+
+def sorted_rows(graph: pl.DataFrame) -> list[tuple[Any, ...]]:
+    return sorted(graph.iter_rows(), key=repr)
