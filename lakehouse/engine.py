@@ -179,11 +179,19 @@ def extract(work: Extraction) -> list[Piece]:
         columns = list(dict.fromkeys([*needed, *extra]))
     # a tombstone is news: it names the groups that lost a row
     predicate = living(table, predicate, tombstones=not work.full)
+    if truncates(upstream) and "_op" not in columns:
+        columns.append("_op")
     raw = upstream.reader.read(upstream.files, columns, predicate)
     reported = _reported(work.name, raw, read.parse(raw)) if read.parse and raw.height else [Piece(f"count:{work.name}", -1, pa.table({"rows": [raw.height]}))]
     if not work.full:
-        return [*_touched_keys(work, read, raw), *reported]
+        emptied = raw.filter(pl.col("_op") == "t").select("_op") if truncates(upstream) else raw.clear()
+        return [*_touched_keys(work, read, raw), *reported, *to_pieces("truncated", emptied)]
     return [*_spread_rows(work, read, raw), *reported]
+
+
+def truncates(upstream: Upstream) -> bool:
+    """Whether the table may hold rows that say its source was emptied (`_op` 't'): they concern every group."""
+    return upstream.table.layer == "bronze" and "_op" in upstream.reader.schema.names
 
 
 def _wanted(columns: tuple[str, ...], upstream: Upstream) -> list[str]:
@@ -213,17 +221,19 @@ def _spread_rows(work: Extraction, read: Gather, raw: pl.DataFrame) -> list[Piec
     if work.buckets == 1:
         return to_pieces(kind, raw, 0)
     pieces: list[Piece] = []
-    everywhere = pl.Series([False] * raw.height)
+    everywhere = (raw["_op"] == "t").fill_null(False) if truncates(work.upstream) else pl.repeat(False, raw.height, eager=True)
     if read.resolve and work.split_documents is not None:
         marked = raw.select(read.resolve).with_row_index("n").join(work.split_documents, on=list(read.resolve), how="semi", nulls_equal=True)
-        everywhere = pl.Series(range(raw.height)).is_in(marked["n"].implode())
-        pieces += to_pieces(kind, raw.filter(everywhere), -1)
+        everywhere |= pl.int_range(raw.height, dtype=pl.UInt32, eager=True).is_in(marked["n"].implode())
+    pieces += to_pieces(kind, raw.filter(everywhere), -1)
     frames = []
     for keys in read.keys:
         frame = key_frame(raw, keys, work.step.target)
         known = ~frame.select(pl.any_horizontal(pl.col(group).is_null())).to_series() & ~everywhere
         frames.append(
-            pl.DataFrame({"n": pl.Series(range(raw.height), dtype=pl.UInt32), "b": group_hash(frame, group) % work.buckets}).filter(known)
+            pl.DataFrame(
+                {"n": pl.int_range(raw.height, dtype=pl.UInt32, eager=True), "b": group_hash(frame, group) % work.buckets}
+            ).filter(known)
         )
     spread = pl.concat(frames).unique(maintain_order=True)
     for key, part in spread.partition_by("b", as_dict=True).items():
@@ -262,8 +272,12 @@ def gather(
     if ordered_by and (first := groups[SINCE].min()) is not None and groups[SINCE].null_count() == 0:
         recent = pl.col(ordered_by) >= first
         candidates &= recent if read.always is None else (recent | read.always)
+    emptied = pl.col("_op").eq_missing(pl.lit("t")) if truncates(upstream) else pl.lit(False)
+    if truncates(upstream):
+        candidates |= emptied
+        columns = list(dict.fromkeys([*columns, "_op"]))
     frame = upstream.read(columns, candidates, positions=True)
-    frame = frame.filter(_members(frame, read, groups, target, ordered_by))
+    frame = frame.filter(_members(frame, read, groups, target, ordered_by) | frame.select(emptied).to_series())
     if read.resolve and frame.height:
         shared = pl.all_horizontal([pl.col(name).is_in(frame[name].drop_nulls().unique().implode()) for name in read.resolve])
         frame = pl.concat([frame, upstream.read(columns, shared, positions=True)]).unique([FILE, POS], maintain_order=True)
@@ -271,7 +285,7 @@ def gather(
 
 
 def _members(frame: pl.DataFrame, read: Gather, groups: pl.DataFrame, target: Table, ordered_by: str) -> pl.Series:
-    member = pl.Series([False] * frame.height, dtype=pl.Boolean)
+    member = pl.repeat(False, frame.height, eager=True)
     for keys in read.keys:
         keyed = key_frame(frame, keys, target).with_row_index("__n")
         joined = keyed.join(groups, on=list(target.group), how="inner")
@@ -282,7 +296,7 @@ def _members(frame: pl.DataFrame, read: Gather, groups: pl.DataFrame, target: Ta
             joined = joined.join(rows, on="__n").filter(
                 pl.col(SINCE).is_null() | (pl.col("__at") >= pl.col(SINCE)) | pl.col("__always")
             )
-        member |= pl.Series(range(frame.height), dtype=pl.UInt32).is_in(joined["__n"].unique().implode())
+        member |= pl.int_range(frame.height, dtype=pl.UInt32, eager=True).is_in(joined["__n"].unique().implode())
     return member
 
 
@@ -477,6 +491,8 @@ class Engine:
         if not rebuild and not replayed and (not stale or all(handles[name].data_sequence == 0 for name in handles)):
             return Report(step.target.name, "unchanged", seconds=time.monotonic() - started, cpu_seconds=time.process_time() - cpu)
         merged, changed, elsewhere, parallel, pieces = self._rows(step, target, handles, since, full, replay)
+        if not full and any(True for _ in pieces.of("truncated")):
+            merged, changed, elsewhere, parallel, pieces = self._rows(step, target, handles, since, True, replay)
         self._quarantine(step, handles, pieces)
         files = [file for part in merged for file in part.files]
         positions = {name: handle.position for name, handle in handles.items()}

@@ -108,6 +108,6 @@ def query(lake: Lake, tables: Mapping[str, Table], statement: str) -> pa.Table:
                 alias = node.alias or node.name
                 node.replace(exp.alias_(exp.to_table(f"t{number}"), alias, table=True))
         try:
-            return connection.execute(tree.sql(dialect="duckdb")).to_arrow_table()
+            return connection.sql(tree.sql(dialect="duckdb")).to_arrow_table()
         except duckdb.Error as error:
             raise QueryError(f"The statement cannot be run: {str(error).splitlines()[0]}") from None

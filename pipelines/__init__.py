@@ -26,6 +26,7 @@ from pipelines.gold import (
     user_risk_scores,
 )
 from pipelines.silver import (
+    chargebacks,
     events_clean,
     exchange_rates,
     identity_graph,
@@ -42,6 +43,7 @@ DECLARED: tuple[Step, ...] = (
     products.STEP,
     stores.STEP,
     exchange_rates.STEP,
+    chargebacks.STEP,
     identity_graph.STEP,
     users_scd.STEP,
     orders_unified.STEP,

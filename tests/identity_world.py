@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from random import Random
 from typing import Any
 
 import polars as pl
@@ -121,3 +122,53 @@ def masters(graph: pl.DataFrame) -> dict[str, str]:
 
 def sorted_rows(graph: pl.DataFrame) -> list[tuple[Any, ...]]:
     return sorted(graph.iter_rows(), key=repr)
+
+
+FIRST = ("Budi", "Siti", "Agus", "Dewi", "Rizky", "Putri", "Andi", "Rina", "Joko", "Wulan", "Hendra", "Maya", "Fajar", "Indah", "Bayu", "Ratna")
+LAST = ("Santoso", "Wijaya", "Saputra", "Hidayat", "Nugroho", "Kusuma", "Pratama", "Setiawan", "Halim", "Gunawan", "Siregar", "Nasution")
+STREETS = ("Merdeka", "Sudirman", "Diponegoro", "Gajah Mada", "Ahmad Yani", "Pahlawan", "Melati", "Mawar")
+
+
+def shop(people: int, seed: int) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, str]]:
+    """Rows of a small shop and who is whom: households that share address, phone or device, several accounts a
+    person, typing errors, an address and an e-mail shared by a crowd."""
+    random = Random(seed)
+    rows: list[tuple[str, dict[str, Any]]] = []
+    truth: dict[str, str] = {}
+    at = 0
+    for number in range(people):
+        home = Random(seed * 1_000 + number // 3)
+        shared = home.random() < 0.4
+        source = home if shared else random
+        last = source.choice(LAST)
+        address = "Menara Satu, Jl. Thamrin 10" if number % 15 == 0 else f"Jl. {source.choice(STREETS)} No. {source.randrange(1, 400)}, {source.randrange(10000, 90000)} Bandung"
+        household_device = f"home-{number // 3}"
+        first = FIRST[(number * 5 + number // 16) % len(FIRST)]
+        name = f"{first} {last}"
+        email, other = f"{first}.{last}{number}@mail.example".lower(), f"{first[0]}{last}{number}@post.example".lower()
+        phone = f"08123{number:07d}"
+        accounts = [1000 + number * 3 + n for n in range(random.choice((0, 1, 1, 1, 2)))]
+        for n, user_id in enumerate(accounts):
+            at += 1
+            rows.append(user(user_id, at=at, name=name, email=(email, other)[n], email_verified=random.random() < 0.7, phone_number=phone if random.random() < 0.8 or n else None, phone_verified=random.random() < 0.5, address=address, city="Bandung"))
+            rows.append(web_order(at, user_id, at=at, device_id=household_device if shared and random.random() < 0.5 else f"d-{number}"))
+            truth[f"user:{user_id}"] = f"p{number}"
+        for n in range(random.randrange(0, 5)):
+            at += 1
+            shown: dict[str, Any] = {"buyer_name": slip(random, name) if random.random() < 0.08 else name.upper()}
+            style = random.random()
+            if style < 0.8:
+                shown |= {"user_email": email if random.random() < 0.8 else "noreply@market.example", "buyer_phone": f"+62 812-3{number:07d}"}
+            else:
+                shown["user_email"] = email if number % 15 == 0 else None
+            if style > 0.3 or shown["user_email"] is None:
+                shown["shipping_address"] = slip(random, address) if random.random() < 0.08 else address.replace("Jl.", "Jalan").replace("No. ", "")
+            rows.append(document(f"{number}-{n}", at=at, **shown))
+            truth[f"order:tokopedia:{number}-{n}"] = f"p{number}"
+    return rows, truth
+
+
+def slip(random: Random, text: str) -> str:
+    """The text with a typing error."""
+    at = random.randrange(1, len(text) - 2)
+    return random.choice((text[:at] + text[at + 1 :], text[:at] + text[at] + text[at:], text[:at] + text[at + 1] + text[at] + text[at + 2 :]))

@@ -587,7 +587,7 @@ def test_a_column_beyond_the_plan_is_named(shop: Shop) -> None:
 # -- types -----------------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.none() | st.decimals(allow_nan=True, allow_infinity=True, places=2, min_value=-(10**9), max_value=10**9) | st.just(Decimal("NaN"))))
+@given(st.lists(st.none() | st.decimals(places=2, min_value=-(10**9), max_value=10**9) | st.just(Decimal("NaN"))))
 def test_numbers_survive_or_are_reported(values: list[Decimal | None]) -> None:
     text = [None if value is None else str(value) if value.is_nan() else f"{value:f}" for value in values]
     read, unreadable = typed(pa.array(text, pa.string()), pa.decimal128(18, 2))

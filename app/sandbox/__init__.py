@@ -120,10 +120,12 @@ def stop(home: Path) -> list[str]:
 
 
 def truth(home: Path) -> dict[str, pl.DataFrame]:
-    """The ground truth: `people` (person, record_id), `fraud` (order_id, kind, ring), `thefts`. Empty frames when there is none."""
+    """The ground truth: `people` (person, record_id), `fraud` (order_id, kind, ring), `thefts`; empty when there is none."""
     directory = sandbox_directory(home) / "truth"
     return {
-        what: pl.concat([pl.DataFrame(schema=schema), *(pl.read_parquet(file) for file in sorted(directory.glob(f"{what}-*.parquet")))])
+        what: pl.concat(
+            [pl.DataFrame(schema=schema), *(pl.read_parquet(file) for file in sorted(directory.glob(f"{what}-*.parquet")))]
+        )
         for what, schema in TRUTH.items()
     }
 
@@ -150,7 +152,11 @@ def write_settings(home: Path, addresses: Addresses, base_currency: str) -> Path
 def _content(orders: int, seed: int, source_file: Path | None, empty: bool, base_currency: str) -> dict[str, Any]:
     if source_file is not None:
         return {"file": str(source_file.expanduser().absolute()), "base_currency": base_currency}
-    return {"empty": True, "base_currency": base_currency} if empty else {"orders": orders, "seed": seed, "base_currency": base_currency}
+    return (
+        {"empty": True, "base_currency": base_currency}
+        if empty
+        else {"orders": orders, "seed": seed, "base_currency": base_currency}
+    )
 
 
 def _named(content: dict[str, Any]) -> str:

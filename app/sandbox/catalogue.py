@@ -43,14 +43,16 @@ def products(seed: int, count: int) -> tuple[Product, ...]:
         dollars = round(math.exp(random.uniform(math.log(low), math.log(high)))) - 0.01
         kind = names[number // len(CATEGORIES) % len(names)]
         made.append(
-            Product(f"P{number + 1:04d}", f"{brand} {kind} {number + 1}", category, brand, dollars, 1 / (1 + random.random() * 12))
+            Product(
+                f"P{number + 1:04d}", f"{brand} {kind} {number + 1}", category, brand, dollars, 1 / (1 + random.random() * 12)
+            )
         )
     return tuple(made)
 
 
 def local_price(dollars: float, country: Country) -> int:
     """The price in a country, in minor units of its currency, rounded as its shops do."""
-    minor = dollars * country.nominal * 10**country.digits
+    minor = dollars * country.nominal * (100 if country.digits else 1)
     return max(country.step, round(minor / country.step) * country.step)
 
 

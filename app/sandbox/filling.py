@@ -76,7 +76,11 @@ def go_on(addresses: Addresses, directory: Path, orders: int, report: Report | N
 
 def remember(directory: Path, shop: Shop) -> None:
     """Keep what the next step needs."""
-    content = {"progress": asdict(shop.now), "stock": asdict(shop.stock), "later": {str(day): shop.later[day] for day in shop.later}}
+    content = {
+        "progress": asdict(shop.now),
+        "stock": asdict(shop.stock),
+        "later": {str(day): shop.later[day] for day in shop.later},
+    }
     temporary = directory / "shop.json.gz.new"
     with gzip.open(temporary, "wt", compresslevel=3) as file:
         json.dump(content, file)
@@ -87,5 +91,7 @@ def recall(directory: Path) -> tuple[Progress, Stock, dict[int, list[tuple[int, 
     """What `remember` kept."""
     with gzip.open(directory / "shop.json.gz", "rt") as file:
         content = json.load(file)
-    later = {int(day): [(time, order, kind, given) for time, order, kind, given in todo] for day, todo in content["later"].items()}
+    later = {
+        int(day): [(time, order, kind, given) for time, order, kind, given in todo] for day, todo in content["later"].items()
+    }
     return Progress(**content["progress"]), Stock(**content["stock"]), later

@@ -11,7 +11,7 @@ from bson import ObjectId
 
 from app.sandbox.catalogue import Product, decimal_text
 from app.sandbox.people import Person, Profile, spelled_phone, with_typo
-from app.sandbox.places import PLATFORM_CODES, Country
+from app.sandbox.places import HOME_OF, PLATFORM_CODES, Country
 
 Document = dict[str, Any]
 
@@ -74,6 +74,8 @@ def contact(random: Random, person: Person, profile: Profile, platform: str) -> 
     style = random.random()
     email = email.upper() if style < 0.04 else email.title() if style < 0.08 else f" {email} " if style < 0.11 else email
     phone = spelled_phone(random, profile.phone, person.country)
+    if HOME_OF[platform] != person.country.code:
+        phone = profile.phone
     name, address = person.name, profile.address
     given: Document = {}
     if draw < 0.45:
@@ -82,17 +84,27 @@ def contact(random: Random, person: Person, profile: Profile, platform: str) -> 
         given = {"user_email": email}
     elif draw < 0.925:
         given = {"user_email": email} if not (person.own_phone and person.phone_given) else {"buyer_phone": phone}
-    elif draw < 0.94:
+    elif draw < 0.95:
         # An identifier that a crowd shares stands beside a good one.
-        if person.own_phone and person.phone_given and draw < 0.933:
-            given = {"user_email": f"noreply@{platform}.example", "buyer_phone": phone}
+        if person.own_phone and person.phone_given and draw < 0.937:
+            given = {"user_email": "noreply@marketplace.example", "buyer_phone": phone}
+        elif person.country.code != "ID":
+            given = {"user_email": email}
         else:
             given = {"user_email": email, "buyer_phone": service_phone(person.country)}
     elif random.random() < 0.25:
         name = with_typo(random, name)
         address = with_typo(random, address) if random.random() < 0.4 else address
     spelling = random.random()
-    name = name.upper() if spelling < 0.08 else name.lower() if spelling < 0.12 else f"{person.last}, {person.first}" if spelling < 0.14 else name
+    name = (
+        name.upper()
+        if spelling < 0.08
+        else name.lower()
+        if spelling < 0.12
+        else f"{person.last}, {person.first}"
+        if spelling < 0.14
+        else name
+    )
     if given and random.random() < 0.15:
         return given | {"buyer_name": name}
     return given | {"buyer_name": name, "shipping_address": address}
@@ -106,10 +118,18 @@ def items(random: Random, lines: list[Line], catalogue: tuple[Product, ...], cou
         item: Document = {"product_id": product.product_id, "product_name": product.name}
         if random.random() < 0.5:
             item["variant"] = random.choice(
-                ({"size": "42", "colour": "red"}, {"size": "M"}, {"colour": "navy", "gift": True}, "one size", {"pack": {"of": 2}})
+                (
+                    {"size": "42", "colour": "red"},
+                    {"size": "M"},
+                    {"colour": "navy", "gift": True},
+                    "one size",
+                    {"pack": {"of": 2}},
+                )
             )
         item["quantity"] = line.quantity
-        item["price"] = plain_amount(line.price, country) if random.random() < 0.93 else spelled_amount(random, line.price, country)
+        item["price"] = (
+            plain_amount(line.price, country) if random.random() < 0.93 else spelled_amount(random, line.price, country)
+        )
         written.append(item)
     return written
 
@@ -149,7 +169,13 @@ def document(
 
 def unreadable(random: Random, identifier: ObjectId, number: int, placed: int) -> Document:
     """A document that breaks the contract: no order id, a time that is none, an amount that is none."""
-    made: Document = {"_id": identifier, "mp_order_id": f"ORD-XX-{number}", "platform": "tokopedia", "currency": "IDR", "status": "paid"}
+    made: Document = {
+        "_id": identifier,
+        "mp_order_id": f"ORD-XX-{number}",
+        "platform": "tokopedia",
+        "currency": "IDR",
+        "status": "paid",
+    }
     made |= {"amount": 100_000, "product_name": "Mystery box", "order_time": moment(placed), "updated_at": moment(placed)}
     style = random.randrange(3)
     if style == 0:

@@ -12,11 +12,11 @@ enough for all that is taken out. Fees and postage have no stock.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import polars as pl
 import psycopg
@@ -125,7 +125,9 @@ def check(file: Path) -> None:
         raise SandboxError(f"{file} cannot be read as a Parquet file: {' '.join(str(error).split())[:200]}.") from None
     missing = [column for column in COLUMNS if column not in found]
     if missing:
-        raise SandboxError(f"{file} lacks the columns {', '.join(missing)}; expected are {', '.join(COLUMNS)}. It has {', '.join(found)}.")
+        raise SandboxError(
+            f"{file} lacks the columns {', '.join(missing)}; expected are {', '.join(COLUMNS)}. It has {', '.join(found)}."
+        )
 
 
 def country_codes(spellings: list[str]) -> dict[str, str]:
@@ -139,7 +141,10 @@ def country_codes(spellings: list[str]) -> dict[str, str]:
 
 
 def read_lines(file: Path) -> pl.DataFrame:
-    """The file's lines in their order, with `order_id`, `line_no`, `store_id`, `country`, and `price` in 1/10000. Raises SandboxError."""
+    """The file's lines in their order, with `order_id`, `line_no`, `store_id`, `country`, and `price` in 1/10000.
+
+    Raises SandboxError.
+    """
     frame = pl.read_parquet(file, columns=list(COLUMNS))
     if frame.schema["InvoiceDate"] == pl.String:
         frame = frame.with_columns(pl.col("InvoiceDate").str.to_datetime(strict=False))
@@ -149,7 +154,9 @@ def read_lines(file: Path) -> pl.DataFrame:
         raise SandboxError(f"{file} holds values of another type than expected: {' '.join(str(error).split())[:200]}.") from None
     holes = frame.filter(pl.any_horizontal(pl.col(*NEEDED).is_null()))
     if holes.height:
-        raise SandboxError(f"{file} has {holes.height} lines without {' or '.join(NEEDED)}, the first is line {holes['line'][0]}.")
+        raise SandboxError(
+            f"{file} has {holes.height} lines without {' or '.join(NEEDED)}, the first is line {holes['line'][0]}."
+        )
     frame = frame.with_columns(
         price=(pl.col("UnitPrice") * 10_000).round().cast(pl.Int64),
         StockCode=pl.col("StockCode").fill_null("UNKNOWN"),
@@ -165,7 +172,9 @@ def read_lines(file: Path) -> pl.DataFrame:
     key = ["InvoiceNo", "Country", "user_id", "month"]
     orders = frame.group_by(key).agg(first=pl.col("line").min()).sort("first")
     # The invoice number itself, for the first order of an invoice whose number is one; the others follow above.
-    own = pl.col("InvoiceNo").str.contains(rf"^[1-9][0-9]{{0,{OWN_ID_DIGITS - 1}}}$") & (pl.int_range(pl.len()).over("InvoiceNo") == 0)
+    own = pl.col("InvoiceNo").str.contains(rf"^[1-9][0-9]{{0,{OWN_ID_DIGITS - 1}}}$") & (
+        pl.int_range(pl.len()).over("InvoiceNo") == 0
+    )
     orders = orders.with_columns(own=own).with_columns(
         order_id=pl.when("own")
         .then(pl.col("InvoiceNo").cast(pl.Int64, strict=False))
@@ -203,17 +212,23 @@ def load(addresses: Addresses, file: Path, report: Callable[[str, int, int], Non
 
 def copy_frame(connection: psycopg.Connection[tuple[object, ...]], table: str, frame: pl.DataFrame) -> None:
     """Append a frame to a table whose columns have the frame's names."""
-    with connection.cursor() as cursor, cursor.copy(f"COPY {table} ({', '.join(frame.columns)}) FROM STDIN (FORMAT csv)") as copy:  # type: ignore[arg-type]
+    columns = ", ".join(frame.columns)
+    with connection.cursor() as cursor, cursor.copy(f"COPY {table} ({columns}) FROM STDIN (FORMAT csv)") as copy:
         for part in frame.iter_slices(100_000):
-            sink: IO[bytes] | None = None
-            text = part.write_csv(sink, include_header=False, quote_style="necessary", datetime_format="%Y-%m-%d %H:%M:%S%.6f+00")
-            copy.write(text)
+            text = io.StringIO()
+            part.write_csv(text, include_header=False, quote_style="necessary", datetime_format="%Y-%m-%d %H:%M:%S%.6f+00")
+            copy.write(text.getvalue())
 
 
 def _stores(lines: pl.DataFrame) -> pl.DataFrame:
     stores = lines.group_by("store_id", "country", "Country").agg(updated_at=pl.col("InvoiceDate").min()).sort("store_id")
     return stores.select(
-        "store_id", name="Online " + pl.col("Country"), kind=pl.lit("online"), city=pl.lit(None, pl.String), country="country", updated_at="updated_at"
+        "store_id",
+        name="Online " + pl.col("Country"),
+        kind=pl.lit("online"),
+        city=pl.lit(None, pl.String),
+        country="country",
+        updated_at="updated_at",
     )
 
 
@@ -261,7 +276,9 @@ def _users(lines: pl.DataFrame) -> pl.DataFrame:
     return (
         times.join(places, on="user_id", how="left")
         .sort("user_id")
-        .select("user_id", "country", "created_at", email_verified=pl.lit("f"), phone_verified=pl.lit("f"), updated_at="created_at")
+        .select(
+            "user_id", "country", "created_at", email_verified=pl.lit("f"), phone_verified=pl.lit("f"), updated_at="created_at"
+        )
     )
 
 
@@ -287,7 +304,9 @@ def _orders(lines: pl.DataFrame) -> pl.DataFrame:
 
 
 def _order_items(lines: pl.DataFrame) -> pl.DataFrame:
-    return lines.select("order_id", "line_no", product_id="StockCode", quantity="Quantity", unit_price=_decimal(pl.col("price"), 4))
+    return lines.select(
+        "order_id", "line_no", product_id="StockCode", quantity="Quantity", unit_price=_decimal(pl.col("price"), 4)
+    )
 
 
 def _decimal(units: pl.Expr, digits: int) -> pl.Expr:
@@ -392,6 +411,5 @@ def _send(addresses: Addresses, events: pl.DataFrame, report: Callable[[int], No
         if report:
             report(sent)
     if producer.flush(120) or failures:
-        raise SandboxError(
-            f"The sandbox's broker did not take all events ({(failures or ['time is up'])[0]}); see kafka.log in the sandbox directory."
-        )
+        why = (failures or ["time is up"])[0]
+        raise SandboxError(f"The sandbox's broker did not take all events ({why}); see kafka.log in the sandbox directory.")

@@ -97,7 +97,10 @@ def street_address(seed: int, country: Country, household: int, version: int) ->
     """(street with number, city) of a household; version counts its moves."""
     random = mixed(seed, household, 20 + version)
     if random < 0.012:
-        tower = ("Menara Satu, Jl. Thamrin 10", "Harbour Tower, 1 Bay Street", "Stadthaus, Ringstraße 5", "Minato Tower 2-1", "Raffles Court 8")
+        tower = (
+            *("Menara Satu, Jl. Thamrin 10", "Harbour Tower, 1 Bay Street", "Stadthaus, Ringstraße 5"),
+            *("Minato Tower 2-1", "Raffles Court 8"),
+        )
         return tower[COUNTRIES.index(country)], country.cities[0]
     place = household * 31 + version * 17 + int(random * 1000)
     street = country.streets[place % len(country.streets)]
@@ -158,7 +161,7 @@ def make_person(seed: int, number: int, joined: int) -> Person:
         card=first_id + 2 if has_card else None,
         loyalty_id=f"L{100_000 + number}" if has_card else None,
         devices=tuple(devices),
-        ip=f"{random.choice((36, 103, 114, 180, 73, 84))}.{random.randrange(256)}.{random.randrange(256)}.{random.randrange(1, 255)}",
+        ip=".".join(map(str, (random.choice((36, 103, 114, 180, 73, 84)), *(random.randrange(1, 255) for _ in range(3))))),
         cards=tuple(f"card-{random.getrandbits(48):012x}" for _ in range(1 + (random.random() < 0.3))),
         platforms=platforms,
         activity=activity(seed, number),

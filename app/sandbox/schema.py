@@ -5,7 +5,7 @@ from __future__ import annotations
 import psycopg
 import pymongo
 from confluent_kafka import KafkaError, KafkaException
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
 from pymongo.collection import Collection
 
 from app.sandbox.servers import DATABASE, Addresses
@@ -13,13 +13,14 @@ from lakehouse.errors import SandboxError
 
 TABLES: dict[str, str] = {
     "users": """
-        user_id bigint PRIMARY KEY, email text, email_verified boolean NOT NULL, phone_number text, phone_verified boolean NOT NULL,
-        name text, address text, city text, country char(2), loyalty_id text,
+        user_id bigint PRIMARY KEY, email text, email_verified boolean NOT NULL, phone_number text,
+        phone_verified boolean NOT NULL, name text, address text, city text, country char(2), loyalty_id text,
         created_at timestamptz NOT NULL, updated_at timestamptz NOT NULL""",
     "orders": """
         order_id bigint PRIMARY KEY, user_id bigint, source text NOT NULL, store_id text, status text NOT NULL,
         currency char(3) NOT NULL, total_amount numeric(18,2) NOT NULL, payment_method text, card_fingerprint text,
-        ip_address text, device_id text, shipping_address text, created_at timestamptz NOT NULL, updated_at timestamptz NOT NULL""",
+        ip_address text, device_id text, shipping_address text,
+        created_at timestamptz NOT NULL, updated_at timestamptz NOT NULL""",
     "order_items": """
         order_id bigint, line_no int, product_id text NOT NULL, quantity int NOT NULL, unit_price numeric(18,4) NOT NULL,
         PRIMARY KEY (order_id, line_no)""",
@@ -27,7 +28,8 @@ TABLES: dict[str, str] = {
         product_id text PRIMARY KEY, name text NOT NULL, category text, brand text, list_price numeric(18,2) NOT NULL,
         currency char(3) NOT NULL, updated_at timestamptz NOT NULL""",
     "stores": """
-        store_id text PRIMARY KEY, name text NOT NULL, kind text NOT NULL, city text, country char(2), updated_at timestamptz NOT NULL""",
+        store_id text PRIMARY KEY, name text NOT NULL, kind text NOT NULL, city text, country char(2),
+        updated_at timestamptz NOT NULL""",
     "chargebacks": """
         chargeback_id bigint PRIMARY KEY, order_ref text NOT NULL, reason text NOT NULL, reported_at timestamptz NOT NULL""",
     "exchange_rates": """
@@ -50,10 +52,10 @@ def create_tables(dsn: str) -> None:
     """The tables of the source contract, with full replica identity, and the publication."""
     with psycopg.connect(dsn) as connection:
         for table, columns in TABLES.items():
-            connection.execute(f"CREATE TABLE IF NOT EXISTS {table} ({columns})")  # type: ignore[arg-type]
-            connection.execute(f"ALTER TABLE {table} REPLICA IDENTITY FULL")  # type: ignore[arg-type]
+            connection.execute(f"CREATE TABLE IF NOT EXISTS {table} ({columns})")
+            connection.execute(f"ALTER TABLE {table} REPLICA IDENTITY FULL")
         if not connection.execute("SELECT 1 FROM pg_publication WHERE pubname = %s", [PUBLICATION]).fetchone():
-            connection.execute(f"CREATE PUBLICATION {PUBLICATION} FOR TABLES IN SCHEMA public")  # type: ignore[arg-type]
+            connection.execute(f"CREATE PUBLICATION {PUBLICATION} FOR TABLES IN SCHEMA public")
 
 
 def create_collection(uri: str) -> None:

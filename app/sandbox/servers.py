@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -163,7 +164,7 @@ def _start(directory: Path, name: str, state: State) -> State:
         process = Process(child.pid, _start_time(child.pid) or "", port)
         state = State(state.password, state.ports | {name: port}, state.processes | {name: process})
         _write(directory, state)
-        if _wait_ready(child, lambda port=port: ready(port, state.password)):  # type: ignore[misc]
+        if _wait_ready(child, partial(ready, port, state.password)):
             return state
         if attempt == ATTEMPTS or child.poll() is None:
             break
@@ -186,7 +187,8 @@ def _wait_ready(child: subprocess.Popen[bytes], ready: Callable[[], bool]) -> bo
 
 
 def _stop(directory: Path, state: State, names: list[str]) -> list[str]:
-    stopped, failed = [], []
+    stopped: list[str] = []
+    failed: list[str] = []
     asked = {name: state.processes[name] for name in names if name in state.processes and _alive(state.processes[name])}
     for name, process in asked.items():
         # SIGINT is PostgreSQL's fast shutdown: it ends sessions instead of waiting for them.
@@ -206,7 +208,8 @@ def _stop(directory: Path, state: State, names: list[str]) -> list[str]:
     _write(directory, State(state.password, state.ports, left))
     if failed:
         raise SandboxError(
-            f"{SHOWN[failed[0]]} (process {state.processes[failed[0]].pid}) does not stop; end it by hand, then `{WAY_OUT}` again."
+            f"{SHOWN[failed[0]]} (process {state.processes[failed[0]].pid}) does not stop; "
+            f"end it by hand, then `{WAY_OUT}` again."
         )
     return [SHOWN[name] for name in stopped]
 

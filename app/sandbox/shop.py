@@ -21,6 +21,8 @@ from datetime import UTC, date, datetime
 from random import Random
 from typing import Any
 
+from bson import ObjectId
+
 from app.sandbox.catalogue import NOMINAL, Product, decimal_text, local_price, products, rates
 from app.sandbox.marketplace import Line, contact, document, moment, object_id, order_number, plain_amount, unreadable
 from app.sandbox.people import (
@@ -103,7 +105,9 @@ def sql_time(time: int) -> str:
 class Shop:
     """The simulation. `later` holds what is to happen, by day."""
 
-    def __init__(self, progress: Progress, sink: Sink, stock: Stock | None = None, later: dict[int, list[Action]] | None = None) -> None:
+    def __init__(
+        self, progress: Progress, sink: Sink, stock: Stock | None = None, later: dict[int, list[Action]] | None = None
+    ) -> None:
         self.now = progress
         self.seed = progress.seed
         self.sink = sink
@@ -157,7 +161,7 @@ class Shop:
         self.agenda += self.later.pop(today, [])
         heapq.heapify(self.agenda)
         known = now.people_by_day[-1]
-        joining = int(round((now.orders + orders) * PEOPLE_PER_ORDER * (1 - OLD_PEOPLE))) + now.old_people - known
+        joining = round((now.orders + orders) * PEOPLE_PER_ORDER * (1 - OLD_PEOPLE)) + now.old_people - known
         now.people_by_day.append(known + max(0, joining))
         left = orders
         for number in range(known, known + joining):
@@ -212,7 +216,11 @@ class Shop:
             index = bisect.bisect_right(self.now.people_by_day, number)
             draw = Random((self.seed << 33) ^ number)
             first = self.now.first_day * DAY
-            joined = first - draw.randrange(1, 500 * DAY) if index == 0 else first + (index - 1) * DAY + draw.randrange(8 * HOUR, 20 * HOUR)
+            joined = (
+                first - draw.randrange(1, 500 * DAY)
+                if index == 0
+                else first + (index - 1) * DAY + draw.randrange(8 * HOUR, 20 * HOUR)
+            )
             found = make_person(self.seed, number, joined)
             self.people[number] = found
             if len(self.people) > MAX_CACHED_PEOPLE:
@@ -295,7 +303,9 @@ class Shop:
             self.at(next_time, "change", number, count + 1)
         if person.web is not None:
             metadata = f'{{"field":"{changed_field(self.seed, person, count)}"}}'
-            self._event(time + 1000, "account_changed", person.web, f"s-{self._session()}", person.devices[0], person.ip, "web", metadata)
+            self._event(
+                time + 1000, "account_changed", person.web, f"s-{self._session()}", person.devices[0], person.ip, "web", metadata
+            )
         if time <= self.now.live_from:
             return
         for user_id in self._user_ids(person, time):
@@ -454,7 +464,12 @@ class Shop:
         now, random = self.now, self.random
         profile = self.profile(person, time)
         user = user_id or person.web or 0
-        if user == person.web and person.second is not None and person.second in self._user_ids(person, time) and random.random() < 0.3:
+        if (
+            user == person.web
+            and person.second is not None
+            and person.second in self._user_ids(person, time)
+            and random.random() < 0.3
+        ):
             user = person.second
         device = device or random.choice(person.devices)
         ip = ip or (person.ip if random.random() < 0.85 else self._some_ip())
@@ -491,12 +506,23 @@ class Shop:
         sink, country = self.sink, person.country
         status, since, rest = self._status(time, life)
         total = sum(line.quantity * line.price for line in lines)
-        values = (order_id, *who, status, country.currency, decimal_text(total, country.digits), *how, sql_time(time), sql_time(since))
+        values = (
+            order_id,
+            *who,
+            status,
+            country.currency,
+            decimal_text(total, country.digits),
+            *how,
+            sql_time(time),
+            sql_time(since),
+        )
         extra: tuple[Value, ...] = ()
         if self.now.added_columns.get("orders"):
             extra = ("pickup" if who[1] == "pos" else "express" if order_id % 5 == 0 else "standard",)
         sink.row("orders", *values, *extra)
-        written = [[self.catalogue[line.product].product_id, line.quantity, decimal_text(line.price, country.digits)] for line in lines]
+        written: list[list[Any]] = [
+            [self.catalogue[line.product].product_id, line.quantity, decimal_text(line.price, country.digits)] for line in lines
+        ]
         for number, (product, quantity, price) in enumerate(written, 1):
             sink.row("order_items", order_id, number, product, quantity, price)
         if status == "returned":
@@ -582,10 +608,13 @@ class Shop:
         self._complaint(time, order, cancelled, None)
         if random.random() < BROKEN_DOCUMENTS:
             broken = object_id(self.seed, time, 0x80000000 + now.marketplace_orders)
-            self.sink.document(unreadable(random, broken, now.marketplace_orders, time))
+            bad = unreadable(random, broken, now.marketplace_orders, time)
+            self.sink.document(bad)
+            if "mp_order_id" in bad:
+                self.sink.know("people", f"nobody-{now.marketplace_orders}", f"order:{bad['platform']}:{bad['mp_order_id']}")
 
     def _do_document(self, time: int, identifier: str, status: str, back: list[dict[str, Any]]) -> None:
-        self.sink.change_document(identifier, {"status": status, "updated_at": moment(time)}, back)
+        self.sink.change_document(ObjectId(identifier), {"status": status, "updated_at": moment(time)}, back)
 
     # Complaints and fraud
 
@@ -637,7 +666,9 @@ class Shop:
             member = first + count % accounts
             time = begin + 40 * MINUTE + count * random.randrange(4 * MINUTE, 25 * MINUTE)
             place = (random.choice(devices), f"{network}.{random.randrange(1, 255)}", random.choice(cards), drop)
-            self.at(min(time, start + DAY - MINUTE), "ring_order", ring, member, *place, random.randrange(1, 5) if count < 3 else 0)
+            self.at(
+                min(time, start + DAY - MINUTE), "ring_order", ring, member, *place, random.randrange(1, 5) if count < 3 else 0
+            )
         return orders
 
     def _ring_member(self, member: int) -> Person:
@@ -657,7 +688,14 @@ class Shop:
         user_id = FIRST_USER_ID + member * USERS_PER_PERSON + 3
         address = f"{drop}, {person.country.cities[0]}"
         self._web_order(
-            *(time, person), user_id=user_id, device=device, ip=ip, card=card, address=address, tested=tested, fraud=("ring", ring)
+            *(time, person),
+            user_id=user_id,
+            device=device,
+            ip=ip,
+            card=card,
+            address=address,
+            tested=tested,
+            fraud=("ring", ring),
         )
 
     # Behaviour
@@ -668,7 +706,9 @@ class Shop:
 
     def _some_ip(self) -> str:
         random = self.random
-        return f"{random.choice((45, 91, 185, 198, 203))}.{random.randrange(256)}.{random.randrange(256)}.{random.randrange(1, 255)}"
+        return (
+            f"{random.choice((45, 91, 185, 198, 203))}.{random.randrange(256)}.{random.randrange(256)}.{random.randrange(1, 255)}"
+        )
 
     def _browse(
         self, time: int, user: int, device: str, ip: str, lines: list[Line], order: str, card: str | None, tested: int = 0
@@ -688,7 +728,12 @@ class Shop:
             at += pause
             self._event(at, "view_product", *who, self._seen(line.product))
             at += pause // 2
-            self._event(at, "add_to_cart", *who, f'{{"product_id":"{self.catalogue[line.product].product_id}","quantity":{line.quantity}}}')
+            self._event(
+                at,
+                "add_to_cart",
+                *who,
+                f'{{"product_id":"{self.catalogue[line.product].product_id}","quantity":{line.quantity}}}',
+            )
         if random.random() < 0.35:
             self._event(at + pause // 3, "click", *who, f'{{"product_id":"{self.catalogue[self._product(False)].product_id}"}}')
         if self.now.today >= self.now.new_things_from and random.random() < 0.1:
@@ -791,7 +836,11 @@ class Shop:
     def _do_price(self, time: int, product: int) -> None:
         if time <= self.now.live_from:
             return
-        price = self.catalogue[product].dollars * NOMINAL.get(self.now.base_currency, 1.0) * self.random.choice((0.9, 0.95, 1.05, 1.1))
+        price = (
+            self.catalogue[product].dollars
+            * NOMINAL.get(self.now.base_currency, 1.0)
+            * self.random.choice((0.9, 0.95, 1.05, 1.1))
+        )
         self.sink.change(
             "UPDATE products SET list_price=%s, updated_at=%s WHERE product_id=%s",
             decimal_text(round(price * 100), 2),
@@ -801,12 +850,17 @@ class Shop:
 
     # Messages
 
-    def _stock_event(self, time: int, kind: str, pair: int, quantity: int, more: dict[str, Any], channel: str = "warehouse") -> None:
+    def _stock_event(
+        self, time: int, kind: str, pair: int, quantity: int, more: dict[str, Any], channel: str = "warehouse"
+    ) -> None:
         store, product = self.stock.place(pair)
         name = self.catalogue[product].product_id
         rest = json.dumps(more, separators=(",", ":"))[1:] if more else "}"
         metadata = f'{{"store_id":"{store}","product_id":"{name}","quantity":{quantity}{"," if more else ""}{rest}'
-        value = f'{{"event_id":"{self._event_id(time)}","event_type":"{kind}","timestamp":"{_iso(time)}","channel":"{channel}","metadata":{metadata}}}'
+        value = (
+            f'{{"event_id":"{self._event_id(time)}","event_type":"{kind}","timestamp":"{_iso(time)}",'
+            f'"channel":"{channel}","metadata":{metadata}}}'
+        )
         self._send(time, f"{store}|{name}", value)
 
     def _event(

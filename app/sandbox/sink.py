@@ -19,19 +19,18 @@ from app.sandbox.schema import COLLECTION, TOPIC
 from app.sandbox.servers import DATABASE, Addresses
 from lakehouse.errors import SandboxError
 
-COLUMNS: dict[str, list[str]] = {
-    "users": (
-        "user_id email email_verified phone_number phone_verified name address city country loyalty_id created_at updated_at".split()
-    ),
+# The columns that rows are written with, in this order.
+COLUMNS: dict[str, str] = {
+    "users": "user_id email email_verified phone_number phone_verified name address city country loyalty_id created_at updated_at",
     "orders": (
         "order_id user_id source store_id status currency total_amount payment_method card_fingerprint "
         "ip_address device_id shipping_address created_at updated_at"
-    ).split(),
-    "order_items": "order_id line_no product_id quantity unit_price".split(),
-    "products": "product_id name category brand list_price currency updated_at".split(),
-    "stores": "store_id name kind city country updated_at".split(),
-    "chargebacks": "chargeback_id order_ref reason reported_at".split(),
-    "exchange_rates": "rate_date currency to_base".split(),
+    ),
+    "order_items": "order_id line_no product_id quantity unit_price",
+    "products": "product_id name category brand list_price currency updated_at",
+    "stores": "store_id name kind city country updated_at",
+    "chargebacks": "chargeback_id order_ref reason reported_at",
+    "exchange_rates": "rate_date currency to_base",
 }
 TRUTH: dict[str, dict[str, Any]] = {
     "people": {"person": pl.String, "record_id": pl.String},
@@ -77,7 +76,7 @@ class Sink:
                 "message.timeout.ms": 60_000,
             }
         )
-        self.columns = {table: list(columns) for table, columns in COLUMNS.items()}
+        self.columns = {table: columns.split() for table, columns in COLUMNS.items()}
         self.rows: dict[str, list[str]] = defaultdict(list)
         self.changes: list[tuple[str, tuple[Any, ...]]] = []
         self.documents: list[Document] = []
@@ -141,7 +140,7 @@ class Sink:
     def add_column(self, table: str, column: str, kind: str) -> None:
         """The shop's developers add a column; rows from now on carry a value for it, after all others."""
         self.flush()
-        self.connection.execute(f"ALTER TABLE {table} ADD COLUMN IF NOT EXISTS {column} {kind}")  # type: ignore[arg-type]
+        self.connection.execute(f"ALTER TABLE {table} ADD COLUMN IF NOT EXISTS {column} {kind}")
         self.connection.commit()
         self.columns[table].append(column)
 
@@ -164,7 +163,7 @@ class Sink:
         with self.connection.cursor() as cursor:
             for table, lines in self.rows.items():
                 if lines:
-                    with cursor.copy(f"COPY {table} ({', '.join(self.columns[table])}) FROM STDIN") as copy:  # type: ignore[arg-type]
+                    with cursor.copy(f"COPY {table} ({', '.join(self.columns[table])}) FROM STDIN") as copy:
                         copy.write("".join(lines))
             # Runs of the same statement are pipelined; their order stays.
             at = 0
@@ -172,7 +171,7 @@ class Sink:
                 until = at
                 while until < len(self.changes) and self.changes[until][0] == self.changes[at][0]:
                     until += 1
-                cursor.executemany(self.changes[at][0], [values for _, values in self.changes[at:until]])  # type: ignore[arg-type]
+                cursor.executemany(self.changes[at][0], [values for _, values in self.changes[at:until]])
                 at = until
         self.connection.commit()
         self.rows.clear()
@@ -196,7 +195,9 @@ class Sink:
                 document |= fields
                 if more_items and "items" in document:
                     document["items"] = document["items"] + more_items
-        replacements = [pymongo.ReplaceOne({"_id": identifier}, found[identifier]) for identifier in wanted if identifier in found]
+        replacements = [
+            pymongo.ReplaceOne({"_id": identifier}, found[identifier]) for identifier in wanted if identifier in found
+        ]
         if replacements:
             self.collection.bulk_write(replacements)
 
@@ -216,6 +217,6 @@ class Sink:
 
     def _check_delivery(self) -> None:
         if self.undelivered:
-            raise SandboxError(f"The sandbox's broker did not take an event: {self.undelivered}. See kafka.log in the sandbox directory.")
-
-
+            raise SandboxError(
+                f"The sandbox's broker did not take an event: {self.undelivered}. See kafka.log in the sandbox directory."
+            )

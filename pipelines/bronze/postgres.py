@@ -80,6 +80,7 @@ class SlotState:
     wal_status: str | None
     confirmed: int | None
     this_database: str
+    unwritten: bool
 
 
 @dataclass
@@ -96,6 +97,9 @@ class PostgresSource:
         with _errors(self.settings), _connect(self.settings) as connection:
             state = _state(connection, self.settings)
             _check(state, self.settings, known)
+            if state.unwritten:
+                _flush(connection)
+                state = _state(connection, self.settings)
             catalog = _catalog(connection, self.settings)
             _check_published(catalog, self.settings, known)
             planned = {item.table: _planned(item, schemas.get(item.table), self.settings) for item in catalog}
@@ -525,7 +529,9 @@ def _state(connection: psycopg.Connection[Any], settings: PostgresSettings) -> S
                current_setting('wal_level'),
                EXISTS (SELECT FROM pg_publication WHERE pubname = %(publication)s),
                s.slot_name IS NOT NULL, s.plugin, s.database, s.wal_status,
-               s.confirmed_flush_lsn - '0/0'::pg_lsn, current_database()
+               s.confirmed_flush_lsn - '0/0'::pg_lsn, current_database(),
+               current_setting('synchronous_commit') = 'off' AND NOT pg_is_in_recovery()
+                   AND pg_current_wal_insert_lsn() - pg_current_wal_flush_lsn() > 40
         FROM (SELECT) AS one LEFT JOIN pg_replication_slots s ON s.slot_name = %(slot)s
         """,
         {"publication": settings.publication, "slot": settings.slot},
@@ -544,7 +550,18 @@ def _state(connection: psycopg.Connection[Any], settings: PostgresSettings) -> S
         wal_status=row[7],
         confirmed=None if row[8] is None else int(row[8]),
         this_database=row[9],
+        unwritten=bool(row[10]),
     )
+
+
+def _flush(connection: psycopg.Connection[Any]) -> None:
+    """Have the server write out what it has committed asynchronously: only written WAL can be decoded.
+
+    A transaction that writes some WAL (a message that nobody asked for) and commits synchronously does it.
+    """
+    with connection.transaction():
+        connection.execute("SET LOCAL synchronous_commit TO on")
+        connection.execute("SELECT pg_logical_emit_message(true, 'shopsphere', '')")
 
 
 def _check(state: SlotState, settings: PostgresSettings, known: Mapping[str, Position]) -> None:

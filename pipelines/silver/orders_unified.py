@@ -51,7 +51,7 @@ ORDERS_UNIFIED = Table(
         column("updated_at", TIMESTAMP, "When the source last changed it."),
     ),
     key=("order_id",),
-    traced=("order_date", "channel", "store_id", "country", "master_user_id"),
+    traced=("order_date", "channel", "store_id", "country", "master_user_id", "card_fingerprint"),
     # neighbours in time are neighbours in id within one platform: a file's ranges of both stay narrow
     sort_by=("platform", "order_date", "order_id"),
     owner="commerce",

@@ -100,7 +100,7 @@ def compare(left: pl.DataFrame, right: pl.DataFrame) -> pl.DataFrame:
             join_condition="l.pair = r.pair",
         )
         levels = ", ".join(f'"gamma_{name}"' for name in LEVELS)
-        scored = connection.sql(f"select match_weight, {levels} from {found.physical_name} order by pair_l").fetch_arrow_table()
+        scored = connection.sql(f"select match_weight, {levels} from {found.physical_name} order by pair_l").to_arrow_table()
     finally:
         connection.close()
     frame = pl.from_arrow(scored)
