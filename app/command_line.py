@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 import signal
 import sys
@@ -22,7 +21,7 @@ import typer.core
 from app.output import Output, size
 from lakehouse.engine import Report
 from lakehouse.errors import ShopSphereError
-from lakehouse.settings import Settings, home_directory, load_settings
+from lakehouse.settings import home_directory, load_settings
 
 typer.core.HAS_RICH = False
 app = typer.Typer(
@@ -57,7 +56,9 @@ def run(
     def on_signal(number: int, frame: FrameType | None) -> None:
         stop.set()
 
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)} if pause is not None else {}
+    previous = (
+        {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)} if pause is not None else {}
+    )
     failed = False
     try:
         with open_engine(settings) as engine:
@@ -122,7 +123,16 @@ def print_reports(output: Output, reports: tuple[Report, ...] | list[Report]) ->
         output.table(
             REPORT_COLUMNS,
             [
-                (r.table, r.status + (" (Ray)" if r.parallel else ""), r.rows_read, r.rows_written, r.rows_deleted, size(r.bytes_written), r.seconds, r.cpu_seconds)
+                (
+                    r.table,
+                    r.status + (" (Ray)" if r.parallel else ""),
+                    r.rows_read,
+                    r.rows_written,
+                    r.rows_deleted,
+                    size(r.bytes_written),
+                    r.seconds,
+                    r.cpu_seconds,
+                )
                 for r in busy
             ],
         )
@@ -175,7 +185,16 @@ def status(json: Json = False) -> None:
     output.table(
         ("table", "rows", "snapshot", "lag", "last run", "files", "size", "position"),
         [
-            (s.table, s.rows, str(s.snapshot or ""), s.lag, s.last_run, s.files, size(s.bytes), _clipped(short_position(s.position), 60))
+            (
+                s.table,
+                s.rows,
+                str(s.snapshot or ""),
+                s.lag,
+                s.last_run,
+                s.files,
+                size(s.bytes),
+                _clipped(short_position(s.position), 60),
+            )
             for s in found
         ],
     )
@@ -247,7 +266,18 @@ def maintain(
         return
     output.table(
         ("table", "files before", "files after", "delete files merged", "snapshots expired", "orphans deleted", "freed"),
-        [(m.table, m.files_before, m.files_after, m.deletes_merged, m.snapshots_expired, m.orphans_deleted, size(m.orphan_bytes)) for m in done],
+        [
+            (
+                m.table,
+                m.files_before,
+                m.files_after,
+                m.deletes_merged,
+                m.snapshots_expired,
+                m.orphans_deleted,
+                size(m.orphan_bytes),
+            )
+            for m in done
+        ],
     )
 
 
@@ -266,7 +296,13 @@ def sandbox_start(
     settings = load_settings()
     with output.progress() as show:
         addresses = sandbox.start(
-            home, orders=orders, seed=seed, source_file=source_file, empty=empty, base_currency=settings.base_currency, progress=show
+            home,
+            orders=orders,
+            seed=seed,
+            source_file=source_file,
+            empty=empty,
+            base_currency=settings.base_currency,
+            progress=show,
         )
     print_addresses(output, home, asdict(addresses))
 
@@ -320,10 +356,15 @@ def demo(
     run_demo(Output(json), orders=orders, seed=seed, keep=keep)
 
 
-def settings_for(home: Path) -> Settings:
-    """The settings of another home directory."""
-    os.environ["SHOPSPHERE_HOME"] = str(home)
-    return load_settings()
+@app.command()
+def docs(check: Annotated[bool, typer.Option("--check", help="Only tell whether the pages are up to date")] = False) -> None:
+    """Write docs/tables.md and docs/settings.md from the declarations."""
+    from app.generated_docs import stale_pages, write_pages
+
+    if not check:
+        print(f"Wrote {', '.join(write_pages())}.")
+    elif stale := stale_pages():
+        raise ShopSphereError(f"{', '.join(stale)} differ from the declarations. Run `make docs` and commit what it writes.")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -331,14 +372,13 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     try:
-        app(args=[a for a in arguments if a != "--debug"], prog_name="python -m app", standalone_mode=False)
+        code = app(args=[a for a in arguments if a != "--debug"], prog_name="python -m app", standalone_mode=False)
+        return code if isinstance(code, int) else 0
     except ShopSphereError as error:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except typer.Exit as error:
-        return error.exit_code
     except typer.Abort:
         return 130
     except KeyboardInterrupt:
@@ -351,7 +391,6 @@ def main(arguments: list[str] | None = None) -> int:
             return code
         print(f"error: {described(error)}", file=sys.stderr)
         return 1
-    return 0
 
 
 def usage_error(error: Exception) -> int:
@@ -367,7 +406,9 @@ def described(error: BaseException) -> str:
     """An unforeseen error in one line, with a way out."""
     cause: BaseException | None = error
     while cause is not None:
-        full = (isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left on device" in str(cause)
+        full = (isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left on device" in str(
+            cause
+        )
         if full or "database or disk is full" in str(cause):
             return "The disk is full. Free some space and run again: what was committed is whole, the rest is read again."
         cause = cause.__cause__ or getattr(cause, "cause", None) or cause.__context__

@@ -90,7 +90,10 @@ def show_results(output: Output, lake: Lake, home: Path, seconds: float, started
         )
         return
     output.say("\n3. What the lakehouse holds")
-    output.table(("table", "rows", "files", "size", "what it is"), [(s.table, s.rows, s.files, size(s.bytes), pipelines.TABLES[s.table].doc.split(". ")[0].rstrip(".")) for s in found])
+    output.table(
+        ("table", "rows", "files", "size", "what it is"),
+        [(s.table, s.rows, s.files, size(s.bytes), pipelines.TABLES[s.table].doc.split(". ")[0].rstrip(".")) for s in found],
+    )
     output.say(
         f"\n4. One identity per person, against the ground truth: precision {scores.precision:.4f}, "
         f"recall {scores.recall:.4f}, F1 {scores.f1:.4f}"

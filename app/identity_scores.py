@@ -44,7 +44,9 @@ def b_cubed_scores(predicted: pl.DataFrame | Mapping[str, str], truth: pl.DataFr
     records = int(cells["n"].sum())
     if not records:
         return Scores(1.0, 1.0)
-    squared = cells.select(precision=(pl.col("n") ** 2 / pl.col("joined")).sum(), recall=(pl.col("n") ** 2 / pl.col("same")).sum())
+    squared = cells.select(
+        precision=(pl.col("n") ** 2 / pl.col("joined")).sum(), recall=(pl.col("n") ** 2 / pl.col("same")).sum()
+    )
     precision, recall = squared.row(0)
     return Scores(precision / records, recall / records)
 
@@ -58,7 +60,9 @@ def _cells(predicted: pl.DataFrame | Mapping[str, str], truth: pl.DataFrame | Ma
 def _frame(groups: pl.DataFrame | Mapping[str, str], name: str) -> pl.DataFrame:
     if isinstance(groups, pl.DataFrame):
         return groups.select(pl.nth(0).alias("record"), pl.nth(1).alias(name)).unique("record", keep="any")
-    return pl.DataFrame({"record": list(groups.keys()), name: list(groups.values())}, schema={"record": pl.String, name: pl.String})
+    return pl.DataFrame(
+        {"record": list(groups.keys()), name: list(groups.values())}, schema={"record": pl.String, name: pl.String}
+    )
 
 
 def _pairs(sizes: pl.Series) -> int:

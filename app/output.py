@@ -86,7 +86,10 @@ class Output:
             return
         if title:
             print(f"\n{title}")
-        numeric = [all(isinstance(row[n], int | float | Decimal) and not isinstance(row[n], bool) or row[n] is None for row in rows) for n in range(len(columns))]
+        numeric = [
+            all((isinstance(row[n], int | float | Decimal) and not isinstance(row[n], bool)) or row[n] is None for row in rows)
+            for n in range(len(columns))
+        ]
         if sys.stdout.isatty():
             grid = RichTable(box=None, pad_edge=False, header_style="bold")
             for name, right in zip(columns, numeric, strict=True):
@@ -98,7 +101,9 @@ class Output:
         cells = [[text(value) for value in row] for row in rows]
         widths = [max([len(name), *(len(row[n]) for row in cells)]) for n, name in enumerate(columns)]
         for line in [list(columns), *cells]:
-            print("  ".join(c.rjust(w) if right else c.ljust(w) for c, w, right in zip(line, widths, numeric, strict=True)).rstrip())
+            print(
+                "  ".join(c.rjust(w) if right else c.ljust(w) for c, w, right in zip(line, widths, numeric, strict=True)).rstrip()
+            )
         sys.stdout.flush()
 
     @contextmanager
@@ -116,7 +121,13 @@ class Output:
 
             yield line
         else:
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f}"), TimeElapsedColumn())
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+                TimeElapsedColumn(),
+            )
             with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
                 tasks: dict[str, Any] = {}
 

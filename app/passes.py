@@ -113,7 +113,9 @@ def rebuild(engine: Engine, name: str) -> list[Report]:
 
 def _bronze_reads(step: Step) -> set[str]:
     """The bronze tables whose unreadable rows a step sends to quarantine."""
-    return {r.table.name for r in step.reads.values() if isinstance(r, Gather | Changes) and r.parse and r.table.layer == "bronze"}
+    return {
+        r.table.name for r in step.reads.values() if isinstance(r, Gather | Changes) and r.parse and r.table.layer == "bronze"
+    }
 
 
 @dataclass(frozen=True)
@@ -181,13 +183,18 @@ def _append_corrections(engine: Engine, handle: Handle, values: Mapping[str, byt
     rows = upstream.read(columns, pl.col("_source_position").is_in(list(values)))
     rows = rows.filter(pl.col("_op") != "fix").unique("_source_position", maintain_order=True)
     if missing := sorted(values.keys() - set(rows["_source_position"].to_list())):
-        raise ShopSphereError(f"{handle.table.name} has no row at position {missing[0]}. See `python -m app sql \"SELECT * FROM silver.quarantine\"`.")
+        raise ShopSphereError(
+            f'{handle.table.name} has no row at position {missing[0]}. See `python -m app sql "SELECT * FROM silver.quarantine"`.'
+        )
     fresh = [values[position] for position in rows["_source_position"].to_list()]
     if handle.table.name == EVENTS.name:
         rows = rows.with_columns(pl.Series("value", fresh, dtype=pl.Binary))
     else:
         texts = [value.decode("utf-8", "replace") for value in fresh]
-        rows = rows.with_columns(pl.Series("document", texts), *(pl.Series(name, [_named(t, name) for t in texts], dtype=pl.String) for name in ("platform", "mp_order_id")))
+        rows = rows.with_columns(
+            pl.Series("document", texts),
+            *(pl.Series(name, [_named(t, name) for t in texts], dtype=pl.String) for name in ("platform", "mp_order_id")),
+        )
     now = pl.lit(datetime.now(UTC)).cast(pl.Datetime("us", "UTC")).alias("_ingested_at")
     rows = rows.with_columns(pl.lit("fix").alias("_op"), now, pl.lit(handle.sequence, pl.Int64).alias("_seq"))
     handle.commit(handle.writer.write(rows), positions=handle.positions)

@@ -33,7 +33,9 @@ def difference(table: Table, old: pl.DataFrame, wanted: pl.DataFrame) -> Differe
     columns, key = [item.name for item in table.columns], list(table.key)
     if wanted.select(key).is_duplicated().any():
         twice = wanted.filter(wanted.select(key).is_duplicated()).select(key).head(1).row(0)
-        raise ShopSphereError(f"{table.name}: two rows for key {dict(zip(key, twice, strict=True))}. The step that fills it must give one.")
+        raise ShopSphereError(
+            f"{table.name}: two rows for key {dict(zip(key, twice, strict=True))}. The step that fills it must give one."
+        )
     if old.height == 0:
         return Difference(old.select(FILE, POS), with_mark(table, wanted.select(columns), False))
     tombs = old.filter(pl.col(DELETED)) if table.keeps_tombstones else old.clear()
@@ -44,11 +46,7 @@ def difference(table: Table, old: pl.DataFrame, wanted: pl.DataFrame) -> Differe
     matched = wanted.join(live, on=key, how="left", nulls_equal=True, suffix="__old", maintain_order="left")
     same = matched.select(
         pl.col(POS).is_not_null()
-        & (
-            pl.all_horizontal([pl.col(name).eq_missing(pl.col(f"{name}__old")) for name in others])
-            if others
-            else pl.lit(True)
-        )
+        & (pl.all_horizontal([pl.col(name).eq_missing(pl.col(f"{name}__old")) for name in others]) if others else pl.lit(True))
     ).to_series()
     changed = wanted.filter(~same)
     unchanged = wanted.filter(same)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import polars as pl
 import pyarrow as pa
@@ -43,6 +43,7 @@ from lakehouse.step import Changes, Context, Gather, Join, Parsed, Read, Step, W
 from lakehouse.table import DELETED, GROUP_HASH, SEQUENCE, Table
 
 ATTEMPTS = 6
+Done = TypeVar("Done")
 SINCE = "since"
 
 
@@ -125,9 +126,11 @@ class Merged:
 def key_frame(frame: pl.DataFrame, keys: tuple[pl.Expr, ...], target: Table) -> pl.DataFrame:
     """The target's group columns for each row of `frame`, with the target's types."""
     types = polars_schema(target.schema)
-    return frame.select(
-        expression.cast(types[name]).alias(name) for name, expression in zip(target.group, keys, strict=True)
-    ) if frame.height else pl.DataFrame(schema={name: types[name] for name in target.group})
+    return (
+        frame.select(expression.cast(types[name]).alias(name) for name, expression in zip(target.group, keys, strict=True))
+        if frame.height
+        else pl.DataFrame(schema={name: types[name] for name in target.group})
+    )
 
 
 def roots(*expressions: pl.Expr | None) -> list[str]:
@@ -182,7 +185,11 @@ def extract(work: Extraction) -> list[Piece]:
     if truncates(upstream) and "_op" not in columns:
         columns.append("_op")
     raw = upstream.reader.read(upstream.files, columns, predicate)
-    reported = _reported(work.name, raw, read.parse(raw)) if read.parse and raw.height else [Piece(f"count:{work.name}", -1, pa.table({"rows": [raw.height]}))]
+    reported = (
+        _reported(work.name, raw, read.parse(raw))
+        if read.parse and raw.height
+        else [Piece(f"count:{work.name}", -1, pa.table({"rows": [raw.height]}))]
+    )
     if not work.full:
         emptied = raw.filter(pl.col("_op") == "t").select("_op") if truncates(upstream) else raw.clear()
         return [*_touched_keys(work, read, raw), *reported, *to_pieces("truncated", emptied)]
@@ -223,7 +230,11 @@ def _spread_rows(work: Extraction, read: Gather, raw: pl.DataFrame) -> list[Piec
     pieces: list[Piece] = []
     everywhere = (raw["_op"] == "t").fill_null(False) if truncates(work.upstream) else pl.repeat(False, raw.height, eager=True)
     if read.resolve and work.split_documents is not None:
-        marked = raw.select(read.resolve).with_row_index("n").join(work.split_documents, on=list(read.resolve), how="semi", nulls_equal=True)
+        marked = (
+            raw.select(read.resolve)
+            .with_row_index("n")
+            .join(work.split_documents, on=list(read.resolve), how="semi", nulls_equal=True)
+        )
         everywhere |= pl.int_range(raw.height, dtype=pl.UInt32, eager=True).is_in(marked["n"].implode())
     pieces += to_pieces(kind, raw.filter(everywhere), -1)
     frames = []
@@ -255,9 +266,7 @@ def _frames(pieces: Pieces, kind: str, bucket: int | None = None) -> list[pl.Dat
     return [frame for frame in frames if isinstance(frame, pl.DataFrame)]
 
 
-def gather(
-    read: Gather, upstream: Upstream, groups: pl.DataFrame, target: Table, ordered_by: str
-) -> pl.DataFrame:
+def gather(read: Gather, upstream: Upstream, groups: pl.DataFrame, target: Table, ordered_by: str) -> pl.DataFrame:
     """All living rows of `upstream` that belong to one of `groups` (for histories: from each group's `since` on)."""
     wanted = _wanted(read.columns, upstream)
     needed = roots(*(e for keys in read.keys for e in keys), read.always)
@@ -349,7 +358,9 @@ def merge(work: Merge, pieces: Pieces) -> Merged:
 def stamp(table: Table, rows: pl.DataFrame, sequence: int) -> pl.DataFrame:
     """The rows in the table's order, with the engine's columns."""
     order = list(table.sort_by or table.key)
-    return rows.with_columns(pl.lit(sequence, pl.Int64).alias(SEQUENCE), group_hash(rows, table.group)).sort(order, nulls_last=True)
+    return rows.with_columns(pl.lit(sequence, pl.Int64).alias(SEQUENCE), group_hash(rows, table.group)).sort(
+        order, nulls_last=True
+    )
 
 
 def conform(frame: pl.DataFrame, table: Table) -> pl.DataFrame:
@@ -402,14 +413,16 @@ def existing(work: Merge, groups: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFr
     return rows.join(groups, on=list(target.group), how="semi", nulls_equal=True), None
 
 
-def _history(
-    work: Merge, groups: pl.DataFrame, columns: list[str], member: pl.Expr | None
-) -> tuple[pl.DataFrame, pl.DataFrame]:
+def _history(work: Merge, groups: pl.DataFrame, columns: list[str], member: pl.Expr | None) -> tuple[pl.DataFrame, pl.DataFrame]:
     target, old, order = work.step.target, work.old, work.step.ordered_by
     hashed = groups.with_columns(group_hash(groups, target.group)).group_by(GROUP_HASH).agg(pl.col(SINCE).min())
-    narrow = old.reader.read(old.files, [GROUP_HASH, order], member, positions=True).join(hashed, on=GROUP_HASH)
+    # two groups may share a hash, and what was last may be a tombstone: the last living row of each group is wanted
+    marks = [DELETED] if target.keeps_tombstones else []
+    read = [GROUP_HASH, *target.group, order, *marks]
+    narrow = old.reader.read(old.files, read, member, positions=True).join(hashed, on=GROUP_HASH)
     before = narrow.filter(pl.col(order) < pl.col(SINCE))
-    last = before.filter(pl.col(order) == pl.col(order).max().over(GROUP_HASH))
+    before = before.filter(~pl.col(DELETED)) if marks else before
+    last = before.filter(pl.col(order) == pl.col(order).max().over(list(target.group)))
     positions = pl.concat([narrow.filter(pl.col(order) >= pl.col(SINCE)), last]).select(FILE, POS)
     rows = old.reader.at_positions(old.files, columns, positions)
     rows = rows.join(groups, on=list(target.group), how="inner", nulls_equal=True)
@@ -458,13 +471,15 @@ class Engine:
                 try:
                     return self._ingest(source, tables, unknown, again)
                 except UnknownColumn as error:
-                    if any(f.name == error.column for f in unknown.get(error.table, [])):
+                    met = pa.field(error.column, error.arrow_type)
+                    known = unknown.setdefault(error.table, [])
+                    if met in known:
                         raise
-                    unknown.setdefault(error.table, []).append(pa.field(error.column, error.arrow_type))
+                    known[:] = [*(f for f in known if f.name != met.name), met]
 
         return self._repeated(attempt)
 
-    def _repeated(self, attempt: Callable[[], Any]) -> Any:
+    def _repeated(self, attempt: Callable[[], Done]) -> Done:
         """Another writer got in first: everything is read again, from what that one left."""
         for number in range(ATTEMPTS):
             try:
@@ -489,11 +504,13 @@ class Engine:
         triggers = {read.table.name for read in step.reads.values() if isinstance(read, Gather | Changes)}
         full = rebuild or any(since[name] is None for name in triggers if handles[name].data_sequence)
         if not rebuild and not replayed and (not stale or all(handles[name].data_sequence == 0 for name in handles)):
-            return Report(step.target.name, "unchanged", seconds=time.monotonic() - started, cpu_seconds=time.process_time() - cpu)
+            return Report(
+                step.target.name, "unchanged", seconds=time.monotonic() - started, cpu_seconds=time.process_time() - cpu
+            )
         merged, changed, elsewhere, parallel, pieces = self._rows(step, target, handles, since, full, replay)
         if not full and any(True for _ in pieces.of("truncated")):
             merged, changed, elsewhere, parallel, pieces = self._rows(step, target, handles, since, True, replay)
-        self._quarantine(step, handles, pieces)
+        self._quarantine(step, handles, pieces, again=full or replayed)
         files = [file for part in merged for file in part.files]
         positions = {name: handle.position for name, handle in handles.items()}
         rows_written = sum(part.rows_written for part in merged)
@@ -570,7 +587,9 @@ class Engine:
             for name, files in fresh.items()
             for group in chunks(files, self.pool.settings.rows_per_task if parallel else 10**12)
         ]
-        pieces = self.pool.extract(extract, extractions, parallel=parallel and (full or expected >= 4 * self.pool.settings.inline_rows))
+        pieces = self.pool.extract(
+            extract, extractions, parallel=parallel and (full or expected >= 4 * self.pool.settings.inline_rows)
+        )
         changed = sum(int(table["rows"][0].as_py()) for name in fresh for table in pieces.of(f"count:{name}"))
         groups = None if full else self._touched(step, handles, upstream, since, target, pieces)
         if groups is not None and groups.height == 0:
@@ -625,11 +644,13 @@ class Engine:
                 parts.append(self._resolved(read, upstream[name], pl.concat(found).unique(), step.target))
             if isinstance(read, Whole | Join) and read.touch:
                 parts.append(self._touched_through(step, name, read, handles, since, target))
-        touched = pl.concat(parts).group_by(group).agg(
-            pl.when(pl.col(SINCE).null_count() == 0).then(pl.col(SINCE).min()).otherwise(None).alias(SINCE)
+        touched = (
+            pl.concat(parts)
+            .group_by(group)
+            .agg(pl.when(pl.col(SINCE).null_count() == 0).then(pl.col(SINCE).min()).otherwise(None).alias(SINCE))
         )
         if step.expand and touched.height:
-            wide = step.expand(touched.select(group), self._lookup)
+            wide = step.expand(touched.select(group), self._lookup({**handles, step.target.name: target}), self.context)
             touched = conform_groups(wide, step.target).with_columns(pl.lit(None, pl.Datetime("us", "UTC")).alias(SINCE))
         return touched
 
@@ -640,7 +661,13 @@ class Engine:
         return keys.with_columns(pl.lit(None, pl.Datetime("us", "UTC")).alias(SINCE))
 
     def _touched_through(
-        self, step: Step, name: str, read: Whole | Join, handles: Mapping[str, Handle], since: Mapping[str, int | None], target: Handle
+        self,
+        step: Step,
+        name: str,
+        read: Whole | Join,
+        handles: Mapping[str, Handle],
+        since: Mapping[str, int | None],
+        target: Handle,
     ) -> pl.DataFrame:
         types = polars_schema(step.target.schema)
         nothing = pl.DataFrame(schema={**{g: types[g] for g in step.target.group}, SINCE: pl.Datetime("us", "UTC")})
@@ -656,31 +683,44 @@ class Engine:
         expressions = read.touch_keys or tuple(pl.col(n) for n in step.target.group)
         needed = list(dict.fromkeys([*read.touch_columns, *roots(*expressions)]))
         rows = through.read(needed, read.touch(new))
-        return key_frame(rows, expressions, step.target).drop_nulls().unique().with_columns(
-            pl.lit(None, pl.Datetime("us", "UTC")).alias(SINCE)
+        return (
+            key_frame(rows, expressions, step.target)
+            .drop_nulls()
+            .unique()
+            .with_columns(pl.lit(None, pl.Datetime("us", "UTC")).alias(SINCE))
         )
 
-    def _lookup(self, table: Table, columns: Sequence[str], predicate: pl.Expr, predicate_columns: Sequence[str]) -> pl.DataFrame:
-        return self.lake.load(table).read(list(columns), predicate)
+    def _lookup(self, handles: Mapping[str, Handle]) -> Lookup:
+        """Reads the tables of a step as they were when it began."""
 
-    def _quarantine(self, step: Step, handles: Mapping[str, Handle], pieces: Pieces) -> None:
+        def lookup(table: Table, columns: Sequence[str], predicate: pl.Expr, predicate_columns: Sequence[str]) -> pl.DataFrame:
+            handle = handles.get(table.name) or self.lake.load(table)
+            return handle.read(list(columns), predicate)
+
+        return lookup
+
+    def _quarantine(self, step: Step, handles: Mapping[str, Handle], pieces: Pieces, again: bool) -> None:
         """Keep the rows that cannot be read, and let go of those that now can; before the target's own commit, so
-        that a crash in between repeats it."""
+        that a crash in between repeats it. again: judge anew what is in quarantine already."""
         for name, read in step.reads.items():
-            parse = read.parse if isinstance(read, Gather | Changes) else None
-            if parse is None:
+            if not isinstance(read, Gather | Changes) or read.parse is None:
                 continue
+            parse = read.parse
             rejected, fixed = _frames(pieces, f"rejected:{name}"), _frames(pieces, f"fixed:{name}")
-            positions = {p for f in rejected for p in f["source_position"].to_list()} | {p for f in fixed for p in f["_source_position"].to_list()}
+            positions = {p for f in rejected for p in f["source_position"].to_list()} | {
+                p for f in fixed for p in f["_source_position"].to_list()
+            }
+            if not positions and not again:
+                continue
             kept = self.lake.load(self.quarantine)
-            known = kept.read(["source_position"], pl.col("source_table") == read.table.name)["source_position"].to_list()
-            positions |= set(known)
+            if again:
+                known = kept.read(["source_position"], pl.col("source_table") == read.table.name)
+                positions |= set(known["source_position"].to_list())
             if positions:
-                self._settle(read, parse, handles[read.table.name], kept, sorted(positions))
+                self._settle(parse, handles[read.table.name], kept, sorted(positions))
 
-    def _settle(
-        self, read: Gather | Changes, parse: Callable[[pl.DataFrame], Parsed], bronze: Handle, kept: Handle, positions: list[str]
-    ) -> None:
+    def _settle(self, parse: Callable[[pl.DataFrame], Parsed], bronze: Handle, kept: Handle, positions: list[str]) -> None:
+        name = bronze.table.name
         at = pl.col("_source_position").is_in(positions)
         columns = [n for n in bronze.reader.schema.names if n not in (SEQUENCE, GROUP_HASH, DELETED)]
         rows = bronze.reader.read(bronze.files(), columns, at)
@@ -692,11 +732,22 @@ class Engine:
                 originals = part.filter(pl.col("_op") != "fix")
                 chosen = parse((originals if originals.height else part)[:1]).rejected
                 assert chosen is not None
-                broken.append(chosen.with_columns(part["_source_time"][:1].alias("source_time")))
+                broken.append(chosen.with_columns(part["_source_time"][:1].alias("_source_time")))
         table = self.quarantine
-        wanted = pl.concat(broken) if broken else pl.DataFrame(schema={"reason": pl.String, "source_position": pl.String, "original": pl.Binary, "source_time": pl.Datetime("us", "UTC")})
-        wanted = conform(wanted.with_columns(pl.lit(read.table.name).alias("source_table")), table)
-        member = (pl.col("source_table") == read.table.name) & pl.col("source_position").is_in(positions)
+        wanted = (
+            pl.concat(broken)
+            if broken
+            else pl.DataFrame(
+                schema={
+                    "reason": pl.String,
+                    "source_position": pl.String,
+                    "original": pl.Binary,
+                    "_source_time": pl.Datetime("us", "UTC"),
+                }
+            )
+        )
+        wanted = conform(wanted.with_columns(pl.lit(name).alias("source_table")), table)
+        member = (pl.col("source_table") == name) & pl.col("source_position").is_in(positions)
         files = kept.files()
         old = kept.reader.read(files, [*(c.name for c in table.columns), DELETED], member, positions=True)
         change = difference(table, old, wanted)
@@ -710,9 +761,12 @@ class Engine:
         started, cpu = time.monotonic(), time.process_time()
         handles = {name: self.lake.load(table) for name, table in tables.items() if name in source.tables}
         positions = {name: None if name in again else handle.positions.get(source.name) for name, handle in handles.items()}
+        for name, handle in handles.items():
+            if unknown.get(name):
+                handle.widen(pa.schema(list(unknown[name])))
         plan = source.plan(positions, {name: _source_schema(handle) for name, handle in handles.items()})
         try:
-            outcomes, elsewhere, parallel = self._extract_source(plan, handles, unknown)
+            outcomes, elsewhere, parallel = self._extract_source(plan, handles)
         finally:
             if plan.held is not None and hasattr(plan.held, "close"):
                 plan.held.close()
@@ -724,7 +778,9 @@ class Engine:
             reached = next((part.position for part in reversed(written) if part.position is not None), plan.positions.get(name))
             snapshot = None
             if files or (plan.tasks and reached is not None and reached != positions[name]):
-                snapshot = handle.commit(files, positions={source.name: reached if reached is not None else positions[name]}, changes_rows=bool(files))
+                snapshot = handle.commit(
+                    files, positions={source.name: reached if reached is not None else positions[name]}, changes_rows=bool(files)
+                )
             reports.append(
                 Report(
                     name,
@@ -746,14 +802,10 @@ class Engine:
             source.acknowledge(plan)
         return reports
 
-    def _extract_source(
-        self, plan: Plan, handles: Mapping[str, Handle], unknown: Mapping[str, Sequence[pa.Field]]
-    ) -> tuple[list[dict[str, Written]], float, bool]:
+    def _extract_source(self, plan: Plan, handles: Mapping[str, Handle]) -> tuple[list[dict[str, Written]], float, bool]:
         for name, handle in handles.items():
             if name in plan.schemas:
                 handle.widen(plan.schemas[name])
-            if unknown.get(name):
-                handle.widen(pa.schema(list(unknown[name])))
         if not plan.tasks:
             return [], 0.0, False
         targets = {name: (handle.writer, handle.sequence) for name, handle in handles.items()}
@@ -777,7 +829,9 @@ def _source_schema(handle: Handle) -> pa.Schema:
     return pa.schema([f for f in handle.arrow_schema if f.name not in (SEQUENCE, "_ingested_at")])
 
 
-def write_source_rows(task: Task, pieces: Pieces, *, targets: Mapping[str, tuple[FileWriter, int]], at: datetime) -> dict[str, Written]:
+def write_source_rows(
+    task: Task, pieces: Pieces, *, targets: Mapping[str, tuple[FileWriter, int]], at: datetime
+) -> dict[str, Written]:
     """Run a task of a source and write what it gives; batches of a table are joined to files of useful size."""
     result: dict[str, Written] = {}
     waiting: dict[str, list[pa.Table]] = {}

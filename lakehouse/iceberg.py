@@ -7,6 +7,7 @@ repeating its rows.
 
 from __future__ import annotations
 
+import contextlib
 import io as io_module
 import itertools
 import json
@@ -34,8 +35,8 @@ from pyiceberg.io.pyarrow import _dataframe_to_data_files, schema_to_pyarrow
 from pyiceberg.manifest import DataFile, DataFileContent, FileFormat
 from pyiceberg.partitioning import UNPARTITIONED_PARTITION_SPEC, PartitionField, PartitionSpec
 from pyiceberg.schema import Schema
-from pyiceberg.table import Transaction
 from pyiceberg.table import Table as IcebergTable
+from pyiceberg.table import Transaction
 from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.table.snapshots import Snapshot
 from pyiceberg.transforms import DayTransform, IdentityTransform, MonthTransform, Transform, YearTransform
@@ -90,7 +91,9 @@ class File:
 
 def stored_columns(table: Table) -> list[tuple[str, pa.DataType, str, bool]]:
     """The columns of a table as it is stored: the declared ones and the engine's (name, type, doc, required)."""
-    engine: list[tuple[str, pa.DataType, str, bool]] = [(SEQUENCE, pa.int64(), "Sequence of the commit that wrote or changed the row", False)]
+    engine: list[tuple[str, pa.DataType, str, bool]] = [
+        (SEQUENCE, pa.int64(), "Sequence of the commit that wrote or changed the row", False)
+    ]
     if table.key:
         engine.append((GROUP_HASH, pa.int32(), "Hash of the row's group, for look-ups", False))
     if table.keeps_tombstones:
@@ -100,11 +103,12 @@ def stored_columns(table: Table) -> list[tuple[str, pa.DataType, str, bool]]:
 
 def iceberg_schema(table: Table) -> Schema:
     """The Iceberg schema of a declaration, with its documentation."""
-    from pyiceberg.io.pyarrow import visit_pyarrow, _ConvertToIcebergWithoutIDs
+    from pyiceberg.io.pyarrow import _ConvertToIcebergWithoutIDs, visit_pyarrow
     from pyiceberg.schema import assign_fresh_schema_ids
 
     plain = pa.schema([pa.field(name, type_, nullable=True) for name, type_, _, _ in stored_columns(table)])
     converted = visit_pyarrow(plain, _ConvertToIcebergWithoutIDs())
+    assert isinstance(converted, Schema)
     docs = {name: doc for name, _, doc, _ in stored_columns(table)}
     fields = [
         NestedField(field_id=number, name=f.name, field_type=f.field_type, required=False, doc=docs[f.name])
@@ -165,9 +169,7 @@ def polars_schema(schema: pa.Schema) -> dict[str, pl.DataType]:
 
 def as_arrow(frame: pl.DataFrame, schema: pa.Schema) -> pa.Table:
     """A polars frame as an Arrow table of exactly that schema (missing columns: null)."""
-    frame = frame.select(
-        pl.col(f.name) if f.name in frame.columns else pl.lit(None).alias(f.name) for f in schema
-    )
+    frame = frame.select(pl.col(f.name) if f.name in frame.columns else pl.lit(None).alias(f.name) for f in schema)
     return frame.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(schema)
 
 
@@ -268,7 +270,9 @@ class FileWriter:
         if table.num_rows == 0:
             return []
         return list(
-            _dataframe_to_data_files(table_metadata=self.metadata, df=table, io=self.io, write_uuid=uuid.uuid4(), counter=itertools.count(0))
+            _dataframe_to_data_files(
+                table_metadata=self.metadata, df=table, io=self.io, write_uuid=uuid.uuid4(), counter=itertools.count(0)
+            )
         )
 
     def write_deletes(self, files: Sequence[File], where: pl.DataFrame) -> list[DataFile]:
@@ -347,7 +351,8 @@ class Handle:
     @property
     def positions(self) -> dict[str, Any]:
         """How far each upstream has been read, from the current snapshot."""
-        return json.loads(self.summary(POSITIONS) or "{}")
+        stored: dict[str, Any] = json.loads(self.summary(POSITIONS) or "{}")
+        return stored
 
     @property
     def data_sequence(self) -> int:
@@ -374,13 +379,15 @@ class Handle:
         """A picklable writer of files for this table."""
         return FileWriter(self.loaded.io, self.metadata)
 
-    def files(self, since: int | None = None, where: BooleanExpression | None = None, snapshot_id: int | None = None) -> list[File]:
+    def files(
+        self, since: int | None = None, where: BooleanExpression | None = None, snapshot_id: int | None = None
+    ) -> list[File]:
         """The data files of the snapshot; with `since`, those that may hold rows of a later sequence."""
         if self.snapshot is None:
             return []
         row_filter: BooleanExpression = where or AlwaysTrue()
         if since is not None:
-            row_filter = GreaterThan(SEQUENCE, since)
+            row_filter = GreaterThan(SEQUENCE, since)  # type: ignore[call-arg, misc]
         scan = self.loaded.scan(row_filter=row_filter, snapshot_id=snapshot_id)
         files = [
             File(
@@ -443,9 +450,13 @@ class Handle:
             delta.commit()
             transaction.commit_transaction()
         except (CommitFailedException, CommitStateUnknownException) as error:
-            raise CommitConflict(f"{self.table.name}: another writer committed first ({type(error).__name__}). Run again.") from error
+            raise CommitConflict(
+                f"{self.table.name}: another writer committed first ({type(error).__name__}). Run again."
+            ) from error
         except SQLAlchemyError as error:
-            raise CommitConflict(f"{self.table.name}: the catalog is busy or unreachable ({type(error).__name__}). Run again.") from error
+            raise CommitConflict(
+                f"{self.table.name}: the catalog is busy or unreachable ({type(error).__name__}). Run again."
+            ) from error
         return delta.snapshot_id
 
 
@@ -500,8 +511,9 @@ class Lake:
             return catalog
         except Exception as error:  # every catalog has errors of its own
             shown = properties.get("uri", properties.get("type", "?")).split("@")[-1]
+            why = str(error).splitlines()[0][:200] if str(error) else ""
             raise SettingsError(
-                f"The Iceberg catalog at {shown} cannot be opened ({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}). "
+                f"The Iceberg catalog at {shown} cannot be opened ({type(error).__name__}: {why}). "
                 "Correct the [catalog] section of the settings, or start the catalog."
             ) from error
 
@@ -512,10 +524,8 @@ class Lake:
         except NoSuchTableError:
             if not create:
                 raise TableNotFound(f"{table.name} does not exist yet. Run `python -m app run` first.") from None
-        try:
+        with contextlib.suppress(NamespaceAlreadyExistsError):
             self.catalog.create_namespace(table.layer)
-        except NamespaceAlreadyExistsError:
-            pass
         schema = iceberg_schema(table)
         try:
             loaded = self.catalog.create_table(

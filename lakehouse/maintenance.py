@@ -106,7 +106,9 @@ def expire(lake: Lake, table: Table, retention_hours: float, now: datetime) -> i
         try:
             handle.loaded.maintenance.expire_snapshots().by_ids(old).commit()
         except CommitFailedException as error:
-            raise CommitConflict(f"{table.name}: another writer committed while snapshots were being expired. Run again.") from error
+            raise CommitConflict(
+                f"{table.name}: another writer committed while snapshots were being expired. Run again."
+            ) from error
     return len(old)
 
 
@@ -153,5 +155,3 @@ def maintain(lake: Lake, table: Table, now: datetime) -> Maintained:
     expired = expire(lake, table, lake.settings.snapshot_retention_hours, now)
     orphans, size = delete_orphans(lake, table, lake.settings.orphan_retention_hours, now)
     return Maintained(table.name, before, after, merged, expired, orphans, size)
-
-

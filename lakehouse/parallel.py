@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -127,9 +126,8 @@ class Pool:
         if not parallel or not items:
             return [function(item, pieces) for item in items], 0.0
         self.start()
-        import ray
-
         import cloudpickle
+        import ray
 
         payload = cloudpickle.dumps(function)
 
@@ -151,9 +149,8 @@ class Pool:
         if not parallel or not items:
             return Pieces(local=[piece for item in items for piece in function(item)])
         self.start()
-        import ray
-
         import cloudpickle
+        import ray
 
         payload = cloudpickle.dumps(function)
 
@@ -197,5 +194,3 @@ def _unwrapped(action: Callable[[], Any]) -> Any:
                 raise cause from None
             cause = inner
         raise
-
-

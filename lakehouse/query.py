@@ -38,7 +38,9 @@ def snapshot_of(handle: Handle, mention: Mention) -> int | None:
     if mention.kind == "VERSION":
         known = [s.snapshot_id for s in snapshots]
         if not mention.moment.isdigit() or int(mention.moment) not in known:
-            raise QueryError(f"{mention.name} has no snapshot {mention.moment}. Snapshots: {', '.join(map(str, known[-10:])) or 'none'}.")
+            raise QueryError(
+                f"{mention.name} has no snapshot {mention.moment}. Snapshots: {', '.join(map(str, known[-10:])) or 'none'}."
+            )
         return int(mention.moment)
     try:
         moment = datetime.fromisoformat(mention.moment)
@@ -60,11 +62,11 @@ def rows_of(handle: Handle, snapshot_id: int | None, columns: Sequence[str] | No
     return reader.read(handle.files(snapshot_id=snapshot_id), names, living(handle.table, None))
 
 
-def _mentions(tree: exp.Expression, tables: Mapping[str, Table]) -> dict[Mention, list[exp.Table]]:
+def _mentions(tree: exp.Query, tables: Mapping[str, Table]) -> dict[Mention, list[exp.Table]]:
     local = {cte.alias_or_name for cte in tree.find_all(exp.CTE)}
     found: dict[Mention, list[exp.Table]] = {}
     for node in tree.find_all(exp.Table):
-        if not node.db and node.name in local or isinstance(node.this, exp.Func):
+        if (not node.db and node.name in local) or isinstance(node.this, exp.Func):
             continue
         name = f"{node.db}.{node.name}" if node.db else node.name
         if name not in tables:
@@ -72,12 +74,14 @@ def _mentions(tree: exp.Expression, tables: Mapping[str, Table]) -> dict[Mention
             hint = f"Did you mean {near[0]}?" if near else f"Tables: {', '.join(sorted(tables))}."
             raise QueryError(f"There is no table {name}. {hint}")
         version = node.args.get("version") or node.args.get("when")
-        mention = Mention(name, version.this.upper(), version.expression.name) if isinstance(version, exp.Version) else Mention(name)
+        mention = (
+            Mention(name, version.this.upper(), version.expression.name) if isinstance(version, exp.Version) else Mention(name)
+        )
         found.setdefault(mention, []).append(node)
     return found
 
 
-def _used_columns(tree: exp.Expression) -> set[str] | None:
+def _used_columns(tree: exp.Query) -> set[str] | None:
     """The names of columns that the statement mentions; None: all (a star)."""
     if any(not isinstance(star.parent, exp.Count) for star in tree.find_all(exp.Star)):
         return None
@@ -88,7 +92,11 @@ def _used_columns(tree: exp.Expression) -> set[str] | None:
 def query(lake: Lake, tables: Mapping[str, Table], statement: str) -> pa.Table:
     """Run one SELECT. Raises QueryError with what is wrong and what there is."""
     try:
-        trees = [tree for tree in sqlglot.parse(statement, dialect="databricks" if " AS OF " in statement.upper() else "duckdb") if tree]
+        trees = [
+            tree
+            for tree in sqlglot.parse(statement, dialect="databricks" if " AS OF " in statement.upper() else "duckdb")
+            if tree
+        ]
     except SqlglotError as error:
         raise QueryError(f"The statement cannot be read: {str(error).splitlines()[0]}") from None
     if len(trees) != 1 or not isinstance(trees[0], exp.Query):

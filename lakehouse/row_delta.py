@@ -173,5 +173,5 @@ class RowDelta(_SnapshotProducer["RowDelta"]):
         parent = metadata.snapshot_by_id(self._parent_snapshot_id) if self._parent_snapshot_id is not None else None
         return update_snapshot_summaries(
             summary=Summary(operation=self._operation, **collector.build(), **self.snapshot_properties),
-            previous_summary=parent.summary if parent is not None else None,  # type: ignore[arg-type]
+            previous_summary=parent.summary if parent is not None else None,
         )

@@ -11,7 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -76,6 +76,12 @@ class KafkaSettings(Section):
     properties: dict[str, str] = Field(
         default_factory=dict, description="More librdkafka properties (security.protocol, sasl.*, ...)"
     )
+
+    @field_validator("topics", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
     batch_messages: int = Field(250_000, ge=1, description="Messages that one reading task takes at most")
 
 

@@ -126,8 +126,8 @@ class Step:
     """How one table is filled.
 
     reads      by the name under which `fill` gets them
-    expand     widens the touched groups (e.g. to whole connected components): expand(groups, lookup) -> groups;
-               a step that has it runs as a single task
+    expand     widens the touched groups (e.g. to whole connected components): expand(groups, lookup,
+               context) -> groups; a step that has it runs as a single task
     ordered_by a column of the target by which groups are histories: only rows from the first change on are
                recomputed; `fill` also gets 'opening', the last row of each group before it, and the Gather
                tables must have a column of the same name
@@ -136,6 +136,6 @@ class Step:
     target: Table
     reads: Mapping[str, Read]
     fill: Fill
-    expand: Callable[[pl.DataFrame, Lookup], pl.DataFrame] | None = None
+    expand: Callable[[pl.DataFrame, Lookup, Context], pl.DataFrame] | None = None
     ordered_by: str = ""
     uses_old: bool = field(default=False)

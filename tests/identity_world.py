@@ -14,7 +14,7 @@ import polars as pl
 from lakehouse.step import Context
 from lakehouse.table import Table
 from pipelines.bronze.tables import MARKETPLACE_ORDERS, ORDERS, USERS
-from pipelines.silver.identity_graph import IDENTITY_GRAPH, STEP, expand
+from pipelines.silver.identity_graph import DEFAULTS, IDENTITY_GRAPH, STEP, expand
 
 START = datetime(2025, 1, 1, tzinfo=UTC)
 BRONZE = {"users": USERS, "orders": ORDERS, "marketplace": MARKETPLACE_ORDERS}
@@ -32,23 +32,55 @@ def moment(number: int) -> datetime:
 
 def user(user_id: int, at: int = 0, op: str = "r", position: int | None = None, **values: Any) -> tuple[str, dict[str, Any]]:
     """A version of an account; `at`: hours after START, created_at too unless given."""
-    row = {"email_verified": False, "phone_verified": False, "country": "ID", "created_at": moment(0 if op != "r" else at), "updated_at": moment(at)}
+    row = {
+        "email_verified": False,
+        "phone_verified": False,
+        "country": "ID",
+        "created_at": moment(0 if op != "r" else at),
+        "updated_at": moment(at),
+    }
     row = {} if op == "d" else row | values
-    return "users", row | {"user_id": user_id, "_op": op, "_source_position": f"{at if position is None else position:016X}/0000000000", "_source_time": moment(at), "_ingested_at": moment(9999)}
+    return "users", row | {
+        "user_id": user_id,
+        "_op": op,
+        "_source_position": f"{at if position is None else position:016X}/0000000000",
+        "_source_time": moment(at),
+        "_ingested_at": moment(9999),
+    }
 
 
 def web_order(order_id: int, user_id: int | None, at: int = 0, op: str = "c", **values: Any) -> tuple[str, dict[str, Any]]:
     row = {"order_id": order_id, "user_id": user_id, "source": "web", "created_at": moment(at), **values}
-    return "orders", row | {"_op": op, "_source_position": f"{at:016X}/0000000001", "_source_time": moment(at), "_ingested_at": moment(9999)}
+    return "orders", row | {
+        "_op": op,
+        "_source_position": f"{at:016X}/0000000001",
+        "_source_time": moment(at),
+        "_ingested_at": moment(9999),
+    }
 
 
-def document(order: str, at: int = 0, op: str = "c", document_id: str | None = None, platform: str = "tokopedia", **values: Any) -> tuple[str, dict[str, Any]]:
+def document(
+    order: str, at: int = 0, op: str = "c", document_id: str | None = None, platform: str = "tokopedia", **values: Any
+) -> tuple[str, dict[str, Any]]:
     """A version of a marketplace document; op 'd' deletes it."""
-    row: dict[str, Any] = {"document_id": document_id or f"doc-{order}", "_op": op, "_source_position": f"{at:016d}/{document_id or order}", "_source_time": moment(at), "_ingested_at": moment(9999)}
+    row: dict[str, Any] = {
+        "document_id": document_id or f"doc-{order}",
+        "_op": op,
+        "_source_position": f"{at:016d}/{document_id or order}",
+        "_source_time": moment(at),
+        "_ingested_at": moment(9999),
+    }
     if op == "d":
         return "marketplace", row
     stamp = {"$date": {"$numberLong": str(int(moment(at).timestamp() * 1000))}}
-    body = {"_id": row["document_id"], "mp_order_id": order, "platform": platform, "order_time": stamp, "updated_at": stamp, **values}
+    body = {
+        "_id": row["document_id"],
+        "mp_order_id": order,
+        "platform": platform,
+        "order_time": stamp,
+        "updated_at": stamp,
+        **values,
+    }
     return "marketplace", row | {"platform": platform, "mp_order_id": order, "document": json.dumps(body)}
 
 
@@ -56,8 +88,10 @@ def document(order: str, at: int = 0, op: str = "c", document_id: str | None = N
 class Memory:
     """The engine in memory: bronze rows in order of arrival, and the graph."""
 
-    context: Context = Context()
-    bronze: dict[str, pl.DataFrame] = field(default_factory=lambda: {name: pl.DataFrame(schema=schema(table)) for name, table in BRONZE.items()})
+    context: Context = DEFAULTS
+    bronze: dict[str, pl.DataFrame] = field(
+        default_factory=lambda: {name: pl.DataFrame(schema=schema(table)) for name, table in BRONZE.items()}
+    )
     graph: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=schema(IDENTITY_GRAPH)))
     filled: bool = False
     recomputed: int = 0
@@ -107,7 +141,9 @@ class Memory:
             frame = self.bronze[name]
             if not whole:
                 chosen = frame.filter(key.is_in(groups["record_id"].implode()))
-                frame = frame.join(chosen.select("document_id"), on="document_id", how="semi") if name == "marketplace" else chosen
+                frame = (
+                    frame.join(chosen.select("document_id"), on="document_id", how="semi") if name == "marketplace" else chosen
+                )
             frames[name] = frame.select(read.columns)  # type: ignore[union-attr]
         filled = STEP.fill(frames, self.context).select(self.graph.columns).cast(self.graph.schema)  # type: ignore[arg-type]
         filled = filled.join(groups, on="record_id", how="semi")
@@ -124,8 +160,38 @@ def sorted_rows(graph: pl.DataFrame) -> list[tuple[Any, ...]]:
     return sorted(graph.iter_rows(), key=repr)
 
 
-FIRST = ("Budi", "Siti", "Agus", "Dewi", "Rizky", "Putri", "Andi", "Rina", "Joko", "Wulan", "Hendra", "Maya", "Fajar", "Indah", "Bayu", "Ratna")
-LAST = ("Santoso", "Wijaya", "Saputra", "Hidayat", "Nugroho", "Kusuma", "Pratama", "Setiawan", "Halim", "Gunawan", "Siregar", "Nasution")
+FIRST = (
+    "Budi",
+    "Siti",
+    "Agus",
+    "Dewi",
+    "Rizky",
+    "Putri",
+    "Andi",
+    "Rina",
+    "Joko",
+    "Wulan",
+    "Hendra",
+    "Maya",
+    "Fajar",
+    "Indah",
+    "Bayu",
+    "Ratna",
+)
+LAST = (
+    "Santoso",
+    "Wijaya",
+    "Saputra",
+    "Hidayat",
+    "Nugroho",
+    "Kusuma",
+    "Pratama",
+    "Setiawan",
+    "Halim",
+    "Gunawan",
+    "Siregar",
+    "Nasution",
+)
 STREETS = ("Merdeka", "Sudirman", "Diponegoro", "Gajah Mada", "Ahmad Yani", "Pahlawan", "Melati", "Mawar")
 
 
@@ -141,7 +207,11 @@ def shop(people: int, seed: int) -> tuple[list[tuple[str, dict[str, Any]]], dict
         shared = home.random() < 0.4
         source = home if shared else random
         last = source.choice(LAST)
-        address = "Menara Satu, Jl. Thamrin 10" if number % 15 == 0 else f"Jl. {source.choice(STREETS)} No. {source.randrange(1, 400)}, {source.randrange(10000, 90000)} Bandung"
+        address = (
+            "Menara Satu, Jl. Thamrin 10"
+            if number % 15 == 0
+            else f"Jl. {source.choice(STREETS)} No. {source.randrange(1, 400)}, {source.randrange(10000, 90000)} Bandung"
+        )
         household_device = f"home-{number // 3}"
         first = FIRST[(number * 5 + number // 16) % len(FIRST)]
         name = f"{first} {last}"
@@ -150,19 +220,38 @@ def shop(people: int, seed: int) -> tuple[list[tuple[str, dict[str, Any]]], dict
         accounts = [1000 + number * 3 + n for n in range(random.choice((0, 1, 1, 1, 2)))]
         for n, user_id in enumerate(accounts):
             at += 1
-            rows.append(user(user_id, at=at, name=name, email=(email, other)[n], email_verified=random.random() < 0.7, phone_number=phone if random.random() < 0.8 or n else None, phone_verified=random.random() < 0.5, address=address, city="Bandung"))
-            rows.append(web_order(at, user_id, at=at, device_id=household_device if shared and random.random() < 0.5 else f"d-{number}"))
+            rows.append(
+                user(
+                    user_id,
+                    at=at,
+                    name=name,
+                    email=(email, other)[n],
+                    email_verified=random.random() < 0.7,
+                    phone_number=phone if random.random() < 0.8 or n else None,
+                    phone_verified=random.random() < 0.5,
+                    address=address,
+                    city="Bandung",
+                )
+            )
+            rows.append(
+                web_order(at, user_id, at=at, device_id=household_device if shared and random.random() < 0.5 else f"d-{number}")
+            )
             truth[f"user:{user_id}"] = f"p{number}"
         for n in range(random.randrange(0, 5)):
             at += 1
             shown: dict[str, Any] = {"buyer_name": slip(random, name) if random.random() < 0.08 else name.upper()}
             style = random.random()
             if style < 0.8:
-                shown |= {"user_email": email if random.random() < 0.8 else "noreply@market.example", "buyer_phone": f"+62 812-3{number:07d}"}
+                shown |= {
+                    "user_email": email if random.random() < 0.8 else "noreply@market.example",
+                    "buyer_phone": f"+62 812-3{number:07d}",
+                }
             else:
                 shown["user_email"] = email if number % 15 == 0 else None
             if style > 0.3 or shown["user_email"] is None:
-                shown["shipping_address"] = slip(random, address) if random.random() < 0.08 else address.replace("Jl.", "Jalan").replace("No. ", "")
+                shown["shipping_address"] = (
+                    slip(random, address) if random.random() < 0.08 else address.replace("Jl.", "Jalan").replace("No. ", "")
+                )
             rows.append(document(f"{number}-{n}", at=at, **shown))
             truth[f"order:tokopedia:{number}-{n}"] = f"p{number}"
     return rows, truth
@@ -171,4 +260,6 @@ def shop(people: int, seed: int) -> tuple[list[tuple[str, dict[str, Any]]], dict
 def slip(random: Random, text: str) -> str:
     """The text with a typing error."""
     at = random.randrange(1, len(text) - 2)
-    return random.choice((text[:at] + text[at + 1 :], text[:at] + text[at] + text[at:], text[:at] + text[at + 1] + text[at] + text[at + 2 :]))
+    return random.choice(
+        (text[:at] + text[at + 1 :], text[:at] + text[at] + text[at:], text[:at] + text[at + 1] + text[at] + text[at + 2 :])
+    )

@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg.conninfo import make_conninfo
 
-from lakehouse.errors import OffsetGone, SchemaConflict, SourceError, UnknownColumn
+from lakehouse.errors import CommitConflict, OffsetGone, SchemaConflict, SourceError, UnknownColumn
 from lakehouse.settings import PostgresSettings
+from lakehouse.source import Rows
 from pipelines.bronze import postgres
 from pipelines.bronze.postgres import PostgresSource, StreamTask
 from pipelines.bronze.postgres_types import SourceColumn, typed, widened
@@ -138,7 +139,9 @@ def test_initial_read_is_split_and_joins_the_stream_while_someone_writes(shop: S
             while not stop.is_set():
                 number += 1
                 connection.execute("INSERT INTO products VALUES (%s, 'new', NULL, NULL, 1, 'EUR', now())", (f"N{number}",))
-                connection.execute("UPDATE products SET list_price = list_price + 1 WHERE product_id = %s", (f"P{number % 3000 + 1}",))
+                connection.execute(
+                    "UPDATE products SET list_price = list_price + 1 WHERE product_id = %s", (f"P{number % 3000 + 1}",)
+                )
                 connection.execute("DELETE FROM products WHERE product_id = %s", (f"N{number - 7}",))
                 connection.commit()
 
@@ -170,7 +173,13 @@ def test_changes_come_in_order_with_what_the_server_sent(shop: Shop) -> None:
     rows = shop.reader.run()
     assert list(rows) == [PRODUCTS]
     changes = rows[PRODUCTS]
-    assert ops(changes, "product_id", "name") == [("c", "A", "a"), ("u", "A", "b"), ("d", "A", "b"), ("u", "B", "b"), ("d", "B", "b")]
+    assert ops(changes, "product_id", "name") == [
+        ("c", "A", "a"),
+        ("u", "A", "b"),
+        ("d", "A", "b"),
+        ("u", "B", "b"),
+        ("d", "B", "b"),
+    ]
     positions = [row["_source_position"] for row in changes]
     assert positions == sorted(positions)
     assert [position[-2:] for position in positions] == ["01", "02", "03", "04", "05"]
@@ -215,11 +224,11 @@ def test_truncate_is_a_row_that_names_no_key(shop: Shop) -> None:
 def test_nothing_new_is_quick_and_moves_nothing(shop: Shop) -> None:
     shop.add_products(1, 100)
     shop.reader.run()
-    shop("INSERT INTO pg_temp.x SELECT 1" if False else "CREATE TEMP TABLE x AS SELECT 1")
+    shop("SELECT pg_logical_emit_message(true, 'somebody', 'else')")
     before = shop.confirmed()
     started = time.monotonic()
     plan = shop.reader.plan()
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 3
     assert not plan.tasks
     assert not plan.positions
     assert shop.confirmed() == before
@@ -376,9 +385,8 @@ def test_a_column_that_is_retyped_for_good_goes_beside(shop: Shop) -> None:
 def test_values_that_the_column_cannot_hold_are_kept_as_text(shop: Shop, way: str) -> None:
     if way == "stream":
         shop.reader.run()
-    shop("""INSERT INTO products VALUES ('a', NULL, NULL, NULL, 'NaN', 'EUR', 'infinity'), ('b', NULL, NULL, NULL, 1, 'EUR', '0044-03-15 BC'),
-            ('c', NULL, NULL, NULL, 1, 'EUR', '0001-01-01'), ('d', NULL, NULL, NULL, 1, 'EUR', '9999-12-31 23:59:59.999999'),
-            ('e', NULL, NULL, NULL, 1, 'EUR', '12026-01-01'), ('f', NULL, NULL, NULL, 1, 'EUR', '-infinity')""")
+    shop("""INSERT INTO products (product_id, list_price, updated_at) VALUES ('a', 'NaN', 'infinity'), ('b', 1, '0044-03-15 BC'),
+            ('c', 1, '0001-01-01'), ('d', 1, '9999-12-31 23:59:59.999999'), ('e', 1, '12026-01-01'), ('f', 1, '-infinity')""")
     rows = {row["product_id"]: row for row in shop.reader.run()[PRODUCTS]}
     assert json.loads(rows["a"]["_unreadable"]) == {"list_price": "NaN", "updated_at": "infinity"}
     assert rows["a"]["list_price"] is None
@@ -398,10 +406,10 @@ def test_a_source_column_with_a_name_of_ours_is_kept(shop: Shop) -> None:
 
 def test_a_huge_transaction_comes_in_bounded_batches(shop: Shop) -> None:
     shop.reader.run()
-    shop("INSERT INTO products SELECT 'P' || i, 'x', NULL, NULL, 1, 'EUR', now() FROM generate_series(1, 50000) i; DELETE FROM products")
+    shop("INSERT INTO products (product_id) SELECT 'P' || i FROM generate_series(1, 50000) i; DELETE FROM products")
     (task,) = shop.reader.plan().tasks
     assert isinstance(task, StreamTask)
-    batches = [item.rows for item in replace(task, batch_rows=7000).read() if isinstance(item, postgres.Rows)]
+    batches = [item.rows for item in replace(task, batch_rows=7000).read() if isinstance(item, Rows)]
     assert max(batch.num_rows for batch in batches) <= 7000
     positions = pa.chunked_array([column for batch in batches for column in batch["_source_position"].chunks]).to_pylist()
     assert len(positions) == 100_000
@@ -448,8 +456,10 @@ def test_any_split_into_runs_gives_the_same_table(servers: Any, data: st.DataObj
             elif kind == "d":
                 shop(f"DELETE FROM order_items WHERE order_id = {one}")
             elif kind == "k":
-                shop(f"UPDATE order_items SET order_id = {other} WHERE order_id = {one} AND NOT EXISTS "
-                     f"(SELECT FROM order_items WHERE order_id = {other})")
+                shop(
+                    f"UPDATE order_items SET order_id = {other} WHERE order_id = {one} AND NOT EXISTS "
+                    f"(SELECT FROM order_items WHERE order_id = {other})"
+                )
             else:
                 shop.reader.run()
         shop.reader.run()
@@ -473,8 +483,9 @@ def test_another_reader_of_the_slot_is_noticed(shop: Shop) -> None:
     shop.reader.run()
     shop.add_products(1, 1)
     Reader(shop.reader.source, {}, dict(shop.reader.positions)).run()
-    with pytest.raises(OffsetGone, match="somebody else read from replication slot"):
+    with pytest.raises(OffsetGone, match="somebody else read from replication slot") as error:
         shop.reader.plan()
+    assert isinstance(error.value, CommitConflict)
 
 
 def test_another_server_is_noticed(shop: Shop) -> None:
@@ -535,11 +546,10 @@ def test_settings_that_are_wrong_are_errors_without_secrets(shop: Shop) -> None:
     assert "See that it runs" in message(host="127.0.0.1", port=1, connect_timeout=2)
     assert "database" in message(dbname="nowhere", password=None)
     assert "no libpq connection string" in message(dsn=f"postgres:/{secret} broken")
-    assert "is not set" in message(dsn=" ".strip() or "") if False else True
     with pytest.raises(SourceError, match="SHOPSPHERE_POSTGRES__DSN"):
         PostgresSource(PostgresSettings()).plan({}, {})  # type: ignore[call-arg]
     wrong = shop.settings.model_copy(update={"publication": "nothing"})
-    with pytest.raises(SourceError, match="publication 'nothing' does not exist.*CREATE PUBLICATION"):
+    with pytest.raises(SourceError, match=r"publication 'nothing' does not exist.*CREATE PUBLICATION"):
         PostgresSource(wrong).plan({}, {})
 
 
@@ -552,7 +562,7 @@ def test_a_wrong_password_and_missing_privileges_are_errors(shop: Shop) -> None:
         with pytest.raises(SourceError, match="The role needs REPLICATION"):
             source.plan({}, {})
         shop(f"ALTER ROLE {role} REPLICATION")
-        with pytest.raises(SourceError, match="permission denied.*SELECT on the published tables"):
+        with pytest.raises(SourceError, match=r"permission denied.*SELECT on the published tables"):
             source.plan({}, {})
         wrong = PostgresSource(PostgresSettings(dsn=make_conninfo(dsn, password="wr0ng-one")))  # type: ignore[arg-type, call-arg]
         with pytest.raises(SourceError, match="Correct user and password") as error:
@@ -592,7 +602,9 @@ def test_numbers_survive_or_are_reported(values: list[Decimal | None]) -> None:
     text = [None if value is None else str(value) if value.is_nan() else f"{value:f}" for value in values]
     read, unreadable = typed(pa.array(text, pa.string()), pa.decimal128(18, 2))
     assert [value for value in read.to_pylist() if value is not None] == [v for v in values if v is not None and v.is_finite()]
-    assert [row for row, _ in unreadable] == [row for row, value in enumerate(values) if value is not None and not value.is_finite()]
+    assert [row for row, _ in unreadable] == [
+        row for row, value in enumerate(values) if value is not None and not value.is_finite()
+    ]
 
 
 def test_types_are_mapped_exactly_or_to_text() -> None:

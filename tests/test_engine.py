@@ -37,7 +37,9 @@ BRONZE = Table(
         column("_source_time", TIMESTAMP, "time"),
     ),
 )
-RATES = Table("silver.rates", "Rate per city", (column("city", pa.string(), "city"), column("rate", pa.int64(), "rate")), key=("city",))
+RATES = Table(
+    "silver.rates", "Rate per city", (column("city", pa.string(), "city"), column("rate", pa.int64(), "rate")), key=("city",)
+)
 ACCOUNTS = Table(
     "silver.accounts",
     "Accounts now",
@@ -59,7 +61,12 @@ CITIES = Table(
 EVENTS = Table(
     "silver.events",
     "Each event once",
-    (column("id", pa.int64(), "id"), column("city", pa.string(), "city"), column("amount", pa.int64(), "amount"), column("at", TIMESTAMP, "moment")),
+    (
+        column("id", pa.int64(), "id"),
+        column("city", pa.string(), "city"),
+        column("amount", pa.int64(), "amount"),
+        column("at", TIMESTAMP, "moment"),
+    ),
     key=("id",),
 )
 LEDGER = Table(
@@ -82,7 +89,7 @@ QUARANTINE = Table(
         column("source_position", pa.string(), "position"),
         column("reason", pa.string(), "why"),
         column("original", pa.binary(), "bytes"),
-        column("source_time", TIMESTAMP, "time"),
+        column("_source_time", TIMESTAMP, "time"),
     ),
     key=("source_table", "source_position"),
 )
@@ -99,7 +106,9 @@ def fill_accounts(frames, context):
 
 
 def fill_cities(frames, context):
-    return frames["accounts"].group_by("city").agg(pl.len().cast(pl.Int64).alias("accounts"), pl.col("rated").sum().alias("amount"))
+    return (
+        frames["accounts"].group_by("city").agg(pl.len().cast(pl.Int64).alias("accounts"), pl.col("rated").sum().alias("amount"))
+    )
 
 
 def parse_events(rows: pl.DataFrame) -> Parsed:
@@ -107,7 +116,11 @@ def parse_events(rows: pl.DataFrame) -> Parsed:
     good = rows.filter((pl.col("raw") != b"bad") & (pl.col("_op") != "d"))
     return Parsed(
         good.select("id", "city", "amount", "at"),
-        bad.select(pl.lit("bad bytes").alias("reason"), pl.col("_source_position").alias("source_position"), pl.col("raw").alias("original")),
+        bad.select(
+            pl.lit("bad bytes").alias("reason"),
+            pl.col("_source_position").alias("source_position"),
+            pl.col("raw").alias("original"),
+        ),
     )
 
 
@@ -119,7 +132,9 @@ def fill_events(frames, context):
 def fill_ledger(frames, context):
     opening = frames["opening"].select("city", pl.col("balance").alias("start"))
     rows = frames["events"].sort("at", "id").join(opening, on="city", how="left")
-    return rows.select("city", "at", "id", (pl.col("amount").cum_sum().over("city") + pl.col("start").fill_null(0)).alias("balance"))
+    return rows.select(
+        "city", "at", "id", (pl.col("amount").cum_sum().over("city") + pl.col("start").fill_null(0)).alias("balance")
+    )
 
 
 STEPS = (
@@ -133,7 +148,12 @@ STEPS = (
     ),
     Step(CITIES, {"accounts": Gather(ACCOUNTS, ((pl.col("city"),),))}, fill_cities),
     Step(EVENTS, {"new": Changes(BRONZE, parse_events)}, fill_events, uses_old=True),
-    Step(LEDGER, {"events": Gather(EVENTS, ((pl.col("city"),),), columns=("city", "at", "id", "amount"))}, fill_ledger, ordered_by="at"),
+    Step(
+        LEDGER,
+        {"events": Gather(EVENTS, ((pl.col("city"),),), columns=("city", "at", "id", "amount"))},
+        fill_ledger,
+        ordered_by="at",
+    ),
 )
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -165,14 +185,19 @@ def bronze_rows(rows: list[tuple]) -> pl.DataFrame:
 def append(engine: Engine, rows: pl.DataFrame, table: Table = BRONZE) -> None:
     handle: Handle = engine.lake.load(table)
     sequence = handle.sequence
-    columns = as_arrow(rows.with_columns(pl.lit(sequence).alias("_seq"), pl.lit(0).alias("_group_hash"), pl.lit(False).alias("_deleted")), handle.writer.schema)
+    columns = as_arrow(
+        rows.with_columns(pl.lit(sequence).alias("_seq"), pl.lit(0).alias("_group_hash"), pl.lit(False).alias("_deleted")),
+        handle.writer.schema,
+    )
     handle.commit(handle.writer.write(columns), positions={})
 
 
 def set_rates(engine: Engine, rates: dict[str, int]) -> None:
     table = Table("bronze.rates", "rates", (column("city", pa.string(), "c"), column("rate", pa.int64(), "r")))
     append(engine, pl.DataFrame({"city": list(rates), "rate": list(rates.values())}), table)
-    step = Step(RATES, {"rows": Gather(table, ((pl.col("city"),),))}, lambda f, c: f["rows"].group_by("city").agg(pl.col("rate").max()))
+    step = Step(
+        RATES, {"rows": Gather(table, ((pl.col("city"),),))}, lambda f, c: f["rows"].group_by("city").agg(pl.col("rate").max())
+    )
     engine.refresh(step)
 
 

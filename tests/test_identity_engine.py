@@ -41,7 +41,11 @@ def graph(engine: Engine) -> pl.DataFrame:
 
 def test_runs_deletes_and_rebuild_give_one_table(tmp_path):
     rows, _ = shop(people=60, seed=5)
-    rows += [document("0-0", at=9000, op="d"), user(1003, at=9001, op="d"), document("1-0", at=9002, op="u", user_email="someone@else.example")]
+    rows += [
+        document("0-0", at=9000, op="d"),
+        user(1003, at=9001, op="d"),
+        document("1-0", at=9002, op="u", user_email="someone@else.example"),
+    ]
     random.Random(1).shuffle(rows)
     memory, engine = Memory(), make_engine(tmp_path / "split")
     for start in range(0, len(rows), 60):
@@ -58,3 +62,14 @@ def test_runs_deletes_and_rebuild_give_one_table(tmp_path):
     engine.refresh(STEP, rebuild=True)
     assert digest(engine.lake.load(IDENTITY_GRAPH)) == expected
     assert masters(graph(engine)) == masters(memory.rebuilt())
+
+
+def test_rows_that_show_nothing_new_change_nothing(tmp_path):
+    engine = make_engine(tmp_path)
+    append(engine, [user(1, name="Budi Santoso", email="a@x.com"), user(2, name="Ani Wijaya")])
+    engine.refresh(STEP)
+    append(engine, [user(1, at=3, op="u", name="Budi Santoso", email="A@x.com")])
+    report = engine.refresh(STEP)
+    assert report.rows_deleted == 0
+    assert engine.refresh(STEP).rows_read == 0
+    assert set(masters(graph(engine))) == {"user:1", "user:2"}

@@ -12,8 +12,8 @@ from app.identity_scores import pairwise_scores
 from lakehouse.step import Context
 
 
-def people(*rows, context=Context()):
-    return masters(Memory(context).run(rows).graph)
+def people(*rows):
+    return masters(Memory().run(rows).graph)
 
 
 def links(memory: Memory, record: str) -> dict[str, tuple[str, str]]:
@@ -40,14 +40,26 @@ def test_every_record_has_a_row_of_itself_and_the_oldest_member_names_the_person
 
 
 @pytest.mark.parametrize(
-    "one, other, together",
+    ("one", "other", "together"),
     [
         ({"loyalty_id": "L1", "name": "Budi"}, {"loyalty_id": "L1", "name": "Ani Wijaya"}, True),
         ({"email": "a@x.com", "email_verified": True, "name": "Budi Santoso"}, {"email": "a@x.com", "name": "B. Santoso"}, True),
         ({"email": "a@x.com", "email_verified": True, "name": "Budi Santoso"}, {"email": "a@x.com", "name": "Ani Wijaya"}, False),
-        ({"email": "a@x.com", "email_verified": True, "name": "Budi"}, {"email": "a@x.com", "email_verified": True, "name": "Ani"}, True),
-        ({"phone_number": "0812-3456-7890", "name": "Budi Santoso"}, {"phone_number": "+62 812 34567890", "name": "Budi Santso"}, True),
-        ({"phone_number": "0812-3456-7890", "name": "Budi Santoso"}, {"phone_number": "+62 812 34567890", "name": "Siti Santoso"}, False),
+        (
+            {"email": "a@x.com", "email_verified": True, "name": "Budi"},
+            {"email": "a@x.com", "email_verified": True, "name": "Ani"},
+            True,
+        ),
+        (
+            {"phone_number": "0812-3456-7890", "name": "Budi Santoso"},
+            {"phone_number": "+62 812 34567890", "name": "Budi Santso"},
+            True,
+        ),
+        (
+            {"phone_number": "0812-3456-7890", "name": "Budi Santoso"},
+            {"phone_number": "+62 812 34567890", "name": "Siti Santoso"},
+            False,
+        ),
         ({"phone_number": "0812-3456-7890", "name": "Budi Santoso"}, {"phone_number": "+62 812 34567890"}, True),
         ({"name": "Budi Santoso", "address": "Jl. Merdeka No. 5"}, {"name": "Santoso, Budi", "address": "Jalan Merdeka 5"}, True),
         ({"name": "Budi Santoso", "address": "Jl. Merdeka No. 5"}, {"name": "Budi Santoso", "address": "Jl. Sudirman 7"}, False),
@@ -87,13 +99,28 @@ def test_a_device_joins_those_of_one_name_only():
     found = masters(memory.graph)
     assert found["user:1"] == found["user:2"] != found["user:3"]
     status, reason = links(memory, "user:2")["record:user:1"]
-    assert status == "linked" and reason.startswith("Probable match, weight ") and reason.endswith("same name, same device")
+    assert status == "linked"
+    assert reason.startswith("Probable match, weight ")
+    assert reason.endswith("same name, same device")
 
 
 def test_many_orders_of_one_customer_are_no_crowd_but_many_people_are():
-    own = [document(f"A{n}", at=n, user_email="budi@x.com", buyer_name=name) for n, name in enumerate(["Budi Santoso", "BUDI SANTOSO", "Budi Santso"] * 10)]
+    own = [
+        document(f"A{n}", at=n, user_email="budi@x.com", buyer_name=name)
+        for n, name in enumerate(["Budi Santoso", "BUDI SANTOSO", "Budi Santso"] * 10)
+    ]
     assert len(set(people(*own).values())) == 1
-    names = ["Ani Wijaya", "Budi Santoso", "Citra Lubis", "Dedi Kusuma", "Eka Halim", "Fajar Utami", "Gita Hakim", "Hadi Nugroho", "Indah Siregar"]
+    names = [
+        "Ani Wijaya",
+        "Budi Santoso",
+        "Citra Lubis",
+        "Dedi Kusuma",
+        "Eka Halim",
+        "Fajar Utami",
+        "Gita Hakim",
+        "Hadi Nugroho",
+        "Indah Siregar",
+    ]
     crowd = [document(f"B{n}", at=n, user_email="noreply@x.com", buyer_name=name) for n, name in enumerate(names * 2)]
     memory = Memory().run(crowd)
     assert len(set(masters(memory.graph).values())) == len(crowd)
@@ -106,7 +133,9 @@ def test_many_orders_of_one_customer_are_no_crowd_but_many_people_are():
 def test_an_address_that_becomes_crowded_splits_and_one_that_empties_merges():
     context = Context(address_crowd=2)
     at_home = {"address": "Menara Satu 1"}
-    memory = Memory(context).run([user(1, name="Budi Santoso", **at_home), user(2, name="Budi Santoso", **at_home), user(3, name="Ani Wijaya", **at_home)])
+    memory = Memory(context).run(
+        [user(1, name="Budi Santoso", **at_home), user(2, name="Budi Santoso", **at_home), user(3, name="Ani Wijaya", **at_home)]
+    )
     assert masters(memory.graph)["user:2"] == "M-user:1"
     memory.run([user(4, name="Citra Lubis", **at_home)])
     assert masters(memory.graph)["user:2"] == "M-user:2"
@@ -116,9 +145,34 @@ def test_an_address_that_becomes_crowded_splits_and_one_that_empties_merges():
     assert_as_rebuilt(memory)
 
 
+def test_an_address_that_empties_lets_its_people_be_compared_with_those_elsewhere():
+    tower = {"address": "Menara Satu 12345"}
+    memory = Memory(Context(address_crowd=2)).run(
+        [
+            user(1, name="Budi Santoso", **tower),
+            user(2, name="Budi Santoso", address="Menara Sattu 12345"),
+            user(3, name="Ani Wijaya", **tower),
+            user(4, name="Citra Lubis", **tower),
+        ]
+    )
+    assert masters(memory.graph)["user:2"] == "M-user:2"
+    memory.run([user(4, at=5, op="d")])
+    assert masters(memory.graph)["user:2"] == "M-user:1"
+    assert_as_rebuilt(memory)
+    memory.run([user(4, at=6, op="c", name="Citra Lubis", **tower)])
+    assert masters(memory.graph)["user:2"] == "M-user:2"
+    assert_as_rebuilt(memory)
+
+
 def test_a_deleted_record_leaves_and_those_it_joined_part():
     joining = user(2, at=1, email="a@x.com", phone_number="081234567890", name="Budi Santoso")
-    memory = Memory().run([user(1, email="a@x.com", name="Budi Santoso"), joining, document("A", at=3, buyer_phone="081234567890", buyer_name="Budi Santoso")])
+    memory = Memory().run(
+        [
+            user(1, email="a@x.com", name="Budi Santoso"),
+            joining,
+            document("A", at=3, buyer_phone="081234567890", buyer_name="Budi Santoso"),
+        ]
+    )
     assert set(masters(memory.graph).values()) == {"M-user:1"}
     memory.run([user(2, at=5, op="d")])
     assert masters(memory.graph) == {"user:1": "M-user:1", "order:tokopedia:A": "M-order:tokopedia:A"}
@@ -131,7 +185,13 @@ def test_a_deleted_record_leaves_and_those_it_joined_part():
 
 
 def test_a_corrected_contact_of_a_marketplace_order_moves_it():
-    memory = Memory().run([user(1, email="a@x.com", name="Budi Santoso"), user(2, email="b@x.com", name="Budi Hartono"), document("A", at=1, user_email="a@x.com")])
+    memory = Memory().run(
+        [
+            user(1, email="a@x.com", name="Budi Santoso"),
+            user(2, email="b@x.com", name="Budi Hartono"),
+            document("A", at=1, user_email="a@x.com"),
+        ]
+    )
     assert masters(memory.graph)["order:tokopedia:A"] == "M-user:1"
     memory.run([document("A", at=2, op="u", user_email="b@x.com")])
     assert masters(memory.graph)["order:tokopedia:A"] == "M-user:2"
@@ -153,26 +213,49 @@ def test_an_earlier_email_of_an_account_still_links():
 def test_a_probable_match_does_not_join_two_who_proved_different_contacts():
     memory = Memory().run(
         [
-            user(1, email="budi@x.com", email_verified=True, phone_number="081234567890", phone_verified=True, name="Budi Santoso", address="Jl. Merdeka 125"),
-            user(2, email="budi@y.com", email_verified=True, phone_number="081234567899", phone_verified=True, name="Budy Santoso", address="Jl. Merdeka 125"),
+            user(
+                1,
+                email="budi@x.com",
+                email_verified=True,
+                phone_number="081234567890",
+                phone_verified=True,
+                name="Budi Santoso",
+                address="Jl. Merdeka 125",
+            ),
+            user(
+                2,
+                email="budi@y.com",
+                email_verified=True,
+                phone_number="081234567899",
+                phone_verified=True,
+                name="Budy Santoso",
+                address="Jl. Merdeka 125",
+            ),
             web_order(1, 1, device_id="d1"),
             web_order(2, 2, device_id="d1"),
         ]
     )
     assert masters(memory.graph)["user:2"] == "M-user:2"
     status, reason = links(memory, "user:2")["record:user:1"]
-    assert status == "weak" and reason.endswith("stopped by different verified contacts and names")
+    assert status == "weak"
+    assert reason.endswith("stopped by different verified contacts and names")
 
 
 def test_a_record_that_shows_nothing_new_recomputes_nobody():
-    memory = Memory().run([user(1, name="Budi Santoso", email="a@x.com"), web_order(1, 1, device_id="d1"), user(2, name="Ani Wijaya")])
+    memory = Memory().run(
+        [user(1, name="Budi Santoso", email="a@x.com"), web_order(1, 1, device_id="d1"), user(2, name="Ani Wijaya")]
+    )
     memory.run([web_order(2, 1, at=4, device_id="d1"), user(1, at=5, op="u", name="Budi Santoso", email="A@X.com ")])
     assert memory.recomputed == 0
     assert_as_rebuilt(memory)
 
 
 def test_the_cost_of_a_new_order_at_a_crowded_device_is_not_the_crowd():
-    names = [f"{first} {last}" for first in ("Ani", "Budi", "Citra", "Dedi", "Eka") for last in ("Wijaya", "Santoso", "Lubis", "Kusuma")]
+    names = [
+        f"{first} {last}"
+        for first in ("Ani", "Budi", "Citra", "Dedi", "Eka")
+        for last in ("Wijaya", "Santoso", "Lubis", "Kusuma")
+    ]
     accounts = [user(n, name=name, email=f"u{n}@x.com") for n, name in enumerate(names)]
     memory = Memory().run([*accounts, *(web_order(n, n, device_id="kiosk") for n in range(len(names)))])
     memory.run([user(99, name="Fajar Utami"), web_order(99, 99, device_id="kiosk")])
@@ -180,7 +263,19 @@ def test_the_cost_of_a_new_order_at_a_crowded_device_is_not_the_crowd():
     assert_as_rebuilt(memory)
 
 
-NAMES = ["Budi Santoso", "B Santoso", "Budi Santso", "Siti Santoso", "Siti Rahayu", "Andi Wijaya", "Andy Wijaya", "Bambang Santoso", "Budi", None, "S. Rahayu"]
+NAMES = [
+    "Budi Santoso",
+    "B Santoso",
+    "Budi Santso",
+    "Siti Santoso",
+    "Siti Rahayu",
+    "Andi Wijaya",
+    "Andy Wijaya",
+    "Bambang Santoso",
+    "Budi",
+    None,
+    "S. Rahayu",
+]
 EMAILS = ["a@x.com", "b@x.com", "c@x.com", "budi99@x.com", "budi99@y.com", None, None]
 PHONES = ["0812-3456-7890", "+62 812 3456 7891", "0812 9999 1234", None, None]
 ADDRESSES = ["Jl. Merdeka No. 505", "Jalan Merdeka 505", "Jl Merdka 505", "Jl. Merdeka 506", "Jl. Sudirman 7", None]
@@ -195,14 +290,47 @@ def histories(draw):
         kind = pick(["user", "user", "web", "document", "document"])
         if kind == "user":
             op, number = pick("ccuud"), pick([1, 2, 3, 4, 5])
-            values = {} if op == "d" else {"email": pick(EMAILS), "email_verified": pick([True, False]), "phone_number": pick(PHONES), "phone_verified": pick([True, False]), "name": pick(NAMES), "address": pick(ADDRESSES), "loyalty_id": pick([None, None, None, "L1"])}
+            values = (
+                {}
+                if op == "d"
+                else {
+                    "email": pick(EMAILS),
+                    "email_verified": pick([True, False]),
+                    "phone_number": pick(PHONES),
+                    "phone_verified": pick([True, False]),
+                    "name": pick(NAMES),
+                    "address": pick(ADDRESSES),
+                    "loyalty_id": pick([None, None, None, "L1"]),
+                }
+            )
             rows.append(user(number, at=at, op=op, **values))
         elif kind == "web":
-            rows.append(web_order(pick([1, 2, 3]), pick([1, 2, 3, 4, 5, None]), at=at, op=pick("ccud"), device_id=pick(DEVICES), shipping_address=pick(ADDRESSES)))
+            rows.append(
+                web_order(
+                    pick([1, 2, 3]),
+                    pick([1, 2, 3, 4, 5, None]),
+                    at=at,
+                    op=pick("ccud"),
+                    device_id=pick(DEVICES),
+                    shipping_address=pick(ADDRESSES),
+                )
+            )
         else:
             ident = pick(["D1", "D2", "D3", "D4", "D5", "D6"])
             order = pick([ident, ident, ident, "D1", "D2"])
-            rows.append(document(order, at=at, op=pick("cccud"), document_id=ident, user_email=pick(EMAILS), buyer_phone=pick(PHONES), buyer_name=pick(NAMES), shipping_address=pick(ADDRESSES), device_id=pick(DEVICES)))
+            rows.append(
+                document(
+                    order,
+                    at=at,
+                    op=pick("cccud"),
+                    document_id=ident,
+                    user_email=pick(EMAILS),
+                    buyer_phone=pick(PHONES),
+                    buyer_name=pick(NAMES),
+                    shipping_address=pick(ADDRESSES),
+                    device_id=pick(DEVICES),
+                )
+            )
     return rows
 
 

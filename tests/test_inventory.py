@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
+from lakehouse.digest import digest
+from lakehouse.engine import Engine
+from lakehouse.iceberg import Lake, as_arrow
+from lakehouse.parallel import Pool
+from lakehouse.settings import RaySettings, Settings
 from lakehouse.step import Context
+from lakehouse.table import Table
+from pipelines.bronze import tables as bronze
 from pipelines.gold import inventory_health, inventory_shrinkage
-from pipelines.silver.events_clean import EVENTS_CLEAN
+from pipelines.silver import events_clean, exchange_rates, inventory_snapshots, products
+from pipelines.silver.events_clean import EVENTS_CLEAN, STOCK_EVENTS
 from pipelines.silver.inventory_snapshots import EVENT_COLUMNS, FIGURES, GROUP, INVENTORY_SNAPSHOTS, STEP, as_of
+from pipelines.silver.quarantine import QUARANTINE
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 TS = pl.Datetime("us", "UTC")
@@ -366,3 +379,119 @@ def test_only_counts_are_read_for_shrinkage() -> None:
     rows = ledger([event("stock_received", 10, 0), event("stock_counted", 9, 24)])
     (keys,) = inventory_shrinkage.STEP.reads["ledger"].keys
     assert rows.select(key.alias(name) for key, name in zip(keys, GROUP, strict=True)).rows() == [(None, None), ("S1", "P1")]
+
+
+STEPS = (
+    events_clean.STEP,
+    inventory_snapshots.STEP,
+    products.STEP,
+    exchange_rates.STEP,
+    inventory_health.STEP,
+    inventory_shrinkage.STEP,
+)
+
+
+def lakehouse(home: str) -> Engine:
+    configured = Settings(home=Path(home), ray=RaySettings(inline_rows=10**9))
+    return Engine(Lake(configured), Pool(configured.ray), Context(), QUARANTINE)
+
+
+def append(engine: Engine, table: Table, rows: list[dict[str, Any]]) -> None:
+    """Rows as a connector would have stored them."""
+    handle = engine.lake.load(table)
+    stored = [
+        dict.fromkeys(table.schema.names)
+        | {"_op": "c", "_source_time": T0, "_seq": handle.sequence, "_group_hash": 0, "_deleted": False}
+        | row
+        for row in rows
+    ]
+    if stored:
+        frame = pl.DataFrame(pa.Table.from_pylist(stored, schema=handle.writer.schema))
+        handle.commit(handle.writer.write(as_arrow(frame, handle.writer.schema)), positions={})
+
+
+def run(engine: Engine) -> list[str]:
+    return [engine.refresh(step).status for step in STEPS]
+
+
+def digests(engine: Engine) -> dict[str, str]:
+    return {step.target.name: digest(engine.lake.load(step.target)) for step in STEPS}
+
+
+def message(offset: int, event_id: str, event_type: str, hour: int, **metadata: Any) -> dict[str, Any]:
+    """A stock event as a row of the bronze table."""
+    value = {"event_id": event_id, "event_type": event_type, "timestamp": (T0 + timedelta(hours=hour)).isoformat()}
+    value["metadata"] = {"store_id": "S1", "product_id": "P1", "quantity": 5, **metadata}
+    position = {"topic": "events", "partition": 0, "offset": offset, "_source_position": f"events/00000/{offset:019d}"}
+    return position | {"value": json.dumps(value).encode()}
+
+
+def price(product_id: str) -> dict[str, Any]:
+    row = PRODUCTS.filter(product_id=product_id).row(0, named=True)
+    return row | {"_source_position": f"{product_id}"}
+
+
+def test_an_event_that_moved_leaves_the_history_before_it() -> None:
+    """A later copy of an event says that it happened earlier: the ledger's last row before the next event is a deleted one."""
+    received, moved = message(1, "b", "stock_received", 300), message(2, "b", "stock_received", 100)
+    batches = [[message(0, "a", "stock_received", 1), received], [moved], [message(3, "c", "stock_sold", 500)]]
+    with tempfile.TemporaryDirectory() as home:
+        engine = lakehouse(home)
+        for batch in batches:
+            append(engine, bronze.EVENTS, batch)
+            run(engine)
+        rows = engine.lake.load(INVENTORY_SNAPSHOTS).read(["event_id", "on_hand"])
+        assert sorted(rows.rows()) == [("a", 5), ("b", 10), ("c", 5)]
+
+
+def test_an_event_that_moved_to_another_store_leaves_the_first() -> None:
+    with tempfile.TemporaryDirectory() as home:
+        engine = lakehouse(home)
+        for batch in ([message(0, "a", "stock_received", 9)], [message(1, "a", "stock_received", 8, store_id="S2")]):
+            append(engine, bronze.EVENTS, batch)
+            run(engine)
+        assert engine.lake.load(inventory_health.INVENTORY_HEALTH).read(["store_id"]).rows() == [("S2",)]
+
+
+copies = st.builds(
+    message,
+    offset=st.just(0),
+    event_id=st.integers(0, 9).map(str),
+    event_type=st.sampled_from([*STOCK_EVENTS, "view_product"]),
+    hour=st.integers(0, 9).map(lambda tens: tens * 100),
+    store_id=st.sampled_from(["S1", "S2"]),
+    product_id=st.sampled_from(["P1", "P2"]),
+    quantity=st.integers(0, 9),
+    to_store_id=st.sampled_from(["S1", "S3"]),
+    purchase_order=st.sampled_from(["A", "B", None]),
+    reserved=st.booleans(),
+    sign=st.sampled_from([1, -1]),
+)
+
+
+@settings(max_examples=8, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # shrinking takes minutes
+@given(st.lists(copies, min_size=1, max_size=14), st.randoms(use_true_random=False))
+def test_any_order_duplication_and_split_into_runs_gives_the_tables_of_one_run(events: list[dict[str, Any]], random: Any) -> None:
+    events = [row | {"offset": n, "_source_position": f"events/00000/{n:019d}"} for n, row in enumerate(events)]
+    rates = [row | {"_source_position": str(n)} for n, row in enumerate(RATES.rows(named=True))]
+    with tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as other:
+        once, often = lakehouse(home), lakehouse(other)
+        append(once, bronze.PRODUCTS, [price("P1"), price("P2")])
+        append(once, bronze.EXCHANGE_RATES, rates)
+        append(once, bronze.EVENTS, events)
+        run(once)
+
+        delivered = events + random.sample(events, random.randint(0, len(events)))
+        random.shuffle(delivered)
+        cut = random.randint(0, len(delivered))
+        append(often, bronze.EVENTS, delivered[:cut])
+        append(often, bronze.PRODUCTS, [price("P2")])
+        append(often, bronze.EXCHANGE_RATES, rates[:1])
+        run(often)
+        append(often, bronze.EVENTS, delivered[cut:])
+        run(often)
+        append(often, bronze.EXCHANGE_RATES, rates[1:])
+        append(often, bronze.PRODUCTS, [price("P1")])
+        run(often)
+        assert digests(often) == digests(once)
+        assert run(often) == ["unchanged"] * len(STEPS)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import threading
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +77,7 @@ def start(
         # What a start that was cut off has left is of no use.
         shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True, exist_ok=True)
+    before = _raise_on_sigterm()
     try:
         addresses = start_servers(home, (lambda name: progress(name, 0, 1)) if progress else None)
         if filled is None:
@@ -94,6 +97,9 @@ def start(
     except BaseException:
         stop_servers(home)
         raise
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     return addresses
 
 
@@ -147,6 +153,17 @@ def write_settings(home: Path, addresses: Addresses, base_currency: str) -> Path
     temporary.write_text(tomli_w.dumps(content))
     os.replace(temporary, file)
     return file
+
+
+def _raise_on_sigterm() -> Any:
+    """Let SIGTERM end the start as an interruption does, so that it cleans up; returns the handler there was."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    return signal.signal(signal.SIGTERM, end)
 
 
 def _content(orders: int, seed: int, source_file: Path | None, empty: bool, base_currency: str) -> dict[str, Any]:

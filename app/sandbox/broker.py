@@ -2,8 +2,9 @@
 
 Speaks what librdkafka needs to produce, fetch exact offsets, look up watermarks and timestamps, and make
 or empty topics: ApiVersions, Metadata, Produce, Fetch, ListOffsets, CreateTopics, DeleteTopics,
-DeleteRecords, InitProducerId (idempotent producers), FindCoordinator, OffsetCommit and OffsetFetch.
-No consumer group membership, no transactions, no retention, no TLS.
+DeleteRecords, FindCoordinator, OffsetCommit and OffsetFetch; InitProducerId, AddPartitionsToTxn and EndTxn
+for idempotent and transactional producers (with markers, aborted transactions and the last stable offset;
+what is open when the broker stops is aborted). No consumer group membership, no retention, no TLS.
 
 Why an own broker: of the two others that a wheel brings, librdkafka's mock cluster keeps only the newest
 5 MiB of a partition, and tansu (memory only, so gone after a stop) answered with a high watermark below what
@@ -27,6 +28,7 @@ import os
 import shutil
 import signal
 import struct
+import time
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -49,11 +51,16 @@ UNSUPPORTED_VERSION = 35
 TOPIC_ALREADY_EXISTS = 36
 INVALID_PARTITIONS = 37
 INVALID_REQUEST = 42
+INVALID_PRODUCER_EPOCH = 47
+INVALID_TXN_STATE = 48
 OUT_OF_ORDER_SEQUENCE = 45
 UNSUPPORTED_FOR_MESSAGE_FORMAT = 43
 
 PRODUCE, FETCH, LIST_OFFSETS, METADATA, OFFSET_COMMIT, OFFSET_FETCH, FIND_COORDINATOR = 0, 1, 2, 3, 8, 9, 10
 API_VERSIONS, CREATE_TOPICS, DELETE_TOPICS, DELETE_RECORDS, INIT_PRODUCER_ID = 18, 19, 20, 21, 22
+ADD_PARTITIONS_TO_TXN, END_TXN = 24, 26
+TRANSACTIONAL, CONTROL = 0x10, 0x20
+ABORT, COMMIT = 0, 1
 
 SUPPORTED: dict[int, tuple[int, int]] = {
     PRODUCE: (3, 7),
@@ -68,6 +75,8 @@ SUPPORTED: dict[int, tuple[int, int]] = {
     DELETE_TOPICS: (0, 1),
     DELETE_RECORDS: (0, 1),
     INIT_PRODUCER_ID: (0, 1),
+    ADD_PARTITIONS_TO_TXN: (0, 0),
+    END_TXN: (0, 1),
 }
 
 
@@ -180,6 +189,24 @@ def batch_header(data: bytes | memoryview, at: int) -> Batch:
     return Batch(length + 12, magic, attributes, last_delta, newest, producer, epoch, sequence)
 
 
+def control_batch(producer: int, epoch: int, marker: int, now: int, offset: int) -> bytes:
+    """The batch with which a transaction ends."""
+    # One record: length 16, attributes, time and offset deltas, a key of 4 bytes (version, type), a value of 6, no headers.
+    record = bytes([32, 0, 0, 0, 8]) + struct.pack(">hh", 0, marker) + bytes([12]) + struct.pack(">hi", 0, 0) + bytes([0])
+    checked = struct.pack(">hiqqqhii", TRANSACTIONAL | CONTROL, 0, now, now, producer, epoch, -1, 1) + record
+    return struct.pack(">qiibI", offset, len(checked) + 9, 0, 2, crc32c(checked)) + checked
+
+
+def crc32c(data: bytes) -> int:
+    """The Castagnoli checksum, bit by bit: only for the few bytes of a marker."""
+    value = 0xFFFFFFFF
+    for byte in data:
+        value ^= byte
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+    return value ^ 0xFFFFFFFF
+
+
 class Partition:
     """One partition: its file, and an index of its batches (three numbers each)."""
 
@@ -192,6 +219,9 @@ class Partition:
         self.size = 0
         self.offsets, self.places, self.newest = array("q"), array("q"), array("q")
         self.producers: dict[int, tuple[int, int, int]] = {}
+        # Open transactions (producer -> epoch, first offset), and the aborted ones (producer, first offset, marker's offset).
+        self.open: dict[int, tuple[int, int]] = {}
+        self.aborted: list[tuple[int, int, int]] = []
         self._recover()
         self.end = max(self.end, self.start)
 
@@ -203,11 +233,32 @@ class Partition:
             (base,) = struct.unpack_from(">q", header)
             if batch.magic != 2 or batch.bytes < HEADER_BYTES or self.size + batch.bytes > length or base < self.end:
                 break
-            self._note(batch, base)
+            self._note(batch, base, self._marker(self.size) if batch.attributes & CONTROL else None)
         if self.size < length:
             os.ftruncate(self.file, self.size)
 
-    def _note(self, batch: Batch, base: int) -> None:
+    def _marker(self, place: int) -> int:
+        """What the control batch at this place says: ABORT or COMMIT, in the key of its only record."""
+        return int.from_bytes(os.pread(self.file, 2, place + HEADER_BYTES + 7), "big")
+
+    @property
+    def stable(self) -> int:
+        """The first offset that an open transaction may still take back; `end` when there is none."""
+        return min((first for _, first in self.open.values()), default=self.end)
+
+    def mark(self, producer: int, epoch: int, marker: int, now: int) -> None:
+        """End a producer's transaction here."""
+        batch = control_batch(producer, epoch, marker, now, self.end)
+        os.pwrite(self.file, batch, self.size)
+        self._note(batch_header(batch, 0), self.end, marker)
+
+    def _note(self, batch: Batch, base: int, marker: int | None = None) -> None:
+        if marker is not None:
+            opened = self.open.pop(batch.producer_id, None)
+            if opened is not None and marker == ABORT:
+                self.aborted.append((batch.producer_id, opened[1], base))
+        elif batch.attributes & TRANSACTIONAL:
+            self.open.setdefault(batch.producer_id, (batch.producer_epoch, base))
         self.offsets.append(base)
         self.places.append(self.size)
         self.newest.append(batch.max_timestamp)
@@ -234,6 +285,8 @@ class Partition:
         first = -1
         for at, batch in batches:
             known = self.producers.get(batch.producer_id) if batch.producer_id >= 0 else None
+            if known is not None and batch.producer_epoch < known[0]:
+                return INVALID_PRODUCER_EPOCH, -1
             if known is not None and known[0] == batch.producer_epoch:
                 last = (batch.base_sequence + batch.last_delta) & 0x7FFFFFFF
                 if last == known[1]:
@@ -252,9 +305,9 @@ class Partition:
             self._note(batch, self.end)
         return NONE, first
 
-    def read(self, offset: int, limit: int) -> bytes:
-        """Whole batches from the one that holds `offset`, about `limit` bytes, at least one batch."""
-        if offset >= self.end or not self.offsets:
+    def read(self, offset: int, limit: int, below: int) -> bytes:
+        """Whole batches from the one that holds `offset` to the one before `below`, about `limit` bytes, at least one batch."""
+        if offset >= below or not self.offsets:
             return b""
         index = max(0, bisect.bisect_right(self.offsets, offset) - 1)
         place = self.places[index]
@@ -262,6 +315,8 @@ class Partition:
         until = self.places[stop] if stop > index and place + limit < self.size else self.size
         if stop <= index:
             until = self.places[index + 1] if index + 1 < len(self.places) else self.size
+        if below < self.end:
+            until = min(until, self.places[bisect.bisect_left(self.offsets, below)])
         return os.pread(self.file, until - place, place)
 
     def at_time(self, timestamp: int) -> tuple[int, int]:
@@ -291,6 +346,8 @@ class Broker:
     partitions: int
     topics: dict[str, list[Partition]] = field(default_factory=dict)
     committed: dict[str, int] = field(default_factory=dict)
+    transactional: dict[str, tuple[int, int]] = field(default_factory=dict)
+    in_transaction: dict[int, set[tuple[str, int]]] = field(default_factory=dict)
     waiting: set[asyncio.Event] = field(default_factory=set)
     next_producer: int = 0
 
@@ -302,6 +359,9 @@ class Broker:
         self.next_producer = 1 + max(
             (producer for topic in self.topics.values() for partition in topic for producer in partition.producers), default=0
         )
+        for partition in (partition for topic in self.topics.values() for partition in topic):
+            for producer, (epoch, _) in list(partition.open.items()):
+                partition.mark(producer, epoch, ABORT, int(time.time() * 1000))
         commits = self.directory / "committed.json"
         if commits.exists():
             self.committed = json.loads(commits.read_text())
@@ -372,7 +432,7 @@ class Broker:
     async def fetch(self, version: int, ask: Reader, out: Writer) -> bool:
         ask.int32()
         wait, least, most = ask.int32(), ask.int32(), ask.int32()
-        ask.int8()
+        committed = ask.int8() == 1
         if version >= 7:
             ask.int32()
             ask.int32()
@@ -392,7 +452,7 @@ class Broker:
             event = asyncio.Event()
             self.waiting.add(event)
             try:
-                found = self._collect(wanted, most)
+                found = self._collect(wanted, most, committed)
                 size = sum(len(data) for _, parts in found for _, _, _, data in parts)
                 wrong = any(error for _, parts in found for _, error, _, _ in parts)
                 left = deadline - asyncio.get_running_loop().time()
@@ -407,11 +467,17 @@ class Broker:
 
         def answer(item: tuple[int, int, Partition | None, bytes]) -> None:
             number, error, log, data = item
-            end, start = (log.end, log.start) if log else (-1, -1)
-            out.int32(number).int16(error).int64(end).int64(end)
+            end, stable, start = (log.end, log.stable, log.start) if log else (-1, -1, -1)
+            out.int32(number).int16(error).int64(end).int64(stable)
             if version >= 5:
                 out.int64(start)
-            out.int32(-1).block(data)
+            if committed and log is not None and data:
+                (first,) = struct.unpack_from(">q", data)
+                gone = [(producer, begun) for producer, begun, ended in log.aborted if ended >= first]
+                out.items(gone, lambda item: out.int64(item[0]).int64(item[1]))
+            else:
+                out.int32(-1)
+            out.block(data)
 
         out.int32(0)
         if version >= 7:
@@ -420,7 +486,7 @@ class Broker:
         return True
 
     def _collect(
-        self, wanted: list[tuple[str, list[tuple[int, int, int]]]], most: int
+        self, wanted: list[tuple[str, list[tuple[int, int, int]]]], most: int, committed: bool
     ) -> list[tuple[str, list[tuple[int, int, Partition | None, bytes]]]]:
         found: list[tuple[str, list[tuple[int, int, Partition | None, bytes]]]] = []
         left = most
@@ -433,7 +499,7 @@ class Broker:
                 elif not log.start <= offset <= log.end:
                     parts.append((number, OFFSET_OUT_OF_RANGE, log, b""))
                 else:
-                    data = log.read(offset, min(limit, left)) if left > 0 else b""
+                    data = log.read(offset, min(limit, left), log.stable if committed else log.end) if left > 0 else b""
                     left -= len(data)
                     parts.append((number, NONE, log, data))
             found.append((topic, parts))
@@ -441,8 +507,9 @@ class Broker:
 
     async def list_offsets(self, version: int, ask: Reader, out: Writer) -> bool:
         ask.int32()
+        committed = False
         if version >= 2:
-            ask.int8()
+            committed = ask.int8() == 1
             out.int32(0)
 
         def answer(topic: str, number: int, timestamp: int) -> None:
@@ -450,7 +517,7 @@ class Broker:
             if log is None:
                 out.int32(number).int16(UNKNOWN_TOPIC_OR_PARTITION).int64(-1).int64(-1)
                 return
-            found = {-1: (-1, log.end), -2: (-1, log.start)}.get(timestamp) or log.at_time(timestamp)
+            found = {-1: (-1, log.stable if committed else log.end), -2: (-1, log.start)}.get(timestamp) or log.at_time(timestamp)
             out.int32(number).int16(NONE).int64(found[0]).int64(found[1])
 
         wanted = ask.items(lambda: (ask.name(), ask.items(lambda: (ask.int32(), ask.int64()))))
@@ -579,8 +646,58 @@ class Broker:
 
     async def init_producer_id(self, version: int, ask: Reader, out: Writer) -> bool:
         transactional = ask.text()
-        self.next_producer += 1
-        out.int32(0).int16(INVALID_REQUEST if transactional else NONE).int64(self.next_producer).int16(0)
+        producer, epoch = self.transactional.get(transactional, (0, -1)) if transactional else (0, -1)
+        if epoch < 0:
+            self.next_producer += 1
+            producer = self.next_producer
+        else:
+            # A second producer of this name: the first one is fenced off, and what it left open is aborted.
+            self._end(producer, epoch, ABORT)
+        epoch += 1
+        if transactional:
+            self.transactional[transactional] = (producer, epoch)
+        out.int32(0).int16(NONE).int64(producer).int16(epoch)
+        return True
+
+    def _end(self, producer: int, epoch: int, marker: int) -> None:
+        for topic, number in sorted(self.in_transaction.pop(producer, set())):
+            log = self.partition(topic, number)
+            if log is not None:
+                log.mark(producer, epoch, marker, int(time.time() * 1000))
+        for event in self.waiting:
+            event.set()
+
+    def _fenced(self, transactional: str, producer: int, epoch: int) -> int:
+        known = self.transactional.get(transactional)
+        if known is None or known[0] != producer:
+            return INVALID_TXN_STATE
+        return NONE if known[1] == epoch else INVALID_PRODUCER_EPOCH
+
+    async def add_partitions_to_txn(self, version: int, ask: Reader, out: Writer) -> bool:
+        transactional, producer, epoch = ask.name(), ask.int64(), ask.int16()
+        error = self._fenced(transactional, producer, epoch)
+
+        def add(topic: str, number: int) -> int:
+            if error == NONE and self.partition(topic, number) is None:
+                return UNKNOWN_TOPIC_OR_PARTITION
+            if error == NONE:
+                self.in_transaction.setdefault(producer, set()).add((topic, number))
+            return error
+
+        wanted = ask.items(lambda: (ask.name(), ask.items(ask.int32)))
+        out.int32(0)
+        out.items(
+            wanted,
+            lambda item: out.text(item[0]).items(item[1], lambda number: out.int32(number).int16(add(item[0], number))),
+        )
+        return True
+
+    async def end_txn(self, version: int, ask: Reader, out: Writer) -> bool:
+        transactional, producer, epoch, commit = ask.name(), ask.int64(), ask.int16(), ask.int8()
+        error = self._fenced(transactional, producer, epoch)
+        if error == NONE:
+            self._end(producer, epoch, COMMIT if commit else ABORT)
+        out.int32(0).int16(error)
         return True
 
     async def api_versions(self, version: int, ask: Reader, out: Writer) -> bool:
@@ -622,6 +739,8 @@ class Broker:
             DELETE_TOPICS: self.delete_topics,
             DELETE_RECORDS: self.delete_records,
             INIT_PRODUCER_ID: self.init_producer_id,
+            ADD_PARTITIONS_TO_TXN: self.add_partitions_to_txn,
+            END_TXN: self.end_txn,
         }[key]
         return out.parts if await handler(version, ask, out) else None
 

@@ -9,10 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from app.sandbox.people import DAY
-from app.sandbox.servers import Addresses
+from app.sandbox.servers import WAY_OUT, Addresses
 from app.sandbox.shop import LAST_DAY, Progress, Shop, weight
 from app.sandbox.sink import Sink
 from app.sandbox.stock import Stock
+from lakehouse.errors import SandboxError
 
 Report = Callable[[str, int, int], None]
 
@@ -54,11 +55,19 @@ def fill(addresses: Addresses, directory: Path, orders: int, seed: int, base_cur
 
 def go_on(addresses: Addresses, directory: Path, orders: int, report: Report | None) -> None:
     """Play the next days, until `orders` more orders have been placed. Each day is one PostgreSQL transaction."""
+    # The three servers share no transaction: after half a step nothing says how far each has come.
+    unfinished = directory / "step.unfinished"
+    if unfinished.exists():
+        raise SandboxError(
+            f"The last step was cut off, so this shop cannot go on; its servers still work. Begin anew: `{WAY_OUT}`, "
+            f"remove {directory} and the lakehouse made from it, then `python -m app sandbox start`."
+        )
     progress, stock, later = recall(directory)
     progress.live_from = (progress.today + 1) * DAY
     progress.steps += 1
     # Sources change when they like: with the first step somebody adds a column to users.
     with Sink(addresses, directory / "truth", progress.steps) as sink:
+        unfinished.touch()
         shop = Shop(progress, sink, stock, later)
         if "marketing_consent" not in progress.added_columns.get("users", []):
             sink.add_column("users", "marketing_consent", "boolean")
@@ -72,6 +81,7 @@ def go_on(addresses: Addresses, directory: Path, orders: int, report: Report | N
             if report:
                 report("orders", done, orders)
     remember(directory, shop)
+    unfinished.unlink()
 
 
 def remember(directory: Path, shop: Shop) -> None:

@@ -383,6 +383,7 @@ def _send(addresses: Addresses, events: pl.DataFrame, report: Callable[[int], No
         {
             "bootstrap.servers": addresses.kafka_bootstrap,
             "enable.idempotence": True,
+            "log_level": 0,
             "compression.type": "lz4",
             "linger.ms": 100,
             "batch.num.messages": 20_000,

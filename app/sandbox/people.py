@@ -146,7 +146,7 @@ def make_person(seed: int, number: int, joined: int) -> Person:
         devices.append(f"d-{int(mixed(seed, household, 6) * (1 << 44)):011x}")
     platforms = tuple(random.sample(country.platforms, min(len(country.platforms), 1 + (random.random() < 0.4))))
     changes = random.random() < 0.12
-    leaves = random.random() < 0.012
+    leaves = random.random() < 0.03
     return Person(
         number=number,
         joined=joined,

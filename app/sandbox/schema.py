@@ -75,7 +75,7 @@ def index_collection(collection: Collection[dict[str, object]]) -> None:
 
 def create_topic(bootstrap: str) -> None:
     """The topic of events."""
-    client = AdminClient({"bootstrap.servers": bootstrap})
+    client = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
     try:
         for made in client.create_topics([NewTopic(TOPIC, PARTITIONS, 1)]).values():
             made.result(30)

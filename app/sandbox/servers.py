@@ -259,16 +259,18 @@ def _postgres_prepare(directory: Path, password: str) -> None:
         os.chown(building, *user)
         os.chown(secret, *user)
     options = ["--username", ROLE, "--pwfile", str(secret), "--auth", "scram-sha-256", "--encoding", "UTF8", "--no-sync"]
-    made = subprocess.run(
-        _as_server_user([str(_postgres_programs() / "initdb"), "-D", str(building), "--locale", "C", *options]),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        cwd="/",
-        env=_environment(),
-        check=False,
-    )
-    secret.unlink(missing_ok=True)
+    try:
+        made = subprocess.run(
+            _as_server_user([str(_postgres_programs() / "initdb"), "-D", str(building), "--locale", "C", *options]),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            cwd="/",
+            env=_environment(),
+            check=False,
+        )
+    finally:
+        secret.unlink(missing_ok=True)
     if made.returncode:
         why = (made.stderr or made.stdout).strip().splitlines() or ["no message"]
         hint = (

@@ -257,9 +257,12 @@ class Shop:
 
     def _user(self, person: Person, user_id: int, time: int) -> None:
         values = self._user_values(person, user_id, time)
-        extra: tuple[Value, ...] = tuple(None for _ in self.now.added_columns.get("users", []))
-        self.sink.row("users", user_id, *values, *extra)
+        self.sink.row("users", user_id, *values, *self._consent(user_id))
         self.sink.know("people", person.key, f"user:{user_id}")
+
+    def _consent(self, user_id: int) -> tuple[Value, ...]:
+        """The value of the column that `users` gets with the first step, once it is there."""
+        return ("t" if user_id % 3 == 0 else "f",) if self.now.added_columns.get("users") else ()
 
     def _user_values(self, person: Person, user_id: int, time: int) -> tuple[Value, ...]:
         """The columns of a users row after `user_id`, as they are at a time."""
@@ -678,9 +681,8 @@ class Shop:
         person = self._ring_member(member)
         email = f"{person.first.lower()[:3]}{self.random.randrange(10_000)}{member:x}@mail.example"
         place = (drop, person.country.cities[0], person.country.code)
-        extra: tuple[Value, ...] = tuple(None for _ in self.now.added_columns.get("users", []))
         when = sql_time(time)
-        self.sink.row("users", user_id, email, "f", None, "f", person.name, *place, None, when, when, *extra)
+        self.sink.row("users", user_id, email, "f", None, "f", person.name, *place, None, when, when, *self._consent(user_id))
         self.sink.know("people", f"ring-{ring}-{member}", f"user:{user_id}")
 
     def _do_ring_order(self, time: int, ring: int, member: int, device: str, ip: str, card: str, drop: str, tested: int) -> None:

@@ -21,7 +21,9 @@ from lakehouse.errors import SandboxError
 
 # The columns that rows are written with, in this order.
 COLUMNS: dict[str, str] = {
-    "users": "user_id email email_verified phone_number phone_verified name address city country loyalty_id created_at updated_at",
+    "users": (
+        "user_id email email_verified phone_number phone_verified name address city country loyalty_id created_at updated_at"
+    ),
     "orders": (
         "order_id user_id source store_id status currency total_amount payment_method card_fingerprint "
         "ip_address device_id shipping_address created_at updated_at"
@@ -67,6 +69,8 @@ class Sink:
             {
                 "bootstrap.servers": addresses.kafka_bootstrap,
                 "enable.idempotence": True,
+                # What goes wrong is told by the delivery reports; librdkafka would write to the terminal as well.
+                "log_level": 0,
                 "compression.type": "lz4",
                 "linger.ms": 100,
                 "batch.num.messages": 20_000,

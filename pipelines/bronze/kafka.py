@@ -122,9 +122,9 @@ class KafkaSource:
                 for partition in sorted(existing[topic].partitions):
                     low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=ANSWER_SECONDS)
                     found.append((topic, partition, low, high))
-                gone = {
-                    int(name.rpartition(":")[2]) for name in position if name.rpartition(":")[0] == topic
-                } - existing[topic].partitions.keys()
+                gone = {int(name.rpartition(":")[2]) for name in position if name.rpartition(":")[0] == topic} - existing[
+                    topic
+                ].partitions.keys()
                 if gone:
                     raise OffsetGone(
                         f"Kafka topic '{topic}' has lost partition {min(gone)}: it was created anew. "

@@ -122,9 +122,7 @@ class MongoSource:
             return Plan(tasks=(WatermarkTask(self.settings, {}),), schemas={TABLE: SCHEMA}, rows=count)
         edges = _edges(collection, count, self.documents_per_task)
         return Plan(
-            tasks=tuple(
-                InitialTask(self.settings, first, last, moment) for first, last in pairwise(edges)
-            ),
+            tasks=tuple(InitialTask(self.settings, first, last, moment) for first, last in pairwise(edges)),
             schemas={TABLE: SCHEMA},
             positions={TABLE: _stream_position(token)},
             rows=count,
@@ -294,7 +292,7 @@ def _bracket(identity: Any) -> tuple[str, Any]:
         return "number", Decimal(identity)
     raise SourceError(
         f"MongoDB: watermark mode needs _ids that are ObjectIds, texts or numbers, but there is a {type(identity).__name__}. "
-        "Use a server with change streams (mongo.mode = \"change_stream\")."
+        'Use a server with change streams (mongo.mode = "change_stream").'
     )
 
 
@@ -514,7 +512,7 @@ def _first_token(collection: Collection[Document], *, required: bool) -> Mapping
     if required:
         raise SourceError(
             "MongoDB: the server gives no change streams (they need a replica set). "
-            "Start it with --replSet, or set mongo.mode = \"watermark\" (SHOPSPHERE_MONGO__MODE)."
+            'Start it with --replSet, or set mongo.mode = "watermark" (SHOPSPHERE_MONGO__MODE).'
         )
     return None
 

@@ -14,7 +14,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ import pyarrow.csv as pacsv
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
-from lakehouse.errors import OffsetGone, SchemaConflict, SourceError, UnknownColumn
+from lakehouse.errors import CommitConflict, OffsetGone, SchemaConflict, SourceError, UnknownColumn
 from lakehouse.settings import PostgresSettings
 from lakehouse.source import Plan, Position, Reached, Rows, Task
 from lakehouse.table import TIMESTAMP
@@ -46,6 +46,13 @@ PATIENCE = 20.0
 RESERVED = frozenset({*(column.name for column in POSTGRES_EXTRA), INGESTED_AT.name})
 
 T = TypeVar("T")
+
+
+class SlotMoved(OffsetGone, CommitConflict):
+    """The slot is past all positions: another run committed meanwhile, or a reader that is none of ours took changes.
+
+    A CommitConflict, so that the run is tried again with the positions of now; what is left then is an OffsetGone.
+    """
 
 
 @dataclass(frozen=True)
@@ -278,55 +285,60 @@ class StreamTask:
                 continue
             buffer = buffers.get(relation.name)
             if buffer is None or buffer.relation is not relation:
-                if buffer is not None and buffer.rows:
+                if buffer:
                     yield buffer.take()
                 table = POSTGRES_TABLES[relation.name][0].name
-                buffer = buffers[relation.name] = Buffer.of(table, relation, self.schemas[table], self.settings)
+                buffer = buffers[relation.name] = Buffer(table, relation, self.schemas[table], self.settings)
             buffer.add(change)
-            if len(buffer.rows) >= self.batch_rows or buffer.size >= BATCH_BYTES:
+            if len(buffer) >= self.batch_rows or buffer.size >= BATCH_BYTES:
                 yield buffer.take()
         for name in sorted(buffers):
-            if buffers[name].rows:
+            if buffers[name]:
                 yield buffers[name].take()
 
 
-@dataclass
 class Buffer:
-    """Changes of one table that wait to become a batch."""
+    """Changes of one table that wait to become a batch, by column: lists of bytes cost the garbage collector nothing."""
 
-    table: str
-    relation: Relation
-    schema: pa.Schema
-    targets: list[str]
-    rows: list[Change] = field(default_factory=list)
-    size: int = 0
+    def __init__(self, table: str, relation: Relation, schema: pa.Schema, settings: PostgresSettings) -> None:
+        """For changes with the columns of `relation`. Raises UnknownColumn and SchemaConflict."""
+        self.table, self.relation, self.schema = table, relation, schema
+        self.targets = [_target(table, column, schema, settings) for column in relation.columns]
+        self._clear()
 
-    @staticmethod
-    def of(table: str, relation: Relation, schema: pa.Schema, settings: PostgresSettings) -> Buffer:
-        """A buffer for changes with the columns of `relation`. Raises UnknownColumn and SchemaConflict."""
-        return Buffer(table, relation, schema, [_target(table, column, schema, settings) for column in relation.columns])
+    def _clear(self) -> None:
+        self.columns: list[list[bytes | None]] = [[] for _ in self.targets]
+        self.ops: list[str] = []
+        self.positions: list[str] = []
+        self.times: list[int] = []
+        self.unchanged: list[str | None] = []
+        self.size = 0
+
+    def __len__(self) -> int:
+        return len(self.ops)
 
     def add(self, change: Change) -> None:
         """Take a change."""
-        self.rows.append(change)
+        for column, value in zip(self.columns, change.values, strict=True):
+            column.append(value)
+        self.ops.append(change.op)
+        self.positions.append(f"{change.commit_lsn:016X}/{change.number:010d}")
+        self.times.append(change.time)
+        self.unchanged.append(change.unchanged)
         self.size += change.size
 
     def take(self) -> Rows:
         """All changes so far as a batch; the buffer is empty afterwards."""
-        rows, self.rows, self.size = self.rows, [], 0
-        columns = zip(*(change.values for change in rows), strict=True)
-        text = {target: _text(values) for target, values in zip(self.targets, columns, strict=True)}
-        return Rows(
-            self.table,
-            _table(
-                self.schema,
-                text,
-                op=pa.array([change.op for change in rows], pa.string()),
-                position=pa.array([f"{change.commit_lsn:016X}/{change.number:010d}" for change in rows], pa.string()),
-                moment=pa.array([change.time for change in rows], pa.int64()),
-                unchanged=pa.array([self._unchanged(change.unchanged) for change in rows], pa.string()),
-            ),
+        rows = _table(
+            self.schema,
+            {target: _text(values) for target, values in zip(self.targets, self.columns, strict=True)},
+            op=pa.array(self.ops, pa.string()),
+            position=pa.array(self.positions, pa.string()),
+            moment=pa.array(self.times, pa.int64()),
+            unchanged=pa.array([self._unchanged(names) for names in self.unchanged], pa.string()),
         )
+        self._clear()
+        return Rows(self.table, rows)
 
     def _unchanged(self, names: str | None) -> str | None:
         if names is None:
@@ -407,7 +419,7 @@ def _conflict(table: str, name: str, established: pa.DataType, arriving: pa.Data
         name,
         type_name(established),
         type_name(arriving),
-        f"Change the source back to {type_name(established)}, or set postgres.retyped_columns = \"beside\" "
+        f'Change the source back to {type_name(established)}, or set postgres.retyped_columns = "beside" '
         f"(SHOPSPHERE_POSTGRES__RETYPED_COLUMNS=beside) to store the new values in '{beside(name, arriving)}'.",
     )
 
@@ -471,6 +483,9 @@ def _connect(settings: PostgresSettings, **options: Any) -> psycopg.Connection[A
         "SET bytea_output TO 'hex'; SET lock_timeout TO '30s'; SET statement_timeout TO 0; "
         "SET idle_in_transaction_session_timeout TO 0"
     )
+    # So that a killed run does not keep the slot busy; not every server can look.
+    with suppress(psycopg.Error):
+        connection.execute("SET client_connection_check_interval TO '2s'")
     return connection
 
 
@@ -509,6 +524,8 @@ def _code_in(text: str) -> str:
         return "28P01"
     if "does not exist" in text and "database" in text:
         return "3D000"
+    if "permission denied" in text:
+        return "42501"
     return "28000" if "role" in text or "pg_hba" in text else ""
 
 
@@ -599,7 +616,7 @@ def _check(state: SlotState, settings: PostgresSettings, known: Mapping[str, Pos
         )
     reached = max(_lsns(known).values(), default=None)
     if reached is not None and state.confirmed is not None and state.confirmed > reached:
-        raise OffsetGone(
+        raise SlotMoved(
             f"PostgreSQL: somebody else read from replication slot '{settings.slot}': the changes from {_lsn_text(reached)} "
             f"to {_lsn_text(state.confirmed)} are gone. Give each reader a slot of its own (postgres.slot). {again}"
         )

@@ -47,6 +47,10 @@ INVENTORY_HEALTH = Table(
 )
 
 
+DAYS_PER_MICROSECOND = 1 / 86_400_000_000
+"""To multiply by: polars divides by a literal in two ways, depending on the number of rows."""
+
+
 def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
     """The ledgers of the touched stores and products -> one row each."""
     ledger = frames["ledger"].unique(list(INVENTORY_SNAPSHOTS.key), keep="any")
@@ -66,7 +70,7 @@ def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
         .select(*GROUP, "on_hand", "reserved", "incoming", "safety_stock")
     )
     stock = spans.join(last, on=GROUP).join(_sold(ledger, spans), on=GROUP, how="left")
-    observed = (pl.col("last_event_at") - pl.col("first_event_at")).dt.total_microseconds() / 86_400_000_000
+    observed = (pl.col("last_event_at") - pl.col("first_event_at")).dt.total_microseconds() * DAYS_PER_MICROSECOND
     shown = pl.col("available_to_promise")
     return (
         stock.with_columns(

@@ -41,6 +41,10 @@ INVENTORY_SHRINKAGE = Table(
 )
 
 
+DAYS_PER_MICROSECOND = 1 / 86_400_000_000
+"""To multiply by: polars divides by a literal in two ways, depending on the number of rows."""
+
+
 def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
     """The counts of the touched stores and products, in order, with their worth."""
     counts = (
@@ -50,7 +54,7 @@ def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
         .sort(*GROUP, "occurred_at", "event_id")
         .with_columns(
             cumulative_shrinkage_units=pl.col("shrinkage").cum_sum().over(GROUP),
-            days_since_previous_count=pl.col("occurred_at").diff().over(GROUP).dt.total_microseconds() / 86_400_000_000,
+            days_since_previous_count=pl.col("occurred_at").diff().over(GROUP).dt.total_microseconds() * DAYS_PER_MICROSECOND,
         )
     )
     prices = frames["products"].select("product_id", "list_price", pl.col("currency").str.strip_chars().str.to_uppercase())

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import pyarrow as pa
-
 import polars as pl
+import pyarrow as pa
 
 from lakehouse.step import Context, Gather, Lookup, Step
 from lakehouse.table import TIMESTAMP, Table, column
@@ -27,13 +26,38 @@ IDENTITY_GRAPH = Table(
     name="silver.identity_graph",
     doc="Links between source records and the identifiers they show; records joined by links are one master user",
     columns=(
-        column("record_id", pa.string(), "'user:<user_id>' of a users row, 'order:<platform>:<mp_order_id>' of a marketplace order", required=True),
-        column("node", pa.string(), "'<kind>:<value>' of the identifier shown; 'record:<record_id>' of the record itself or of one it matches", required=True),
-        column("kind", pa.string(), "loyalty, email, phone, device, address; 'self' of the record itself; 'match' of a probabilistic link", required=True),
-        column("trust", pa.int32(), "1 loyalty id, 2 verified email, 3 verified phone, 4 other email or phone, 5 device, 6 name with address", required=True),
+        column(
+            "record_id",
+            pa.string(),
+            "'user:<user_id>' of a users row, 'order:<platform>:<mp_order_id>' of a marketplace order",
+            required=True,
+        ),
+        column(
+            "node",
+            pa.string(),
+            "'<kind>:<value>' of the identifier shown; 'record:<record_id>' of the record itself or of one it matches",
+            required=True,
+        ),
+        column(
+            "kind",
+            pa.string(),
+            "loyalty, email, phone, device, address; 'self' of the record itself; 'match' of a probabilistic link",
+            required=True,
+        ),
+        column(
+            "trust",
+            pa.int32(),
+            "1 loyalty id, 2 verified email, 3 verified phone, 4 other email or phone, 5 device, 6 name with address",
+            required=True,
+        ),
         column("weight", pa.float64(), "Splink match weight (log2 of the odds) of a probabilistic link, else null"),
         column("reason", pa.string(), "Why this link is there, in words", required=True),
-        column("status", pa.string(), "'linked' joins; 'crowded' (shared by too many people) and 'weak' (no proof alone) do not", required=True),
+        column(
+            "status",
+            pa.string(),
+            "'linked' joins; 'crowded' (shared by too many people) and 'weak' (no proof alone) do not",
+            required=True,
+        ),
         column("master_user_id", pa.string(), "'M-' and the record_id of the oldest member of the person", required=True),
         column("first_seen", TIMESTAMP, "When the record began at its source: users.created_at or order_time", required=True),
         column("holder", pa.string(), "Short form of the name shown: people at a node are counted by it"),
@@ -44,6 +68,7 @@ IDENTITY_GRAPH = Table(
     traced=("master_user_id",),
     sort_by=("master_user_id", "record_id"),
 )
+DEFAULTS = Context()
 
 
 def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
@@ -54,7 +79,7 @@ def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
     return resolve(given, crowded_groups(frames["groups"]), context.address_crowd, context.identifier_crowd)
 
 
-def expand(groups: pl.DataFrame, lookup: Lookup, context: Context = Context()) -> pl.DataFrame:
+def expand(groups: pl.DataFrame, lookup: Lookup, context: Context = DEFAULTS) -> pl.DataFrame:
     """The records whose links or person the touched ones may change."""
     return widened(groups, lookup, IDENTITY_GRAPH, context)
 

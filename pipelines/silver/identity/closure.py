@@ -9,8 +9,8 @@ import polars as pl
 from lakehouse.step import Context, Lookup
 from lakehouse.table import Table
 from pipelines.bronze.tables import MARKETPLACE_ORDERS, ORDERS, USERS
-from pipelines.silver.identity.evidence import ORDER, USER, Evidence, read_evidence
-from pipelines.silver.identity.links import CONTACTS, CROWDED, WEAK, is_crowd, people_at
+from pipelines.silver.identity.evidence import NAMELESS, ORDER, USER, Evidence, read_evidence
+from pipelines.silver.identity.links import COMPARED, CONTACTS, CROWDED, WEAK, is_crowd, people_at
 
 CROWD = "crowd|"
 """Prefix of a group that has no rows and tells `fill` that the node after it is crowded, though not all who show it are given."""
@@ -58,10 +58,13 @@ def widened(groups: pl.DataFrame, lookup: Lookup, graph: Table, context: Context
     others = rows.filter(~pl.col("record_id").is_in(changed.implode()))
     before_crowded, after_crowded = _crowded(rows, others, new, context)
     staying = before_crowded.filter(before_crowded.is_in(after_crowded.implode()))
-    met = others.filter(~pl.col("node").is_in(staying.implode()), ~((pl.col("kind") == "address") & (pl.col("status") == CROWDED)))
-    # an address whose crowd dissolves is met at its place
-    turned = pl.concat([before_crowded, after_crowded]).filter(~pl.concat([before_crowded, after_crowded]).is_in(staying.implode()))
-    met = pl.concat([met, _met_elsewhere(lookup, graph, others.filter(pl.col("node").is_in(turned.implode()))["record_id"].unique())])
+    turned = pl.concat([before_crowded, after_crowded]).filter(
+        ~pl.concat([before_crowded, after_crowded]).is_in(staying.implode())
+    )
+    met = _met(others, new, staying, turned)
+    met = pl.concat(
+        [met, _met_elsewhere(lookup, graph, others.filter(pl.col("node").is_in(turned.implode()))["record_id"].unique())]
+    )
     masters = pl.concat([met["master_user_id"], old["master_user_id"]]).unique()
     members, boundary = _persons(lookup, graph, masters)
     judged_anew = nodes.filter(~nodes.is_in(staying.implode()))
@@ -76,10 +79,15 @@ def _shown_now(touched: pl.Series, lookup: Lookup, region: str) -> Evidence:
     users = touched.filter(touched.str.starts_with(USER)).str.slice(len(USER)).cast(pl.Int64, strict=False).drop_nulls()
     orders = touched.filter(touched.str.starts_with(ORDER))
     of_users = pl.col("user_id").is_in(users.implode())
-    documents = pl.DataFrame(schema={name: pl.String for name in DOCUMENT_COLUMNS})
+    documents = pl.DataFrame(schema=dict.fromkeys(DOCUMENT_COLUMNS, pl.String))
     if not orders.is_empty():
         named = lookup(MARKETPLACE_ORDERS, ("document_id",), ORDER_KEY.is_in(orders.implode()), ("platform", "mp_order_id"))
-        documents = lookup(MARKETPLACE_ORDERS, DOCUMENT_COLUMNS, pl.col("document_id").is_in(named["document_id"].unique().implode()), ("document_id",))
+        documents = lookup(
+            MARKETPLACE_ORDERS,
+            DOCUMENT_COLUMNS,
+            pl.col("document_id").is_in(named["document_id"].unique().implode()),
+            ("document_id",),
+        )
     frames = {
         "users": lookup(USERS, USER_COLUMNS, of_users, ("user_id",)),
         "orders": lookup(ORDERS, ORDER_COLUMNS, of_users, ("user_id",)),
@@ -95,7 +103,7 @@ def _rows_at(lookup: Lookup, graph: Table, nodes: pl.Series, records: pl.Series 
     if records is not None:
         return lookup(graph, _ROWS, wanted | pl.col("record_id").is_in(records.implode()), ("record_id", "node"))
     if nodes.is_empty():
-        return pl.DataFrame(schema={name: pl.String for name in _ROWS})
+        return pl.DataFrame(schema=dict.fromkeys(_ROWS, pl.String))
     return lookup(graph, _ROWS, wanted, ("node",))
 
 
@@ -106,17 +114,35 @@ def _crowded(rows: pl.DataFrame, others: pl.DataFrame, new: pl.DataFrame, contex
     return before, people.filter(is_crowd(context.address_crowd, context.identifier_crowd))["node"]
 
 
+def _met(others: pl.DataFrame, new: pl.DataFrame, staying: pl.Series, turned: pl.Series) -> pl.DataFrame:
+    """The rows of others at nodes of changed records through which something about them may change.
+
+    Crowded addresses are met at their place, should the crowd dissolve. At a node that only calls for a comparison
+    nothing can change but for those whose names begin alike: others are not compared (see `links`).
+    """
+    initial = pl.col("holder").str.head(1)
+    open_rows = others.filter(
+        ~pl.col("node").is_in(staying.implode()), ~((pl.col("kind") == "address") & (pl.col("status") == CROWDED))
+    )
+    compared = pl.col("kind").is_in(COMPARED) & ~pl.col("node").is_in(turned.implode())
+    asked = new.group_by("node").agg(initial.unique().alias("initials"))
+    weak = open_rows.filter(compared).join(asked, on="node")
+    anybody = (initial == NAMELESS) | pl.col("initials").list.contains(NAMELESS)
+    alike = weak.filter(anybody | pl.col("initials").list.contains(initial)).drop("initials")
+    return pl.concat([open_rows.filter(~compared), alike])
+
+
 def _met_elsewhere(lookup: Lookup, graph: Table, records: pl.Series) -> pl.DataFrame:
     """Rows of those who share a weak identifier with `records`: their profiles changed, so they are compared anew."""
     if records.is_empty():
-        return pl.DataFrame(schema={name: pl.String for name in _ROWS})
+        return pl.DataFrame(schema=dict.fromkeys(_ROWS, pl.String))
     own = lookup(graph, _ROWS, pl.col("record_id").is_in(records.implode()), ("record_id",))
     return _rows_at(lookup, graph, own.filter(pl.col("status") == WEAK)["node"])
 
 
 def _persons(lookup: Lookup, graph: Table, masters: pl.Series) -> tuple[pl.Series, pl.Series]:
     """All members of the persons, and of those tied to them; and the crowded nodes that they show."""
-    rows = pl.DataFrame(schema={name: pl.String for name in _ROWS})
+    rows = pl.DataFrame(schema=dict.fromkeys(_ROWS, pl.String))
     seen = masters.clear()
     while not masters.is_empty():
         found = lookup(graph, _ROWS, pl.col("master_user_id").is_in(masters.implode()), ("master_user_id",))

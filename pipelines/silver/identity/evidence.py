@@ -17,6 +17,9 @@ USER, ORDER = "user:", "order:"
 LOYALTY, VERIFIED_EMAIL, VERIFIED_PHONE, CONTACT, DEVICE, ADDRESS = 1, 2, 3, 4, 5, 6
 """Trust in an identifier, strongest first."""
 
+NAMELESS = "?"
+"""First letter of the `holder` of a record without a name; else it is the first letter of the name."""
+
 SHOWN = {
     "record_id": pl.String,
     "node": pl.String,
@@ -53,7 +56,9 @@ def read_evidence(frames: Mapping[str, pl.DataFrame], region: str) -> Evidence:
     orders, of_orders = _marketplace_evidence(frames["marketplace"], region)
     records = pl.concat([users, orders])
     shown = pl.concat([of_users, of_orders])
-    shown = pl.concat([shown, _places(shown), _rough_keys(records, shown)]).unique(["record_id", "node"], keep="first", maintain_order=True)
+    shown = pl.concat([shown, _places(shown), _rough_keys(records, shown)]).unique(
+        ["record_id", "node"], keep="first", maintain_order=True
+    )
     return Evidence(_with_holder(records, shown), shown)
 
 
@@ -87,7 +92,9 @@ def _user_evidence(users: pl.DataFrame, orders: pl.DataFrame, region: str) -> tu
 def _typed(users: pl.DataFrame, region: str) -> pl.DataFrame:
     country = contacts.regions(users["country"]).fill_null(region)
     where = users.select(
-        pl.when(pl.col("address").is_not_null()).then(pl.concat_str("address", "city", separator=", ", ignore_nulls=True)).alias("address")
+        pl.when(pl.col("address").is_not_null())
+        .then(pl.concat_str("address", "city", separator=", ", ignore_nulls=True))
+        .alias("address")
     )
     return users.with_columns(
         (pl.lit(USER) + pl.col("user_id").cast(pl.String)).alias("record_id"),
@@ -102,7 +109,11 @@ def _typed(users: pl.DataFrame, region: str) -> pl.DataFrame:
 
 def _contact(history: pl.DataFrame, now: pl.DataFrame, kind: str, verified: str, trust: int) -> pl.DataFrame:
     """An e-mail or phone of accounts: trusted when it was verified in any version, told apart when it is replaced."""
-    found = history.filter(pl.col(kind).is_not_null()).group_by("record_id", kind).agg(pl.col(verified).fill_null(False).any().alias("sure"))
+    found = (
+        history.filter(pl.col(kind).is_not_null())
+        .group_by("record_id", kind)
+        .agg(pl.col(verified).fill_null(False).any().alias("sure"))
+    )
     found = found.join(now.select("record_id", kind, pl.lit(True).alias("current")), on=["record_id", kind], how="left")
     reason = (
         pl.when("sure").then(pl.lit("Verified ")).otherwise(pl.lit("Unverified "))
@@ -142,7 +153,9 @@ def _as(schema: Mapping[str, object]) -> list[pl.Expr]:
     return [pl.col(name).cast(dtype) for name, dtype in schema.items()]  # type: ignore[arg-type]
 
 
-def _nodes(rows: pl.DataFrame, kind: str, value: pl.Expr, trust: int | pl.Expr, reason: pl.Expr, place: pl.Expr | None = None) -> pl.DataFrame:
+def _nodes(
+    rows: pl.DataFrame, kind: str, value: pl.Expr, trust: int | pl.Expr, reason: pl.Expr, place: pl.Expr | None = None
+) -> pl.DataFrame:
     """The identifiers in `rows`; a null value gives none."""
     return (
         rows.lazy()
@@ -164,7 +177,9 @@ def _addresses(rows: pl.DataFrame, reason: str) -> pl.DataFrame:
     """Name with address; without a name the address alone (as a place)."""
     named = pl.when(pl.col("name").is_not_null()).then(pl.col("name"))
     both = rows.filter(pl.col("address").is_not_null())
-    whole = _nodes(both, "address", named + pl.lit("|") + pl.col("address"), ADDRESS, pl.lit(reason), pl.lit("place:") + pl.col("address"))
+    whole = _nodes(
+        both, "address", named + pl.lit("|") + pl.col("address"), ADDRESS, pl.lit(reason), pl.lit("place:") + pl.col("address")
+    )
     nameless = both.filter(pl.col("name").is_null())
     return pl.concat([whole, _nodes(nameless, "place", pl.col("address"), ADDRESS, pl.lit("Address without a name"))])
 
@@ -186,8 +201,8 @@ def _places(shown: pl.DataFrame) -> pl.DataFrame:
 
 
 def _rough_keys(records: pl.DataFrame, shown: pl.DataFrame) -> pl.DataFrame:
-    """Keys under which near misses meet: the letters of a full name with the numbers of an address, with its words,
-    and with an e-mail's local part. A typing error spoils one of them, seldom all.
+    """Keys under which near misses meet: the letters of a full name with the numbers of an address, with its words and
+    first or last number, and with an e-mail's local part. A typing error spoils one of them, seldom all.
 
     They prove nothing; records that share one are compared.
     """
@@ -196,15 +211,25 @@ def _rough_keys(records: pl.DataFrame, shown: pl.DataFrame) -> pl.DataFrame:
         pl.col("name").str.replace_all(" ", "").str.split("").list.unique().list.sort().list.join("").alias("letters")
     )
     full = full.join(letters, on="name")
-    near = shown.filter(pl.col("kind").is_in(["address", "email"])).join(full, on="record_id").select("record_id", "kind", "node", "place", "letters")
+    near = (
+        shown.filter(pl.col("kind").is_in(["address", "email"]))
+        .join(full, on="record_id")
+        .select("record_id", "kind", "node", "place", "letters")
+    )
     local = pl.col("node").str.slice(len("email:")).str.split("@").list.first()
-    numbers = pl.col("place").str.extract_all(r"\d+").list.sort().list.join(" ")
+    numbers = pl.col("place").str.extract_all(r"\d+")
     words = pl.col("place").str.slice(len("place:")).str.replace_all(r"\d+", "").str.replace_all(r"\s+", " ").str.strip_chars()
-    of_email, of_address = near.filter(pl.col("kind") == "email"), near.filter(pl.col("kind") == "address")
+    of_email = near.filter(pl.col("kind") == "email")
+    of_address = near.filter(pl.col("kind") == "address").with_columns(numbers.alias("numbers"), words.alias("words"))
+    several = of_address.filter(pl.col("numbers").list.len() > 1, pl.col("words").str.len_chars() >= 4)
+    single = of_address.filter(pl.col("numbers").list.len() <= 1, pl.col("words").str.len_chars() >= 8)
+    all_numbers = pl.col("numbers").list.sort().list.join(" ")
     keys = (
         of_email.select("record_id", "letters", pl.when(local.str.len_chars() >= 5).then(local).alias("key")),
-        of_address.select("record_id", "letters", pl.when(numbers.str.len_chars() >= 3).then(numbers).alias("key")),
-        of_address.select("record_id", "letters", pl.when(words.str.len_chars() >= 8).then(words).alias("key")),
+        of_address.select("record_id", "letters", pl.when(all_numbers.str.len_chars() >= 3).then(all_numbers).alias("key")),
+        several.select("record_id", "letters", (pl.col("words") + pl.lit(" ") + pl.col("numbers").list.first()).alias("key")),
+        several.select("record_id", "letters", (pl.col("words") + pl.lit(" ") + pl.col("numbers").list.last()).alias("key")),
+        single.select("record_id", "letters", pl.col("words").alias("key")),
     )
     value = pl.col("letters") + pl.lit("|") + pl.col("key")
     return _nodes(pl.concat(keys), "block", value, ADDRESS, pl.lit("Close spelling, compared only"))
@@ -213,9 +238,11 @@ def _rough_keys(records: pl.DataFrame, shown: pl.DataFrame) -> pl.DataFrame:
 def _with_holder(records: pl.DataFrame, shown: pl.DataFrame) -> pl.DataFrame:
     """Add `holder`, by which people at a node are counted, and `evidence`, a digest of everything the record shows."""
     distinct = records["name"].drop_nulls().unique()
-    signatures = pl.DataFrame({"name": distinct, "holder": pl.Series([signature(name) for name in distinct.to_list()], dtype=pl.String)})
+    signatures = pl.DataFrame(
+        {"name": distinct, "holder": pl.Series([signature(name) for name in distinct.to_list()], dtype=pl.String)}
+    )
     held = records.join(signatures, on="name", how="left", maintain_order="left").with_columns(
-        pl.coalesce("holder", "email", "phone", "record_id").alias("holder")
+        pl.coalesce("holder", pl.lit(NAMELESS) + pl.coalesce("email", "phone", "record_id")).alias("holder")
     )
     lines = (
         shown.lazy()
@@ -227,7 +254,10 @@ def _with_holder(records: pl.DataFrame, shown: pl.DataFrame) -> pl.DataFrame:
     )
     told = held.join(lines, on="record_id", how="left", maintain_order="left").select(
         text=pl.concat_str(
-            *(pl.col(name).cast(pl.String).fill_null("") for name in ("name", "email", "phone", "address", "city", "holder", "line")),
+            *(
+                pl.col(name).cast(pl.String).fill_null("")
+                for name in ("name", "email", "phone", "address", "city", "holder", "line")
+            ),
             pl.col("first_seen").cast(pl.Int64).cast(pl.String).fill_null(""),
             separator="\x1d",
         ),

@@ -13,7 +13,7 @@ from collections.abc import Collection
 import numpy as np
 import polars as pl
 
-from pipelines.silver.identity.components import connected
+from pipelines.silver.identity.components import Indices, connected
 from pipelines.silver.identity.evidence import ADDRESS, VERIFIED_EMAIL, VERIFIED_PHONE, Evidence
 from pipelines.silver.identity.names import groups
 from pipelines.silver.identity.probabilistic import THRESHOLD, compare
@@ -22,7 +22,20 @@ LINKED, CROWDED, WEAK = "linked", "crowded", "weak"
 CONTACTS = ("email", "phone")
 JOINING = ("loyalty", "email", "phone", "address")
 """Kinds that join records by themselves."""
+COMPARED = ("device", "place", "block")
+"""Kinds at which records only meet, to be compared."""
 MASTER = "M-"
+MATCH = {
+    "at": pl.Int64,
+    "other": pl.Int64,
+    "record_id": pl.String,
+    "node": pl.String,
+    "kind": pl.String,
+    "trust": pl.Int32,
+    "weight": pl.Float64,
+    "reason": pl.String,
+    "status": pl.String,
+}
 
 
 def people_at(shown: pl.DataFrame) -> pl.DataFrame:
@@ -99,7 +112,9 @@ def _names_at(shown: pl.DataFrame) -> pl.DataFrame:
     Two who both verified an e-mail are one person whatever they call themselves: both read the same mailbox.
     """
     named = shown.filter(pl.col("name").is_not_null())
-    distinct = named.group_by("node", "name").agg(((pl.col("kind") == "email") & (pl.col("trust") == VERIFIED_EMAIL)).any().alias("sure"))
+    distinct = named.group_by("node", "name").agg(
+        ((pl.col("kind") == "email") & (pl.col("trust") == VERIFIED_EMAIL)).any().alias("sure")
+    )
     suspects = distinct.filter(pl.col("name").len().over("node") > 1)
     by_node = suspects.group_by("node").agg("name", pl.col("name").filter(pl.col("sure")).alias("sure"))
     found: list[tuple[str, str, str]] = []
@@ -119,18 +134,22 @@ def _by_name(shown: pl.DataFrame) -> pl.DataFrame:
     return own.filter(pl.len().over("node") > 1).with_columns(reason.alias("reason"))
 
 
-def _connected(count: int, links: pl.DataFrame) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _connected(count: int, links: pl.DataFrame) -> Indices:
     """Components of records that share a node in `links` (at, node): the smallest `at` of each."""
     pairs = links.select("at", pl.col("at").min().over("node").alias("first"))
     return connected(count, pairs["at"].to_numpy(), pairs["first"].to_numpy())
 
 
-def _items(records: pl.DataFrame, shown: pl.DataFrame, hubs: np.ndarray[tuple[int], np.dtype[np.int64]]) -> pl.DataFrame:
+def _items(records: pl.DataFrame, shown: pl.DataFrame, hubs: Indices) -> pl.DataFrame:
     """What Splink compares: the distinct profiles of each hub (records joined by proof), and the oldest record of each.
 
     What a crowd shares says nothing about a person, so it is left out of the profile.
     """
-    devices = shown.filter(pl.col("status") != CROWDED, pl.col("kind") == "device").group_by("at").agg(pl.col("node").unique().sort().alias("devices"))
+    devices = (
+        shown.filter(pl.col("status") != CROWDED, pl.col("kind") == "device")
+        .group_by("at")
+        .agg(pl.col("node").unique().sort().alias("devices"))
+    )
     profile = ["hub", "name", "address", "phone", "email"]
     crowds = shown.filter(pl.col("status") == CROWDED)["node"].unique()
 
@@ -146,13 +165,9 @@ def _items(records: pl.DataFrame, shown: pl.DataFrame, hubs: np.ndarray[tuple[in
     )
 
 
-def _matches(records: pl.DataFrame, shown: pl.DataFrame, hubs: np.ndarray[tuple[int], np.dtype[np.int64]]) -> pl.DataFrame:
+def _matches(records: pl.DataFrame, shown: pl.DataFrame, hubs: Indices) -> pl.DataFrame:
     """Probable links between hubs that meet at a weak identifier: both directions, the best pair of each two hubs."""
-    columns = ["at", "other", "record_id", "node", "kind", "trust", "weight", "reason", "status"]
-    nothing = pl.DataFrame(
-        schema={"at": pl.Int64, "other": pl.Int64, "record_id": pl.String, "node": pl.String, "kind": pl.String, "trust": pl.Int32,
-                "weight": pl.Float64, "reason": pl.String, "status": pl.String}
-    )  # fmt: skip
+    nothing = pl.DataFrame(schema=MATCH)
     items = _items(records, shown, hubs)
     meeting = shown.filter(pl.col("status") == WEAK).select("at", "node").join(items.select("at", "item", "hub", "name"), on="at")
     meeting = meeting.select("node", "item", "hub", initial=pl.col("name").str.head(1)).unique()
@@ -197,17 +212,24 @@ def _matches(records: pl.DataFrame, shown: pl.DataFrame, hubs: np.ndarray[tuple[
         .unique(["hub", "hub_r"], keep="first", maintain_order=True)
     )
     best = _guarded(best, records, shown, hubs)
-    there = best.select(pl.col("item").alias("at"), pl.col("item_r").alias("other"), "record_id", pl.col("record_id_r").alias("to"), "weight", "reason", "status")
-    back = best.select(pl.col("item_r").alias("at"), pl.col("item").alias("other"), pl.col("record_id_r").alias("record_id"), pl.col("record_id").alias("to"), "weight", "reason", "status")  # fmt: skip
-    return pl.concat([there, back]).with_columns(
-        (pl.lit("record:") + pl.col("to")).alias("node"),
-        pl.lit("match").alias("kind"),
-        pl.lit(ADDRESS, pl.Int32).alias("trust"),
-    ).select(columns)
+    other_way = {"item": "item_r", "item_r": "item", "record_id": "record_id_r", "record_id_r": "record_id"}
+    there = best.select("item", "item_r", "record_id", "record_id_r", "weight", "reason", "status")
+    back = there.rename(other_way).select(there.columns)
+    return (
+        pl.concat([there, back])
+        .with_columns(
+            pl.col("item").alias("at"),
+            pl.col("item_r").alias("other"),
+            (pl.lit("record:") + pl.col("record_id_r")).alias("node"),
+            pl.lit("match").alias("kind"),
+            pl.lit(ADDRESS, pl.Int32).alias("trust"),
+        )
+        .select(list(MATCH))
+    )
 
 
-def _guarded(best: pl.DataFrame, records: pl.DataFrame, shown: pl.DataFrame, hubs: np.ndarray[tuple[int], np.dtype[np.int64]]) -> pl.DataFrame:
-    """Add `status`: a probable link does not join two who each proved an e-mail and a phone, all different, under no common name."""
+def _guarded(best: pl.DataFrame, records: pl.DataFrame, shown: pl.DataFrame, hubs: Indices) -> pl.DataFrame:
+    """Add `status`: two who each proved an e-mail and a phone, all different, and have no name in common, are not joined."""
     hub = pl.DataFrame({"at": np.arange(len(hubs)), "hub": hubs})
     proven = (
         shown.filter(pl.col("kind").is_in(CONTACTS), pl.col("trust").is_in([VERIFIED_EMAIL, VERIFIED_PHONE]))
@@ -230,11 +252,13 @@ def _guarded(best: pl.DataFrame, records: pl.DataFrame, shown: pl.DataFrame, hub
     text = pl.format("Probable match, weight {}: {}", pl.col("weight").round(2), pl.col("reason"))
     return sides.with_columns(
         pl.when(stopped).then(pl.lit(WEAK)).otherwise(pl.lit(LINKED)).alias("status"),
-        (text + pl.when(stopped).then(pl.lit("; stopped by different verified contacts and names")).otherwise(pl.lit(""))).alias("reason"),
+        (text + pl.when(stopped).then(pl.lit("; stopped by different verified contacts and names")).otherwise(pl.lit(""))).alias(
+            "reason"
+        ),
     )
 
 
-def _masters(records: pl.DataFrame, people: np.ndarray[tuple[int], np.dtype[np.int64]]) -> pl.DataFrame:
+def _masters(records: pl.DataFrame, people: Indices) -> pl.DataFrame:
     """Add `master_user_id`: the oldest member of each component."""
     oldest = pl.col("record_id").sort_by("first_seen", "record_id").first().over("person")
     return records.with_columns(pl.Series("person", people)).with_columns((pl.lit(MASTER) + oldest).alias("master_user_id"))

@@ -77,18 +77,22 @@ def shortened(left: str, right: str) -> bool:
     if len(short) == 1:
         return short[0] == full[0] or (len(short[0]) == 1 and len(full) == 1 and short[0] == full[0][0])
     remaining = list(full)
-    whole = 0
+    whole = False
     for word in sorted(short, key=len, reverse=True):
-        for at, other in enumerate(remaining):
-            if _typo(word, other) is not None or (len(word) > 2 and other.startswith(word)):
-                whole += 1
-                break
-            if (len(word) == 1 and other[0] == word) or (len(other) == 1 and word[0] == other):
-                break
-        else:
+        meant = next((other for other in remaining if _is_whole(word, other) or _is_initial(word, other)), None)
+        if meant is None:
             return False
-        del remaining[at]
-    return whole > 0
+        whole |= _is_whole(word, meant)
+        remaining.remove(meant)
+    return whole
+
+
+def _is_whole(word: str, full: str) -> bool:
+    return _typo(word, full) is not None or (len(word) > 2 and full.startswith(word))
+
+
+def _is_initial(word: str, full: str) -> bool:
+    return (len(word) == 1 or len(full) == 1) and word[0] == full[0]
 
 
 def groups(names: Iterable[str], together: Iterable[str] = ()) -> dict[str, str]:

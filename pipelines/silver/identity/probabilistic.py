@@ -26,8 +26,9 @@ LEVELS: dict[str, tuple[Level, ...]] = {
     "name": (
         ('"name_l" = "name_r"', "same name", 0.70, 0.006),
         (
-            'left("name_l", 1) = left("name_r", 1) and length("name_l") >= 7 and damerau_levenshtein("name_l", "name_r") <= 2 '
-            'and jaro_winkler_similarity("name_l", "name_r") >= 0.93',
+            'left("name_l", 1) = left("name_r", 1) and least(length("name_l"), length("name_r")) >= 9 '
+            'and damerau_levenshtein("name_l", "name_r") <= '
+            '(case when least(length("name_l"), length("name_r")) >= 12 then 2 else 1 end)',
             "name a typing error apart",
             0.18,
             0.004,

@@ -1,0 +1,52 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+help: ## Show this help
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+$(READY): requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info[:2] < (3, 14)))' || \
+		{ echo "error: $(PYTHON) is not Python 3.11 to 3.13. Give one: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
+	@$(BIN)/python -m pip --version > /dev/null
+	@touch $@
+
+setup: $(READY) ## Make the virtual environment with the pinned packages
+
+demo: $(READY) ## Real source servers, a seeded shop, all layers, answers
+	@$(BIN)/python -m app demo
+
+test: $(READY) ## The fast tests
+	@$(BIN)/python -m pytest
+
+test-slow: $(READY) ## Only the slow tests: kills, Ray, servers under load
+	@$(BIN)/python -m pytest -m slow
+
+test-all: $(READY) ## All tests, the slow ones too
+	@$(BIN)/python -m pytest -m ""
+
+lint: $(READY) ## Style, types, import direction, generated docs
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python -m app docs --check
+
+docs: $(READY) ## Write docs/tables.md and docs/settings.md from the declarations
+	@$(BIN)/python -m app docs
+
+bench: $(READY) ## What a change costs against the full build, and as history grows
+	@$(BIN)/python bench/incremental.py
+
+lock: ## Pin the packages anew (universal, no addresses)
+	$(BIN)/uv pip compile --quiet --universal --no-header --no-emit-index-url --no-annotate --group dev pyproject.toml -o requirements.lock
+
+clean: ## Remove the virtual environment and everything local
+	rm -rf $(VENV) .shopsphere
+
+.PHONY: help setup demo test test-slow test-all lint docs bench lock clean

@@ -1,0 +1,125 @@
+"""What a change costs: the full build, then one per cent more orders; on a history, and on one four times as long.
+
+Prints CPU seconds, rows read and bytes written per changed row, and two ratios:
+- the change against the full build (the promise: at most 0.10 at 500,000 orders);
+- the same change on the long history against the short one (the promise: below 1.5).
+
+CPU of the full build is what steps and Ray tasks used, without Ray's own processes (so that the ratio flatters
+nobody); CPU of the change is that of the whole process, start included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one `run` cost."""
+
+    orders: int
+    what: str
+    wall_seconds: float
+    cpu_seconds: float
+    process_cpu_seconds: float
+    rows_changed_in_bronze: int
+    rows_read: int
+    rows_written: int
+    bytes_written: int
+
+
+def app(home: Path, *arguments: str) -> tuple[str, float, float]:
+    """Run a command; gives its output, wall seconds and CPU seconds of the process and those it waited for."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "app", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "SHOPSPHERE_HOME": str(home)},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done.stdout, time.monotonic() - started, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def run(home: Path, orders: int, what: str) -> Cost:
+    """One pass, measured."""
+    output, wall, process_cpu = app(home, "run", "--json")
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+    steps = result["steps"]
+    cost = Cost(
+        orders,
+        what,
+        round(wall, 1),
+        round(result["cpu_seconds"], 1),
+        round(process_cpu, 1),
+        sum(s["rows_written"] for s in steps if s["table"].startswith("bronze.")),
+        sum(s["rows_read"] for s in steps if not s["table"].startswith("bronze.")),
+        sum(s["rows_written"] for s in steps if not s["table"].startswith("bronze.")),
+        sum(s["bytes_written"] for s in steps),
+    )
+    print(json.dumps(asdict(cost)), flush=True)
+    if os.environ.get("BENCH_STEPS"):
+        for s in steps:
+            print(
+                f"    {s['table']:42} {s['status']:10} read {s['rows_read']:>10,} written {s['rows_written']:>9,} {s['seconds']:7.2f} s {s['cpu_seconds']:7.2f} cpu"
+            )
+    return cost
+
+
+def measure(orders: int, change: int, seed: int) -> tuple[Cost, Cost, Cost]:
+    """Full build, a run with nothing new, a run with `change` more orders."""
+    home = Path(tempfile.mkdtemp(prefix="shopsphere-bench-"))
+    try:
+        _, wall, _ = app(home, "sandbox", "start", "--orders", str(orders), "--seed", str(seed), "--json")
+        print(f"sandbox with {orders:,} orders: {wall:.0f} s", flush=True)
+        full = run(home, orders, "full build")
+        nothing = run(home, orders, "nothing new")
+        app(home, "sandbox", "step", "--orders", str(change))
+        return full, nothing, run(home, orders, f"{change:,} more orders")
+    finally:
+        app(home, "sandbox", "stop")
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def main() -> int:
+    """Measure, print, and fail when a promise is broken."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--orders", type=int, default=500_000)
+    parser.add_argument("--seed", type=int, default=7)
+    options = parser.parse_args()
+    change = options.orders // 100
+    _, _, short = measure(options.orders // 4, change, options.seed)
+    full, nothing, long = measure(options.orders, change, options.seed)
+    share = long.process_cpu_seconds / full.cpu_seconds
+    growth = long.process_cpu_seconds / short.process_cpu_seconds
+    print(
+        f"\n{change:,} more orders on {options.orders:,}: {long.process_cpu_seconds} CPU s = {share:.3f} of the full build ({full.cpu_seconds} CPU s)"
+    )
+    print(
+        f"the same on {options.orders // 4:,}: {short.process_cpu_seconds} CPU s; four times the history costs {growth:.2f} times as much"
+    )
+    print(f"nothing new: {nothing.wall_seconds} s in all")
+    print(
+        f"per changed row in bronze: {long.rows_read / long.rows_changed_in_bronze:.1f} rows read, {long.bytes_written / long.rows_changed_in_bronze:.0f} bytes written"
+    )
+    return 0 if share <= 0.10 and growth < 1.5 and nothing.wall_seconds < 10 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,294 @@
+"""How good a scoring is: ranking, review, money, calibration; over all orders and over each channel.
+
+Arrays in, plain numbers out. A label is 1 for a fraudulent order, a score is its probability. Orders of equal score
+are always taken or left together, so that no figure depends on the order of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from lakehouse.errors import SettingsError
+
+Array = npt.NDArray[Any]
+CARDS = 100
+"""Customers that are looked at a day in card precision."""
+BINS = 10
+
+
+@dataclass(frozen=True)
+class ThresholdSettings:
+    """How the score is found from which on an order is reviewed.
+
+    `capacity`: that share of the orders can be reviewed, and the threshold is the one that fills it. `costs`: the
+    threshold that saves most, where a review costs `review_cost` (in the base currency) and a fraudulent order that
+    is not reviewed loses `loss_share` of its amount."""
+
+    by: Literal["capacity", "costs"] = "capacity"
+    capacity: float = 0.02
+    review_cost: float = 3.0
+    loss_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.by not in ("capacity", "costs"):
+            raise SettingsError(f"threshold.by is '{self.by}': expected 'capacity' or 'costs'.")
+        if not 0 < self.capacity <= 1:
+            raise SettingsError(
+                f"threshold.capacity is {self.capacity}: expected a share of orders above 0 and up to 1, e.g. 0.02."
+            )
+        if self.review_cost < 0 or self.loss_share < 0:
+            raise SettingsError("threshold.review_cost and threshold.loss_share cannot be negative: set them to 0 or more.")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of one model over one window. A figure that needs both frauds and honest orders is left out of a
+    channel that has only one kind."""
+
+    threshold: float
+    overall: dict[str, float]
+    channels: dict[str, dict[str, float]]
+
+    def metrics(self) -> dict[str, float]:
+        """All figures by flat names: `average_precision`, `channel.web.average_precision`, ..."""
+        named = {f"channel.{channel}.{name}": value for channel, of in self.channels.items() for name, value in of.items()}
+        return {**self.overall, "threshold": self.threshold, **named}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def roc_auc(label: Array, score: Array) -> float:
+    """The chance that a fraud scores above an honest order, ties counted half. NaN with only one kind of order."""
+    frauds = int(np.count_nonzero(label))
+    honest = len(label) - frauds
+    if not frauds or not honest:
+        return float("nan")
+    _, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    return float((ranks[label == 1].sum() - frauds * (frauds + 1) / 2) / (frauds * honest))
+
+
+def average_precision(label: Array, score: Array) -> float:
+    """The mean of precision over the recall gained at each distinct score. NaN without frauds."""
+    return Ranking(label, score).average_precision(np.ones(len(label)))
+
+
+class Ranking:
+    """A scoring sorted once, so that its average precision under many weightings of the rows is cheap."""
+
+    def __init__(self, label: Array, score: Array) -> None:
+        self._order = np.argsort(-score, kind="stable")
+        ordered = score[self._order]
+        self._ends = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True)) if len(ordered) else np.zeros(0, np.int64)
+        self._label = (label[self._order] == 1).astype(np.float64)
+
+    def average_precision(self, weight: Array) -> float:
+        """Average precision when row i counts `weight[i]` times. NaN when no fraud counts."""
+        weights = weight[self._order]
+        found = np.cumsum(weights * self._label)[self._ends]
+        taken = np.cumsum(weights)[self._ends]
+        if not len(found) or found[-1] <= 0:
+            return float("nan")
+        precision = np.divide(found, taken, out=np.zeros_like(found), where=taken > 0)
+        return float(np.sum(np.diff(found, prepend=0.0) * precision) / found[-1])
+
+
+def precision_recall(label: Array, score: Array) -> tuple[Array, Array, Array]:
+    """(precision, recall, score) at each distinct score, from the highest down."""
+    order = np.argsort(-score, kind="stable")
+    ordered = score[order]
+    ends = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))
+    found = np.cumsum(label[order] == 1)[ends]
+    return found / (ends + 1), found / max(int(found[-1]), 1), ordered[ends]
+
+
+def card_precision(label: Array, score: Array, customer: Array, day: Array, k: int = CARDS) -> float:
+    """Card precision@k: each day, of the k customers with the highest score of the day, the share with a fraud that
+    day; customers found on an earlier day are not looked at again; mean over days. On a day with fewer than k
+    customers the share is of those there are. Orders without a customer are left out; NaN when none has one."""
+    frame = pl.DataFrame({"customer": customer, "day": day, "label": label, "score": score}).drop_nulls("customer")
+    found: set[Any] = set()
+    precisions = []
+    daily = (
+        frame.group_by("day", "customer")
+        .agg(pl.max("score"), pl.max("label"))
+        .sort("day", "score", "customer", descending=[False, True, False])
+    )
+    for part in daily.partition_by("day", maintain_order=True):
+        top = part.filter(~pl.col("customer").is_in(list(found))).head(k) if found else part.head(k)
+        if not len(top):
+            continue
+        caught = top.filter(pl.col("label") == 1).get_column("customer").to_list()
+        precisions.append(len(caught) / len(top))
+        found.update(caught)
+    return float(np.mean(precisions)) if precisions else float("nan")
+
+
+def capacity_threshold(score: Array, capacity: float) -> float:
+    """The lowest score from which on no more than `capacity` (a share) of the orders lie; above every score when
+    even the highest is shared by more."""
+    allowed = int(capacity * len(score))
+    values, counts = np.unique(score, return_counts=True)
+    at_least = np.cumsum(counts[::-1])[::-1]
+    fitting = np.flatnonzero(at_least <= allowed)
+    if len(fitting):
+        return float(values[fitting[0]])
+    return float(np.nextafter(values[-1], np.inf)) if len(values) else 1.0
+
+
+def cost_threshold(label: Array, amount: Array, score: Array, settings: ThresholdSettings) -> float:
+    """The score from which on reviewing saves most; above every score when no review pays."""
+    if not len(score):
+        return 1.0
+    order = np.argsort(-score, kind="stable")
+    ordered = score[order]
+    ends = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))
+    saved = np.cumsum((label[order] == 1) * amount[order])[ends] * settings.loss_share - settings.review_cost * (ends + 1)
+    best = int(np.argmax(saved))
+    return float(ordered[ends[best]]) if saved[best] > 0 else float(np.nextafter(ordered[0], np.inf))
+
+
+def choose_threshold(frame: pl.DataFrame, score: Array, settings: ThresholdSettings) -> float:
+    """The threshold for orders with `label` and `amount`. To be called with validation orders, never with test ones."""
+    if settings.by == "capacity":
+        return capacity_threshold(score, settings.capacity)
+    return cost_threshold(_labels(frame), _amounts(frame), score, settings)
+
+
+def cost_saved(label: Array, amount: Array, flagged: Array, settings: ThresholdSettings) -> float:
+    """What reviewing the flagged orders saves over reviewing none, in the base currency."""
+    return float(settings.loss_share * amount[flagged & (label == 1)].sum() - settings.review_cost * np.count_nonzero(flagged))
+
+
+def reliability(label: Array, score: Array, bins: int = BINS) -> tuple[Array, Array, Array]:
+    """(mean score, share of frauds, orders) of bins that hold about the same number of orders, by rising score."""
+    order = np.lexsort((label, score))
+    parts = [part for part in np.array_split(order, min(bins, max(len(order), 1))) if len(part)]
+    return (
+        np.array([score[part].mean() for part in parts]),
+        np.array([label[part].mean() for part in parts]),
+        np.array([len(part) for part in parts]),
+    )
+
+
+def calibration_error(label: Array, score: Array, bins: int = BINS) -> float:
+    """Expected calibration error: the mean distance between score and share of frauds over bins of equal size."""
+    predicted, observed, count = reliability(label, score, bins)
+    return float(np.sum(np.abs(predicted - observed) * count) / max(int(count.sum()), 1))
+
+
+def evaluate(frame: pl.DataFrame, score: Array, settings: ThresholdSettings, threshold: float) -> Evaluation:
+    """The figures of scores over orders (`label`, `amount`, `channel`, `customer`, `placed_at`).
+
+    `*_at_capacity` takes the highest-scored orders that the review capacity allows in this very window; `*_at_threshold`
+    and `cost_saved` take those from `threshold` on, as serving does."""
+    everything = _figures(frame, score, settings, threshold)
+    days = frame.get_column("placed_at").dt.date().to_physical().to_numpy()
+    customers = frame.get_column("customer")
+    everything[f"card_precision_at_{CARDS}"] = card_precision(_labels(frame), score, customers, days)
+    channels = {}
+    for channel in sorted(frame.get_column("channel").drop_nulls().unique().to_list()):
+        mask = (frame.get_column("channel") == channel).fill_null(False)
+        channels[str(channel)] = _known(_figures(frame.filter(mask), score[mask.to_numpy()], settings, threshold))
+    return Evaluation(threshold, _known(everything), channels)
+
+
+def _figures(frame: pl.DataFrame, score: Array, settings: ThresholdSettings, threshold: float) -> dict[str, float]:
+    label, amount = _labels(frame), _amounts(frame)
+    frauds = int(label.sum())
+    within = score >= capacity_threshold(score, settings.capacity)
+    flagged = score >= threshold
+    lost = settings.loss_share * float(amount[label == 1].sum())
+    saved = cost_saved(label, amount, flagged, settings)
+    return {
+        "orders": float(len(label)),
+        "frauds": float(frauds),
+        "roc_auc": roc_auc(label, score),
+        "average_precision": average_precision(label, score),
+        "recall_at_capacity": _share(int(label[within].sum()), frauds),
+        "precision_at_capacity": _share(int(label[within].sum()), int(within.sum())),
+        "recall_at_threshold": _share(int(label[flagged].sum()), frauds),
+        "precision_at_threshold": _share(int(label[flagged].sum()), int(flagged.sum())),
+        "reviewed_share": _share(int(flagged.sum()), len(label)),
+        "cost_saved": saved,
+        "cost_saved_share": saved / lost if lost > 0 else float("nan"),
+        "brier": float(np.mean((score - label) ** 2)) if len(label) else float("nan"),
+        "ece": calibration_error(label, score) if len(label) else float("nan"),
+        "mean_score": float(score.mean()) if len(label) else float("nan"),
+        "fraud_rate": _share(frauds, len(label)),
+    }
+
+
+def bootstrap_gain(
+    label: Array,
+    challenger: Array,
+    champion: Array,
+    *,
+    groups: Array | None = None,
+    rounds: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 7,
+) -> Interval:
+    """How much average precision `challenger` gains over `champion` on the same orders, with a bootstrap interval.
+
+    Whole `groups` (customers) are drawn, since one customer's frauds come together; without `groups`, single orders.
+    NaN bounds when there are no frauds."""
+    ours, theirs = Ranking(label, challenger), Ranking(label, champion)
+    ones = np.ones(len(label))
+    gain = ours.average_precision(ones) - theirs.average_precision(ones)
+    group = np.unique(groups, return_inverse=True)[1] if groups is not None else np.arange(len(label))
+    number = int(group.max()) + 1 if len(group) else 0
+    random = np.random.default_rng(seed)
+    gains = np.full(rounds, np.nan)
+    if number and not np.isnan(gain):
+        for turn in range(rounds):
+            weight = np.bincount(random.integers(0, number, number), minlength=number)[group].astype(np.float64)
+            gains[turn] = ours.average_precision(weight) - theirs.average_precision(weight)
+    gains = gains[~np.isnan(gains)]
+    if not len(gains):
+        return Interval(gain, float("nan"), float("nan"))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(gains, [tail, 1 - tail])
+    return Interval(gain, float(low), float(high))
+
+
+def interval(
+    label: Array, score: Array, figure: Callable[[Array, Array], float], *, rounds: int = 200, seed: int = 7
+) -> Interval:
+    """A figure of one scoring with its 95% bootstrap interval over orders."""
+    random = np.random.default_rng(seed)
+    values = []
+    for _ in range(rounds):
+        drawn = random.integers(0, len(label), len(label))
+        values.append(figure(label[drawn], score[drawn]))
+    low, high = np.nanquantile(values, [0.025, 0.975])
+    return Interval(figure(label, score), float(low), float(high))
+
+
+def _labels(frame: pl.DataFrame) -> Array:
+    return frame.get_column("label").cast(pl.Int64).to_numpy()
+
+
+def _amounts(frame: pl.DataFrame) -> Array:
+    return frame.get_column("amount").cast(pl.Float64).fill_null(0.0).to_numpy()
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else float("nan")
+
+
+def _known(figures: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in figures.items() if not np.isnan(value)}
