@@ -39,7 +39,7 @@ from lakehouse.iceberg import (
 )
 from lakehouse.parallel import Piece, Pieces, Pool
 from lakehouse.source import Plan, Reached, Rows, Source, Task
-from lakehouse.step import Changes, Context, Gather, Join, Parsed, Read, Step, Whole
+from lakehouse.step import Changes, Context, Gather, Join, Lookup, Parsed, Read, Step, Whole
 from lakehouse.table import DELETED, GROUP_HASH, SEQUENCE, Table
 
 ATTEMPTS = 6

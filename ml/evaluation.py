@@ -115,7 +115,7 @@ def precision_recall(label: Array, score: Array) -> tuple[Array, Array, Array]:
     return found / (ends + 1), found / max(int(found[-1]), 1), ordered[ends]
 
 
-def card_precision(label: Array, score: Array, customer: Array, day: Array, k: int = CARDS) -> float:
+def card_precision(label: Array, score: Array, customer: Array | pl.Series, day: Array | pl.Series, k: int = CARDS) -> float:
     """Card precision@k: each day, of the k customers with the highest score of the day, the share with a fraud that
     day; customers found on an earlier day are not looked at again; mean over days. On a day with fewer than k
     customers the share is of those there are. Orders without a customer are left out; NaN when none has one."""

@@ -8,6 +8,7 @@ limit of seconds has as many as the machine managed.)
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import tempfile
 import time
@@ -24,7 +25,7 @@ import polars as pl
 from lakehouse.errors import SettingsError
 from lakehouse.parallel import Pool
 from lakehouse.settings import RaySettings, home_directory
-from ml.training import FeatureLike, Prepared, Progress, TrainingError, TrainingSettings, boost, prepare
+from ml.training import FeatureLike, Prepared, Progress, TrainingError, TrainingSettings, boost, last, prepare
 
 Mask = npt.NDArray[np.bool_]
 
@@ -114,7 +115,7 @@ def time_folds(frame: pl.DataFrame, folds: int, delay: timedelta) -> list[tuple[
         else []
     )
     found = []
-    for number, (begin, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for number, (begin, end) in enumerate(itertools.pairwise(edges)):
         window = (times >= begin) & ((times <= end) if number == folds - 1 else (times < end))
         before = times < begin - gap
         if all(len(np.unique(label[rows])) == 2 for rows in (before, window)):
@@ -151,16 +152,8 @@ def parameters_of(number: int, settings: SearchSettings, base: Mapping[str, Any]
 
 
 def _judged(fold: Prepared, training: TrainingSettings, parameters: Mapping[str, Any]) -> tuple[float, int]:
-    progress = Progress.none()
-    for progress in boost(
-        fold,
-        training.with_parameters(**parameters).xgboost(),
-        training.rounds,
-        training.patience,
-        progress,
-        training.report_every,
-    ):
-        pass
+    settings = training.with_parameters(**parameters)
+    progress = last(boost(fold, settings.xgboost(), settings.rounds, settings.patience, Progress.none(), settings.report_every))
     return progress.best_score, progress.best_iteration + 1
 
 
@@ -212,7 +205,7 @@ def _tune(folds: Sequence[Prepared], settings: SearchSettings, training: Trainin
                     rounds=int(result.metrics["rounds"]),
                     seconds=float(result.metrics["seconds"]),
                 )
-                for result in grid
+                for result in (grid[place] for place in range(len(grid)))
                 if result.error is None and result.metrics and "score" in result.metrics and result.config
             ),
             key=lambda trial: trial.number,

@@ -16,6 +16,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -86,7 +87,7 @@ class TrainingSettings:
     storage: Path | None = None
     """Where checkpoints go (in a cluster: storage that all nodes share); None: `training` in SHOPSPHERE_HOME."""
     keep: bool = False
-    """Leave the checkpoints there at the end."""
+    """Leave the checkpoints there, until `discard`: the same training asked for again then ends at once."""
     parameters: Mapping[str, Any] = field(default_factory=lambda: DEFAULT_PARAMETERS)
 
     def __post_init__(self) -> None:
@@ -127,6 +128,8 @@ class FittedModel:
     validation_score: float | None = None
     """Average precision over the validation orders at the best round."""
     seconds: float = field(default=0.0, compare=False)
+    checkpoints: Path | None = field(default=None, compare=False)
+    """Where its checkpoints are, if they were kept."""
 
     @property
     def digest(self) -> str:
@@ -184,6 +187,13 @@ def fit(
             owned.close()
 
 
+def discard(model: FittedModel) -> FittedModel:
+    """Remove the checkpoints of a model, once it is recorded."""
+    if model.checkpoints is not None:
+        shutil.rmtree(model.checkpoints, ignore_errors=True)
+    return replace(model, checkpoints=None)
+
+
 def fit_here(
     train: pl.DataFrame,
     validation: pl.DataFrame | None,
@@ -194,9 +204,7 @@ def fit_here(
     settings = settings or TrainingSettings()
     data = prepare(train, validation, features)
     begun = time.monotonic()
-    progress = Progress.none()
-    for progress in boost(data, settings.xgboost(), settings.rounds, settings.patience, progress, settings.report_every):
-        pass
+    progress = last(boost(data, settings.xgboost(), settings.rounds, settings.patience, Progress.none(), settings.report_every))
     return _finished(progress, data, settings, time.monotonic() - begun)
 
 
@@ -405,6 +413,11 @@ def boost(
             booster = reopened(state, number + 1)
 
 
+def last(steps: Iterator[Progress]) -> Progress:
+    """Boost to the end."""
+    return deque(steps, maxlen=1)[0]
+
+
 def _finished(progress: Progress, data: Prepared, settings: TrainingSettings, seconds: float) -> FittedModel:
     import xgboost
 
@@ -435,7 +448,7 @@ def _fit_on_ray(data: Prepared, settings: TrainingSettings) -> FittedModel:
     from ray.train.xgboost import XGBoostTrainer
 
     begun = time.monotonic()
-    needed, there = settings.workers * settings.threads, ray.cluster_resources().get("CPU", 0)
+    needed, there = settings.workers * settings.threads, ray.cluster_resources().get("CPU", 0)  # type: ignore[no-untyped-call]
     if there < needed:
         raise TrainingError(
             f"Training with {settings.workers} workers of {settings.threads} CPUs needs {needed} CPUs, but Ray has {there:g}. "
@@ -474,9 +487,9 @@ def _fit_on_ray(data: Prepared, settings: TrainingSettings) -> FittedModel:
             f"Training failed after {settings.max_failures} restarts: {_root(error)}. "
             f"Its checkpoints are in {storage / name}: the same command goes on from the last one."
         ) from error
-    if not settings.keep:
-        shutil.rmtree(storage / name, ignore_errors=True)
-    return _finished(progress, data, settings, time.monotonic() - begun)
+    model = _finished(progress, data, settings, time.monotonic() - begun)
+    model = replace(model, checkpoints=storage / name)
+    return model if settings.keep else discard(model)
 
 
 def _run_name(data: Prepared, settings: TrainingSettings) -> str:

@@ -68,6 +68,7 @@ EVENTS = Table(
         column("at", TIMESTAMP, "moment"),
     ),
     key=("id",),
+    traced=("city", "at"),
 )
 LEDGER = Table(
     "silver.ledger",
