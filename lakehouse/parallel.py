@@ -146,8 +146,14 @@ class Pool:
 
     def extract(self, function: Callable[[Item], list[Piece]], items: Sequence[Item], *, parallel: bool) -> Pieces:
         """Run `function` over `items`; what it gives stays where it was made."""
+        return self.transform(lambda item, _: function(item), items, Pieces(), parallel=parallel)
+
+    def transform(
+        self, function: Callable[[Item, Pieces], list[Piece]], items: Sequence[Item], pieces: Pieces, *, parallel: bool
+    ) -> Pieces:
+        """Run `function` over `items`, each with all `pieces`; what it gives stays where it was made."""
         if not parallel or not items:
-            return Pieces(local=[piece for item in items for piece in function(item)])
+            return Pieces(local=[piece for item in items for piece in function(item, pieces)])
         self.start()
         import cloudpickle
         import ray
@@ -157,17 +163,18 @@ class Pool:
         def run(batch: pa.Table) -> pa.Table:
             started = time.process_time()
             work = cloudpickle.loads(payload)
-            pieces = [piece for item in batch.column("item").to_pylist() for piece in work(pickle.loads(item))]
+            # object references travel in the closure, as in `map`
+            made = [piece for item in batch.column("item").to_pylist() for piece in work(pickle.loads(item), pieces)]
             cpu = Piece("cpu", -1, pa.table({"seconds": [time.process_time() - started]}))
-            return _serialised([*pieces, cpu])
+            return _serialised([*made, cpu])
 
         dataset = ray.data.from_items(
             [{"item": cloudpickle.dumps(item)} for item in items], override_num_blocks=len(items)
         ).map_batches(run, batch_size=1, batch_format="pyarrow")
         refs = _unwrapped(lambda: dataset.materialize().to_arrow_refs())
-        pieces = Pieces(refs=refs)
-        pieces.cpu_seconds = sum(float(table["seconds"][0].as_py()) for table in pieces.of("cpu"))
-        return pieces
+        result = Pieces(refs=refs)
+        result.cpu_seconds = sum(float(table["seconds"][0].as_py()) for table in result.of("cpu"))
+        return result
 
     def close(self) -> None:
         """Stop Ray if this pool started it."""

@@ -581,12 +581,8 @@ def compute_part(part: Part, rows: pl.DataFrame, history: History) -> pl.DataFra
     chosen, columns = _of_events(part, rows, history.events) if part.events else _of_orders(part, rows, history.delay)
     place = np.cumsum(asked) - 1
     height = int(asked.sum())
-    return pl.DataFrame(
-        {
-            feature.name: pl.Series(scattered(columns[feature.name], place[chosen], height)).fill_nan(None)
-            for feature in part.features
-        }
-    )
+    at = place[chosen]
+    return pl.DataFrame({feature.name: scattered(columns[feature.name], at, height) for feature in part.features}).fill_nan(None)
 
 
 def _order(rows: pl.DataFrame, categories: pl.DataFrame) -> pl.DataFrame:
@@ -604,15 +600,15 @@ def _order(rows: pl.DataFrame, categories: pl.DataFrame) -> pl.DataFrame:
     age = np.where(created <= now, (now - created).astype(np.float64) / float(MINUTE), np.nan)
     return pl.DataFrame(
         {
-            "amount": pl.Series(cents / 100.0).fill_nan(None),
+            "amount": cents / 100.0,
             "channel": rank_of(CHANNELS, rows["channel"], OTHER, MISSING),
             "payment_method": rank_of(METHODS, rows["payment_method"], OTHER, MISSING),
             "hour": placed.dt.hour().cast(pl.Float64),
             "weekday": pl.Series([*WEEKDAYS], dtype=pl.String).gather(placed.dt.weekday().cast(pl.UInt32) - 1),
-            "account_minutes": pl.Series(age).fill_nan(None),
-            "category_ratio": pl.Series(quotient(cents, np.nan_to_num(mean))).fill_nan(None),
+            "account_minutes": age,
+            "category_ratio": quotient(cents, np.nan_to_num(mean)),
         }
-    ).select(feature.name for feature in ORDER.features)
+    ).select(pl.col(feature.name).fill_nan(None) if feature.dtype == pl.Float64 else feature.name for feature in ORDER.features)
 
 
 def _of_orders(part: Part, rows: pl.DataFrame, delay: timedelta) -> tuple[Ints, Columns]:

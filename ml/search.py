@@ -9,6 +9,7 @@ limit of seconds has as many as the machine managed.)
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import tempfile
 import time
@@ -158,6 +159,8 @@ def _judged(fold: Prepared, training: TrainingSettings, parameters: Mapping[str,
 
 
 def _tune(folds: Sequence[Prepared], settings: SearchSettings, training: TrainingSettings) -> list[Trial]:
+    # Tune's newer output prints tables whatever the verbosity
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     import ray
     from ray import tune
 

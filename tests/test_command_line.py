@@ -72,7 +72,7 @@ def test_a_second_run_commits_nothing(cli):
 
 def test_run_reports_each_step_in_words_and_in_json(cli, home):
     sandbox.step(home, 30)
-    code, out, err = cli("run")
+    code, out, _err = cli("run")
     assert code == 0
     assert re.search(r"step +status +rows read +rows written +deleted +written +seconds +cpu s", out)
     assert re.search(r"silver\.orders_unified +changed", out)
@@ -133,7 +133,7 @@ def test_sql_travels_in_time(cli, home):
     ],
 )
 def test_a_wrong_statement_is_one_line(cli, statement, expected):
-    code, out, err = cli("sql", statement)
+    code, _out, err = cli("sql", statement)
     assert code == 1
     assert err.startswith("error: ")
     assert err.count("\n") == 1

@@ -20,7 +20,7 @@ from lakehouse.errors import CommitConflict
 from lakehouse.iceberg import Handle, Lake, as_arrow
 from lakehouse.parallel import Pool
 from lakehouse.settings import RaySettings, Settings
-from lakehouse.step import Changes, Context, Gather, Join, Parsed, Step, Whole
+from lakehouse.step import Changes, Context, Gather, Parsed, Step, Whole
 from lakehouse.table import TIMESTAMP, Table, column
 
 BRONZE = Table(

@@ -59,7 +59,9 @@ def lake() -> Iterator[Lake]:
 @pytest.mark.parametrize("answer", ANSWERS, ids=lambda answer: answer.title)
 def test_answers_need_no_rows(lake: Lake, answer: Answer) -> None:
     assert lake.ask(answer) == []
-    assert answer.title.endswith("?") and answer.reading.endswith(".") and "\n" not in answer.reading
+    assert answer.title.endswith("?")
+    assert answer.reading.endswith(".")
+    assert "\n" not in answer.reading
 
 
 def test_revenue_by_month_and_channel(lake: Lake) -> None:

@@ -219,7 +219,7 @@ def rebuilt(step: Step, shop: Shop) -> pl.DataFrame:
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[Engine]:
     settings = Settings(home=tmp_path)
-    yield Engine(Lake(settings), Pool(settings.ray), Context(), QUARANTINE)
+    return Engine(Lake(settings), Pool(settings.ray), Context(), QUARANTINE)
 
 
 @pytest.mark.parametrize("seed", [1, 2])

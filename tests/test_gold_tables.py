@@ -112,7 +112,8 @@ def test_nothing_gives_nothing(step: Step) -> None:
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.target.name)
 def test_every_column_is_documented(step: Step) -> None:
-    assert step.target.doc and step.target.owner
+    assert step.target.doc
+    assert step.target.owner
     for item in step.target.columns:
         assert item.doc.endswith("."), f"{step.target.name}.{item.name}"
 

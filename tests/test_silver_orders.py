@@ -280,7 +280,8 @@ def test_a_document_that_became_another_order_leaves_the_first() -> None:
 )
 def test_what_cannot_be_read_is_rejected_with_its_reason(row: Row, reason: str) -> None:
     judged = judge_documents(marketplace([row, document(2, "65b0")]))
-    assert judged.rejected is not None and judged.parsed_positions is not None
+    assert judged.rejected is not None
+    assert judged.parsed_positions is not None
     assert judged.rejected.to_dicts() == [
         {"reason": reason, "source_position": row["_source_position"], "original": row["document"].encode()}
     ]
@@ -307,7 +308,8 @@ def test_a_correction_stands_for_the_row_it_corrects() -> None:
     assert [row["status"] for row in unified(documents=[fixed, document(1), broken])] == ["shipped"]
     assert [row["status"] for row in unified(documents=[again, fixed, broken])] == ["delivered"]
     judged = judge_documents(marketplace([broken, fixed]))
-    assert judged.rejected is not None and judged.rejected.is_empty()
+    assert judged.rejected is not None
+    assert judged.rejected.is_empty()
     assert unified(documents=[fixed, broken, document(4, op="d")]) == []
     corrected = order(1, 1, "fix", status="shipped")
     assert [row["status"] for row in unified(web=[order(1, 1), corrected])] == ["shipped"]
@@ -323,7 +325,8 @@ def test_a_dropped_collection_or_truncated_table_forgets_what_was_before() -> No
 def test_orders_ask_for_exactly_what_their_rows_need() -> None:
     frames = order_frames(web=[order(1, user_id=7), order(2, 2)], documents=[document(1)])
     users, identity = orders_unified.STEP.reads["users"], orders_unified.STEP.reads["identity"]
-    assert isinstance(users, Join) and isinstance(identity, Join)
+    assert isinstance(users, Join)
+    assert isinstance(identity, Join)
     assert users.values(frames).to_list() == [7]
     assert sorted(identity.values(frames)) == ["order:tokopedia:ORD-TP-1", "user:7"]
 
@@ -340,7 +343,8 @@ def test_changes_beside_the_orders_touch_the_orders_they_concern() -> None:
 
     def touched(name: str, changed: pl.DataFrame) -> list[str]:
         read = orders_unified.STEP.reads[name]
-        assert isinstance(read, Whole | Join) and read.touch is not None
+        assert isinstance(read, Whole | Join)
+        assert read.touch is not None
         expression = read.touch(changed)
         assert set(expression.meta.root_names()) <= set(read.touch_columns)
         return rows.filter(expression)["order_id"].to_list()
@@ -456,7 +460,8 @@ def test_a_truncate_deletes_every_key_before_it() -> None:
 def test_a_value_that_its_type_cannot_hold_is_reported_and_the_rest_of_the_row_stays() -> None:
     rows = frame(bronze.ORDER_ITEMS, [line(1, unit_price=None, _unreadable='{"unit_price":"NaN"}'), line(2, line_no=2)])
     judged = unreadable_rows(rows)
-    assert judged.rejected is not None and judged.parsed_positions is not None
+    assert judged.rejected is not None
+    assert judged.parsed_positions is not None
     (rejected,) = judged.rejected.to_dicts()
     assert rejected["reason"] == "unit_price: a value that the column's type cannot hold"
     assert json.loads(rejected["original"])["unit_price"] == "NaN"

@@ -8,7 +8,7 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.step import Context, Gather, Join, Step
-from lakehouse.table import MONEY, TIMESTAMP, Table, column, month
+from lakehouse.table import MONEY, TIMESTAMP, Table, column, year
 from pipelines.gold.dim_date import date_key
 from pipelines.gold.dim_users import user_key
 from pipelines.gold.revenue import NOTHING, is_cancelled, line_revenue
@@ -60,7 +60,7 @@ FACT_ORDERS = Table(
         column("chargeback_reported_at", TIMESTAMP, "When the first one was reported."),
     ),
     key=("order_id",),
-    partition_by=(month("order_date"),),
+    partition_by=(year("order_date"),),
     sort_by=("order_date", "order_id"),
     owner="commerce",
 )

@@ -8,7 +8,7 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.step import Context, Gather, Step, Whole
-from lakehouse.table import MONEY, TIMESTAMP, Table, column, month
+from lakehouse.table import MONEY, TIMESTAMP, Table, column
 from pipelines.gold.touched import rows_with
 from pipelines.silver.amounts import line_amounts, to_base
 from pipelines.silver.exchange_rates import EXCHANGE_RATES, with_rates
@@ -35,7 +35,6 @@ INVENTORY_SHRINKAGE = Table(
     ),
     key=("store_id", "product_id", "counted_at", "event_id"),
     group=("store_id", "product_id"),
-    partition_by=(month("counted_at"),),
     sort_by=("store_id", "product_id", "counted_at"),
     owner="supply chain",
 )

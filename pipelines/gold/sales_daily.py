@@ -8,7 +8,7 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.step import Context, Gather, Step, Whole
-from lakehouse.table import MONEY, Table, column, month
+from lakehouse.table import MONEY, Table, column, year
 from pipelines.gold.dim_products import UNCATEGORISED
 from pipelines.gold.revenue import line_revenue
 from pipelines.gold.touched import rows_with
@@ -51,7 +51,7 @@ SALES_DAILY = Table(
     ),
     key=("order_date", "channel", "store_id", "country", "category"),
     group=("order_date",),
-    partition_by=(month("order_date"),),
+    partition_by=(year("order_date"),),
     sort_by=("order_date",),
     owner="commerce",
 )

@@ -13,7 +13,7 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.step import Changes, Context, Parsed, Step
-from lakehouse.table import TIMESTAMP, Table, column, month
+from lakehouse.table import TIMESTAMP, Table, column, year
 from pipelines.bronze.tables import EVENTS
 
 EVENTS_CLEAN = Table(
@@ -45,7 +45,7 @@ EVENTS_CLEAN = Table(
     ),
     key=("event_id",),
     traced=("occurred_at", "user_id", "store_id", "product_id", "to_store_id"),
-    partition_by=(month("occurred_at"),),
+    partition_by=(year("occurred_at"),),
     sort_by=("occurred_at",),
     owner="data platform",
 )

@@ -1,0 +1,187 @@
+"""silver.order_entities: each order as the fraud features see it: whom and what it concerns, and when its fraud was known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import polars as pl
+import pyarrow as pa
+
+from lakehouse.step import Context, Gather, Join, Step, Whole
+from lakehouse.table import TIMESTAMP, Table, column
+from pipelines.silver.chargebacks import CHARGEBACKS
+from pipelines.silver.order_items_unified import ORDER_ITEMS_UNIFIED
+from pipelines.silver.orders_unified import ORDERS_UNIFIED
+from pipelines.silver.products import PRODUCTS
+from pipelines.silver.users_scd import USERS_SCD
+
+ORDER_ENTITIES = Table(
+    "silver.order_entities",
+    doc="Orders as the fraud features see them: what was known when the order was placed, and the one thing that was not: "
+    "when it was reported as fraud.",
+    columns=(
+        column("order_id", pa.string(), "Order, as in silver.orders_unified.", required=True),
+        column("placed_at", TIMESTAMP, "When it was placed.", required=True),
+        column("amount", pa.int64(), "Amount in cents of the base currency, rounded half-even; null when the rate is unknown."),
+        column(
+            "customer",
+            pa.string(),
+            "The account ('user:<user_id>'), or a marketplace buyer's e-mail or phone: what the order itself says.",
+        ),
+        column("card", pa.string(), "Card fingerprint."),
+        column("device", pa.string(), "Device."),
+        column("address", pa.string(), "Shipping address in lower case, punctuation as single spaces."),
+        column("ip", pa.string(), "Client address."),
+        column("person", pa.string(), "master_user_id: the person as the identity graph has them now."),
+        column("account", pa.int64(), "User account."),
+        column("account_created_at", TIMESTAMP, "When the account was opened."),
+        column("channel", pa.string(), "web, pos or marketplace."),
+        column("payment_method", pa.string(), "How it was paid."),
+        column("category", pa.string(), "Category of the products that make up most of the amount; null when unknown."),
+        column("known_at", TIMESTAMP, "When it was first reported as fraud; null when it was not."),
+    ),
+    key=("order_id",),
+    # an order that leaves an entity, or a moment, changes the later orders of the entity it left
+    traced=("placed_at", "customer", "card", "device", "address", "ip", "person", "account", "category", "known_at"),
+    sort_by=("placed_at", "order_id"),
+    owner="risk",
+)
+
+ORDER_COLUMNS = (
+    "order_id",
+    "placed_at",
+    "total_base",
+    "user_id",
+    "customer_record",
+    "email",
+    "phone",
+    "card_fingerprint",
+    "device_id",
+    "shipping_address",
+    "ip_address",
+    "master_user_id",
+    "channel",
+    "payment_method",
+)
+
+
+def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+    """The orders with a time, each with its category, account and first fraud report."""
+    orders = frames["orders"].filter(pl.col("placed_at").is_not_null())
+    reported = (
+        frames["chargebacks"]
+        .filter(pl.col("reason") == "fraud")
+        .group_by("order_ref")
+        .agg(pl.col("reported_at").min().alias("known_at"))
+    )
+    created = frames["users"].group_by("user_id").agg(pl.col("created_at").min().alias("account_created_at"))
+    address = pl.col("shipping_address").str.to_lowercase().str.replace_all(r"\W+", " ").str.strip_chars()
+    return (
+        orders.join(main_categories(frames["items"], frames["products"]), on="order_id", how="left")
+        .join(reported, left_on="order_id", right_on="order_ref", how="left")
+        .join(created, on="user_id", how="left")
+        .select(
+            "order_id",
+            "placed_at",
+            cents(pl.col("total_base")).alias("amount"),
+            pl.coalesce(
+                pl.when(pl.col("user_id").is_not_null()).then("customer_record"),
+                "email:" + pl.col("email"),
+                "phone:" + pl.col("phone"),
+            ).alias("customer"),
+            _text("card_fingerprint").alias("card"),
+            _text("device_id").alias("device"),
+            pl.when(address != "").then(address).alias("address"),
+            _text("ip_address").alias("ip"),
+            pl.col("master_user_id").alias("person"),
+            pl.col("user_id").alias("account"),
+            "account_created_at",
+            "channel",
+            "payment_method",
+            "category",
+            "known_at",
+        )
+    )
+
+
+def cents(amount: pl.Expr) -> pl.Expr:
+    """A decimal amount in whole cents, half-even; exact."""
+    tenths = (amount.cast(pl.Decimal(38, 4)) * pl.lit(10_000, pl.Decimal(38, 0))).cast(pl.Int64)
+    whole, rest = tenths.floordiv(100), tenths.mod(100)
+    up = (rest > 50) | ((rest == 50) & (whole.mod(2) == 1))
+    return whole + up.cast(pl.Int64)
+
+
+def main_categories(items: pl.DataFrame, products: pl.DataFrame) -> pl.DataFrame:
+    """Per order: the category with the greatest share of what was ordered (the first by name of equals).
+
+    Lines of a later return have a negative quantity and say nothing: nobody knew of them when the order was placed.
+    """
+    return (
+        items.filter(pl.col("quantity") > 0)
+        .unique(["order_id", "line_no"])
+        .join(products.select("product_id", "category"), on="product_id")
+        .drop_nulls("category")
+        .group_by("order_id", "category")
+        .agg(pl.col("line_amount").fill_null(0).sum().alias("share"))
+        .sort("order_id", "share", "category", descending=[False, True, False])
+        .unique("order_id", keep="first", maintain_order=True)
+        .select("order_id", "category")
+    )
+
+
+def _text(name: str) -> pl.Expr:
+    text = pl.col(name).str.strip_chars()
+    return pl.when(text != "").then(text)
+
+
+def _of_products(changed: pl.DataFrame) -> pl.Expr:
+    return pl.col("product_id").is_in(changed["product_id"].unique().implode())
+
+
+def _of_chargebacks(changed: pl.DataFrame) -> pl.Expr:
+    return pl.col("order_id").is_in(changed["order_ref"].drop_nulls().unique().implode())
+
+
+def _of_users(changed: pl.DataFrame) -> pl.Expr:
+    return pl.col("account").is_in(changed["user_id"].unique().implode())
+
+
+STEP = Step(
+    target=ORDER_ENTITIES,
+    reads={
+        "orders": Gather(ORDERS_UNIFIED, keys=((pl.col("order_id"),),), columns=ORDER_COLUMNS),
+        "items": Gather(
+            ORDER_ITEMS_UNIFIED,
+            keys=((pl.col("order_id"),),),
+            columns=("order_id", "line_no", "product_id", "quantity", "line_amount"),
+        ),
+        "products": Whole(
+            PRODUCTS,
+            columns=("product_id", "category"),
+            touch=_of_products,
+            touch_columns=("product_id",),
+            through=ORDER_ITEMS_UNIFIED,
+            touch_keys=(pl.col("order_id"),),
+        ),
+        "chargebacks": Join(
+            CHARGEBACKS,
+            on="order_ref",
+            values=lambda frames: frames["orders"]["order_id"],
+            columns=("order_ref", "reason", "reported_at"),
+            touch=_of_chargebacks,
+            touch_columns=("order_id",),
+            through=ORDERS_UNIFIED,
+            touch_keys=(pl.col("order_id"),),
+        ),
+        "users": Join(
+            USERS_SCD,
+            on="user_id",
+            values=lambda frames: frames["orders"]["user_id"].drop_nulls(),
+            columns=("user_id", "created_at"),
+            touch=_of_users,
+            touch_columns=("account",),
+        ),
+    },
+    fill=fill,
+)

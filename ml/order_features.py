@@ -1,0 +1,166 @@
+"""silver.order_features: the features of every order, kept, so that a training set is a read.
+
+A run computes the orders that are new and those that a change concerns: a late order, a report of fraud, an event or
+a merge of identities moves the later orders of the entities it touches, and no others. They are computed exactly as a
+server computes a single order: by `features.compute` with the slice of history around them. The first build, and a
+rebuild, go entity by entity instead (`ml/feature_build.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from functools import partial
+
+import polars as pl
+import pyarrow as pa
+
+from lakehouse.engine import Engine, Report
+from lakehouse.step import Context, Gather, Join, Step, Whole
+from lakehouse.table import TIMESTAMP, Table, column
+from ml import category_amounts, order_entities
+from ml.category_amounts import CATEGORY_AMOUNTS
+from ml.features import ENTITIES, EVENT_COLUMNS, FEATURES, LABEL_DELAY, TIME, History, compute
+from ml.order_entities import ORDER_ENTITIES
+from pipelines.gold.user_risk_scores import SUCCESSES
+from pipelines.silver.events_clean import EVENTS_CLEAN, STOCK_EVENTS
+
+ORDER_FEATURES = Table(
+    "silver.order_features",
+    doc="What the fraud model knows of each order at the moment it was placed: see ml/features.py.",
+    columns=(
+        column("order_id", pa.string(), "Order, as in silver.orders_unified.", required=True),
+        column("placed_at", TIMESTAMP, "When it was placed: what the features know ends there.", required=True),
+        column("customer", pa.string(), "The account or contact that ordered."),
+        *(
+            column(f.name, pa.string() if f.type == "category" else pa.float64(), f"{f.doc} ({f.type}, {f.window})")
+            for f in FEATURES
+        ),
+    ),
+    key=("order_id",),
+    sort_by=("placed_at", "order_id"),
+    owner="risk",
+)
+
+EVENT_READS = ("event_type", "occurred_at", "user_id", "device_id", "outcome")
+
+
+def account_events(events: pl.DataFrame) -> pl.DataFrame:
+    """Rows of silver.events_clean as features take them; stock events are left out."""
+    kind = (
+        pl.when(pl.col("event_type").is_in(["login_failed", "account_changed"]))
+        .then("event_type")
+        .when((pl.col("event_type") == "payment_attempted") & ~pl.col("outcome").str.to_lowercase().is_in(list(SUCCESSES)))
+        .then(pl.lit("payment_failed"))
+        .otherwise(pl.lit("visit"))
+    )
+    return (
+        events.filter(~pl.col("event_type").is_in(list(STOCK_EVENTS)))
+        .select(pl.col("user_id").alias("account"), pl.col("device_id").alias("device"), "occurred_at", kind.alias("kind"))
+        .select(EVENT_COLUMNS)
+    )
+
+
+def fill(frames: Mapping[str, pl.DataFrame], context: Context, delay: timedelta = LABEL_DELAY) -> pl.DataFrame:
+    """The features of the gathered orders."""
+    orders = frames["orders"].unique("order_id")
+    around = pl.concat([frames[_of(kind)].select(orders.columns) for kind in ENTITIES]).unique("order_id")
+    events = pl.concat([frames["account_events"], frames["device_events"]]).unique("event_id")
+    history = History(around, account_events(events), frames["categories"], delay)
+    return compute(orders, history).join(orders.select("order_id", "customer"), on="order_id").select(ORDER_FEATURES.schema.names)
+
+
+def later(column: str, values: str, moments: str) -> Callable[[pl.DataFrame], pl.Expr]:
+    """For `touch`: the rows whose `column` is one of the changed `values`, from that value's first changed moment on."""
+
+    def touch(changed: pl.DataFrame) -> pl.Expr:
+        firsts = changed.drop_nulls([values, moments]).group_by(values).agg(pl.col(moments).min())
+        if firsts.is_empty():
+            return pl.lit(False)
+        since = pl.col(column).replace_strict(firsts[values], firsts[moments], default=None, return_dtype=TIME)
+        return (pl.col("placed_at") >= since).fill_null(False)
+
+    return touch
+
+
+def in_following_month(changed: pl.DataFrame) -> pl.Expr:
+    """For `touch`: the orders that are measured against a changed category's month."""
+    months = (
+        changed.select("category", pl.col("month").dt.offset_by("1mo").alias("measured")).unique().sort("category", "measured")
+    )
+    month = pl.col("placed_at").dt.month_start().dt.date()
+    touched = [(pl.col("category") == category) & (month == measured) for category, measured in months.iter_rows()]
+    return pl.any_horizontal(touched)
+
+
+def _of(kind: str) -> str:
+    return f"of_{kind}"
+
+
+def _values(kind: str) -> Callable[[Mapping[str, pl.DataFrame]], pl.Series]:
+    return lambda frames: frames["orders"][kind].drop_nulls()
+
+
+def _neighbours(kind: str) -> Join:
+    """The orders that share an entity with the gathered ones."""
+    return Join(
+        ORDER_ENTITIES,
+        on=kind,
+        values=_values(kind),
+        columns=tuple(ORDER_ENTITIES.schema.names),
+        touch=later(kind, kind, "placed_at"),
+        touch_columns=(kind, "placed_at"),
+        through=ORDER_ENTITIES,
+        touch_keys=(pl.col("order_id"),),
+    )
+
+
+def _events(order_column: str, event_column: str) -> Join:
+    return Join(
+        EVENTS_CLEAN,
+        on=event_column,
+        values=_values(order_column),
+        columns=("event_id", *EVENT_READS),
+        touch=later(order_column, event_column, "occurred_at"),
+        touch_columns=(order_column, "placed_at"),
+        through=ORDER_ENTITIES,
+        touch_keys=(pl.col("order_id"),),
+    )
+
+
+def step(delay: timedelta = LABEL_DELAY) -> Step:
+    """The step that fills the table, for a label delay."""
+    return Step(
+        target=ORDER_FEATURES,
+        reads={
+            "orders": Gather(ORDER_ENTITIES, keys=((pl.col("order_id"),),)),
+            **{_of(kind): _neighbours(kind) for kind in ENTITIES},
+            "account_events": _events("account", "user_id"),
+            "device_events": _events("device", "device_id"),
+            "categories": Whole(
+                CATEGORY_AMOUNTS,
+                columns=tuple(CATEGORY_AMOUNTS.schema.names),
+                touch=in_following_month,
+                touch_columns=("category", "placed_at"),
+                through=ORDER_ENTITIES,
+                touch_keys=(pl.col("order_id"),),
+            ),
+        },
+        fill=partial(fill, delay=delay),
+    )
+
+
+STEP = step()
+STEPS = (order_entities.STEP, category_amounts.STEP, STEP)
+"""The steps of the features' tables, each after what it reads."""
+
+
+def refresh(engine: Engine, *, rebuild: bool = False, delay: timedelta = LABEL_DELAY) -> list[Report]:
+    """Bring the three tables up to date."""
+    from ml.feature_build import build, is_unfilled
+
+    before = [engine.refresh(order_entities.STEP, rebuild=rebuild), engine.refresh(category_amounts.STEP, rebuild=rebuild)]
+    last = step(delay)
+    if rebuild or is_unfilled(engine, last):
+        return [*before, build(engine, last, delay)]
+    return [*before, engine.refresh(last)]
