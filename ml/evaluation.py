@@ -115,6 +115,12 @@ def precision_recall(label: Array, score: Array) -> tuple[Array, Array, Array]:
     return found / (ends + 1), found / max(int(found[-1]), 1), ordered[ends]
 
 
+def log_loss(label: Array, score: Array) -> float:
+    """The mean surprise of the labels under the scores, in nats: lowest for true probabilities."""
+    sure = np.clip(score.astype(np.float64), 1e-12, 1 - 1e-12)
+    return float(-np.mean(np.where(label == 1, np.log(sure), np.log1p(-sure))))
+
+
 def card_precision(label: Array, score: Array, customer: Array | pl.Series, day: Array | pl.Series, k: int = CARDS) -> float:
     """Card precision@k: each day, of the k customers with the highest score of the day, the share with a fraud that
     day; customers found on an earlier day are not looked at again; mean over days. On a day with fewer than k

@@ -17,8 +17,8 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,7 +30,7 @@ import polars as pl
 from lakehouse.errors import SettingsError, ShopSphereError
 from lakehouse.parallel import Pool
 from lakehouse.settings import RaySettings, home_directory
-from ml.evaluation import average_precision
+from ml.evaluation import average_precision, log_loss
 
 if TYPE_CHECKING:
     import xgboost
@@ -74,7 +74,8 @@ class TrainingSettings:
     rounds: int = 600
     """Trees, at most; exactly, without validation orders."""
     patience: int = 60
-    """Rounds without a better validation figure after which training stops; 0: never."""
+    """Rounds without a lower log loss over the validation orders after which training stops; 0: never. Ranking alone would
+    stop long before the scores are probabilities."""
     workers: int = 1
     """Ray Train workers. The number is part of what makes the bytes of a model."""
     threads: int = 1
@@ -334,18 +335,21 @@ class Progress:
     booster: bytes
     rounds: int
     best_iteration: int
+    best_loss: float
+    """Log loss over the validation orders at the best round."""
     best_score: float
+    """Average precision there."""
     done: bool
 
     @staticmethod
     def none() -> Progress:
         """Before the first round."""
-        return Progress(b"", 0, -1, float("-inf"), False)
+        return Progress(b"", 0, -1, float("inf"), 0.0, False)
 
     def write(self, directory: Path) -> None:
         """Write the files of a checkpoint."""
         (directory / "model.ubj").write_bytes(self.booster)
-        state = {"rounds": self.rounds, "best_iteration": self.best_iteration, "best_score": self.best_score, "done": self.done}
+        state = {name: value for name, value in asdict(self).items() if name != "booster"}
         (directory / "progress.json").write_text(json.dumps(state))
 
     @staticmethod
@@ -361,7 +365,6 @@ def boost(
     patience: int,
     start: Progress,
     report_every: int,
-    on_round: Callable[[int], None] | None = None,
 ) -> Iterator[Progress]:
     """Boost from `start`, giving the progress every so many rounds and at the end.
 
@@ -392,22 +395,21 @@ def boost(
         return xgboost.Booster(seeded, cache, bytearray(state) if state else None)
 
     booster = reopened(start.booster, start.rounds)
-    best, best_score, done = start.best_iteration, start.best_score, False
+    best, best_loss, best_score, done = start.best_iteration, start.best_loss, start.best_score, False
     for number in range(start.rounds, rounds):
         booster.update(train, number)
         if watched is not None and data.validation_label is not None:
-            score = average_precision(data.validation_label, booster.predict(watched))
-            if score > best_score:
-                best, best_score = number, score
+            score = booster.predict(watched)
+            loss = log_loss(data.validation_label, score)
+            if loss < best_loss:
+                best, best_loss, best_score = number, loss, average_precision(data.validation_label, score)
             done = bool(patience) and number - best >= patience
         else:
             best = number
-        if on_round is not None:
-            on_round(number)
         done = done or number == rounds - 1
         if done or (number + 1) % report_every == 0:
             state = bytes(booster.save_raw("ubj"))
-            yield Progress(state, number + 1, best, best_score, done)
+            yield Progress(state, number + 1, best, best_loss, best_score, done)
             if done:
                 return
             booster = reopened(state, number + 1)
