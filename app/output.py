@@ -134,6 +134,7 @@ class Output:
                 def bar(what: str, done: int, total: int) -> None:
                     if what not in tasks:
                         tasks[what] = bars.add_task(what, total=total or 1)
-                    bars.update(tasks[what], completed=done, total=total or 1)
+                    # what is done leaves the screen: what is under way is of interest
+                    bars.update(tasks[what], completed=done, total=total or 1, visible=done < (total or 1))
 
                 yield bar

@@ -89,9 +89,12 @@ class Pool:
         os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
         paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+        address = self.settings.address or os.environ.get("RAY_ADDRESS") or None
+        if not address:
+            # what Ray does by itself, but then it says so on every start
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
         import ray
 
-        address = self.settings.address or os.environ.get("RAY_ADDRESS") or None
         try:
             if ray.is_initialized():
                 pass

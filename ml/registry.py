@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import DatasetInput, Param
     from mlflow.entities.model_registry import ModelVersion
+    from mlflow.models.model import ModelInfo
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 REPLACED = "replaced_champion"
@@ -217,8 +218,8 @@ class Registry:
                 for trial in training.trials:
                     self._log_trial(experiment, run.info.run_id, trial)
                 with mlflow.start_run(run_id=run.info.run_id):
-                    source = self._log_model(training)
-                number = self._register(source, run.info.run_id, training)
+                    stored = self._log_model(training)
+                number = self._register(stored, run.info.run_id, training)
                 status = RunStatus.to_string(RunStatus.FINISHED)
             finally:
                 self.client.set_terminated(run.info.run_id, status)
@@ -386,8 +387,8 @@ class Registry:
         self.client.log_batch(run.info.run_id, metrics=metrics, params=_params({**trial.parameters, "rounds": trial.rounds}))
         self.client.set_terminated(run.info.run_id)
 
-    def _log_model(self, training: Training) -> str:
-        """Store the model with the run; gives its URI. Nothing is registered yet."""
+    def _log_model(self, training: Training) -> ModelInfo:
+        """Store the model with the run. Nothing is registered yet."""
         import mlflow.xgboost
         import xgboost
         from mlflow.models import infer_signature
@@ -406,7 +407,7 @@ class Registry:
             "threshold": training.evaluation.threshold,
             "reference": training.reference,
         }
-        info = mlflow.xgboost.log_model(
+        return mlflow.xgboost.log_model(
             xgboost.Booster(model_file=bytearray(model.booster)),
             name="model",
             model_format="ubj",
@@ -415,9 +416,8 @@ class Registry:
             pip_requirements=_requirements(),
             metadata={"shopsphere": json.dumps(described, sort_keys=True)},
         )
-        return str(info.model_uri)
 
-    def _register(self, source: str, run_id: str, training: Training) -> str:
+    def _register(self, stored: ModelInfo, run_id: str, training: Training) -> str:
         from mlflow.exceptions import MlflowException
 
         made = False
@@ -434,7 +434,9 @@ class Registry:
         }
         version: ModelVersion | None = None
         try:
-            version = self.client.create_model_version(self.name, source, run_id=run_id, tags=tags)
+            version = self.client.create_model_version(
+                self.name, stored.model_uri, run_id=run_id, tags=tags, model_id=stored.model_id
+            )
             self.client.set_registered_model_alias(self.name, CHALLENGER, str(version.version))
         except Exception:
             _undo(self.client, self.name, version, made)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 import pytest
+import sklearn.metrics
 from fraud_world import FEATURES, orders, split
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from ml.evaluation import (
     cost_threshold,
     evaluate,
     interval,
+    log_loss,
     precision_recall,
     roc_auc,
 )
@@ -46,6 +48,7 @@ def test_ranking_figures_are_those_of_scikit_learn(rows: list[tuple[int, int]]) 
     assert precision == pytest.approx(theirs[0][:-1][::-1])
     assert recall == pytest.approx(theirs[1][:-1][::-1])
     assert at == pytest.approx(theirs[2][::-1])
+    assert log_loss(label, score / 8) == pytest.approx(sklearn.metrics.log_loss(label, np.clip(score / 8, 1e-12, 1 - 1e-12)))
 
 
 @given(SCORED, st.randoms(use_true_random=False))

@@ -21,7 +21,7 @@ from fraud_world import FEATURES, PlainFeature, orders, split
 from lakehouse.errors import SettingsError
 from lakehouse.parallel import Pool
 from lakehouse.settings import RaySettings
-from ml.evaluation import average_precision
+from ml.evaluation import average_precision, calibration_error
 from ml.search import SearchSettings, parameters_of, search, time_folds
 from ml.training import Progress, TrainingError, TrainingSettings, boost, discard, fit, fit_here, last, matrix, prepare
 
@@ -62,8 +62,9 @@ def test_training_stops_at_the_best_round_and_keeps_no_more(parts: tuple[pl.Data
     train, validation, _ = parts
     model = fit_here(train, validation, FEATURES, replace(QUICK, rounds=300, patience=15).with_parameters(eta=0.3))
     assert model.rounds == model.best_iteration + 1 + 15
-    score = average_precision(validation["label"].to_numpy(), model.score(validation))
-    assert score == pytest.approx(model.validation_score, abs=1e-6)
+    label, score = validation["label"].to_numpy(), model.score(validation)
+    assert average_precision(label, score) == pytest.approx(model.validation_score, abs=1e-6)
+    assert calibration_error(label, score) < 0.03
 
 
 def test_without_validation_orders_all_rounds_count(parts: tuple[pl.DataFrame, ...]) -> None:
