@@ -21,8 +21,8 @@ setup: $(READY) ## Make the virtual environment with the pinned packages
 demo: $(READY) ## Real source servers, a seeded shop, all layers, answers
 	@$(BIN)/python -m app demo
 
-test: $(READY) ## The fast tests
-	@$(BIN)/python -m pytest
+test: $(READY) ## The fast tests, two at a time
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(READY) ## Only the slow tests: kills, Ray, servers under load
 	@$(BIN)/python -m pytest -m slow

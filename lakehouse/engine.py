@@ -11,10 +11,11 @@ A refresh of a step:
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ from lakehouse.errors import CommitConflict, UnknownColumn
 from lakehouse.iceberg import (
     FILE,
     POS,
+    SHAPE,
     File,
     FileReader,
     FileWriter,
@@ -38,11 +40,19 @@ from lakehouse.iceberg import (
     polars_schema,
 )
 from lakehouse.parallel import Piece, Pieces, Pool
-from lakehouse.source import Plan, Reached, Rows, Source, Task
+from lakehouse.source import AGAIN, Plan, Reached, Rows, Source, Task
 from lakehouse.step import Changes, Context, Gather, Join, Lookup, Parsed, Read, Step, Whole
 from lakehouse.table import DELETED, GROUP_HASH, SEQUENCE, Table
 
 ATTEMPTS = 6
+REJECTED: dict[str, Any] = {
+    "source_table": pl.String,
+    "reason": pl.String,
+    "source_position": pl.String,
+    "original": pl.Binary,
+    "_source_time": pl.Datetime("us", "UTC"),
+}
+"""The columns of a rejected row, with the table it is from."""
 Done = TypeVar("Done")
 SINCE = "since"
 
@@ -338,7 +348,9 @@ def merge(work: Merge, pieces: Pieces) -> Merged:
     rows_read += old.height + (opening.height if opening is not None else 0)
     declared = [column.name for column in target.columns]
     alive = old.filter(~pl.col(DELETED)) if target.keeps_tombstones else old
-    frames["old"], frames["groups"] = alive.select(declared), groups
+    # everything is read again: what the table held is no evidence
+    known = alive.clear() if work.full else alive
+    frames["old"], frames["groups"] = known.select(declared), groups
     if step.ordered_by:
         frames["opening"] = opening.select(declared) if opening is not None else alive.select(declared).clear()
     wanted = conform(step.fill(frames, work.context), target)
@@ -492,36 +504,45 @@ class Engine:
 
     def _refresh(self, step: Step, rebuild: bool, replay: Mapping[str, tuple[str, ...]]) -> Report:
         started, cpu = time.monotonic(), time.process_time()
-        target = self.lake.load(step.target)
+        target, kept = self.lake.load(step.target), self.lake.load(self.quarantine)
         handles = self._upstream_handles(step)
-        stored = target.positions
+        stored, shape = target.positions, self._shape(step)
         since: dict[str, int | None] = {}
+        made_anew = False
         for name, handle in handles.items():
             known = stored.get(name)
-            since[name] = known["sequence"] if known and known["table"] == handle.position["table"] else None
+            same = known is not None and known["table"] == handle.position["table"]
+            made_anew |= known is not None and not same
+            since[name] = known["sequence"] if known is not None and same else None
+        made_anew |= target.snapshot is not None and target.summary(SHAPE) not in (None, shape)
         replayed = any(replay.get(name) for name in handles)
         stale = [name for name, handle in handles.items() if since[name] is None or handle.data_sequence > (since[name] or 0)]
         triggers = {read.table.name for read in step.reads.values() if isinstance(read, Gather | Changes)}
-        full = rebuild or any(since[name] is None for name in triggers if handles[name].data_sequence)
-        if not rebuild and not replayed and (not stale or all(handles[name].data_sequence == 0 for name in handles)):
+        full = rebuild or made_anew or any(since[name] is None for name in triggers if handles[name].data_sequence)
+        if (
+            not rebuild
+            and not replayed
+            and not made_anew
+            and (not stale or all(handles[name].data_sequence == 0 for name in handles))
+        ):
             return Report(
                 step.target.name, "unchanged", seconds=time.monotonic() - started, cpu_seconds=time.process_time() - cpu
             )
         merged, changed, elsewhere, parallel, pieces = self._rows(step, target, handles, since, full, replay)
         if not full and any(True for _ in pieces.of("truncated")):
             merged, changed, elsewhere, parallel, pieces = self._rows(step, target, handles, since, True, replay)
-        self._quarantine(step, handles, pieces, again=full or replayed)
+        self._quarantine(step, handles, pieces, kept, again=full or replayed)
         files = [file for part in merged for file in part.files]
         positions = {name: handle.position for name, handle in handles.items()}
         rows_written = sum(part.rows_written for part in merged)
         rows_deleted = sum(part.rows_deleted for part in merged)
         snapshot = target.snapshot.snapshot_id if target.snapshot else None
-        if files or positions != stored:
+        if files or positions != stored or target.summary(SHAPE) != shape:
             snapshot = target.commit(
                 files,
                 positions=positions,
                 changes_rows=bool(files),
-                properties={"shopsphere.rows-changed": str(rows_written)},
+                properties={"shopsphere.rows-changed": str(rows_written), SHAPE: shape},
             )
         return Report(
             step.target.name,
@@ -537,6 +558,12 @@ class Engine:
             parallel=parallel,
             snapshot=snapshot,
         )
+
+    def _shape(self, step: Step) -> str:
+        """What shapes a table beside its rows upstream: settings and columns. Another shape: everything is recomputed."""
+        columns = [(column.name, str(column.type)) for column in step.target.columns]
+        layout = [step.target.key, step.target.group, step.target.traced]
+        return hashlib.sha256(repr((asdict(self.context), columns, layout)).encode()).hexdigest()[:16]
 
     def _upstream_handles(self, step: Step) -> dict[str, Handle]:
         handles: dict[str, Handle] = {}
@@ -699,68 +726,54 @@ class Engine:
 
         return lookup
 
-    def _quarantine(self, step: Step, handles: Mapping[str, Handle], pieces: Pieces, again: bool) -> None:
-        """Keep the rows that cannot be read, and let go of those that now can; before the target's own commit, so
-        that a crash in between repeats it. again: judge anew what is in quarantine already."""
+    def _quarantine(self, step: Step, handles: Mapping[str, Handle], pieces: Pieces, kept: Handle, again: bool) -> None:
+        """Keep the rows that cannot be read, and let go of those that now can.
+
+        Before the target's own commit, so that a crash in between repeats it; through a handle loaded before the read,
+        so that a slow copy of the job cannot bring back what another has released. again: judge anew what is there.
+        """
+        member, wanted = pl.lit(False), [conform(pl.DataFrame(schema=REJECTED), self.quarantine)]
         for name, read in step.reads.items():
             if not isinstance(read, Gather | Changes) or read.parse is None:
                 continue
-            parse = read.parse
+            source = pl.col("source_table") == read.table.name
             rejected, fixed = _frames(pieces, f"rejected:{name}"), _frames(pieces, f"fixed:{name}")
             positions = {p for f in rejected for p in f["source_position"].to_list()} | {
                 p for f in fixed for p in f["_source_position"].to_list()
             }
-            if not positions and not again:
-                continue
-            kept = self.lake.load(self.quarantine)
             if again:
-                known = kept.read(["source_position"], pl.col("source_table") == read.table.name)
-                positions |= set(known["source_position"].to_list())
+                positions |= set(kept.read(["source_position"], source)["source_position"].to_list())
             if positions:
-                self._settle(parse, handles[read.table.name], kept, sorted(positions))
+                wanted.append(self._unreadable(read.parse, handles[read.table.name], sorted(positions)))
+                member |= source & pl.col("source_position").is_in(sorted(positions))
+        files = kept.files()
+        old = kept.reader.read(files, [*(c.name for c in self.quarantine.columns), DELETED], member, positions=True)
+        change = difference(self.quarantine, old, pl.concat(wanted))
+        if not change.empty:
+            written = kept.writer.write(stamp(self.quarantine, change.written, kept.sequence))
+            kept.commit([*written, *kept.writer.write_deletes(files, change.deleted)], positions=kept.positions)
 
-    def _settle(self, parse: Callable[[pl.DataFrame], Parsed], bronze: Handle, kept: Handle, positions: list[str]) -> None:
-        name = bronze.table.name
-        at = pl.col("_source_position").is_in(positions)
+    def _unreadable(self, parse: Callable[[pl.DataFrame], Parsed], bronze: Handle, positions: list[str]) -> pl.DataFrame:
+        """The quarantine rows of those positions at which no row, corrections included, can be read."""
         columns = [n for n in bronze.reader.schema.names if n not in (SEQUENCE, GROUP_HASH, DELETED)]
-        rows = bronze.reader.read(bronze.files(), columns, at)
-        broken = []
-        for part in rows.partition_by("_source_position"):
+        rows = bronze.reader.read(bronze.files(), columns, pl.col("_source_position").is_in(positions))
+        broken = [pl.DataFrame(schema=REJECTED).drop("source_table")]
+        for part in rows.sort("_op").partition_by("_source_position", maintain_order=True):
             outcomes = [parse(part[n : n + 1]) for n in range(part.height)]
-            bad = [o.rejected for o in outcomes if o.rejected is not None and o.rejected.height]
-            if len(bad) == len(outcomes):
+            if all(outcome.rejected is not None and outcome.rejected.height for outcome in outcomes):
                 originals = part.filter(pl.col("_op") != "fix")
                 chosen = parse((originals if originals.height else part)[:1]).rejected
                 assert chosen is not None
-                broken.append(chosen.with_columns(part["_source_time"][:1].alias("_source_time")))
-        table = self.quarantine
-        wanted = (
-            pl.concat(broken)
-            if broken
-            else pl.DataFrame(
-                schema={
-                    "reason": pl.String,
-                    "source_position": pl.String,
-                    "original": pl.Binary,
-                    "_source_time": pl.Datetime("us", "UTC"),
-                }
-            )
-        )
-        wanted = conform(wanted.with_columns(pl.lit(name).alias("source_table")), table)
-        member = (pl.col("source_table") == name) & pl.col("source_position").is_in(positions)
-        files = kept.files()
-        old = kept.reader.read(files, [*(c.name for c in table.columns), DELETED], member, positions=True)
-        change = difference(table, old, wanted)
-        if not change.empty:
-            written = kept.writer.write(stamp(table, change.written, kept.sequence))
-            kept.commit([*written, *kept.writer.write_deletes(files, change.deleted)], positions=kept.positions)
+                moment = part["_source_time"][:1].alias("_source_time")
+                broken.append(chosen.with_columns(moment).select(broken[0].columns))
+        return conform(pl.concat(broken).with_columns(pl.lit(bronze.table.name).alias("source_table")), self.quarantine)
 
     def _ingest(
         self, source: Source, tables: Mapping[str, Table], unknown: Mapping[str, Sequence[pa.Field]], again: frozenset[str]
     ) -> list[Report]:
         started, cpu = time.monotonic(), time.process_time()
         handles = {name: self.lake.load(table) for name, table in tables.items() if name in source.tables}
-        positions = {name: None if name in again else handle.positions.get(source.name) for name, handle in handles.items()}
+        positions = {name: AGAIN if name in again else handle.positions.get(source.name) for name, handle in handles.items()}
         for name, handle in handles.items():
             if unknown.get(name):
                 handle.widen(pa.schema(list(unknown[name])))

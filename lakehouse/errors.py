@@ -10,6 +10,7 @@ ShopSphereError            anything this project raises on purpose (one line, ex
 |- TableNotFound           no such table
 |- QueryError              a SQL statement cannot be run
 |- SandboxError            a sandbox server cannot be started, or is not running
+In ml/: FeatureError, TrainingError, RegistryError, GateRefused
 """
 
 from __future__ import annotations

@@ -52,6 +52,7 @@ from lakehouse.table import DELETED, GROUP_HASH, SEQUENCE, Table
 
 POSITIONS = "shopsphere.positions"
 DATA_SEQUENCE = "shopsphere.data-sequence"
+SHAPE = "shopsphere.shape"
 PATH_FIELD, POS_FIELD = 2147483546, 2147483545
 """Reserved field ids of a position delete file (Iceberg spec, 'Reserved Field IDs')."""
 
@@ -115,6 +116,11 @@ def iceberg_schema(table: Table) -> Schema:
         for number, f in enumerate(converted.fields, start=1)
     ]
     return assign_fresh_schema_ids(Schema(*fields))
+
+
+def iceberg_arrow_schema(table: Table) -> pa.Schema:
+    """The Arrow types of a declaration as it is stored."""
+    return pa.schema([pa.field(name, type_) for name, type_, _, _ in stored_columns(table)])
 
 
 def partition_spec(table: Table, schema: Schema) -> PartitionSpec:
@@ -344,9 +350,14 @@ class Handle:
         return self.loaded.metadata.next_sequence_number()
 
     def summary(self, name: str) -> str | None:
-        """A property of the current snapshot's summary."""
+        """A property of the newest snapshot that has it: another engine's commits (a compaction, say) have none."""
         snapshot = self.snapshot
-        return snapshot.summary.additional_properties.get(name) if snapshot and snapshot.summary else None
+        while snapshot is not None:
+            if snapshot.summary and (value := snapshot.summary.additional_properties.get(name)) is not None:
+                return str(value)
+            parent = snapshot.parent_snapshot_id
+            snapshot = self.loaded.metadata.snapshot_by_id(parent) if parent is not None else None
+        return None
 
     @property
     def positions(self) -> dict[str, Any]:
@@ -440,7 +451,9 @@ class Handle:
     ) -> int:
         """Commit once: files and positions together. Gives the snapshot id. Raises CommitConflict if anyone was first."""
         transaction = self._transaction or self.loaded.transaction()
+        kept = {SHAPE: shape} if (shape := self.summary(SHAPE)) is not None else {}
         summary = {
+            **kept,
             POSITIONS: json.dumps(dict(positions), sort_keys=True),
             DATA_SEQUENCE: str(self.sequence if changes_rows else self.data_sequence),
             **(properties or {}),
@@ -510,17 +523,20 @@ class Lake:
             catalog.list_namespaces()
             return catalog
         except Exception as error:  # every catalog has errors of its own
-            shown = properties.get("uri", properties.get("type", "?")).split("@")[-1]
-            why = str(error).splitlines()[0][:200] if str(error) else ""
+            # nothing of the address but its kind: it may hold a password
+            shown = f"'{self.settings.catalog.name}' of type {properties.get('type', 'unknown')}"
             raise SettingsError(
-                f"The Iceberg catalog at {shown} cannot be opened ({type(error).__name__}: {why}). "
+                f"The Iceberg catalog {shown} cannot be opened ({type(error).__name__}; --debug shows more). "
                 "Correct the [catalog] section of the settings, or start the catalog."
             ) from error
 
     def load(self, table: Table, *, create: bool = True) -> Handle:
         """Load a table, making it when it is not there. Raises TableNotFound with create=False."""
         try:
-            return Handle(table, self.catalog.load_table(table.name))
+            handle = Handle(table, self.catalog.load_table(table.name))
+            if missing := [f for f in iceberg_arrow_schema(table) if f.name not in handle.arrow_schema.names]:
+                handle.widen(pa.schema(missing))
+            return handle
         except NoSuchTableError:
             if not create:
                 raise TableNotFound(f"{table.name} does not exist yet. Run `python -m app run` first.") from None

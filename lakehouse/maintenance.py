@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 
 from pyarrow.fs import FileSelector, FileType
 from pyiceberg.io.pyarrow import PyArrowFileIO
@@ -91,15 +92,12 @@ def _batches(files: list[File]) -> list[list[File]]:
 
 
 def expire(lake: Lake, table: Table, retention_hours: float, now: datetime) -> int:
-    """Forget snapshots older than the retention; the current one always stays."""
+    """Forget snapshots that were replaced longer ago than the retention; the current one always stays."""
     handle = lake.load(table, create=False)
-    limit = now - timedelta(hours=retention_hours)
-    current = handle.snapshot
-    old = [
-        s.snapshot_id
-        for s in handle.loaded.metadata.snapshots
-        if s.timestamp_ms < limit.timestamp() * 1000 and (current is None or s.snapshot_id != current.snapshot_id)
-    ]
+    limit = (now - timedelta(hours=retention_hours)).timestamp() * 1000
+    snapshots = sorted(handle.loaded.metadata.snapshots, key=lambda s: s.sequence_number or 0)
+    # what counts is since when a snapshot is not the current one any more: readers and time travel rely on that
+    old = [before.snapshot_id for before, after in pairwise(snapshots) if after.timestamp_ms < limit]
     if old:
         from pyiceberg.exceptions import CommitFailedException
 

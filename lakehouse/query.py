@@ -68,9 +68,9 @@ def _mentions(tree: exp.Query, tables: Mapping[str, Table]) -> dict[Mention, lis
     for node in tree.find_all(exp.Table):
         if (not node.db and node.name in local) or isinstance(node.this, exp.Func):
             continue
-        name = f"{node.db}.{node.name}" if node.db else node.name
+        name = (f"{node.db}.{node.name}" if node.db else node.name).lower()
         if name not in tables:
-            near = [t for t in tables if t.split(".")[1] == node.name]
+            near = [t for t in tables if t.split(".")[1] == node.name.lower()]
             hint = f"Did you mean {near[0]}?" if near else f"Tables: {', '.join(sorted(tables))}."
             raise QueryError(f"There is no table {name}. {hint}")
         version = node.args.get("version") or node.args.get("when")

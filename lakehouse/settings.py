@@ -112,7 +112,9 @@ class Settings(BaseSettings):
     identifier_crowd: int = Field(8, ge=2, description="An email, phone or device shared by more people than this links nobody")
     low_stock_days: Decimal = Field(Decimal(7), description="Days of cover below which stock is low")
     snapshot_retention_hours: float = Field(24.0 * 7, ge=0, description="`maintain` expires older snapshots")
-    orphan_retention_hours: float = Field(24.0, ge=0, description="`maintain` deletes unreferenced files older than this")
+    orphan_retention_hours: float = Field(
+        24.0, ge=1, description="`maintain` deletes unreferenced files older than this; no run may last as long"
+    )
     catalog: CatalogSettings = CatalogSettings()
     postgres: PostgresSettings = PostgresSettings()
     mongo: MongoSettings = MongoSettings()
@@ -153,4 +155,7 @@ def load_settings(**overrides: Any) -> Settings:
             f"Settings are wrong: {wrong}. Correct {config_file()} or the SHOPSPHERE_... environment variable of that name."
         ) from None
     except (ValueError, OSError) as error:
-        raise SettingsError(f"Settings file {config_file()} cannot be read: {error}. Correct it, or remove it.") from None
+        raise SettingsError(
+            f"The settings cannot be read: {error}. Correct {config_file()}, or the SHOPSPHERE_... environment variable "
+            "of that name."
+        ) from None

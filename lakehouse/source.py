@@ -11,6 +11,10 @@ import pyarrow as pa
 Position = Mapping[str, Any]
 """How far a table has read its source: a JSON object, stored in the snapshot that holds the rows."""
 
+AGAIN: Position = {"again": True}
+"""The position of a table that was read before and must be read from its beginning once more: what is read now is
+newer than all that was read before, and must sort so."""
+
 
 @dataclass(frozen=True)
 class Rows:

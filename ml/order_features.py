@@ -57,7 +57,7 @@ def account_events(events: pl.DataFrame) -> pl.DataFrame:
     return (
         events.filter(~pl.col("event_type").is_in(list(STOCK_EVENTS)))
         .select(pl.col("user_id").alias("account"), pl.col("device_id").alias("device"), "occurred_at", kind.alias("kind"))
-        .select(EVENT_COLUMNS)
+        .select(list(EVENT_COLUMNS))
     )
 
 

@@ -407,7 +407,7 @@ class Registry:
             "threshold": training.evaluation.threshold,
             "reference": training.reference,
         }
-        return mlflow.xgboost.log_model(
+        info: ModelInfo = mlflow.xgboost.log_model(
             xgboost.Booster(model_file=bytearray(model.booster)),
             name="model",
             model_format="ubj",
@@ -416,6 +416,7 @@ class Registry:
             pip_requirements=_requirements(),
             metadata={"shopsphere": json.dumps(described, sort_keys=True)},
         )
+        return info
 
     def _register(self, stored: ModelInfo, run_id: str, training: Training) -> str:
         from mlflow.exceptions import MlflowException

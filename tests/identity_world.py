@@ -11,7 +11,7 @@ from typing import Any
 
 import polars as pl
 
-from lakehouse.step import Context
+from lakehouse.step import Context, Gather, Join
 from lakehouse.table import Table
 from pipelines.bronze.tables import MARKETPLACE_ORDERS, ORDERS, USERS
 from pipelines.silver.identity_graph import DEFAULTS, IDENTITY_GRAPH, STEP, expand
@@ -84,6 +84,12 @@ def document(
     return "marketplace", row | {"platform": platform, "mp_order_id": order, "document": json.dumps(body)}
 
 
+def emptied(name: str, at: int) -> tuple[str, dict[str, Any]]:
+    """A TRUNCATE of the source's table, or a dropped collection."""
+    position = f"{at:016d}/~" if name == "marketplace" else f"{at:016X}/9999999999"
+    return name, {"_op": "t", "_source_position": position, "_source_time": moment(at), "_ingested_at": moment(9999)}
+
+
 @dataclass
 class Memory:
     """The engine in memory: bronze rows in order of arrival, and the graph."""
@@ -105,9 +111,10 @@ class Memory:
 
     def run_frames(self, new: Mapping[str, pl.DataFrame]) -> Memory:
         self.bronze = {name: pl.concat([frame, new[name]]) if name in new else frame for name, frame in self.bronze.items()}
-        if not self.filled:
+        if not self.filled or any((frame["_op"] == "t").any() for frame in new.values()):
             self.filled = True
-            self._replace(self._touched(self.bronze), whole=True)
+            known = self.graph.select("record_id")
+            self._replace(pl.concat([self._touched(self.bronze), known]).unique(), whole=True)
             return self
         touched = self._touched(new)
         if touched.is_empty():
@@ -120,30 +127,42 @@ class Memory:
         return Memory(self.context).run_frames(self.bronze).graph
 
     def lookup(self, table: Table, columns: Sequence[str], predicate: pl.Expr, predicate_columns: Sequence[str]) -> pl.DataFrame:
-        frames = {each.name: self.bronze[name] for name, each in BRONZE.items()} | {IDENTITY_GRAPH.name: self.graph}
-        return frames[table.name].filter(predicate).select(columns)
+        frame = self.graph if table.name == IDENTITY_GRAPH.name else self._rows(table)
+        assert set(predicate.meta.root_names()) == set(predicate_columns)
+        return frame.filter(predicate).select(columns)
+
+    def _rows(self, table: Table) -> pl.DataFrame:
+        return next(self.bronze[name] for name, each in BRONZE.items() if each.name == table.name)
 
     def _touched(self, new: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
         parts = [pl.DataFrame(schema={"record_id": pl.String})]
-        for name, frame in new.items():
-            (key,) = STEP.reads[name].keys[0]  # type: ignore[union-attr]
-            parts.append(frame.select(key.alias("record_id")))
-            if name == "marketplace":
-                again = self.bronze[name].join(frame.select("document_id"), on="document_id", how="semi")
-                parts.append(again.select(key.alias("record_id")))
+        for read in STEP.reads.values():
+            frame = next((new[name] for name, each in BRONZE.items() if each.name == read.table.name and name in new), None)
+            if frame is None:
+                continue
+            if isinstance(read, Gather):
+                parts.append(frame.select(read.keys[0][0].alias("record_id")))
+                if read.resolve:
+                    again = self._rows(read.table).join(frame.select(read.resolve), on=list(read.resolve), how="semi")
+                    parts.append(again.select(read.keys[0][0].alias("record_id")))
+            elif isinstance(read, Join) and read.touch and read.through:
+                again = self._rows(read.through).filter(read.touch(frame))
+                parts.append(again.select(read.touch_keys[0].alias("record_id")))
         return pl.concat(parts).drop_nulls().unique()
 
     def _replace(self, groups: pl.DataFrame, whole: bool) -> None:
         self.recomputed = groups.height
         frames = {"groups": groups, "old": self.graph.join(groups, on="record_id", how="semi")}
         for name, read in STEP.reads.items():
-            (key,) = read.keys[0]  # type: ignore[union-attr]
-            frame = self.bronze[name]
-            if not whole:
-                chosen = frame.filter(key.is_in(groups["record_id"].implode()))
-                frame = (
-                    frame.join(chosen.select("document_id"), on="document_id", how="semi") if name == "marketplace" else chosen
-                )
+            frame = self._rows(read.table)
+            if isinstance(read, Gather) and not whole:
+                emptied = frame["_op"] == "t"
+                chosen = frame.filter(read.keys[0][0].is_in(groups["record_id"].implode()))
+                if read.resolve:
+                    chosen = frame.join(chosen.select(read.resolve), on=list(read.resolve), how="semi")
+                frame = pl.concat([chosen, frame.filter(emptied)])
+            elif isinstance(read, Join):
+                frame = frame.filter(pl.col(read.on).is_in(read.values(frames).unique().implode()))
             frames[name] = frame.select(read.columns)  # type: ignore[union-attr]
         filled = STEP.fill(frames, self.context).select(self.graph.columns).cast(self.graph.schema)  # type: ignore[arg-type]
         filled = filled.join(groups, on="record_id", how="semi")

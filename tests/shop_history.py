@@ -54,7 +54,14 @@ def put_shop(engine: Engine, orders: Sequence[dict[str, Any]], events: Sequence[
     put(engine, PRODUCTS, [{"product_id": f"P{n}", "category": "ab"[n % 2]} for n in range(4)])
     put(engine, ORDERS_UNIFIED, orders)
     items = [
-        {"order_id": o["order_id"], "line_no": 1, "product_id": o["product"], "quantity": 1, "line_amount": o["total_base"], "counts_as_sale": True}
+        {
+            "order_id": o["order_id"],
+            "line_no": 1,
+            "product_id": o["product"],
+            "quantity": 1,
+            "line_amount": o["total_base"],
+            "counts_as_sale": True,
+        }
         for o in orders
     ]
     put(engine, ORDER_ITEMS_UNIFIED, items)
@@ -77,7 +84,15 @@ def put_shop(engine: Engine, orders: Sequence[dict[str, Any]], events: Sequence[
 
 
 def made_order(
-    number: int, minute: int, *, user: int | None, card: int | None, device: int | None, amount: str | None, person: int, reported: int | None
+    number: int,
+    minute: int,
+    *,
+    user: int | None,
+    card: int | None,
+    device: int | None,
+    amount: str | None,
+    person: int,
+    reported: int | None,
 ) -> dict[str, Any]:
     """An order as the silver tables have it; `minute` since START, `reported` in days after it."""
     placed = START + timedelta(minutes=minute)

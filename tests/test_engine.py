@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from lakehouse.digest import digest
 from lakehouse.engine import Engine
 from lakehouse.errors import CommitConflict
 from lakehouse.iceberg import Handle, Lake, as_arrow
+from lakehouse.maintenance import compact, delete_orphans, expire
 from lakehouse.parallel import Pool
 from lakehouse.settings import RaySettings, Settings
 from lakehouse.step import Changes, Context, Gather, Parsed, Step, Whole
@@ -313,3 +315,115 @@ def test_on_ray_and_in_the_driver_the_tables_are_the_same(tmp_path):
         assert digests(spread) == digests(inline)
     finally:
         spread.pool.close()
+
+
+def test_a_slow_copy_of_the_job_cannot_bring_back_a_released_row(tmp_path, monkeypatch):
+    slow, quick = make_engine(tmp_path), make_engine(tmp_path)
+    append(slow, bronze_rows([(0, 1, "x", 5, 0, "c"), (1, 2, "x", 0, 0, "c")]))
+    step, meanwhile = STEPS[2], []
+    settle = slow._quarantine
+
+    def late(*arguments, **options):
+        if not meanwhile:
+            meanwhile.append(quick.refresh(step))
+            append(quick, bronze_rows([(1, 2, "x", 9, 0, "fix")]))
+            quick.refresh(step)
+        return settle(*arguments, **options)
+
+    monkeypatch.setattr(slow, "_quarantine", late)
+    slow.refresh(step)
+    assert slow.lake.load(QUARANTINE).read(["source_position"]).height == 0
+    assert sorted(slow.lake.load(EVENTS).read(["id", "amount"]).rows()) == [(1, 5), (2, 9)]
+
+
+def test_a_rebuild_keeps_nothing_of_what_was_there(tmp_path):
+    engine = make_engine(tmp_path)
+    append(engine, bronze_rows([(0, 1, "x", 5, 0, "c"), (1, 2, "y", 5, 0, "c")]))
+    run(engine)
+
+    def stricter(rows: pl.DataFrame) -> Parsed:
+        return parse_events(rows.filter(pl.col("city") != "y"))
+
+    engine.refresh(replace(STEPS[2], reads={"new": Changes(BRONZE, stricter)}), rebuild=True)
+    assert engine.lake.load(EVENTS).read(["id"]).rows() == [(1,)]
+
+
+def test_a_table_made_anew_upstream_replaces_what_the_old_one_gave(tmp_path):
+    engine = make_engine(tmp_path)
+    append(engine, bronze_rows([(0, 1, "x", 5, 0, "c"), (1, 2, "y", 5, 0, "c")]))
+    set_rates(engine, {"x": 2, "y": 3})
+    run(engine)
+    engine.lake.catalog.drop_table(BRONZE.name)
+    run(engine)
+    append(engine, bronze_rows([(0, 1, "x", 7, 0, "c")]))
+    run(engine)
+    assert engine.lake.load(ACCOUNTS).read(["id", "amount"]).rows() == [(1, 7)]
+    assert engine.lake.load(EVENTS).read(["id", "amount"]).rows() == [(1, 7)]
+    engine.lake.catalog.drop_table(RATES.name)
+    run(engine)
+    assert engine.lake.load(ACCOUNTS).read(["id", "rated"]).rows() == [(1, 7)]
+
+
+def test_a_setting_that_shapes_results_recomputes_everything(tmp_path):
+    engine = make_engine(tmp_path)
+    append(engine, bronze_rows([(0, 1, "x", 5, 0, "c")]))
+    step = replace(
+        STEPS[0], fill=lambda frames, context: fill_accounts(frames, context).with_columns(city=pl.lit(context.base_currency))
+    )
+    engine.refresh(step)
+    assert engine.refresh(step).status == "unchanged"
+    engine.context = Context(base_currency="EUR")
+    assert engine.refresh(step).rows_written > 0
+    assert engine.lake.load(ACCOUNTS).read(["city"]).rows() == [("EUR",)]
+    assert engine.refresh(step).status == "unchanged"
+
+
+def test_a_column_added_to_a_declaration_is_filled(tmp_path):
+    engine = make_engine(tmp_path)
+    append(engine, bronze_rows([(0, 1, "x", 5, 0, "c")]))
+    engine.refresh(STEPS[0])
+    wider = replace(ACCOUNTS, columns=(*ACCOUNTS.columns, column("twice", pa.int64(), "amount * 2")))
+    step = replace(STEPS[0], target=wider, fill=lambda f, c: fill_accounts(f, c).with_columns(twice=pl.col("amount") * 2))
+    engine.refresh(step)
+    assert engine.lake.load(wider).read(["id", "twice"]).rows() == [(1, 10)]
+
+
+def test_a_commit_of_another_engine_loses_no_position(tmp_path):
+    engine = make_engine(tmp_path)
+    handle = engine.lake.load(BRONZE)
+    rows = as_arrow(bronze_rows([(0, 1, "x", 5, 0, "c")]), handle.writer.schema)
+    handle.commit(handle.writer.write(rows), positions={"kafka": {"events:0": 100}})
+    engine.lake.load(BRONZE).loaded.append(rows)
+    assert engine.lake.load(BRONZE).positions == {"kafka": {"events:0": 100}}
+
+
+def test_expiry_counts_from_when_a_snapshot_was_replaced(tmp_path):
+    engine = make_engine(tmp_path)
+    append(engine, bronze_rows([(0, 1, "x", 5, 0, "c")]))
+    append(engine, bronze_rows([(1, 2, "y", 5, 0, "c")]))
+    reader = engine.lake.load(BRONZE)
+    long_after = datetime.now(UTC) + timedelta(days=8)
+    compact(engine.lake, BRONZE)
+    # compacted just now, though the snapshot before it is eight days old by then
+    assert expire(engine.lake, BRONZE, 24 * 9, long_after) == 0
+    assert delete_orphans(engine.lake, BRONZE, 24, long_after) == (0, 0)
+    assert reader.read(["id"]).height == 2
+    assert expire(engine.lake, BRONZE, 24 * 7, long_after) == 2
+    assert delete_orphans(engine.lake, BRONZE, 24, long_after)[0] > 0
+    assert engine.lake.load(BRONZE).read(["id"]).height == 2
+
+
+def test_other_readers_see_the_same_rows(tmp_path):
+    """PyIceberg's own reader understands the position deletes and the manifests written here."""
+    engine = make_engine(tmp_path)
+    for number in range(30):
+        append(engine, bronze_rows([(number, number % 5, "xyz"[number % 3], number, number, "u")]))
+        run(engine)
+    for table in (ACCOUNTS, CITIES, LEDGER):
+        handle = engine.lake.load(table)
+        theirs = pl.from_arrow(handle.loaded.scan().to_arrow())
+        if table.keeps_tombstones:
+            theirs = theirs.filter(~pl.col("_deleted"))
+        names = [c.name for c in table.columns]
+        assert theirs.select(names).sort(table.key).equals(handle.read(names).sort(table.key))
+        assert handle.loaded.scan().count() == pl.from_arrow(handle.loaded.scan().to_arrow()).height

@@ -33,7 +33,10 @@ def same(left: pl.DataFrame, right: pl.DataFrame) -> None:
 def slice_of(order: pl.DataFrame, orders: pl.DataFrame, events: pl.DataFrame, categories: pl.DataFrame) -> History:
     """What serving looks up for one order: the rows that share an entity with it."""
     shared = pl.any_horizontal(*(pl.col(kind).is_in(order[kind].drop_nulls().implode()) for kind in ENTITIES)).fill_null(False)
-    about = (pl.col("account").is_in(order["account"].drop_nulls().implode()) | pl.col("device").is_in(order["device"].drop_nulls().implode())).fill_null(False)
+    about = (
+        pl.col("account").is_in(order["account"].drop_nulls().implode())
+        | pl.col("device").is_in(order["device"].drop_nulls().implode())
+    ).fill_null(False)
     return History(orders.filter(shared), events.filter(about), categories)
 
 
@@ -55,9 +58,13 @@ def test_a_shuffled_future_moves_nothing():
     before = compute(past, History(events=events.filter(pl.col("occurred_at") < now), categories=categories))
     generator = np.random.default_rng(1)
     mixed = future.with_columns(
-        pl.Series(name, future[name].gather(generator.permutation(future.height))) for name in future.columns if name not in ("order_id", "placed_at")
+        pl.Series(name, future[name].gather(generator.permutation(future.height)))
+        for name in future.columns
+        if name not in ("order_id", "placed_at")
     ).with_columns(known_at=pl.col("placed_at") + pl.duration(hours=1))
-    everything = compute(pl.concat([mixed, past]).sample(fraction=1, shuffle=True, seed=4), History(events=events, categories=categories))
+    everything = compute(
+        pl.concat([mixed, past]).sample(fraction=1, shuffle=True, seed=4), History(events=events, categories=categories)
+    )
     same(past.select("order_id").join(everything, on="order_id", maintain_order="left"), before)
 
 
@@ -85,7 +92,12 @@ def test_any_batch_in_any_order_gives_the_same_rows(seed, data):
     history = History(orders, events, categories)
     whole = compute(orders, history)
     numbers = data.draw(st.lists(st.integers(0, 59), min_size=1, max_size=20, unique=True))
-    again = compute(orders[numbers], History(orders.sample(fraction=1, shuffle=True, seed=seed), events.sample(fraction=1, shuffle=True, seed=seed), categories))
+    again = compute(
+        orders[numbers],
+        History(
+            orders.sample(fraction=1, shuffle=True, seed=seed), events.sample(fraction=1, shuffle=True, seed=seed), categories
+        ),
+    )
     same(again, whole[numbers])
 
 
@@ -99,7 +111,12 @@ def slow_features(orders: pl.DataFrame, number: int) -> dict[str, float | None]:
     for kind in ("customer", "card", "device", "address", "ip"):
         own = [row for row in past if order[kind] is not None and row[kind] == order[kind]]
         if order[kind] is None:
-            found |= {f"{kind}_orders_24h": None, f"{kind}_amount_30d": None, f"{kind}_frauds_28d": None, f"{kind}_orders_ever": None}
+            found |= {
+                f"{kind}_orders_24h": None,
+                f"{kind}_amount_30d": None,
+                f"{kind}_frauds_28d": None,
+                f"{kind}_orders_ever": None,
+            }
             continue
         found[f"{kind}_orders_ever"] = len(own)
         found[f"{kind}_orders_24h"] = sum(row["placed_at"] >= now - timedelta(days=1) for row in own)
@@ -149,7 +166,13 @@ def test_events_count_until_the_moment_of_the_order():
         ]
     )
     row = compute(orders, History(events=events)).row(0, named=True)
-    names = ("account_events_10m", "account_events_1h", "account_events_24h", "account_failed_logins_1h", "account_failed_payments_1h")
+    names = (
+        "account_events_10m",
+        "account_events_1h",
+        "account_events_24h",
+        "account_failed_logins_1h",
+        "account_failed_payments_1h",
+    )
     assert [row[name] for name in names] == [3, 4, 7, 2, 1]
     assert (row["account_minutes_since_failed_login"], row["account_minutes_since_change"]) == (1, 180)
 
@@ -195,5 +218,7 @@ def test_range_max_and_occurrences(values, data):
 
 
 def test_a_known_fraud_counts_after_its_order_only():
-    line = Timeline(*(np.array(v) for v in ([0, 0], [10, 20], [1, 1])), np.array([True, True]), np.array([5, NEVER]), np.array([True, True]))
+    line = Timeline(
+        *(np.array(v) for v in ([0, 0], [10, 20], [1, 1])), np.array([True, True]), np.array([5, NEVER]), np.array([True, True])
+    )
     assert line.known_frauds().tolist() == [0, 1]

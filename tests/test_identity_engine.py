@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import polars as pl
-from identity_world import BRONZE, Memory, document, masters, schema, shop, sorted_rows, user
+from identity_world import BRONZE, Memory, document, emptied, masters, schema, shop, sorted_rows, user, web_order
 
 from lakehouse.digest import digest
 from lakehouse.engine import Engine
@@ -73,3 +73,28 @@ def test_rows_that_show_nothing_new_change_nothing(tmp_path):
     assert report.rows_deleted == 0
     assert engine.refresh(STEP).rows_read == 0
     assert set(masters(graph(engine))) == {"user:1", "user:2"}
+
+
+def test_emptied_tables_and_orders_deleted_by_key_alone_are_heard_of(tmp_path):
+    rows, _ = shop(people=20, seed=6)
+    orders = [row for name, row in rows if name == "orders"]
+    assert {row["user_id"] for row in orders[:6]} > {row["user_id"] for row in orders[:3]}
+    runs = [
+        rows,
+        [web_order(row["order_id"], None, at=8000, op="d") for row in orders[:3]],
+        [emptied("orders", 8001), document("0-0", at=8002, op="u", user_email="someone@else.example")],
+        [web_order(orders[4]["order_id"], orders[4]["user_id"], at=8003, device_id="d-new"), *rows[:1]],
+        [emptied("users", 8004), user(1003, at=8005, op="c", name="Somebody Else", email="new@mail.example")],
+        [emptied("marketplace", 8006)],
+        [user(1004, at=8007, op="c", name="Somebody Else", email="new@mail.example"), *rows[:9]],
+    ]
+    memory, engine = Memory(), make_engine(tmp_path)
+    for number, run in enumerate(runs):
+        memory.run(run)
+        append(engine, run)
+        engine.refresh(STEP)
+        assert sorted_rows(graph(engine)) == sorted_rows(memory.graph) == sorted_rows(memory.rebuilt()), number
+    assert masters(graph(engine)) == {"user:1003": "M-user:1003", "user:1004": "M-user:1003"}
+    expected = digest(engine.lake.load(IDENTITY_GRAPH))
+    engine.refresh(STEP, rebuild=True)
+    assert digest(engine.lake.load(IDENTITY_GRAPH)) == expected

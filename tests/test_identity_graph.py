@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from identity_world import Memory, document, masters, shop, sorted_rows, user, web_order
+from identity_world import Memory, document, emptied, masters, shop, sorted_rows, user, web_order
 
 from app.identity_scores import pairwise_scores
 from lakehouse.step import Context
@@ -241,6 +241,86 @@ def test_a_probable_match_does_not_join_two_who_proved_different_contacts():
     assert reason.endswith("stopped by different verified contacts and names")
 
 
+def test_emptied_accounts_leave_and_their_numbers_may_be_given_out_again():
+    budi = {"email": "budi@x.com", "email_verified": True, "name": "Budi Santoso"}
+    memory = Memory().run([user(1, **budi), user(2, at=1, **budi), document("A", at=2, user_email="budi@x.com")])
+    assert set(masters(memory.graph).values()) == {"M-user:1"}
+    memory.run([emptied("users", 3)])
+    assert masters(memory.graph) == {"order:tokopedia:A": "M-order:tokopedia:A"}
+    memory.run([user(1, at=4, op="c", email="ani@x.com", name="Ani Wijaya"), user(2, at=2, op="u", **budi)])
+    assert masters(memory.graph) == {"order:tokopedia:A": "M-order:tokopedia:A", "user:1": "M-user:1"}
+    assert "email:budi@x.com" not in links(memory, "user:1")
+    assert_as_rebuilt(memory)
+
+
+def test_emptied_orders_are_no_evidence():
+    memory = Memory().run(
+        [
+            user(1, name="Budi Santoso"),
+            user(2, name="Budi Santoso"),
+            web_order(1, 1, at=1, device_id="d1"),
+            web_order(2, 2, at=2, device_id="d1"),
+        ]
+    )
+    assert masters(memory.graph)["user:2"] == "M-user:1"
+    memory.run([emptied("orders", 3)])
+    assert masters(memory.graph)["user:2"] == "M-user:2"
+    assert set(links(memory, "user:1")) == {"record:user:1"}
+    memory.run([web_order(3, 2, at=4, device_id="d2"), web_order(4, 1, at=2, device_id="d2")])
+    assert "device:d2" in links(memory, "user:2")
+    assert set(links(memory, "user:1")) == {"record:user:1"}
+    assert_as_rebuilt(memory)
+
+
+def test_a_dropped_collection_takes_its_orders_along():
+    memory = Memory().run([user(1, at=1, email="a@x.com", name="Budi Santoso"), document("A", at=0, user_email="a@x.com")])
+    assert masters(memory.graph)["user:1"] == "M-order:tokopedia:A"
+    memory.run([emptied("marketplace", 2)])
+    assert masters(memory.graph) == {"user:1": "M-user:1"}
+    memory.run([document("A", at=1, op="u", user_email="a@x.com"), document("B", at=3, user_email="a@x.com")])
+    assert masters(memory.graph) == {"user:1": "M-user:1", "order:tokopedia:B": "M-user:1"}
+    assert_as_rebuilt(memory)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"user_id": None, "op": "d"},
+        {"user_id": 1, "op": "d"},
+        {"user_id": None, "op": "u", "device_id": "d1"},
+        {"user_id": 3, "op": "u", "device_id": "d1"},
+        {"user_id": 1, "op": "u", "device_id": "d9"},
+    ],
+    ids=["deleted by key alone", "deleted by whole row", "without an account", "of another account", "other device"],
+)
+def test_an_order_tells_what_its_newest_version_tells(change):
+    memory = Memory().run(
+        [
+            user(1, name="Budi Santoso"),
+            user(2, name="Budi Santoso"),
+            user(3, name="Ani Wijaya"),
+            web_order(1, 1, at=1, device_id="d1", shipping_address="Jl. Merdeka 505"),
+            web_order(2, 2, at=2, device_id="d1"),
+        ]
+    )
+    assert masters(memory.graph)["user:2"] == "M-user:1"
+    memory.run([web_order(1, at=3, **change)])
+    assert masters(memory.graph)["user:2"] == "M-user:2"
+    assert not {"device:d1", "address:budi santoso|jalan merdeka 505"} & set(links(memory, "user:1"))
+    assert ("device:d1" in links(memory, "user:3")) == (change["user_id"] == 3)
+    assert_as_rebuilt(memory)
+
+
+def test_what_an_update_of_an_order_did_not_send_is_as_it_was():
+    memory = Memory().run(
+        [user(1, name="Budi Santoso"), web_order(1, 1, at=1, device_id="d1", shipping_address="Jl. Merdeka 505")]
+    )
+    memory.run([web_order(1, 1, at=2, op="u", device_id="d2", _unchanged="shipping_address")])
+    assert set(links(memory, "user:1")) >= {"device:d2", "address:budi santoso|jalan merdeka 505"}
+    assert "device:d1" not in links(memory, "user:1")
+    assert_as_rebuilt(memory)
+
+
 def test_a_record_that_shows_nothing_new_recomputes_nobody():
     memory = Memory().run(
         [user(1, name="Budi Santoso", email="a@x.com"), web_order(1, 1, device_id="d1"), user(2, name="Ani Wijaya")]
@@ -287,8 +367,10 @@ def histories(draw):
     pick = lambda values: draw(st.sampled_from(values))  # noqa: E731
     rows = []
     for at in range(draw(st.integers(2, 14))):
-        kind = pick(["user", "user", "web", "document", "document"])
-        if kind == "user":
+        kind = pick(["user", "user", "web", "web", "document", "document", "document", "emptied"])
+        if kind == "emptied":
+            rows.append(emptied(pick(["users", "orders", "orders", "marketplace"]), at))
+        elif kind == "user":
             op, number = pick("ccuud"), pick([1, 2, 3, 4, 5])
             values = (
                 {}
@@ -305,16 +387,14 @@ def histories(draw):
             )
             rows.append(user(number, at=at, op=op, **values))
         elif kind == "web":
-            rows.append(
-                web_order(
-                    pick([1, 2, 3]),
-                    pick([1, 2, 3, 4, 5, None]),
-                    at=at,
-                    op=pick("ccud"),
-                    device_id=pick(DEVICES),
-                    shipping_address=pick(ADDRESSES),
-                )
-            )
+            op, order, account = pick("cccud"), pick([1, 2, 3]), pick([1, 2, 3, 4, 5, None])
+            if op == "d":
+                rows.append(web_order(order, pick([account, None]), at=at, op=op))
+            else:
+                unsent = pick([None, None, "shipping_address"]) if op == "u" else None
+                address = None if unsent else pick(ADDRESSES)
+                shown = {"device_id": pick(DEVICES), "shipping_address": address, "_unchanged": unsent}
+                rows.append(web_order(order, account, at=at, op=op, **shown))
         else:
             ident = pick(["D1", "D2", "D3", "D4", "D5", "D6"])
             order = pick([ident, ident, ident, "D1", "D2"])

@@ -22,7 +22,7 @@ from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, Consumer, KafkaError, Kafka
 
 from lakehouse.errors import OffsetGone, SourceError
 from lakehouse.settings import KafkaSettings
-from lakehouse.source import Plan, Position, Reached, Rows
+from lakehouse.source import AGAIN, Plan, Position, Reached, Rows
 from lakehouse.table import TIMESTAMP
 from pipelines.bronze.tables import EVENTS, row_schema
 
@@ -72,7 +72,8 @@ class KafkaSource:
 
     def plan(self, positions: Mapping[str, Position | None], schemas: Mapping[str, pa.Schema]) -> Plan:
         """See `lakehouse.source.Source`."""
-        position = dict(positions.get(EVENTS.name) or {})
+        known = positions.get(EVENTS.name)
+        position = dict(known) if known and known != AGAIN else {}
         ranges = []
         for topic, partition, low, high in self._offsets(position):
             start = int(position.get(f"{topic}:{partition}", low))

@@ -46,7 +46,7 @@ from pymongo.uri_parser import parse_uri
 
 from lakehouse.errors import OffsetGone, SourceError
 from lakehouse.settings import MongoSettings
-from lakehouse.source import Plan, Position, Reached, Rows, Task
+from lakehouse.source import AGAIN, Plan, Position, Reached, Rows, Task
 from lakehouse.table import TIMESTAMP
 from pipelines.bronze.tables import MARKETPLACE_ORDERS, row_schema
 
@@ -92,8 +92,8 @@ class MongoSource:
         """See `lakehouse.source.Source`."""
         position = positions.get(TABLE)
         with _collection(self.settings) as collection:
-            if not position:
-                return self._plan_initial(collection)
+            if not position or position == AGAIN:
+                return self._plan_initial(collection, again=bool(position))
             mode = position["mode"]
             if self.settings.mode not in ("auto", mode):
                 raise SourceError(
@@ -110,7 +110,7 @@ class MongoSource:
             return Plan()
         return Plan(tasks=(task,), schemas={TABLE: SCHEMA}, rows=None if waiting >= COUNTED_CHANGES else waiting)
 
-    def _plan_initial(self, collection: Collection[Document]) -> Plan:
+    def _plan_initial(self, collection: Collection[Document], *, again: bool) -> Plan:
         token = None
         if self.settings.mode != "watermark":
             token = _first_token(collection, required=self.settings.mode == "change_stream")
@@ -119,10 +119,12 @@ class MongoSource:
         if collection.find_one({}, {"_id": 1}) is None:
             return Plan()
         if token is None:
-            return Plan(tasks=(WatermarkTask(self.settings, {}),), schemas={TABLE: SCHEMA}, rows=count)
+            return Plan(tasks=(WatermarkTask(self.settings, {}, again=again),), schemas={TABLE: SCHEMA}, rows=count)
         edges = _edges(collection, count, self.documents_per_task)
+        # read again, a document is newer than every change before the token
+        prefix = f"2{_sortable(token)}/" if again else "0"
         return Plan(
-            tasks=tuple(InitialTask(self.settings, first, last, moment) for first, last in pairwise(edges)),
+            tasks=tuple(InitialTask(self.settings, first, last, moment, prefix) for first, last in pairwise(edges)),
             schemas={TABLE: SCHEMA},
             positions={TABLE: _stream_position(token)},
             rows=count,
@@ -152,6 +154,7 @@ class InitialTask:
     first: Any
     last: Any
     moment: int
+    prefix: str = "0"
 
     def read(self) -> Iterator[Rows]:
         """Give the documents in batches."""
@@ -159,7 +162,7 @@ class InitialTask:
         bounds = {name: value for name, value in bounds.items() if value is not None}
         with _collection(self.settings) as collection:
             cursor = collection.find({"_id": bounds} if bounds else {}, batch_size=BATCH_DOCUMENTS)
-            for batch in _batches(_initial_row(document, self.moment) for document in cursor):
+            for batch in _batches(_initial_row(document, self.moment, self.prefix) for document in cursor):
                 yield Rows(TABLE, _rows(batch))
 
 
@@ -204,11 +207,12 @@ class WatermarkTask:
 
     settings: MongoSettings = field(repr=False)
     position: Position
+    again: bool = False
 
     def read(self) -> Iterator[Rows | Reached]:
         """Give the documents in batches, then the watermark reached."""
         mark = Watermark.of(self.position)
-        initial = not self.position
+        initial = not self.position and not self.again
         moment = int(time.time() * 1_000_000)
 
         def rows(cursor: Iterable[Document]) -> Iterator[Row]:
@@ -313,9 +317,9 @@ def _row(op: str, position: str, moment: int | None, document_id: str | None, do
     return Row(op, position, moment, document_id, document, text)
 
 
-def _initial_row(document: Document, moment: int) -> Row:
+def _initial_row(document: Document, moment: int, prefix: str = "0") -> Row:
     identity = _identity_text(document["_id"])
-    return _row("r", f"0{identity}", moment, identity, document)
+    return _row("r", f"{prefix}{identity}", moment, identity, document)
 
 
 def _watermark_row(document: Document, moment: int) -> Row:

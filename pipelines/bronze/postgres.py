@@ -27,7 +27,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from lakehouse.errors import CommitConflict, OffsetGone, SchemaConflict, SourceError, UnknownColumn
 from lakehouse.settings import PostgresSettings
-from lakehouse.source import Plan, Position, Reached, Rows, Task
+from lakehouse.source import AGAIN, Plan, Position, Reached, Rows, Task
 from lakehouse.table import TIMESTAMP
 from pipelines.bronze.pgoutput import Change, Relation, changes
 from pipelines.bronze.postgres_types import SourceColumn, beside, type_name, typed, widened
@@ -100,7 +100,7 @@ class PostgresSource:
 
     def plan(self, positions: Mapping[str, Position | None], schemas: Mapping[str, pa.Schema]) -> Plan:
         """See `lakehouse.source.Source`."""
-        known = {table: position for table in self.tables if (position := positions.get(table))}
+        known = {table: position for table in self.tables if (position := positions.get(table)) and position != AGAIN}
         with _errors(self.settings), _connect(self.settings) as connection:
             state = _state(connection, self.settings)
             _check(state, self.settings, known)

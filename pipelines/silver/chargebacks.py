@@ -10,7 +10,7 @@ import pyarrow as pa
 from lakehouse.step import Context, Gather, Step
 from lakehouse.table import TIMESTAMP, Table, column
 from pipelines.bronze.tables import CHARGEBACKS as BRONZE_CHARGEBACKS
-from pipelines.silver.current_rows import current_rows
+from pipelines.silver.current_rows import current_rows, unreadable_rows
 
 CHARGEBACKS = Table(
     "silver.chargebacks",
@@ -35,6 +35,6 @@ def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
 
 STEP = Step(
     target=CHARGEBACKS,
-    reads={"chargebacks": Gather(BRONZE_CHARGEBACKS, keys=((pl.col("chargeback_id"),),))},
+    reads={"chargebacks": Gather(BRONZE_CHARGEBACKS, keys=((pl.col("chargeback_id"),),), parse=unreadable_rows)},
     fill=fill,
 )

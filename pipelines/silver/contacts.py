@@ -165,14 +165,19 @@ def _e164(compact: str, region: str) -> str | None:
         # a country code without its '+' is common, but only believed where the local reading fails
         readings = [] if region == UNKNOWN_REGION else [(digits, region)]
         readings += [("+" + digits, None)] if len(digits) > 10 else []
-    numbers = [number for number in (_parse(text, of) for text, of in readings) if number is not None]
-    for check in (phonenumbers.is_valid_number, phonenumbers.is_possible_number):
-        for number in numbers:
-            if check(number):
-                if _placeholder(str(number.national_number)):
-                    return None
-                return str(phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.E164))
-    return None
+    numbers = []
+    for text, of in readings:
+        number = _parse(text, of)
+        if number is not None and phonenumbers.is_valid_number(number):
+            return _formatted(number)
+        numbers.append(number)
+    return next((_formatted(n) for n in numbers if n is not None and phonenumbers.is_possible_number(n)), None)
+
+
+def _formatted(number: phonenumbers.PhoneNumber) -> str | None:
+    if _placeholder(str(number.national_number)):
+        return None
+    return str(phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.E164))
 
 
 def _parse(text: str, region: str | None) -> phonenumbers.PhoneNumber | None:
@@ -219,7 +224,8 @@ def normalise_name(raw: str | None) -> str | None:
     if all(word.replace(".", "") in _AFTER_NAME for word in _without_accents(after).split()):
         first = []
     words = first + last
-    while len(words) > 1 and words[0] in _TITLES:
+    # one letter before a single name is its owner's initial: 'H. Setiawan' is Hendra, 'H. Agus Setiawan' made the hajj
+    while words and words[0] in _TITLES and len(words) > (2 if len(words[0]) == 1 else 1):
         words = words[1:]
     return " ".join(words) or None
 

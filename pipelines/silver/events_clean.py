@@ -44,7 +44,7 @@ EVENTS_CLEAN = Table(
         column("topic", pa.string(), "Topic it came from."),
     ),
     key=("event_id",),
-    traced=("occurred_at", "user_id", "store_id", "product_id", "to_store_id"),
+    traced=("event_type", "occurred_at", "user_id", "store_id", "product_id", "to_store_id"),
     partition_by=(year("occurred_at"),),
     sort_by=("occurred_at",),
     owner="data platform",

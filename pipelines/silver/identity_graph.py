@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import polars as pl
 import pyarrow as pa
 
-from lakehouse.step import Context, Gather, Lookup, Step
+from lakehouse.step import Context, Gather, Join, Lookup, Step
 from lakehouse.table import TIMESTAMP, Table, column
 from pipelines.bronze.tables import MARKETPLACE_ORDERS, ORDERS, USERS
 from pipelines.silver.identity.closure import (
@@ -74,7 +74,9 @@ DEFAULTS = Context()
 def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
     """The links of the gathered records, which are whole persons: see `identity.closure`."""
     wanted = pl.col("record_id").is_in(frames["groups"]["record_id"].unique().implode())
-    evidence = read_evidence(frames, context.default_region)
+    # rows that empty the table name no order, so they come with the names
+    orders = pl.concat([frames["orders"], frames["named_orders"].filter(pl.col("_op") == "t")], how="diagonal")
+    evidence = read_evidence({**frames, "orders": orders}, context.default_region)
     given = Evidence(evidence.records.filter(wanted), evidence.shown.filter(wanted))
     return resolve(given, crowded_groups(frames["groups"]), context.address_crowd, context.identifier_crowd)
 
@@ -84,12 +86,33 @@ def expand(groups: pl.DataFrame, lookup: Lookup, context: Context = DEFAULTS) ->
     return widened(groups, lookup, IDENTITY_GRAPH, context)
 
 
+def named_orders(frames: Mapping[str, pl.DataFrame]) -> pl.Series:
+    """The orders of the gathered accounts."""
+    return frames["named_orders"]["order_id"].drop_nulls()
+
+
+def same_orders(new: pl.DataFrame) -> pl.Expr:
+    """The rows of the orders that new rows are about."""
+    return pl.col("order_id").is_in(new["order_id"].drop_nulls().unique().implode())
+
+
 STEP = Step(
     target=IDENTITY_GRAPH,
     reads={
         "users": Gather(USERS, keys=((USER_KEY,),), columns=USER_COLUMNS),
         "marketplace": Gather(MARKETPLACE_ORDERS, keys=((ORDER_KEY,),), columns=DOCUMENT_COLUMNS, resolve=("document_id",)),
-        "orders": Gather(ORDERS, keys=((USER_KEY,),), columns=ORDER_COLUMNS),
+        "named_orders": Gather(ORDERS, keys=((USER_KEY,),), columns=("order_id", "_op", "_source_position")),
+        # all rows of these orders, whomever they name: a deletion need not name anybody
+        "orders": Join(
+            ORDERS,
+            on="order_id",
+            values=named_orders,
+            columns=ORDER_COLUMNS,
+            touch=same_orders,
+            touch_columns=("order_id",),
+            through=ORDERS,
+            touch_keys=(USER_KEY,),
+        ),
     },
     fill=fill,
     expand=expand,

@@ -40,6 +40,7 @@ USERS_SCD = Table(
     ),
     key=("user_id", "valid_from"),
     group=("user_id",),
+    traced=("master_user_id",),
     owner="customer",
 )
 

@@ -19,10 +19,15 @@ USER_COLUMNS = (
     "user_id", "email", "email_verified", "phone_number", "phone_verified", "name", "address", "city", "country", "loyalty_id",
     "created_at", "updated_at", "_op", "_source_position", "_source_time", "_ingested_at", "_unchanged",
 )  # fmt: skip
-ORDER_COLUMNS = ("order_id", "user_id", "device_id", "shipping_address", "_op", "_source_position")
+ORDER_COLUMNS = (
+    "order_id", "user_id", "device_id", "shipping_address", "_op", "_source_position", "_ingested_at", "_unchanged",
+)  # fmt: skip
 DOCUMENT_COLUMNS = ("document_id", "platform", "mp_order_id", "document", "_op", "_source_position", "_ingested_at")
 ORDER_KEY = pl.lit(ORDER) + pl.col("platform") + pl.lit(":") + pl.col("mp_order_id")
 USER_KEY = pl.lit(USER) + pl.col("user_id").cast(pl.String)
+
+_EMPTIED = pl.col("_op").eq_missing(pl.lit("t"))
+"""Rows that say that all before them is gone: they concern every record."""
 
 _ROWS = ("record_id", "node", "kind", "status", "holder", "master_user_id")
 
@@ -37,12 +42,10 @@ def widened(groups: pl.DataFrame, lookup: Lookup, graph: Table, context: Context
     crowded come as groups named with CROWD.
     """
     touched = groups["record_id"].unique()
-    known = lookup(graph, ("record_id", "evidence"), pl.col("kind") == "self", ("kind",))
-    if known.is_empty() or known["record_id"].is_in(touched.implode()).all():
-        return groups
+    of_touched = (pl.col("kind") == "self") & pl.col("record_id").is_in(touched.implode())
+    before = lookup(graph, ("record_id", "evidence"), of_touched, ("kind", "record_id"))
     evidence = _shown_now(touched, lookup, context.default_region)
     now = evidence.records.select("record_id", "evidence")
-    before = known.filter(pl.col("record_id").is_in(touched.implode()))
     both = now.join(before, on="record_id", how="full", coalesce=True, suffix="_before")
     changed = both.filter(~pl.col("evidence").eq_missing(pl.col("evidence_before")))["record_id"]
     if changed.is_empty():
@@ -79,18 +82,20 @@ def _shown_now(touched: pl.Series, lookup: Lookup, region: str) -> Evidence:
     users = touched.filter(touched.str.starts_with(USER)).str.slice(len(USER)).cast(pl.Int64, strict=False).drop_nulls()
     orders = touched.filter(touched.str.starts_with(ORDER))
     of_users = pl.col("user_id").is_in(users.implode())
+    # a delete need not say whose the order was, and an order may have moved on to somebody else
+    of_orders = pl.col("order_id").is_in(lookup(ORDERS, ("order_id",), of_users, ("user_id",))["order_id"].unique().implode())
     documents = pl.DataFrame(schema=dict.fromkeys(DOCUMENT_COLUMNS, pl.String))
     if not orders.is_empty():
         named = lookup(MARKETPLACE_ORDERS, ("document_id",), ORDER_KEY.is_in(orders.implode()), ("platform", "mp_order_id"))
         documents = lookup(
             MARKETPLACE_ORDERS,
             DOCUMENT_COLUMNS,
-            pl.col("document_id").is_in(named["document_id"].unique().implode()),
-            ("document_id",),
+            pl.col("document_id").is_in(named["document_id"].unique().implode()) | _EMPTIED,
+            ("document_id", "_op"),
         )
     frames = {
-        "users": lookup(USERS, USER_COLUMNS, of_users, ("user_id",)),
-        "orders": lookup(ORDERS, ORDER_COLUMNS, of_users, ("user_id",)),
+        "users": lookup(USERS, USER_COLUMNS, of_users | _EMPTIED, ("user_id", "_op")),
+        "orders": lookup(ORDERS, ORDER_COLUMNS, of_orders | _EMPTIED, ("order_id", "_op")),
         "marketplace": documents,
     }
     evidence = read_evidence(frames, region)

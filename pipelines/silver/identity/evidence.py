@@ -9,7 +9,7 @@ from hashlib import blake2b
 import polars as pl
 
 from pipelines.silver import contacts
-from pipelines.silver.current_rows import current_rows, row_versions
+from pipelines.silver.current_rows import current_rows, row_versions, since_truncate
 from pipelines.silver.identity.names import signature
 from pipelines.silver.marketplace import parse_documents
 
@@ -63,11 +63,16 @@ def read_evidence(frames: Mapping[str, pl.DataFrame], region: str) -> Evidence:
 
 
 def _user_evidence(users: pl.DataFrame, orders: pl.DataFrame, region: str) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Living accounts. What they showed in earlier versions still counts: mail is sent to an old address."""
-    users = users.filter(pl.col("user_id").is_not_null())
-    now = _typed(current_rows(users, ("user_id",)), region)
-    versions = row_versions(users, ("user_id",)).filter(pl.col("_op") != "d").join(now, on="user_id", how="semi")
-    history = _typed(versions, region)
+    """Living accounts. What they showed in earlier versions still counts: mail is sent to an old address.
+
+    What was there before a TRUNCATE is of other accounts: their numbers may be given out again. An order tells what
+    its newest version tells, of the account that this names; a deleted one tells nothing.
+    """
+    users = since_truncate(users)
+    versions = row_versions(users.filter(pl.col("user_id").is_not_null()), ("user_id",))
+    newest = versions.unique("user_id", keep="last", maintain_order=True).filter(pl.col("_op") != "d")
+    history = _typed(versions.filter(pl.col("_op") != "d").join(newest, on="user_id", how="semi"), region)
+    now = history.join(newest, on=["user_id", "_source_position"], how="semi")
     persons = now.with_columns(pl.coalesce("created_at", "updated_at", "_source_time").alias("first_seen"))
     shown = [
         _contact(history, now, "email", "email_verified", VERIFIED_EMAIL),
@@ -75,11 +80,8 @@ def _user_evidence(users: pl.DataFrame, orders: pl.DataFrame, region: str) -> tu
         _nodes(history, "loyalty", pl.col("loyalty_id"), LOYALTY, pl.lit("Loyalty id ") + pl.col("loyalty_id")),
         _addresses(history, "Name and address of the account"),
     ]
-    living = orders.filter(pl.col("user_id").is_not_null())
-    # per account and order, so that an order that moved between accounts is judged by each account's own rows
-    last = pl.col("_source_position").max().over("user_id", "order_id")
-    gone = living.filter((pl.col("_source_position") == last) & (pl.col("_op") == "d")).select("user_id", "order_id").unique()
-    used = living.join(gone, on=["user_id", "order_id"], how="anti").select("user_id", "device_id", "shipping_address").unique()
+    used = current_rows(orders, ("order_id",)).filter(pl.col("user_id").is_not_null())
+    used = used.select("user_id", "device_id", "shipping_address").unique()
     used = used.with_columns(_trimmed("device_id"), contacts.addresses(used["shipping_address"]).alias("address"))
     used = used.join(now.select("user_id", "record_id", "name", "city"), on="user_id")
     shown += [

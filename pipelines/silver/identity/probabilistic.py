@@ -4,12 +4,19 @@ Nothing is trained on the data and no term frequencies are taken from it: a trai
 for another order of arrival. The parameters are those of people who already meet at an address, a device, a
 contact or a close spelling of name and address; each pair of m (among matches) and u (among non-matches) gives
 log2(m / u) bits.
+
+Splink compiles the model to one query over two tables. That query is kept beside this file, since loading Splink and
+compiling cost more than all comparisons of a small run; of a model other than the kept one, Splink compiles anew.
+`python -m pipelines.silver.identity.probabilistic` writes it, a test compares it with what Splink gives.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -76,6 +83,7 @@ LEVELS: dict[str, tuple[Level, ...]] = {
     ),
 }
 TEXT = ("name", "given", "short", "address", "phone", "email", "local")
+KEPT_QUERY = Path(__file__).with_name("match_weight.sql")
 
 
 def compare(left: pl.DataFrame, right: pl.DataFrame) -> pl.DataFrame:
@@ -87,21 +95,13 @@ def compare(left: pl.DataFrame, right: pl.DataFrame) -> pl.DataFrame:
     if left.is_empty():
         return pl.DataFrame(schema={"weight": pl.Float64, "reason": pl.String})
     import duckdb
-    from splink import DuckDBAPI
-    from splink.internals.realtime import compare_records
 
-    logging.getLogger("splink").setLevel(logging.ERROR)
     connection = duckdb.connect(":memory:", config={"threads": 1})
     try:
-        found = compare_records(
-            left.with_row_index("pair").to_arrow(),
-            right.with_row_index("pair").to_arrow(),
-            _model(),
-            DuckDBAPI(connection),
-            join_condition="l.pair = r.pair",
-        )
+        connection.register("compared_left", left.with_row_index("pair").to_arrow())
+        connection.register("compared_right", right.with_row_index("pair").to_arrow())
         levels = ", ".join(f'"gamma_{name}"' for name in LEVELS)
-        scored = connection.sql(f"select match_weight, {levels} from {found.physical_name} order by pair_l").to_arrow_table()
+        scored = connection.sql(f"select match_weight, {levels} from ({query()}) order by pair_l").to_arrow_table()
     finally:
         connection.close()
     frame = pl.from_arrow(scored)
@@ -121,6 +121,41 @@ def _reason() -> pl.Expr:
 
 
 @lru_cache(maxsize=1)
+def query() -> str:
+    """Splink's query over the tables `compared_left` and `compared_right`, whose rows of one `pair` are compared."""
+    head, _, kept = KEPT_QUERY.read_text(encoding="utf-8").partition("\n") if KEPT_QUERY.exists() else ("", "", "")
+    return kept if head == _head() else compiled()
+
+
+def _head() -> str:
+    """The first line of the kept query: whose it is."""
+    model = blake2b(repr((PRIOR, LEVELS, TEXT)).encode(), digest_size=8).hexdigest()
+    return f"-- Splink's query for the model of probabilistic.py, {model}"
+
+
+def kept_text() -> str:
+    """What KEPT_QUERY has to hold."""
+    return f"{_head()}\n{compiled()}"
+
+
+def compiled() -> str:
+    """The query that Splink makes of the model."""
+    import duckdb
+    from splink import DuckDBAPI
+    from splink.internals.realtime import compare_records
+
+    logging.getLogger("splink").setLevel(logging.ERROR)
+    nobody = pl.DataFrame(schema={"pair": pl.UInt32, **dict.fromkeys(TEXT, pl.String), "devices": pl.List(pl.String)}).to_arrow()
+    connection = duckdb.connect(":memory:", config={"threads": 1})
+    try:
+        made = compare_records(nobody, nobody, _model(), DuckDBAPI(connection), join_condition="l.pair = r.pair")
+        text = str(made.sql_used_to_create)
+    finally:
+        connection.close()
+    named = re.sub(r"__splink__compare_records_(left|right)_\w+", r"compared_\1", text)
+    return "\n".join(line.rstrip() for line in named.strip().splitlines()) + "\n"
+
+
 def _model() -> Any:
     from splink import SettingsCreator
     from splink.internals.comparison_level_library import CustomLevel, ElseLevel, NullLevel
@@ -145,3 +180,7 @@ def _model() -> Any:
             for name, levels in LEVELS.items()
         ],
     )
+
+
+if __name__ == "__main__":
+    KEPT_QUERY.write_text(kept_text(), encoding="utf-8")
