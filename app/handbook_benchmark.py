@@ -29,6 +29,6 @@ def run_handbook(output: Output, data: Path) -> handbook.Outcome:
     if output.as_json:
         output.json({**asdict(outcome), "seconds": time.monotonic() - started})
         return outcome
-    output.table(("", "ROC AUC", "average precision", "card precision@100"), handbook.table(outcome))
+    output.table(handbook.HEADINGS, handbook.table(outcome))
     output.say(f"\nDone in {time.monotonic() - started:.0f} s.")
     return outcome

@@ -48,6 +48,10 @@ class TrainSettings:
     gate: GateSettings = field(default_factory=GateSettings)
 
 
+DEMO = TrainSettings(search=SearchSettings(trials=3, seconds=60, folds=2), training=TrainingSettings(rounds=300, patience=40))
+"""A small search, for a small shop."""
+
+
 @dataclass(frozen=True)
 class Trained:
     """What came of it."""
@@ -170,12 +174,11 @@ def compared(
     """Baselines and model on the test window, the model last; the ceiling where the truth is known."""
     label = data.test["label"].to_numpy()
     scores = {**baselines(data.train, data.validation, data.known, data.test), MODEL: score}
-    standings = tuple(standing(name, label, values, options.thresholds.capacity) for name, values in scores.items())
     truth = sandbox.truth(engine.lake.settings.home)["fraud"]
-    if truth.is_empty():
-        return standings, None
-    fraud = data.test["order_id"].is_in(truth["order_id"].implode()).cast(pl.Int8).to_numpy()
-    return standings, ceiling(label, fraud)
+    fraud = None if truth.is_empty() else data.test["order_id"].is_in(truth["order_id"].implode()).cast(pl.Int8).to_numpy()
+    capacity = options.thresholds.capacity
+    standings = tuple(standing(name, label, values, capacity, fraud) for name, values in scores.items())
+    return standings, None if fraud is None else ceiling(label, fraud)
 
 
 def recorded_settings(data: TrainingSet, options: TrainSettings) -> dict[str, Any]:
@@ -227,6 +230,7 @@ def as_json(done: Trained) -> dict[str, Any]:
                 "high": one.average_precision.high,
                 "roc_auc": one.roc_auc,
                 "recall_at_capacity": one.recall_at_capacity,
+                "against_truth": one.against_truth,
             }
             for one in done.standings
         ],
@@ -252,13 +256,14 @@ def print_trained(output: Output, done: Trained) -> None:
         f"({figures.get('frauds', 0):,.0f} reported frauds); {done.unlabelled:,} are too young to have one "
         f"(known until {done.cutoff:%Y-%m-%d})."
     )
-    ranked: list[tuple[str, str, str, str, str]] = [
+    ranked: list[tuple[str, ...]] = [
         (
             one.name,
             f"{one.average_precision.value:.3f}",
             f"{one.average_precision.low:.3f} to {one.average_precision.high:.3f}",
             f"{one.roc_auc:.3f}",
             f"{one.recall_at_capacity:.3f}",
+            "" if one.against_truth is None else f"{one.against_truth:.3f}",
         )
         for one in done.standings
     ]

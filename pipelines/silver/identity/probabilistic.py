@@ -7,7 +7,7 @@ log2(m / u) bits.
 
 Splink compiles the model to one query over two tables. That query is kept beside this file, since loading Splink and
 compiling cost more than all comparisons of a small run; of a model other than the kept one, Splink compiles anew.
-`python -m pipelines.silver.identity.probabilistic` writes it, a test compares it with what Splink gives.
+A test compares it with what Splink gives, and says how to write it again.
 """
 
 from __future__ import annotations
@@ -133,9 +133,9 @@ def _head() -> str:
     return f"-- Splink's query for the model of probabilistic.py, {model}"
 
 
-def kept_text() -> str:
-    """What KEPT_QUERY has to hold."""
-    return f"{_head()}\n{compiled()}"
+def keep() -> None:
+    """Write KEPT_QUERY anew."""
+    KEPT_QUERY.write_text(f"{_head()}\n{compiled()}", encoding="utf-8")
 
 
 def compiled() -> str:
@@ -180,7 +180,3 @@ def _model() -> Any:
             for name, levels in LEVELS.items()
         ],
     )
-
-
-if __name__ == "__main__":
-    KEPT_QUERY.write_text(kept_text(), encoding="utf-8")
