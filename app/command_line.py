@@ -13,15 +13,18 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.core
 
+from app.model_commands import register
 from app.output import Output, size
-from lakehouse.engine import Report
 from lakehouse.errors import ShopSphereError
 from lakehouse.settings import home_directory, load_settings
+
+if TYPE_CHECKING:
+    from lakehouse.engine import Report
 
 typer.core.HAS_RICH = False
 app = typer.Typer(
@@ -365,6 +368,9 @@ def docs(check: Annotated[bool, typer.Option("--check", help="Only tell whether 
         print(f"Wrote {', '.join(write_pages())}.")
     elif stale := stale_pages():
         raise ShopSphereError(f"{', '.join(stale)} differ from the declarations. Run `make docs` and commit what it writes.")
+
+
+register(app)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -229,7 +229,7 @@ def _touched_keys(work: Extraction, read: Gather, raw: pl.DataFrame) -> list[Pie
         frame = frame.drop_nulls(list(work.step.target.group)).group_by(work.step.target.group).agg(pl.col(SINCE).min())
         pieces += to_pieces("keys", frame)
     if read.resolve:
-        pieces += to_pieces("resolve", raw.select(read.resolve).drop_nulls().unique())
+        pieces += to_pieces(f"resolve:{work.name}", raw.select(read.resolve).drop_nulls().unique())
     return pieces
 
 
@@ -667,7 +667,7 @@ class Engine:
         empty = pl.DataFrame(schema={**{name: types[name] for name in group}, SINCE: pl.Datetime("us", "UTC")})
         parts = [empty, *(frame.select(empty.columns) for frame in _frames(pieces, "keys"))]
         for name, read in step.reads.items():
-            if isinstance(read, Gather) and read.resolve and (found := _frames(pieces, "resolve")):
+            if isinstance(read, Gather) and read.resolve and (found := _frames(pieces, f"resolve:{name}")):
                 parts.append(self._resolved(read, upstream[name], pl.concat(found).unique(), step.target))
             if isinstance(read, Whole | Join) and read.touch:
                 parts.append(self._touched_through(step, name, read, handles, since, target))

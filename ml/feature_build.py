@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 
 import polars as pl
-from pyiceberg.manifest import DataFile
 
 from lakehouse.engine import Engine, Report, Upstream, chunks, conform, stamp
-from lakehouse.iceberg import FileWriter, Handle, group_hash
+from lakehouse.iceberg import DataFile, FileWriter, Handle, group_hash
 from lakehouse.parallel import Piece, Pieces
 from lakehouse.step import Read, Step
-from lakehouse.table import DELETED
+from lakehouse.table import DELETED, Table
 from ml.category_amounts import CATEGORY_AMOUNTS
 from ml.features import ORDER, PARTS, History, Part, compute_part
 from ml.order_entities import ORDER_ENTITIES
@@ -122,7 +121,7 @@ def _build(engine: Engine, step: Step, delay: timedelta) -> Report:
     )
 
 
-def _tables(reads: Sequence[Read]) -> dict[str, object]:
+def _tables(reads: Iterable[Read]) -> dict[str, Table]:
     return {read.table.name: read.table for read in reads}
 
 

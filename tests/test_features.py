@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
+from shop_history import START, plain_history
 
 from ml.feature_windows import NEVER, Timeline, occurrences, range_max
 from ml.features import (
@@ -22,7 +23,6 @@ from ml.features import (
     History,
     compute,
 )
-from shop_history import START, plain_history
 
 
 def same(left: pl.DataFrame, right: pl.DataFrame) -> None:

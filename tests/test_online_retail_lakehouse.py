@@ -35,7 +35,8 @@ def test_revenue_per_month_and_country_is_that_of_the_file(tmp_path, monkeypatch
     try:
         assert main(["run", "--json"]) == 0
         capsys.readouterr()
-        statement = "SELECT strftime(order_date, '%Y-%m') AS month, country, sum(net_revenue) AS revenue FROM gold.sales_daily GROUP BY ALL"
+        months = "SELECT strftime(order_date, '%Y-%m') AS month, country, sum(net_revenue) AS revenue"
+        statement = f"{months} FROM gold.sales_daily GROUP BY ALL"
         assert main(["sql", statement, "--json"]) == 0
     finally:
         sandbox.stop(tmp_path)

@@ -10,11 +10,12 @@ from typing import Any
 import cloudpickle
 import polars as pl
 import pytest
+import shop_history
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
+from shop_history import made_event, made_order, make_engine, put_shop
 
-import shop_history
 from lakehouse.digest import digest
 from lakehouse.engine import Engine
 from ml import category_amounts, order_entities
@@ -22,7 +23,6 @@ from ml.features import FEATURE_NAMES, History, compute
 from ml.order_entities import ORDER_ENTITIES, cents
 from ml.order_features import ORDER_FEATURES, STEP, STEPS, account_events, refresh
 from pipelines.silver.events_clean import EVENTS_CLEAN
-from shop_history import made_event, made_order, make_engine, put_shop
 
 few = st.integers(0, 2)
 moments = st.integers(0, 70).map(lambda n: n * 1440 + (n * 37) % 1440 // 400 * 400)
