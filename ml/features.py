@@ -576,7 +576,7 @@ def _check(orders: pl.DataFrame) -> None:
 def compute_part(part: Part, rows: pl.DataFrame, history: History) -> pl.DataFrame:
     """The features of one part for the rows `asked`, in the rows' order. rows: see `arranged`."""
     asked = rows["asked"].to_numpy()
-    if part is ORDER:
+    if part == ORDER:
         return _order(rows.filter("asked"), history.categories)
     chosen, columns = _of_events(part, rows, history.events) if part.events else _of_orders(part, rows, history.delay)
     place = np.cumsum(asked) - 1
@@ -636,9 +636,9 @@ def _of_orders(part: Part, rows: pl.DataFrame, delay: timedelta) -> tuple[Ints, 
     columns |= _reported(part, line)
     if part.risk_windows or part.labels:
         columns |= _settled(part, line, columns, int(delay / timedelta(microseconds=1)))
-    if part is CUSTOMER:
+    if part == CUSTOMER:
         columns |= _against_own_history(line, others)
-    if part is DEVICE:
+    if part == DEVICE:
         columns["device_mean"] = line.means[0][line.at] / 100.0
     return line.chosen, columns
 
