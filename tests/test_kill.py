@@ -59,7 +59,7 @@ def kill_at_random(env: dict[str, str], chance: random.Random, longest: float) -
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2400)
 def test_thirty_kills_leave_the_tables_of_an_undisturbed_run(shop):
     folder, config, source = shop
     chance = random.Random(2026)
