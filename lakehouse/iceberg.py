@@ -398,7 +398,7 @@ class Handle:
             return []
         row_filter: BooleanExpression = where or AlwaysTrue()
         if since is not None:
-            row_filter = GreaterThan(SEQUENCE, since)  # type: ignore[call-arg, misc]
+            row_filter = later(SEQUENCE, since)
         scan = self.loaded.scan(row_filter=row_filter, snapshot_id=snapshot_id)
         files = [
             File(
@@ -471,6 +471,10 @@ class Handle:
                 f"{self.table.name}: the catalog is busy or unreachable ({type(error).__name__}). Run again."
             ) from error
         return delta.snapshot_id
+
+
+later: Any = GreaterThan
+"""PyIceberg's predicate; its constructor's types are not those of its use."""
 
 
 def living(table: Table, predicate: pl.Expr | None, tombstones: bool = False) -> pl.Expr | None:
