@@ -512,7 +512,6 @@ class Lake:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._ensured: set[str] = set()
 
     @cached_property
     def catalog(self) -> Catalog:
