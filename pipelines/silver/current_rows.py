@@ -53,7 +53,10 @@ def unreadable_rows(bronze: pl.DataFrame) -> Parsed:
     The rest of such a row is good: it stays, with null there; quarantine says so until a correction comes.
     `original` is the row as a JSON object, with the value as the source printed it.
     """
-    bad = bronze.filter(pl.col("_unreadable").is_not_null()) if "_unreadable" in bronze.columns else bronze.clear()
+    has = pl.col("_unreadable").is_not_null() if "_unreadable" in bronze.columns else pl.lit(False)
+    read = bronze.filter(~has)["_source_position"]
+    # a position is read when any row there is: a correction, beside the row that it corrects
+    bad = bronze.filter(has & ~pl.col("_source_position").is_in(read.implode()))
     columns = [name for name in bronze.columns if not name.startswith("_")]
     rejected = []
     for row in bad.select(*columns, "_source_position", "_unreadable").unique().iter_rows(named=True) if bad.height else ():
@@ -62,11 +65,7 @@ def unreadable_rows(bronze: pl.DataFrame) -> Parsed:
         reason = f"{', '.join(sorted(values))}: a value that the column's type cannot hold"
         rejected.append((reason, row["_source_position"], json.dumps(original, ensure_ascii=False, sort_keys=True).encode()))
     schema = {"reason": pl.String, "source_position": pl.String, "original": pl.Binary}
-    return Parsed(
-        rows=bronze,
-        rejected=pl.DataFrame(rejected, schema=schema, orient="row"),
-        parsed_positions=bronze.filter(~pl.col("_source_position").is_in(bad["_source_position"].implode()))["_source_position"],
-    )
+    return Parsed(rows=bronze, rejected=pl.DataFrame(rejected, schema=schema, orient="row"), parsed_positions=read)
 
 
 def _with_deletes(bronze: pl.DataFrame, key: tuple[str, ...]) -> pl.DataFrame:
