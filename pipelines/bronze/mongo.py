@@ -260,11 +260,14 @@ class Watermark:
         """Which documents to ask for. `$nor` of `$lte` takes _ids of every type, each beyond the greatest of its own type."""
         if self.at is None and not self.undated:
             return {}
-        undated = {"$nor": [{"updated_at": {"$gte": EARLIEST}}, *({"_id": {"$lte": value}} for value in self.undated.values())]}
+        seen: list[Document] = [{"_id": {"$lte": value}} for value in self.undated.values()]
+        undated = {"$nor": [{"updated_at": {"$gte": EARLIEST}}, *seen]}
+        # asked for by name too: imitations of MongoDB may take a missing date for one that compares
+        missing: Document = {"updated_at": None} | ({"$nor": seen} if seen else {})
         if self.at is None:
-            return {"$or": [{"updated_at": {"$gte": EARLIEST}}, undated]}
+            return {"$or": [{"updated_at": {"$gte": EARLIEST}}, undated, missing]}
         now = {"updated_at": self.at, "$nor": [{"_id": {"$lte": value}} for value in self.ids.values()]}
-        return {"$or": [{"updated_at": {"$gt": self.at}}, now, undated]}
+        return {"$or": [{"updated_at": {"$gt": self.at}}, now, undated, missing]}
 
     def is_new(self, document: Document) -> bool:
         """The same in Python, exactly: servers differ in how they compare values of different types."""
