@@ -81,7 +81,8 @@ class Source(Protocol):
     tables: tuple[str, ...]
 
     def plan(self, positions: Mapping[str, Position | None], schemas: Mapping[str, pa.Schema]) -> Plan:
-        """Find what is new past `positions` (by bronze table; None: never read). `schemas`: the tables' columns today.
+        """Find what is new past `positions` (by bronze table; None: never read; `is_again`: read all anew, in the next
+        generation). `schemas`: the tables' columns today.
 
         Raises SourceError when the source cannot be reached, OffsetGone when what comes next was deleted there.
         """

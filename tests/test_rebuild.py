@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +25,7 @@ from app.sandbox.schema import create_tables
 from app.sandbox.servers import Addresses, start_servers, stop_servers
 
 Cli = Callable[..., tuple[int, str, str]]
+ROOT = Path(__file__).resolve().parents[1]
 EARLY = "timestamptz '2026-01-01 00:00+00'"
 
 
@@ -261,3 +265,35 @@ def test_a_topic_created_anew_is_recovered_by_the_advised_command(
         assert found() == (["a1", "a2", "b1", "b2", "b3", "b4"], ["a", "b"])
     finally:
         admin.delete_topics([topic])[topic].result(10)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_rebuild_killed_at_any_moment_is_finished_by_what_the_errors_advise(cli: Cli, database: Database) -> None:
+    database.add(0, 40)
+    run(cli)
+    chance = random.Random(4)
+    longest, killed = 60.0, 0
+    for number in range(9):
+        database("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = 'anew'")
+        database.lose(number)
+        database.add(41 + number, 41 + number)
+        command = advised(cli)
+        process = subprocess.Popen([sys.executable, "-m", "app", *command], cwd=ROOT, stdout=subprocess.DEVNULL)
+        begun = time.monotonic()
+        if number == 0:
+            assert process.wait(longest) == 0
+            longest = time.monotonic() - begun
+        else:
+            time.sleep(longest * chance.uniform(0.3, 1.0))
+            killed += process.poll() is None
+            process.kill()
+            process.wait()
+        database("UPDATE products SET list_price = list_price + 1")
+        for _ in range(3):
+            if cli("run", "--json")[0] == 0:
+                break
+            assert cli(*advised(cli))[0] == 0
+        run(cli)
+        assert_silver_equals(cli, database)
+    assert killed >= 3

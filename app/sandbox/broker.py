@@ -13,7 +13,8 @@ as ours does, cannot work on that.
 
 A partition is one file `<topic>/<partition>.log` of record batches (Kafka's magic 2) as the producer
 compressed them, with the offset written in; the index is rebuilt from their headers at the start, and a batch
-torn by a crash is cut off. Timestamp look-ups are exact to the batch, and never later than the exact answer.
+torn by a crash is cut off. The file `id` beside them is the topic's id. Timestamp look-ups are exact to the batch, and
+never later than the exact answer.
 
 Run: `python broker.py --directory D --port P [--partitions 4]`. Stops on SIGTERM.
 """
