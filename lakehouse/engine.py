@@ -40,7 +40,8 @@ from lakehouse.iceberg import (
     polars_schema,
 )
 from lakehouse.parallel import Piece, Pieces, Pool
-from lakehouse.source import AGAIN, Plan, Reached, Rows, Source, Task
+from lakehouse.source import Plan, Reached, Rows, Source, Task
+from lakehouse.source import again as begun_anew
 from lakehouse.step import Changes, Context, Gather, Join, Lookup, Parsed, Read, Step, Whole
 from lakehouse.table import DELETED, GROUP_HASH, SEQUENCE, Table
 
@@ -811,7 +812,8 @@ class Engine:
     ) -> list[Report]:
         started, cpu = time.monotonic(), time.process_time()
         handles = {name: self.lake.load(table) for name, table in tables.items() if name in source.tables}
-        positions = {name: AGAIN if name in again else handle.positions.get(source.name) for name, handle in handles.items()}
+        positions = {name: handle.positions.get(source.name) for name, handle in handles.items()}
+        positions |= {name: begun_anew(positions[name]) for name in again & positions.keys()}
         for name, handle in handles.items():
             if unknown.get(name):
                 handle.widen(pa.schema(list(unknown[name])))
