@@ -18,7 +18,7 @@ import polars as pl
 import pipelines
 from lakehouse.engine import Engine, Report
 from lakehouse.errors import SettingsError, ShopSphereError, SourceError
-from lakehouse.iceberg import Lake
+from lakehouse.iceberg import Handle, Lake
 from lakehouse.parallel import Pool
 from lakehouse.settings import Settings
 from lakehouse.step import Changes, Context, Gather, Parsed, Step
@@ -172,6 +172,9 @@ def store_corrections(engine: Engine, file: Path) -> int:
             table, position, value = _correction(f"{file}:{number}", line)
             by_table.setdefault(table.name, {})[position] = value
     for name, values in by_table.items():
+        # nothing is stored of a file with an error in it
+        _corrections(engine.lake.load(pipelines.TABLES[name], create=False), values)
+    for name, values in by_table.items():
         engine.retried(partial(_append_corrections, engine.lake, pipelines.TABLES[name], values))
     return sum(len(values) for values in by_table.values())
 
@@ -191,12 +194,21 @@ def _correction(where: str, line: str) -> tuple[Table, str, bytes]:
 
 
 def _append_corrections(lake: Lake, table: Table, values: Mapping[str, bytes]) -> None:
-    """One new row a correction, at the position of the row that it corrects.
+    handle = lake.load(table, create=False)
+    fixes = _corrections(handle, values)
+    if fixes.height:
+        now = pl.lit(datetime.now(UTC)).cast(pl.Datetime("us", "UTC")).alias("_ingested_at")
+        fixes = fixes.with_columns(now, pl.lit(handle.sequence, pl.Int64).alias(SEQUENCE))
+        handle.commit(handle.writer.write(fixes), positions=handle.positions)
+
+
+def _corrections(handle: Handle, values: Mapping[str, bytes]) -> pl.DataFrame:
+    """One new row a correction, at the position of the row that it corrects; none for one that is there already.
 
     Only of rows that cannot be read: so at most one row at a position speaks, and the tables stay functions of the set
-    of bronze rows.
+    of bronze rows. Raises ShopSphereError.
     """
-    handle = lake.load(table, create=False)
+    table = handle.table
     columns = [name for name in handle.reader.schema.names if name not in BOOKKEEPING]
     rows = handle.read(columns, pl.col("_source_position").is_in(list(values)))
     received = rows.filter(pl.col("_op") != "fix").sort("_source_position", "_op").unique("_source_position", keep="first")
@@ -204,20 +216,21 @@ def _append_corrections(lake: Lake, table: Table, values: Mapping[str, bytes]) -
         raise ShopSphereError(
             f'{table.name} has no row at position {missing[0]}. See `python -m app sql "SELECT * FROM silver.quarantine"`.'
         )
+    fixes = pl.concat(
+        corrected(table, received[n : n + 1], values[position], handle.arrow_schema)
+        for n, position in enumerate(received["_source_position"].to_list())
+    )
+    content = [name for name in columns if name != "_ingested_at"]
+    fixes = fixes.join(rows.select(content), on=content, how="anti", nulls_equal=True)
+    about = rows.filter(pl.col("_source_position").is_in(fixes["_source_position"].implode()))
     for parse in _parsers(table):
-        read = parse(rows).parsed_positions
+        read = parse(about).parsed_positions
         if read is not None and read.len():
             raise ShopSphereError(
                 f"{table.name} at position {read.min()} can be read: only quarantined rows are corrected. "
                 "Correct it at its source."
             )
-    fixes = pl.concat(
-        corrected(table, received[n : n + 1], values[position], handle.arrow_schema)
-        for n, position in enumerate(received["_source_position"].to_list())
-    )
-    now = pl.lit(datetime.now(UTC)).cast(pl.Datetime("us", "UTC")).alias("_ingested_at")
-    fixes = fixes.with_columns(now, pl.lit(handle.sequence, pl.Int64).alias(SEQUENCE))
-    handle.commit(handle.writer.write(fixes), positions=handle.positions)
+    return fixes
 
 
 def _parsers(table: Table) -> list[Callable[[pl.DataFrame], Parsed]]:

@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 
 import pipelines
-from lakehouse.errors import SourceError
+from lakehouse.errors import OffsetGone, SourceError
 from lakehouse.iceberg import Handle, Lake
 from lakehouse.table import DELETED, Table
 
@@ -43,6 +43,8 @@ def _source_lags(lake: Lake, handles: Mapping[str, Handle | None]) -> dict[str, 
         positions = {name: handle.positions.get(source.name) if (handle := handles[name]) else None for name in source.tables}
         try:
             lags |= source.lag(positions)
+        except OffsetGone:
+            lags |= dict.fromkeys(source.tables, "changes gone, see `run`")
         except SourceError:
             lags |= dict.fromkeys(source.tables, f"{source.name} unreachable")
     return lags
@@ -54,12 +56,17 @@ def _step_lags(handles: Mapping[str, Handle | None]) -> dict[str, str]:
         handle = handles[step.target.name]
         stored = handle.positions if handle else {}
         late = [
-            name
-            for name in sorted(pipelines.upstream(step))
-            if (above := handles[name]) and above.data_sequence > (stored.get(name) or {"sequence": 0})["sequence"]
+            name for name in sorted(pipelines.upstream(step)) if (above := handles[name]) and _unread(above, stored.get(name))
         ]
         lags[step.target.name] = f"behind {', '.join(n.split('.')[1] for n in late)}" if late else "up to date"
     return lags
+
+
+def _unread(above: Handle, position: Any) -> bool:
+    """Whether a table upstream has what the position does not stand for; it may have been made anew."""
+    if position is None:
+        return above.data_sequence > 0
+    return bool(above.position["table"] != position["table"] or above.data_sequence > position["sequence"])
 
 
 def living_rows(handle: Handle) -> int:

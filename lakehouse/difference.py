@@ -41,9 +41,11 @@ def difference(table: Table, old: pl.DataFrame, wanted: pl.DataFrame) -> Differe
     tombs = old.filter(pl.col(DELETED)) if table.keeps_tombstones else old.clear()
     live = old.filter(~pl.col(DELETED)) if table.keeps_tombstones else old
 
+    # rows that repeat under the key (one of fewer columns than before) are none of them what is wanted
+    once = live.filter(~live.select(key).is_duplicated())
     others = [name for name in columns if name not in key]
     wanted = wanted.select(columns)
-    matched = wanted.join(live, on=key, how="left", nulls_equal=True, suffix="__old", maintain_order="left")
+    matched = wanted.join(once, on=key, how="left", nulls_equal=True, suffix="__old", maintain_order="left")
     same = matched.select(
         pl.col(POS).is_not_null()
         & (pl.all_horizontal([pl.col(name).eq_missing(pl.col(f"{name}__old")) for name in others]) if others else pl.lit(True))

@@ -438,8 +438,14 @@ def existing(work: Merge, groups: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFr
         member = pl.col(GROUP_HASH) % work.buckets == work.bucket
     if order and not work.full and groups[SINCE].null_count() == 0:
         return _history(work, groups, columns, member)
-    rows = old.reader.read(old.files, columns, member, positions=True)
+    rows = declared(old.reader.read(old.files, columns, member, positions=True), target)
     return rows.join(groups, on=list(target.group), how="semi", nulls_equal=True), None
+
+
+def declared(frame: pl.DataFrame, table: Table) -> pl.DataFrame:
+    """The declared columns with their declared types, where they are stored with wider ones."""
+    types = {name: dtype for name, dtype in polars_schema(table.schema).items() if name in frame.columns}
+    return frame.cast({name: dtype for name, dtype in types.items() if frame.schema[name] != dtype})
 
 
 def _history(work: Merge, groups: pl.DataFrame, columns: list[str], member: pl.Expr | None) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -453,7 +459,7 @@ def _history(work: Merge, groups: pl.DataFrame, columns: list[str], member: pl.E
     before = before.filter(~pl.col(DELETED)) if marks else before
     last = before.filter(pl.col(order) == pl.col(order).max().over(list(target.group)))
     positions = pl.concat([narrow.filter(pl.col(order) >= pl.col(SINCE)), last]).select(FILE, POS)
-    rows = old.reader.at_positions(old.files, columns, positions)
+    rows = declared(old.reader.at_positions(old.files, columns, positions), target)
     rows = rows.join(groups, on=list(target.group), how="inner", nulls_equal=True)
     current = rows.filter(pl.col(order) >= pl.col(SINCE)).drop(SINCE)
     opening = rows.filter(pl.col(order) < pl.col(SINCE)).drop(SINCE).sort(target.key)

@@ -355,8 +355,11 @@ class Handle:
         """A property of the newest snapshot that has it: another engine's commits (a compaction, say) have none."""
         snapshot = self.snapshot
         while snapshot is not None:
-            if snapshot.summary and (value := snapshot.summary.additional_properties.get(name)) is not None:
-                return str(value)
+            properties = snapshot.summary.additional_properties if snapshot.summary else {}
+            if name in properties:
+                return str(properties[name])
+            if POSITIONS in properties:
+                return None  # a commit of ours says all there is to say
             parent = snapshot.parent_snapshot_id
             snapshot = self.loaded.metadata.snapshot_by_id(parent) if parent is not None else None
         return None
@@ -497,8 +500,8 @@ def promotion(established: IcebergType, arriving: pa.DataType) -> IcebergType | 
         return LongType()
     if isinstance(established, FloatType) and pa.types.is_float64(arriving):
         return DoubleType()
-    if isinstance(established, DecimalType) and pa.types.is_decimal(arriving) and arriving.precision > established.precision:
-        return DecimalType(arriving.precision, established.scale)
+    if isinstance(established, DecimalType) and pa.types.is_decimal(arriving) and arriving.scale == established.scale:
+        return DecimalType(arriving.precision, established.scale) if arriving.precision > established.precision else None
     return None
 
 
@@ -514,12 +517,15 @@ def compatible(established: pa.DataType, arriving: pa.DataType) -> bool:
 
 
 def evolves(handle: Handle) -> bool:
-    """Whether Iceberg can bring a stored table to its declaration: same partitioning, every type equal or promotable."""
-    stored, types = handle.metadata.schema(), handle.arrow_schema
-    other = [f for f in declared_types(handle.table) if f.name in types.names and types.field(f.name).type != f.type]
-    if any(promotion(stored.find_field(f.name).field_type, f.type) is None for f in other):
-        return False
-    declared = iceberg_schema(handle.table)
+    """Whether Iceberg can bring a stored table to its declaration: same partitioning, every type equal, promotable, or
+    already wider (another version of the declaration promoted it: that is no reason to take it away)."""
+    stored, types, declared = handle.metadata.schema(), handle.arrow_schema, iceberg_schema(handle.table)
+    for f in declared_types(handle.table):
+        if f.name not in types.names or (there := types.field(f.name).type) == f.type:
+            continue
+        grows = promotion(stored.find_field(f.name).field_type, f.type) is not None
+        if not grows and promotion(declared.find_field(f.name).field_type, there) is None:
+            return False
     return layout(handle.loaded.spec(), stored) == layout(partition_spec(handle.table, declared), declared)
 
 

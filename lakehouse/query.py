@@ -111,6 +111,8 @@ def _mentions(tree: exp.Query, tables: Mapping[str, Table], moments: Sequence[Mo
             near = [t for t in tables if t.split(".")[1] == plain.lower()]
             hint = f"Did you mean {near[0]}?" if near else f"Tables: {', '.join(sorted(tables))}."
             raise QueryError(f"There is no table {name}. {hint}")
+        if node.args.get("version") or node.args.get("when") or node.args.get("system_time"):
+            raise QueryError(f"Time travel is written {name} FOR VERSION AS OF <snapshot> or FOR TIMESTAMP AS OF '<time>'.")
         node.set("this", exp.to_identifier(plain))
         moment = moments[int(number)] if number else Moment("", "")
         found.setdefault(Mention(name, moment.kind, moment.at), []).append(node)
@@ -123,6 +125,13 @@ def _used_columns(tree: exp.Query) -> set[str] | None:
     """The names of columns that the statement mentions; None: all (a star)."""
     if any(not isinstance(star.parent, exp.Count) for star in tree.find_all(exp.Star)):
         return None
+    if tree.find(exp.Pivot, exp.Columns) or any(join.args.get("method") == "NATURAL" for join in tree.find_all(exp.Join)):
+        return None  # these use columns that they do not name
+    if any(alias.args.get("columns") for alias in tree.find_all(exp.TableAlias)):
+        return None  # t(a, b): by place
+    tables = {table.alias_or_name.lower() for table in tree.find_all(exp.Table)}
+    if any(not column.table and column.name.lower() in tables for column in tree.find_all(exp.Column)):
+        return None  # a whole row: to_json(t)
     names = {column.name for column in tree.find_all(exp.Column)} | {i.name for i in tree.find_all(exp.Identifier)}
     return {name.lower() for name in names}
 
@@ -151,8 +160,12 @@ def query(lake: Lake, tables: Mapping[str, Table], statement: str) -> pa.Table:
             rows = rows_of(handle, snapshot_of(handle, mention), columns or None)
             connection.register(f"t{number}", rows.to_arrow(compat_level=pl.CompatLevel.oldest()))
             for node in nodes:
-                alias = node.alias or node.name
-                node.replace(exp.alias_(exp.to_table(f"t{number}"), alias, table=True))
+                # what hangs on the table (a sample, a pivot, joins) stays where it is
+                if not node.alias:
+                    node.set("alias", exp.TableAlias(this=exp.to_identifier(node.name, quoted=True)))
+                node.set("this", exp.to_identifier(f"t{number}"))
+                node.set("db", None)
+                node.set("catalog", None)
         try:
             return connection.sql(tree.sql(dialect="duckdb")).to_arrow_table()
         except duckdb.Error as error:

@@ -15,14 +15,16 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyiceberg.table.metadata import TableMetadataV2
 from sqlalchemy import event
 
 from lakehouse.digest import digest
 from lakehouse.engine import Engine
-from lakehouse.errors import CommitConflict, ShopSphereError
+from lakehouse.errors import CommitConflict, QueryError, ShopSphereError
 from lakehouse.iceberg import Handle, Lake, as_arrow, group_hash
 from lakehouse.maintenance import compact, delete_orphans, expire
 from lakehouse.parallel import Pool
+from lakehouse.query import query
 from lakehouse.settings import RaySettings, Settings
 from lakehouse.step import Changes, Context, Gather, Parsed, Step, Whole
 from lakehouse.table import TIMESTAMP, Table, column, year
@@ -438,12 +440,20 @@ def test_another_group_in_a_declaration_doubles_no_row(tmp_path, rows_per_task):
 
 
 @pytest.mark.parametrize(
-    ("type_", "made_anew"), [(pa.string(), True), (pa.decimal128(20, 2), True), (pa.int64(), False)], ids=str
+    ("before", "type_", "made_anew"),
+    [
+        (pa.int32(), pa.string(), True),
+        (pa.int32(), pa.decimal128(20, 2), True),
+        (pa.int32(), pa.int64(), False),
+        (pa.decimal128(18, 2), pa.decimal128(20, 2), False),
+        (pa.decimal128(18, 2), pa.decimal128(20, 4), True),
+    ],
+    ids=str,
 )
-def test_another_type_of_a_declared_column(tmp_path, type_, made_anew):
+def test_another_type_of_a_declared_column(tmp_path, before, type_, made_anew):
     engine = make_engine(tmp_path)
     append(engine, bronze_rows([(0, 1, "x", 5, 0, "c")]))
-    narrow = replace(CITIES, columns=(CITIES.columns[0], column("accounts", pa.int32(), "n"), CITIES.columns[2]))
+    narrow = replace(CITIES, columns=(CITIES.columns[0], column("accounts", before, "n"), CITIES.columns[2]))
     engine.refresh(STEPS[0])
     engine.refresh(replace(STEPS[1], target=narrow))
     before = engine.lake.load(narrow).metadata.table_uuid
@@ -452,6 +462,43 @@ def test_another_type_of_a_declared_column(tmp_path, type_, made_anew):
     assert engine.lake.load(other).arrow_schema.field("accounts").type == type_
     assert str(engine.lake.load(other).read(["accounts"]).item()).startswith("1")
     assert (engine.lake.load(other).metadata.table_uuid != before) is made_anew
+
+
+def test_a_key_of_fewer_columns_in_a_declaration(tmp_path):
+    engine = make_engine(tmp_path)
+    fine = replace(EVENTS, key=("id", "city"), group=("id", "city"), traced=())
+    append(engine, bronze_rows([(0, 1, "x", 5, 0, "c"), (1, 1, "y", 5, 0, "u"), (2, 2, "x", 5, 0, "c")]))
+
+    def fill_fine(frames, context):
+        return frames["new"].select("id", "city", "amount", "at").unique(["id", "city"])
+
+    engine.refresh(
+        replace(STEPS[2], target=fine, reads={"new": Gather(BRONZE, ((pl.col("id"), pl.col("city")),))}, fill=fill_fine)
+    )
+    assert engine.lake.load(fine).read(["id"]).height == 3
+    step = replace(
+        STEPS[2],
+        target=replace(EVENTS, traced=()),
+        reads={"new": Gather(BRONZE, ((pl.col("id"),),))},
+        fill=lambda frames, context: newest(frames["new"]).select("id", "city", "amount", "at"),
+    )
+    engine.refresh(step)
+    assert sorted(engine.lake.load(EVENTS).read(["id", "city"]).rows()) == [(1, "y"), (2, "x")]
+
+
+def test_two_versions_of_a_declaration_do_not_take_each_others_table_away(tmp_path):
+    engine = make_engine(tmp_path)
+    append(engine, bronze_rows([(0, 1, "x", 5, 0, "c"), (1, 2, "x", 5, 0, "c")]))
+    engine.refresh(STEPS[0])
+    narrow = replace(CITIES, columns=(CITIES.columns[0], column("accounts", pa.int32(), "n"), CITIES.columns[2]))
+    found = set()
+    for number, table in enumerate((narrow, CITIES, narrow, CITIES, narrow)):
+        append(engine, bronze_rows([(10 + number, 10 + number, "x", 5, 0, "c")]))
+        engine.refresh(STEPS[0])
+        engine.refresh(replace(STEPS[1], target=table))
+        found.add(engine.lake.load(table).metadata.table_uuid)
+        assert engine.lake.load(table).read(["accounts"]).item() == 3 + number
+    assert len(found) == 1
 
 
 def test_another_partitioning_of_a_declaration(tmp_path):
@@ -508,6 +555,38 @@ def test_a_full_disk_under_the_catalog_is_no_conflict(tmp_path):
     with pytest.raises(ShopSphereError, match="full") as caught:
         handle.commit(files, positions={})
     assert not isinstance(caught.value, CommitConflict)
+
+
+def test_what_hangs_on_a_table_in_a_statement_stays_and_other_time_travel_is_refused(tmp_path):
+    engine = make_engine(tmp_path)
+    append(engine, bronze_rows([(n, n, "xyz"[n % 3], 5, 0, "c") for n in range(6)]))
+    run(engine)
+    tables = {table.name: table for table in (ACCOUNTS, CITIES)}
+
+    def ask(statement: str) -> list[dict]:
+        return query(engine.lake, tables, statement).to_pylist()
+
+    assert ask("SELECT count(*) AS n FROM silver.accounts TABLESAMPLE reservoir(2 ROWS)") == [{"n": 2}]
+    assert len(ask("SELECT count(*) AS n FROM (PIVOT silver.accounts ON city USING sum(amount) GROUP BY id)")) == 1
+    assert ask("SELECT count(*) AS n FROM (PIVOT silver.accounts ON city USING sum(amount) GROUP BY id)") == [{"n": 6}]
+    assert "amount" in ask("SELECT to_json(t)::VARCHAR AS j FROM silver.accounts t WHERE t.id = 1")[0]["j"]
+    assert ask("SELECT count(*) AS n FROM silver.accounts a NATURAL JOIN (SELECT city FROM gold.cities) c") == [{"n": 6}]
+    assert ask("SELECT t.b AS city FROM silver.accounts AS t(a, b, c, d) WHERE t.a = 1") == [{"city": "y"}]
+    for clause in ("FOR SYSTEM_TIME AS OF '2020-01-01'", "AT (VERSION => 1)", "AT (TIMESTAMP => '2020-01-01')"):
+        with pytest.raises(QueryError, match=r"FOR VERSION AS OF|cannot be read"):
+            ask(f"SELECT count(*) FROM silver.accounts {clause}")
+
+
+def test_finding_a_property_does_not_walk_the_whole_chain_of_snapshots(tmp_path, monkeypatch):
+    engine = make_engine(tmp_path)
+    for number in range(5):
+        append(engine, bronze_rows([(number, 1, "x", 5, 0, "c")]))
+    asked = []
+    by_id = TableMetadataV2.snapshot_by_id
+    monkeypatch.setattr(TableMetadataV2, "snapshot_by_id", lambda self, number: asked.append(number) or by_id(self, number))
+    handle = engine.lake.load(BRONZE)
+    assert handle.summary("shopsphere.shape") is None
+    assert len(asked) <= 1
 
 
 def test_a_commit_of_another_engine_loses_no_position(tmp_path):

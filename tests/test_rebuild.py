@@ -297,3 +297,86 @@ def test_a_rebuild_killed_at_any_moment_is_finished_by_what_the_errors_advise(cl
         run(cli)
         assert_silver_equals(cli, database)
     assert killed >= 3
+
+
+@pytest.mark.parametrize("table", ["users", "products"])
+def test_one_table_is_read_anew_whichever_changed_last(cli: Cli, database: Database, table: str) -> None:
+    database.add(1, 3)
+    run(cli)
+    database("UPDATE users SET city = 'x' WHERE user_id = 1")  # only users gets a newer position
+    run(cli)
+    code, _, err = cli("rebuild", f"bronze.bronze_postgres__{table}")
+    assert code == 0, err
+    database.lose(2)
+    run(cli)
+    assert_silver_equals(cli, database)
+
+
+def test_what_a_healthy_slot_holds_of_a_table_that_is_read_anew_is_history(cli: Cli, database: Database) -> None:
+    database.add(1, 3)
+    run(cli)
+    database("UPDATE users SET city = 'B', updated_at = '2026-02-01 00:00+00' WHERE user_id = 1")
+    database("UPDATE users SET city = 'C', updated_at = '2026-03-01 00:00+00' WHERE user_id = 1")
+    database.add(4, 4)
+    database("DELETE FROM users WHERE user_id = 4")
+    assert cli("rebuild", "bronze.bronze_postgres__users")[0] == 0
+    run(cli)
+    history = "SELECT user_id, city, closed_by FROM silver.users_scd WHERE user_id IN (1, 4) ORDER BY user_id, valid_from"
+    assert [tuple(row.values()) for row in rows(cli, history)] == [
+        (1, None, "update"), (1, "B", "update"), (1, "C", None), (4, None, "delete"),
+    ]  # fmt: skip
+    assert_silver_equals(cli, database)
+
+
+def test_corrections_of_a_file_with_an_error_are_not_stored_and_may_come_twice(
+    cli: Cli, database: Database, tmp_path: Path
+) -> None:
+    database.add(1, 3)
+    database("UPDATE products SET list_price = 'NaN' WHERE product_id = 'P2'")
+    database("UPDATE orders SET total_amount = 'NaN' WHERE order_id = 2")
+    run(cli)
+    orders, products = rows(cli, "SELECT source_table, source_position FROM silver.quarantine ORDER BY 1")
+    file = tmp_path / "fix.jsonl"
+
+    def replay(price: str) -> tuple[int, str, str]:
+        fixes = ((orders, {"total_amount": "7"}), (products, {"list_price": price}))
+        file.write_text(
+            "\n".join(
+                json.dumps({"table": r["source_table"], "position": r["source_position"], "value": json.dumps(value)})
+                for r, value in fixes
+            )
+        )
+        return cli("replay", "--fix", str(file))
+
+    assert replay("abc")[0] == 1
+    assert rows(cli, "SELECT count(*) AS n FROM bronze.bronze_postgres__orders WHERE _op = 'fix'") == [{"n": 0}]
+    for _ in range(2):
+        code, _, err = replay("7")
+        assert code == 0, err
+    assert rows(cli, "SELECT count(*) AS n FROM silver.quarantine") == [{"n": 0}]
+    assert rows(cli, "SELECT count(*) AS n FROM bronze.bronze_postgres__orders WHERE _op = 'fix'") == [{"n": 1}]
+
+
+def test_an_emptied_topic_is_read_anew(cli: Cli, servers: Addresses, monkeypatch: pytest.MonkeyPatch) -> None:
+    topic = f"anew-{time.time_ns():x}"
+    for setting, value in {"ENABLED": "true", "BOOTSTRAP_SERVERS": servers.kafka_bootstrap, "TOPICS": topic}.items():
+        monkeypatch.setenv(f"SHOPSPHERE_KAFKA__{setting}", value)
+    admin, producer = (kind({"bootstrap.servers": servers.kafka_bootstrap}) for kind in (AdminClient, Producer))
+
+    def fill(name: str) -> None:
+        for number in range(3):
+            event = {"event_id": f"{name}{number}", "event_type": "click", "timestamp": "2026-01-02T10:00:00Z"}
+            producer.produce(topic, value=json.dumps(event))
+        assert producer.flush(10) == 0
+
+    admin.create_topics([NewTopic(topic, 1, 1)])[topic].result(10)
+    fill("a")
+    run(cli)
+    admin.delete_topics([topic])[topic].result(10)
+    admin.create_topics([NewTopic(topic, 1, 1)])[topic].result(10)
+    assert cli("run")[0] == 1
+    assert cli("rebuild", "bronze.bronze_kafka__events")[0] == 0
+    run(cli)
+    fill("b")
+    run(cli)
+    assert rows(cli, "SELECT count(*) AS n FROM silver.events_clean") == [{"n": 6}]

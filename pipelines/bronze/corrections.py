@@ -58,7 +58,14 @@ def _columns(table: Table, row: pl.DataFrame, value: bytes, types: pa.Schema) ->
             raise ShopSphereError(f"{table.name}: '{name}' says which row it is, so a correction cannot change it. Leave it out.")
     left = {name: text for name, text in json.loads(row["_unreadable"][0] or "{}").items() if name not in given}
     text = json.dumps(left, ensure_ascii=False, sort_keys=True) if left else None
-    return {**changes, "_unreadable": pl.Series([text], dtype=pl.String)}
+    # a column that the update left alone has the value of the version before, unless it is corrected
+    unsent = [name for name in (row["_unchanged"][0] or "").split(",") if name and name not in given]
+    unchanged = ",".join(unsent) or None
+    return {
+        **changes,
+        "_unreadable": pl.Series([text], dtype=pl.String),
+        "_unchanged": pl.Series([unchanged], dtype=pl.String),
+    }
 
 
 def _object(table: Table, value: bytes) -> dict[str, Any]:

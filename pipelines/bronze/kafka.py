@@ -95,9 +95,10 @@ class KafkaSource:
             position[f"{topic}:{partition}"] = high
             if high > start:
                 ranges.append(Range(topic, partition, start, high))
-        if not ranges:
+        if not ranges and not is_again(known):
             return Plan()
-        groups = _tasks(ranges, self.settings.batch_messages)
+        # of a topic that is empty by now, what is to be remembered is that it was read
+        groups = _tasks(ranges, self.settings.batch_messages) or [()]
         last = len(groups) - 1
         prefixes = {topic: prefix(number) for topic, number in position.get(GENERATIONS, {}).items()}
         return Plan(
@@ -171,6 +172,12 @@ class RangesTask:
 
     def read(self) -> Iterator[Rows | Reached]:
         """Give exactly the messages of the ranges. Raises OffsetGone, and SourceError when the broker goes silent."""
+        if self.ranges:
+            yield from self._messages()
+        if self.reached is not None:
+            yield Reached(EVENTS.name, self.reached)
+
+    def _messages(self) -> Iterator[Rows]:
         ends = {(item.topic, item.partition): item.end for item in self.ranges}
         with _consumer(self.settings) as consumer:
             consumer.assign([TopicPartition(item.topic, item.partition, item.start) for item in self.ranges])
@@ -210,8 +217,6 @@ class RangesTask:
                     raise self._silent(ends, short)
             if waiting:
                 yield Rows(EVENTS.name, _rows(waiting, self.prefixes))
-        if self.reached is not None:
-            yield Reached(EVENTS.name, self.reached)
 
     def _met(self, error: KafkaError, message: Any) -> None:
         """Raise what an error event means for the range it happened in; passing troubles pass."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -31,7 +31,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from lakehouse.errors import CommitConflict, OffsetGone, SchemaConflict, SourceError, UnknownColumn
 from lakehouse.settings import PostgresSettings
-from lakehouse.source import GENERATION, Plan, Position, Reached, Rows, Task, generation, is_again
+from lakehouse.source import AGAIN, GENERATION, Plan, Position, Reached, Rows, Task, generation, is_again
 from lakehouse.table import TIMESTAMP
 from pipelines.bronze.generations import MarkerTask, prefix
 from pipelines.bronze.pgoutput import Change, Relation, changes
@@ -109,13 +109,14 @@ class PostgresSource:
         known = {table: position for table, position in read.items() if not is_again(position)}
         with _errors(self.settings), _connect(self.settings) as connection:
             state = _state(connection, self.settings)
-            _check(state, self.settings, known, read.keys())
+            _check(state, self.settings, known, read)
             if state.wal_status == "lost":
                 _drop_slot(connection, self.settings)
                 state = _state(connection, self.settings)
             if state.unwritten:
                 _flush(connection)
                 state = _state(connection, self.settings)
+            _check_not_restored(state, known, read)
             catalog = _catalog(connection, self.settings)
             _check_published(catalog, self.settings, read)
             planned = {item.table: _planned(item, schemas.get(item.table), self.settings) for item in catalog}
@@ -153,6 +154,7 @@ class PostgresSource:
             if changed := [item.name for item in reading if before.get(item.name) != item.storage]:
                 raise SourceError(f"PostgreSQL table '{changed[0]}' was being altered when the initial read began. Run again.")
             generations = {item.table: generation(read.get(item.table)) for item in reading}
+            ended = _still_followed(state, read)
             tasks: list[Task] = [
                 MarkerTask(table, planned[table], number, moment) for table, number in generations.items() if number
             ]
@@ -163,8 +165,9 @@ class PostgresSource:
                     tasks.append(
                         SnapshotTask(self.settings, item, planned[item.table], snapshot, place, moment, first or None, last)
                     )
-            if known and state.confirmed is not None and start > state.confirmed:
-                tasks.append(StreamTask(self.settings, start, state.system, known, planned))
+            if (known or ended) and state.confirmed is not None and start > state.confirmed:
+                # what the slot still holds of the tables that are read anew belongs to their history
+                tasks.append(StreamTask(self.settings, start, state.system, {**ended, **known}, planned, frozenset(ended)))
             slot = max(map(_slot_time, (known or read).values()), default=0)
             slot = slot if known else max(moment, slot + 1)
         except BaseException:
@@ -277,7 +280,7 @@ class StreamTask:
     """The changes in the slot up to an LSN, for tables with a position. Peeks only: run again, it gives the same rows.
 
     Says Reached for the tables that got rows; when none did, for the first table, so that progress is always on record
-    before the slot may move.
+    before the slot may move. ended: tables whose position the plan gives, because they are read anew after this.
     """
 
     settings: PostgresSettings = field(repr=False)
@@ -285,6 +288,7 @@ class StreamTask:
     system: str
     positions: Mapping[str, Position]
     schemas: Mapping[str, pa.Schema] = field(repr=False)
+    ended: frozenset[str] = frozenset()
     batch_rows: int = BATCH_ROWS
 
     def read(self) -> Iterator[Rows | Reached]:
@@ -294,7 +298,7 @@ class StreamTask:
             for rows in self.decode(_peek(connection, self.settings, self.upto)):
                 filled.add(rows.table)
                 yield rows
-        for table in sorted(filled) or sorted(self.positions)[:1]:
+        for table in sorted(filled - self.ended) or sorted(self.positions.keys() - self.ended)[:1]:
             before = self.positions[table]
             yield Reached(table, _position(self.upto, self.system, _slot_time(before), generation(before)))
 
@@ -608,7 +612,7 @@ def _flush(connection: psycopg.Connection[Any]) -> None:
         connection.execute("SELECT pg_logical_emit_message(true, 'shopsphere', '')")
 
 
-def _check(state: SlotState, settings: PostgresSettings, known: Mapping[str, Position], read: Collection[str]) -> None:
+def _check(state: SlotState, settings: PostgresSettings, known: Mapping[str, Position], read: Mapping[str, Position]) -> None:
     """Raises SourceError when the server cannot give changes, OffsetGone when it no longer has those that come next.
 
     known: the tables to go on with. read: all that were ever read; those that are not known are read anew.
@@ -650,12 +654,50 @@ def _check(state: SlotState, settings: PostgresSettings, known: Mapping[str, Pos
             f"PostgreSQL: replication slot '{settings.slot}' was made anew, but {', '.join(left_behind)} not read anew with it. "
             f"Read what is missing: python -m app rebuild {' '.join(left_behind)}"
         )
-    reached = max(_lsns(known).values(), default=None)
+    reached = _reached(known, read)
     if reached is not None and state.confirmed is not None and state.confirmed > reached:
         raise SlotMoved(
             f"PostgreSQL: somebody else read from replication slot '{settings.slot}': the changes from {_lsn_text(reached)} "
             f"to {_lsn_text(state.confirmed)} are gone. Give each reader a slot of its own (postgres.slot). {again}"
         )
+
+
+def _reached(known: Mapping[str, Position], read: Mapping[str, Position]) -> int | None:
+    """How far the slot was read; None when no table goes on with it.
+
+    Only tables that got rows have moved, so it is the table that moved last that tells, also when it is to be read anew.
+    """
+    if not known:
+        return None
+    newest = max(map(_slot_time, known.values()))
+    return max(_lsns({table: p for table, p in read.items() if _slot_time(p) == newest}).values())
+
+
+def _check_not_restored(state: SlotState, known: Mapping[str, Position], read: Mapping[str, Position]) -> None:
+    """Raises OffsetGone when the server is at an earlier moment than the tables: its log goes on with other changes."""
+    reached = _reached(known, read)
+    if reached is not None and reached > state.upto:
+        raise OffsetGone(
+            f"PostgreSQL: the server is at {_lsn_text(state.upto)}, but its tables were read up to {_lsn_text(reached)}: it was "
+            f"restored to an earlier moment. Read the tables anew: python -m app rebuild {' '.join(sorted(read))}"
+        )
+
+
+def _still_followed(state: SlotState, read: Mapping[str, Position]) -> dict[str, Position]:
+    """The tables that are read anew although the slot holds all that comes next, with the positions they end at."""
+    if state.confirmed is None or state.wal_status == "lost":
+        return {}
+    newest = max(map(_slot_time, read.values()), default=0)
+    current = {table: position for table, position in read.items() if _slot_time(position) == newest}
+    same = all(not state.system or position.get("system") in ("", None, state.system) for position in current.values())
+    reached = max(_lsns(current).values(), default=-1)
+    if not same or not state.confirmed <= reached <= state.upto:
+        return {}
+    return {
+        table: {name: value for name, value in position.items() if name != AGAIN} | {GENERATION: generation(position) - 1}
+        for table, position in current.items()
+        if is_again(position)
+    }
 
 
 def _check_published(catalog: Sequence[Catalog], settings: PostgresSettings, known: Mapping[str, Position]) -> None:
