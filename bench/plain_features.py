@@ -69,7 +69,7 @@ def entity(
 ) -> pl.DataFrame:
     """Velocities, age, distinct others and known frauds of an entity kind."""
     there, now = pl.col(kind).is_not_null(), pl.col("placed_at")
-    columns = [velocities(rows, kind, windows)]
+    columns = [velocities(rows, kind, windows)] if windows else []
     expressions = [
         (pl.col("one").cum_sum() - 1).over(kind).alias(f"{kind}_orders_ever"),
         minutes(now, pl.when(pl.col("one").cum_sum() > 1).then(now.first())).over(kind).alias(f"{kind}_minutes_since_first"),
@@ -205,6 +205,18 @@ def own_history(rows: pl.DataFrame) -> pl.DataFrame:
     return pl.concat(columns, how="horizontal")
 
 
+def unexplained(rows: pl.DataFrame, ratio: pl.Series, kind: str, windows: tuple[str, ...]) -> pl.DataFrame:
+    """Known frauds whose amount was nothing unusual for the customer."""
+    frauds = rows.with_columns(
+        known_at=pl.when((ratio.is_null() | (ratio < 2.5)) & pl.col("known_at").is_not_null()).then("known_at")
+    )
+    found = entity(frauds, kind, (), (), windows)
+    return found.select(
+        *(pl.col(f"{kind}_frauds_{w}").alias(f"{kind}_unexplained_{w}") for w in windows),
+        pl.col(f"{kind}_minutes_since_fraud").alias(f"{kind}_minutes_since_unexplained"),
+    )
+
+
 def of_events(
     rows: pl.DataFrame, events: pl.DataFrame, key: str, nouns: dict[str, tuple[str | None, tuple[str, ...]]]
 ) -> pl.DataFrame:
@@ -279,6 +291,7 @@ def features(orders: pl.DataFrame, events: pl.DataFrame) -> pl.DataFrame:
             one=pl.lit(1, pl.Int64), cents=pl.col("amount").fill_null(0), priced=pl.col("amount").is_not_null().cast(pl.Int64)
         )
     )
+    history = own_history(rows)
     device = entity(rows, "device", USUAL, ("customer", "card"), RISK)
     address = entity(rows, "address", USUAL, ("customer", "card"), ("28d",))
     n = (pl.col("priced").cum_sum() - pl.col("priced")).over("device")
@@ -290,10 +303,11 @@ def features(orders: pl.DataFrame, events: pl.DataFrame) -> pl.DataFrame:
             rows.select("order_id"),
             own(rows),
             entity(rows, "customer", tuple(PERIODS)[:7], ("card", "device", "address"), ("7d", "28d")),
-            own_history(rows),
+            history,
             entity(rows, "card", USUAL, ("customer", "device"), ("28d",)),
             device,
             mean,
+            unexplained(rows, history["customer_ratio"], "device", ("7d", "14d", "28d")),
             settled(rows, "device", device, RISK, (1, 2, 3, 5, 10)),
             address,
             settled(rows, "address", address, ("28d",), ()),

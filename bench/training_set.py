@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,11 @@ from lakehouse.parallel import Pool  # noqa: E402
 from lakehouse.settings import RaySettings, Settings  # noqa: E402
 from lakehouse.step import Context  # noqa: E402
 from lakehouse.table import DELETED, Table  # noqa: E402
-from ml import category_amounts, order_features  # noqa: E402
+from ml import category_amounts, fraud_ratios, order_features  # noqa: E402
 from ml.feature_build import build  # noqa: E402
 from ml.features import FEATURES, LABEL_DELAY  # noqa: E402
 from ml.order_entities import ORDER_ENTITIES  # noqa: E402
-from ml.training_set import labelled_orders, newest_moment  # noqa: E402
+from ml.training_set import labelled_orders  # noqa: E402
 from pipelines.silver.events_clean import EVENTS_CLEAN  # noqa: E402
 from pipelines.silver.quarantine import QUARANTINE  # noqa: E402
 
@@ -164,10 +164,14 @@ def ours(home: Path, count: int, check: Path | None) -> dict[str, float]:
         engine.pool.start()
         started, cpu = time.monotonic(), time.process_time()
         with Watch() as watch:
-            reports = [engine.refresh(category_amounts.STEP), build(engine, order_features.STEP, LABEL_DELAY)]
+            reports = [
+                engine.refresh(category_amounts.STEP),
+                engine.refresh(fraud_ratios.STEP),
+                build(engine, order_features.STEP, LABEL_DELAY),
+            ]
             features = engine.lake.load(order_features.ORDER_FEATURES)
             entities = engine.lake.load(ORDER_ENTITIES)
-            moment = newest_moment(entities)
+            moment = START + timedelta(days=DAYS)
             labelled = labelled_orders(features, entities, engine.pool, until=moment - LABEL_DELAY, cutoff=moment)
         used = time.process_time() - cpu + sum(report.worker_cpu_seconds for report in reports)
         if check is not None:

@@ -66,9 +66,11 @@ ORDER_COLUMNS: dict[str, pl.DataType] = {
     "payment_method": pl.String(),
     "category": pl.String(),
     "known_at": TIME,
+    "ratio": pl.Float64(),
 }
 """An order as features see it. amount: cents of the base currency; account: user_id; known_at: when it was reported as
-fraud, null when it was not (yet). A missing column is read as null."""
+fraud, null when it was not (yet); ratio: of a fraud, its amount against the customer's earlier ones (`with_ratios`, or
+silver.fraud_ratios). A missing column is read as null."""
 
 EVENT_COLUMNS: dict[str, pl.DataType] = {
     "account": pl.Int64(),
@@ -159,6 +161,9 @@ WINDOWS = {
 }
 USUAL = ("10m", "1h", "24h", "7d", "30d")
 RATIO_WINDOWS = ("24h", "3d", "7d", "14d", "30d")
+UNUSUAL = 2.5
+"""An amount of so many times the customer's mean explains a fraud: it is the customer's, not the device's."""
+UNEXPLAINED = ("7d", "14d", "28d")
 RISK_WINDOWS = {"1d": DAY, "7d": 7 * DAY, "14d": 14 * DAY, "28d": 28 * DAY}
 EVENT_WINDOWS = ("10m", "1h", "24h")
 IN_WORDS = {
@@ -188,6 +193,8 @@ class Part:
     windows       of velocities
     seen_with     other entity columns of which the different ones are counted
     risk_windows  of frauds reported and labels that came due
+    labels        numbers of newest labels that are looked at
+    unexplained   windows of frauds whose amount was nothing unusual for their customer
     events        reads account events with the same `key`, instead of orders
     """
 
@@ -200,6 +207,7 @@ class Part:
     fraud_windows: tuple[str, ...] = ()
     risk_windows: tuple[str, ...] = ()
     labels: tuple[int, ...] = ()
+    unexplained: tuple[str, ...] = ()
     events: bool = False
 
 
@@ -347,6 +355,29 @@ def _labels(kind: str, the: str) -> list[Feature]:
     ]
 
 
+def _unexplained(kind: str, the: str, windows: Sequence[str]) -> list[Feature]:
+    rule = f"not over {UNUSUAL:g} times the mean of their customer"
+    return [
+        *(
+            Feature(
+                f"{kind}_unexplained_{window}",
+                "count",
+                window,
+                f"Frauds of {the} reported in the {IN_WORDS[window]} before whose amount explains nothing: {rule}.",
+                f"{{value}} frauds of ordinary amounts reported for {the} within the last {IN_WORDS[window]}",
+            )
+            for window in windows
+        ),
+        Feature(
+            f"{kind}_minutes_since_unexplained",
+            "minutes",
+            "ever",
+            "Since the order of the last such fraud.",
+            f"last fraud of an ordinary amount of {the} {{value}} ago",
+        ),
+    ]
+
+
 def _event_counts(prefix: str, of: str, windows: Sequence[str], kinds: Sequence[str]) -> list[Feature]:
     words = {"events": "events", "failed_logins": "failed logins", "failed_payments": "failed payments"}
     return [
@@ -398,6 +429,7 @@ def _entity(kind: str, of: str, the: str, more: Sequence[Feature] = (), **traits
         *_frauds(kind, the, part.fraud_windows),
         *_risk(kind, the, part.risk_windows),
         *(_labels(kind, the) if part.labels else ()),
+        *(_unexplained(kind, the, part.unexplained) if part.unexplained else ()),
     )
     return replace(part, features=features, needs=tuple(dict.fromkeys((*part.needs, *part.seen_with))))
 
@@ -479,6 +511,7 @@ DEVICE = _entity(
     fraud_windows=tuple(RISK_WINDOWS),
     risk_windows=tuple(RISK_WINDOWS),
     labels=LAST_LABELS,
+    unexplained=UNEXPLAINED,
 )
 ADDRESS = _entity(
     "address",
@@ -614,14 +647,7 @@ def _order(rows: pl.DataFrame, categories: pl.DataFrame) -> pl.DataFrame:
 def _of_orders(part: Part, rows: pl.DataFrame, delay: timedelta) -> tuple[Ints, Columns]:
     """The rows that are asked about and have an entity of this kind, and their features."""
     kind = part.key
-    line = Timeline(
-        codes(rows[kind])[0],
-        microseconds(rows["placed_at"]),
-        rows["amount"].fill_null(0).to_numpy(),
-        rows["amount"].is_not_null().to_numpy(),
-        microseconds(rows["known_at"]),
-        rows["asked"].to_numpy(),
-    )
+    line = timeline(rows, kind)
     others = {name: codes(rows[name])[0] for name in part.needs}
     columns: Columns = {
         f"{kind}_orders_ever": line.earlier,
@@ -636,11 +662,52 @@ def _of_orders(part: Part, rows: pl.DataFrame, delay: timedelta) -> tuple[Ints, 
     columns |= _reported(part, line)
     if part.risk_windows or part.labels:
         columns |= _settled(part, line, columns, int(delay / timedelta(microseconds=1)))
+    if part.unexplained:
+        columns |= _without_explanation(part, rows)
     if part == CUSTOMER:
         columns |= _against_own_history(line, others)
     if part == DEVICE:
         columns["device_mean"] = line.means[0][line.at] / 100.0
     return line.chosen, columns
+
+
+def timeline(rows: pl.DataFrame, kind: str, known_at: pl.Series | None = None) -> Timeline:
+    """The orders of the entities of a kind. rows: see `arranged`."""
+    return Timeline(
+        codes(rows[kind])[0],
+        microseconds(rows["placed_at"]),
+        rows["amount"].fill_null(0).to_numpy(),
+        rows["amount"].is_not_null().to_numpy(),
+        microseconds(rows["known_at"] if known_at is None else known_at),
+        rows["asked"].to_numpy(),
+    )
+
+
+def with_ratios(orders: pl.DataFrame) -> pl.DataFrame:
+    """The orders (ORDER_COLUMNS) with `ratio`: the amount against the mean of the customer's earlier ones.
+
+    The histories of the customers must be whole.
+    """
+    rows = arranged(conform(orders, ORDER_COLUMNS), conform(orders.clear(), ORDER_COLUMNS))
+    line = timeline(rows, "customer")
+    ratios = scattered(_own_ratio(line)[line.at], line.chosen, rows.height)
+    found = rows.select("order_id", ratio=pl.Series(ratios).fill_nan(None))
+    return orders.drop("ratio", strict=False).join(found, on="order_id", how="left", maintain_order="left")
+
+
+def _own_ratio(line: Timeline) -> npt.NDArray[np.float64]:
+    """For every arranged row: its amount against the mean of the entity's earlier ones; NaN when there is none."""
+    cents = np.where(line.priced, line.amount.astype(np.float64), np.nan)
+    return quotient(cents, np.nan_to_num(line.means[0]))
+
+
+def _without_explanation(part: Part, rows: pl.DataFrame) -> Columns:
+    """Known frauds whose amount was nothing unusual for the customer."""
+    kind = part.key
+    explained = pl.col("ratio").fill_null(0.0) >= UNUSUAL
+    line = timeline(rows, kind, rows.select(pl.when(~explained).then("known_at")).to_series())
+    counts = {f"{kind}_unexplained_{window}": line.known_frauds(RISK_WINDOWS[window]) for window in part.unexplained}
+    return {**counts, f"{kind}_minutes_since_unexplained": line.minutes_since_fraud()}
 
 
 def _reported(part: Part, line: Timeline) -> Columns:
@@ -671,7 +738,7 @@ def _against_own_history(line: Timeline, others: dict[str, Ints]) -> Columns:
     """Amounts against the customer's own, and what the customer never used before."""
     mean, deviation = line.means
     cents = np.where(line.priced, line.amount.astype(np.float64), np.nan)
-    ratio = quotient(cents, np.nan_to_num(mean))
+    ratio = _own_ratio(line)
     at = line.at
     over = cents[at] - mean[at]
     # a deviation of nothing says nothing

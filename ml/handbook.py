@@ -20,12 +20,12 @@ import polars as pl
 
 from lakehouse.errors import ShopSphereError
 from ml.evaluation import average_precision, card_precision, roc_auc
-from ml.features import FEATURES, TIME, Feature, History, compute
+from ml.features import FEATURES, TIME, Feature, History, compute, with_ratios
 from ml.training import DEFAULT_PARAMETERS, FittedModel, TrainingSettings, fit_here
 
 DELAY = timedelta(days=7)
 WEEK = timedelta(days=7)
-HISTORY = timedelta(days=70)
+HISTORY = timedelta(days=120)
 """How much is trained on, at most."""
 BOOK_TRAINING = timedelta(days=7)
 """The book trains on a week; customers with a fraud in that week are known, whatever we train on."""
@@ -36,8 +36,12 @@ TEST_WEEKS = tuple(date(2018, 8, 8) + n * WEEK for n in range(4))
 
 PARAMETERS: Mapping[str, Any] = {**DEFAULT_PARAMETERS, "min_child_weight": 50.0, "colsample_bytree": 0.4, "lambda": 10.0}
 """Chosen on VALIDATION_WEEKS: frauds that nothing tells of are many here, and trees must not learn them by heart."""
-ROUNDS = 200
+ROUNDS = 150
 SETTINGS = TrainingSettings(rounds=ROUNDS, patience=0, report_every=ROUNDS, threads=2, parameters=PARAMETERS)
+
+LEFT_OUT = ("hour", "_10m", "_1h", "minutes_since_first", "minutes_since_last", "customers_ever", "orders_ever", "settled")
+"""Parts of names of features without which VALIDATION_WEEKS came out better (ROC AUC +.002): the simulator's fraudsters
+are neither hasty nor new, and trees learn the noise."""
 
 COLUMNS = ("TRANSACTION_ID", "TX_DATETIME", "CUSTOMER_ID", "TERMINAL_ID", "TX_AMOUNT", "TX_FRAUD")
 
@@ -113,6 +117,7 @@ ORACLE = "an oracle that knows the simulator"
 PUBLISHED: Mapping[str, Figures] = {
     "book, XGBoost": Figures(0.869, 0.687, 0.303),
     "book, best of any model": Figures(0.879, 0.694, 0.305),
+    "best known with point-in-time features": Figures(0.884, 0.762, 0.310),
     ORACLE: Figures(0.889, 0.780, 0.313),
 }
 TARGET = Figures(0.88, 0.75, 0.31)
@@ -146,13 +151,17 @@ def as_orders(raw: pl.DataFrame) -> pl.DataFrame:
 
 
 def telling(features: pl.DataFrame) -> tuple[Feature, ...]:
-    """The features that are not the same for all: the data have no cards, addresses or events."""
-    return tuple(f for f in FEATURES if f.type != "category" and features[f.name].n_unique() > 1)
+    """The features that are not the same for all (the data have no cards, addresses or events), without LEFT_OUT."""
+    return tuple(
+        f
+        for f in FEATURES
+        if f.type != "category" and not any(part in f.name for part in LEFT_OUT) and features[f.name].n_unique() > 1
+    )
 
 
 def featured(orders: pl.DataFrame) -> tuple[pl.DataFrame, tuple[Feature, ...]]:
     """The orders with their features, and those that say anything."""
-    features = compute(orders, History(delay=DELAY))
+    features = compute(with_ratios(orders), History(delay=DELAY))
     chosen = telling(features)
     narrow = features.select("order_id", "placed_at", pl.col([f.name for f in chosen]).cast(pl.Float32))
     return narrow.join(orders.select("order_id", "customer", "label"), on="order_id", how="left", maintain_order="left"), chosen

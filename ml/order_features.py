@@ -18,9 +18,10 @@ import pyarrow as pa
 from lakehouse.engine import Engine, Report
 from lakehouse.step import Context, Gather, Join, Step, Whole
 from lakehouse.table import TIMESTAMP, Table, column
-from ml import category_amounts, order_entities
+from ml import category_amounts, fraud_ratios, order_entities
 from ml.category_amounts import CATEGORY_AMOUNTS
 from ml.features import ENTITIES, EVENT_COLUMNS, FEATURES, LABEL_DELAY, TIME, History, compute
+from ml.fraud_ratios import FRAUD_RATIOS
 from ml.order_entities import ORDER_ENTITIES
 from pipelines.gold.user_risk_scores import SUCCESSES
 from pipelines.silver.events_clean import EVENTS_CLEAN, STOCK_EVENTS
@@ -66,7 +67,10 @@ def fill(frames: Mapping[str, pl.DataFrame], context: Context, delay: timedelta 
     orders = frames["orders"].unique("order_id")
     around = pl.concat([frames[_of(kind)].select(orders.columns) for kind in ENTITIES]).unique("order_id")
     events = pl.concat([frames["account_events"], frames["device_events"]]).unique("event_id")
+    ratios = frames["ratios"].select("order_id", "ratio").unique("order_id")
+    around = around.join(ratios, on="order_id", how="left")
     history = History(around, account_events(events), frames["categories"], delay)
+    orders = orders.join(ratios, on="order_id", how="left")
     return compute(orders, history).join(orders.select("order_id", "customer"), on="order_id").select(ORDER_FEATURES.schema.names)
 
 
@@ -137,6 +141,16 @@ def step(delay: timedelta = LABEL_DELAY) -> Step:
             **{_of(kind): _neighbours(kind) for kind in ENTITIES},
             "account_events": _events("account", "user_id"),
             "device_events": _events("device", "device_id"),
+            "ratios": Join(
+                FRAUD_RATIOS,
+                on="device",
+                values=_values("device"),
+                columns=("order_id", "ratio"),
+                touch=later("device", "device", "known_at"),
+                touch_columns=("device", "placed_at"),
+                through=ORDER_ENTITIES,
+                touch_keys=(pl.col("order_id"),),
+            ),
             "categories": Whole(
                 CATEGORY_AMOUNTS,
                 columns=tuple(CATEGORY_AMOUNTS.schema.names),
@@ -147,20 +161,22 @@ def step(delay: timedelta = LABEL_DELAY) -> Step:
             ),
         },
         fill=partial(fill, delay=delay),
+        shaped_by=(("label delay", str(delay)),),
     )
 
 
 STEP = step()
-STEPS = (order_entities.STEP, category_amounts.STEP, STEP)
+STEPS = (order_entities.STEP, category_amounts.STEP, fraud_ratios.STEP, STEP)
 """The steps of the features' tables, each after what it reads."""
 
 
 def refresh(engine: Engine, *, rebuild: bool = False, delay: timedelta = LABEL_DELAY) -> list[Report]:
-    """Bring the three tables up to date."""
-    from ml.feature_build import build, is_unfilled
+    """Bring the four tables up to date."""
+    from ml.feature_build import build, must_be_built
 
-    before = [engine.refresh(order_entities.STEP, rebuild=rebuild), engine.refresh(category_amounts.STEP, rebuild=rebuild)]
+    *sources, _ = STEPS
+    before = [engine.refresh(source, rebuild=rebuild) for source in sources]
     last = step(delay)
-    if rebuild or is_unfilled(engine, last):
+    if rebuild or must_be_built(engine, last):
         return [*before, build(engine, last, delay)]
     return [*before, engine.refresh(last)]

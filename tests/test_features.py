@@ -22,6 +22,7 @@ from ml.features import (
     FeatureError,
     History,
     compute,
+    with_ratios,
 )
 
 
@@ -63,7 +64,8 @@ def test_a_shuffled_future_moves_nothing():
         if name not in ("order_id", "placed_at")
     ).with_columns(known_at=pl.col("placed_at") + pl.duration(hours=1))
     everything = compute(
-        pl.concat([mixed, past]).sample(fraction=1, shuffle=True, seed=4), History(events=events, categories=categories)
+        with_ratios(pl.concat([mixed, past]).sample(fraction=1, shuffle=True, seed=4)),
+        History(events=events, categories=categories),
     )
     same(past.select("order_id").join(everything, on="order_id", maintain_order="left"), before)
 
