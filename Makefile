@@ -42,8 +42,9 @@ lint: $(READY) ## Style, types, import direction, generated docs
 docs: $(READY) ## Write docs/tables.md and docs/settings.md from the declarations
 	@$(BIN)/python -m app docs
 
-bench: $(READY) ## What a change costs against the full build, and as history grows
+bench: $(READY) ## What a change costs against the full build; the training set against a plain script
 	@$(BIN)/python bench/incremental.py
+	@$(BIN)/python bench/training_set.py
 
 lock: ## Pin the packages anew (universal, no addresses)
 	$(BIN)/uv pip compile --quiet --universal --no-header --no-emit-index-url --no-annotate --group dev pyproject.toml -o requirements.lock

@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 import pipelines
+from app.tables import DECLARED, FEATURE_TABLES, TABLES
 from lakehouse.settings import Section, Settings
 from lakehouse.step import Changes, Gather, Join, Read
 from lakehouse.table import Table
@@ -43,13 +44,15 @@ def read_name(read: Read) -> str:
 
 def table_section(table: Table) -> list[str]:
     """One table: what it is, how it is laid out and filled, its columns."""
-    step = next((s for s in pipelines.DECLARED if s.target.name == table.name), None)
+    step = next((s for s in DECLARED if s.target.name == table.name), None)
     lines = [f"### {table.name}", "", table.doc, ""]
     facts = [("key", ", ".join(table.key))]
     if table.group != table.key:
         facts.append(("recomputed by", ", ".join(table.group)))
     facts.append(("partitioned by", ", ".join(f"{p.transform}({p.column})" for p in table.partition_by)))
     facts.append(("owner", table.owner))
+    if table.name in FEATURE_TABLES:
+        facts.append(("filled by", "`train`, `monitor` and `models compare`; `run` leaves it as it is"))
     lines += [f"- {name}: {value}" for name, value in facts if value]
     if step:
         lines += [f"- reads `{read.table.name}`: {read_name(read)}" for read in step.reads.values()]
@@ -63,9 +66,9 @@ def graph() -> list[str]:
     lines = ["```mermaid", "flowchart LR"]
     for layer in ("bronze", "silver", "gold"):
         lines.append(f"  subgraph {layer}")
-        lines += [f"    {t.name.replace('.', '_')}[{t.short_name}]" for t in pipelines.TABLES.values() if t.layer == layer]
+        lines += [f"    {t.name.replace('.', '_')}[{t.short_name}]" for t in TABLES.values() if t.layer == layer]
         lines.append("  end")
-    for step in pipelines.DECLARED:
+    for step in DECLARED:
         lines += [
             f"  {name.replace('.', '_')} --> {step.target.name.replace('.', '_')}" for name in sorted(pipelines.upstream(step))
         ]
@@ -77,7 +80,7 @@ def tables_page() -> str:
     lines = [NOTE, "# Tables", "", *graph()]
     for layer in ("bronze", "silver", "gold"):
         lines += [f"## {layer}", ""]
-        for table in pipelines.TABLES.values():
+        for table in TABLES.values():
             if table.layer == layer:
                 lines += table_section(table)
     return "\n".join(lines).rstrip() + "\n"

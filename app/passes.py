@@ -15,6 +15,7 @@ from typing import Any
 import polars as pl
 
 import pipelines
+from app.tables import FEATURE_TABLES, TABLES
 from lakehouse.engine import Engine, Report, Upstream
 from lakehouse.errors import ShopSphereError, SourceError
 from lakehouse.iceberg import Handle, Lake
@@ -22,6 +23,7 @@ from lakehouse.parallel import Pool
 from lakehouse.settings import Settings
 from lakehouse.step import Changes, Context, Gather, Step
 from lakehouse.table import BOOKKEEPING, Table
+from ml.order_features import rebuild as rebuild_features
 from pipelines.bronze.tables import EVENTS, MARKETPLACE_ORDERS
 from pipelines.silver.quarantine import QUARANTINE
 
@@ -91,9 +93,9 @@ def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: 
 
 def table_named(name: str) -> Table:
     """The table of that name, with or without its layer. Raises ShopSphereError listing the tables."""
-    found = [table for full, table in pipelines.TABLES.items() if name in (full, table.short_name)]
+    found = [table for full, table in TABLES.items() if name in (full, table.short_name)]
     if len(found) != 1:
-        raise ShopSphereError(f"There is no table '{name}'. Tables: {', '.join(pipelines.TABLES)}.")
+        raise ShopSphereError(f"There is no table '{name}'. Tables: {', '.join(TABLES)}.")
     return found[0]
 
 
@@ -107,6 +109,8 @@ def rebuild(engine: Engine, name: str) -> list[Report]:
         if source is None:
             raise SourceError(f"The source of {table.name} is switched off. Switch it on in the settings.")
         return [r for r in engine.ingest(source, pipelines.TABLES, again=frozenset({table.name})) if r.table == table.name]
+    if table.name in FEATURE_TABLES:
+        return [rebuild_features(engine, table)]
     step = next(step for step in pipelines.STEPS if step.target.name == table.name)
     return [engine.refresh(step, rebuild=True)]
 

@@ -16,6 +16,7 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.engine import Engine, Report
+from lakehouse.iceberg import Lake
 from lakehouse.step import Context, Gather, Join, Step, Whole
 from lakehouse.table import TIMESTAMP, Table, column
 from ml import category_amounts, fraud_ratios, order_entities
@@ -72,6 +73,27 @@ def fill(frames: Mapping[str, pl.DataFrame], context: Context, delay: timedelta 
     history = History(around, account_events(events), frames["categories"], delay)
     orders = orders.join(ratios, on="order_id", how="left")
     return compute(orders, history).join(orders.select("order_id", "customer"), on="order_id").select(ORDER_FEATURES.schema.names)
+
+
+def read_orders(lake: Lake, wanted: pl.Expr) -> pl.DataFrame:
+    """The orders of silver.order_entities for which `wanted` holds, as features take them: with the ratios of reported frauds."""
+    orders = lake.load(ORDER_ENTITIES, create=False).read(ORDER_ENTITIES.schema.names, wanted)
+    frauds = orders.filter(pl.col("known_at").is_not_null())["order_id"]
+    ratios = lake.load(FRAUD_RATIOS).read(["order_id", "ratio"], pl.col("order_id").is_in(frauds.implode()))
+    return orders.join(ratios, on="order_id", how="left")
+
+
+def history_of(lake: Lake, asked: pl.DataFrame, delay: timedelta = LABEL_DELAY) -> History:
+    """All that concerns these orders (ORDER_COLUMNS): what one who scores them needs to look up, the future included."""
+    shared = pl.any_horizontal(pl.col(kind).is_in(asked[kind].drop_nulls().implode()) for kind in ENTITIES)
+    own = pl.col("user_id").is_in(asked["account"].drop_nulls().implode())
+    theirs = pl.col("device_id").is_in(asked["device"].drop_nulls().implode())
+    return History(
+        read_orders(lake, shared),
+        account_events(lake.load(EVENTS_CLEAN).read(EVENT_READS, own | theirs)),
+        lake.load(CATEGORY_AMOUNTS).read(CATEGORY_AMOUNTS.schema.names),
+        delay,
+    )
 
 
 def later(column: str, values: str, moments: str) -> Callable[[pl.DataFrame], pl.Expr]:
@@ -168,6 +190,15 @@ def step(delay: timedelta = LABEL_DELAY) -> Step:
 STEP = step()
 STEPS = (order_entities.STEP, category_amounts.STEP, fraud_ratios.STEP, STEP)
 """The steps of the features' tables, each after what it reads."""
+
+
+def rebuild(engine: Engine, table: Table, *, delay: timedelta = LABEL_DELAY) -> Report:
+    """Fill one of the four tables again from everything upstream."""
+    from ml.feature_build import build
+
+    if table.name == ORDER_FEATURES.name:
+        return build(engine, step(delay), delay)
+    return engine.refresh(next(one for one in STEPS if one.target.name == table.name), rebuild=True)
 
 
 def refresh(engine: Engine, *, rebuild: bool = False, delay: timedelta = LABEL_DELAY) -> list[Report]:
