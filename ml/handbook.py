@@ -21,6 +21,8 @@ import polars as pl
 from lakehouse.errors import ShopSphereError
 from ml.evaluation import average_precision, card_precision, roc_auc
 from ml.features import FEATURES, TIME, Feature, History, compute, with_ratios
+from ml.gate import Verdict, judge
+from ml.leak_check import moved
 from ml.training import DEFAULT_PARAMETERS, FittedModel, TrainingSettings, fit_here
 
 DELAY = timedelta(days=7)
@@ -30,6 +32,7 @@ HISTORY = timedelta(days=120)
 BOOK_TRAINING = timedelta(days=7)
 """The book trains on a week; customers with a fraud in that week are known, whatever we train on."""
 CARDS = 100
+LEAK_ORDERS = 300
 
 VALIDATION_WEEKS = tuple(date(2018, 7, 11) + n * WEEK for n in range(4))
 TEST_WEEKS = tuple(date(2018, 8, 8) + n * WEEK for n in range(4))
@@ -58,6 +61,15 @@ class Figures:
     average_precision: float
     card_precision: float
 
+    @property
+    def rounded(self) -> dict[str, float]:
+        """By name, to three digits: as the published ones are told, and as they are compared."""
+        return {
+            "ROC AUC": round(self.roc_auc, 3),
+            "average precision": round(self.average_precision, 3),
+            f"card precision@{CARDS}": round(self.card_precision, 3),
+        }
+
 
 @dataclass(frozen=True)
 class Week:
@@ -76,6 +88,8 @@ class Outcome:
 
     weeks: tuple[Week, ...]
     feature_seconds: float
+    verdict: Verdict
+    """What the gate says of the last week's model, as a first model."""
 
     @property
     def mean(self) -> Figures:
@@ -89,23 +103,19 @@ class Outcome:
 
     @property
     def beats_published(self) -> bool:
-        """Whether all three figures are above the published ones."""
-        ours, theirs = self.mean, PUBLISHED["book, XGBoost"]
-        return (
-            ours.roc_auc > theirs.roc_auc
-            and ours.average_precision > theirs.average_precision
-            and ours.card_precision > theirs.card_precision
-        )
+        """Whether all three figures are above the published ones of the book's XGBoost."""
+        return all(self.mean.rounded[name] > theirs for name, theirs in PUBLISHED[BOOK].rounded.items())
 
     @property
     def reaches_target(self) -> bool:
-        """Whether all three figures reach TARGET."""
-        ours = self.mean
-        return (
-            ours.roc_auc >= TARGET.roc_auc
-            and ours.average_precision >= TARGET.average_precision
-            and ours.card_precision >= TARGET.card_precision
-        )
+        """Whether all three figures reach those of TARGET."""
+        return not self.short_of_target
+
+    @property
+    def short_of_target(self) -> dict[str, float]:
+        """By how much each figure falls short of TARGET; empty: the target is reached."""
+        short = {name: goal - self.mean.rounded[name] for name, goal in PUBLISHED[TARGET].rounded.items()}
+        return {name: round(gap, 3) for name, gap in short.items() if gap > 0}
 
     @property
     def smells_of_a_leak(self) -> bool:
@@ -113,14 +123,13 @@ class Outcome:
         return self.mean.average_precision > PUBLISHED[ORACLE].average_precision
 
 
-ORACLE = "an oracle that knows the simulator"
+BOOK, TARGET, ORACLE = "book, XGBoost", "target: 62 point-in-time features", "an oracle that knows the simulator"
 PUBLISHED: Mapping[str, Figures] = {
-    "book, XGBoost": Figures(0.869, 0.687, 0.303),
+    BOOK: Figures(0.869, 0.687, 0.303),
     "book, best of any model": Figures(0.879, 0.694, 0.305),
-    "best known with point-in-time features": Figures(0.884, 0.762, 0.310),
+    TARGET: Figures(0.884, 0.762, 0.310),
     ORACLE: Figures(0.889, 0.780, 0.313),
 }
-TARGET = Figures(0.88, 0.75, 0.31)
 
 
 def read_transactions(path: Path) -> pl.DataFrame:
@@ -160,8 +169,8 @@ def telling(features: pl.DataFrame) -> tuple[Feature, ...]:
 
 
 def featured(orders: pl.DataFrame) -> tuple[pl.DataFrame, tuple[Feature, ...]]:
-    """The orders with their features, and those that say anything."""
-    features = compute(with_ratios(orders), History(delay=DELAY))
+    """The orders (`with_ratios`) with their features, and those that say anything."""
+    features = compute(orders, History(delay=DELAY))
     chosen = telling(features)
     narrow = features.select("order_id", "placed_at", pl.col([f.name for f in chosen]).cast(pl.Float32))
     return narrow.join(orders.select("order_id", "customer", "label"), on="order_id", how="left", maintain_order="left"), chosen
@@ -231,13 +240,30 @@ def run(
     """The protocol on the data at `path`; `seen` is told of every week. Raises HandbookError."""
     orders = read_transactions(path)
     begun = time.monotonic()
+    orders = with_ratios(orders)
     frame, features = featured(orders)
     seconds = time.monotonic() - begun
-    done = []
-    for week in weeks(frame, features, starts, fit):
+    done: list[Week] = []
+    models: list[FittedModel] = []
+
+    def kept(train: pl.DataFrame, chosen: tuple[Feature, ...]) -> FittedModel:
+        models.append(fit(train, chosen))
+        return models[-1]
+
+    for week in weeks(frame, features, starts, kept):
         seen(week)
         done.append(week)
-    return Outcome(tuple(done), seconds)
+    return Outcome(tuple(done), seconds, judged(orders, frame, models[-1], starts[-1]))
+
+
+def judged(orders: pl.DataFrame, frame: pl.DataFrame, model: FittedModel, start: date) -> Verdict:
+    """The gate on a week's model and window; the leak check looks at the orders up to the middle of the week."""
+    moment = _midnight(start) + WEEK / 2
+    asked = orders.filter(pl.col("placed_at") <= moment).tail(LEAK_ORDERS)
+    near = pl.any_horizontal(pl.col(kind).is_in(asked[kind].implode()) for kind in ("customer", "device"))
+    history = History(orders.filter(near), delay=DELAY)
+    window = test_rows(frame, start).with_columns(channel=pl.lit(None, pl.String))
+    return judge(window, model, None, leak=lambda: moved(asked, history, moment))
 
 
 def table(outcome: Outcome) -> list[tuple[str, str, str, str]]:
@@ -250,7 +276,6 @@ def table(outcome: Outcome) -> list[tuple[str, str, str, str]]:
         *(row(f"week of {week.start:%Y-%m-%d}", week.figures) for week in outcome.weeks),
         row("this model, mean", outcome.mean),
         *(row(name, found) for name, found in PUBLISHED.items()),
-        row("target", TARGET),
     ]
 
 

@@ -21,7 +21,11 @@ def moved_features(
     """The features of the last `orders` up to a moment that change when the future does; none: there is no leak.
 
     The orders are computed with everything that shares an entity with them, before the moment and after."""
-    asked, history = around(lake, moment, orders, delay)
+    return moved(*around(lake, moment, orders, delay), moment, seed)
+
+
+def moved(asked: pl.DataFrame, history: History, moment: datetime, seed: int = 7) -> list[str]:
+    """The same for orders up to a moment with all that concerns them (ORDER_COLUMNS, `ratio` included)."""
     if asked.is_empty():
         return []
     return differing(compute(asked, history), compute(asked_then(asked, moment, seed), changed(history, moment, seed)))

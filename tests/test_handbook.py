@@ -9,7 +9,8 @@ import polars as pl
 import pytest
 
 from ml import handbook
-from ml.features import Feature
+from ml.features import Feature, with_ratios
+from ml.gate import Verdict
 from ml.handbook import DELAY, PUBLISHED, Figures, HandbookError, Outcome, Week, as_orders, featured, training_rows
 from ml.training import FittedModel, TrainingSettings, fit_here
 
@@ -85,11 +86,13 @@ def test_the_protocol_from_end_to_end(tmp_path):
     assert seen == list(outcome.weeks)
     assert outcome.mean.roc_auc > 0.99
     names = [name for name, *_ in handbook.table(outcome)]
-    assert names == ["week of 2018-08-08", "this model, mean", *PUBLISHED, "target"]
+    assert names == ["week of 2018-08-08", "this model, mean", *PUBLISHED]
+    assert outcome.verdict.refusal.startswith("window: 15 frauds among 256 orders, at least 30 are needed")
+    assert next(check for check in outcome.verdict.checks if check.name == "future").text.startswith("no feature changes")
 
 
 def test_no_feature_is_the_label(tmp_path):
-    frame, features = featured(as_orders(transactions()))
+    frame, features = featured(with_ratios(as_orders(transactions())))
     assert "label" not in {f.name for f in features}
     assert {"amount", "customer_ratio", "device_risk_7d"} <= {f.name for f in features}
     assert not {f.name for f in features} & {"card_orders_ever", "account_minutes"}
@@ -98,9 +101,10 @@ def test_no_feature_is_the_label(tmp_path):
 
 def test_figures_are_judged_on_all_three():
     def outcome(*figures: float) -> Outcome:
-        return Outcome((Week(START, 1, 1, Figures(*figures), 0.0),), 0.0)
+        return Outcome((Week(START, 1, 1, Figures(*figures), 0.0),), 0.0, Verdict((), None))
 
-    assert outcome(0.885, 0.76, 0.311).reaches_target
+    assert outcome(0.885, 0.7616, 0.311).reaches_target
+    assert outcome(0.8834, 0.77, 0.309).short_of_target == {"ROC AUC": 0.001, "card precision@100": 0.001}
     assert outcome(0.875, 0.70, 0.304).beats_published
     assert not outcome(0.875, 0.70, 0.304).reaches_target
     assert not outcome(0.89, 0.70, 0.30).beats_published
