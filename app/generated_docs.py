@@ -1,4 +1,4 @@
-"""Documentation that is written from declarations: docs/tables.md and docs/settings.md."""
+"""Documentation that is written from declarations: docs/tables.md, docs/features.md and docs/settings.md."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from app.tables import DECLARED, FEATURE_TABLES, TABLES
 from lakehouse.settings import Section, Settings
 from lakehouse.step import Changes, Gather, Join, Read
 from lakehouse.table import Table
+from ml.features import FEATURES, ORDER, PARTS
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTE = "<!-- Written by `make docs` from the declarations; edit those. -->\n"
@@ -126,7 +127,30 @@ def settings_page() -> str:
     return "\n".join(lines)
 
 
-PAGES = {"docs/tables.md": tables_page, "docs/settings.md": settings_page}
+def features_page() -> str:
+    """docs/features.md."""
+    lines = [
+        NOTE,
+        "# Features of the fraud model",
+        "",
+        f"{len(FEATURES)} features, each as of the moment its order was placed ([how](fraud-model.md)). The last column is what",
+        "a reviewer is told. Types: `count` a whole number, `amount` units of the base currency, `ratio` a number without unit,",
+        "`minutes` time passed, `flag` 0 or 1, `category` one of the texts listed.",
+        "",
+    ]
+    for part in PARTS:
+        source = "the order itself" if part is ORDER else f"{'account events' if part.events else 'orders'} by `{part.key}`"
+        lines += [f"## {part.name}: {source}", "", "| feature | type | window | meaning | reason |", "|---|---|---|---|---|"]
+        for feature in part.features:
+            texts = f" ({', '.join(feature.categories)})" if feature.categories else ""
+            lines.append(
+                f"| `{feature.name}` | {feature.type} | {feature.window} | {feature.doc}{texts} | {feature.reason_text} |"
+            )
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+PAGES = {"docs/tables.md": tables_page, "docs/features.md": features_page, "docs/settings.md": settings_page}
 
 
 def write_pages() -> list[str]:

@@ -16,11 +16,12 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import polars as pl
 
 from lakehouse.engine import Engine, Report, Upstream, chunks, conform, stamp
-from lakehouse.iceberg import SHAPE, DataFile, FileWriter, Handle, group_hash
+from lakehouse.iceberg import SHAPE, FileWriter, Handle, group_hash
 from lakehouse.parallel import Piece, Pieces
 from lakehouse.step import Read, Step
 from lakehouse.table import DELETED, Table
@@ -62,7 +63,8 @@ class Bucket:
 class Written:
     """What a task of the third round wrote."""
 
-    files: tuple[DataFile, ...]
+    files: tuple[Any, ...]
+    """Iceberg data files, as FileWriter gives them."""
     rows: int
 
 

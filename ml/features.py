@@ -227,8 +227,8 @@ def _velocity(kind: str, of: str, windows: Sequence[str]) -> list[Feature]:
                 f"{kind}_amount_{window}",
                 "amount",
                 window,
-                f"Their amounts together, {words} before.",
-                f"{{value}} spent {of} within the last {words}",
+                f"Amounts of the orders {of} in the {words} before, together.",
+                f"{{value}} in orders {of} within the last {words}",
             ),
         ]
     return found
