@@ -160,6 +160,19 @@ class Timeline:
         spread = n * squared.astype(np.float64) - s * s
         return quotient(total, count), np.sqrt(quotient(np.maximum(spread, 0.0), n * (n - 1.0)))
 
+    def mean_where(self, chosen: Flags) -> Floats:
+        """For every arranged row: the mean of the entity's earlier amounts among the rows chosen (arranged), in cents."""
+        count, total = sums_before(chosen), sums_before(np.where(chosen, self.amount, 0))
+        return quotient(total[:-1] - total[self._first], count[:-1] - count[self._first])
+
+    def minutes_since_marked(self, marks: Flags, stop: Ints) -> Floats:
+        """Minutes since the entity's last order among those marked (arranged), in a place before `stop`; NaN for none."""
+        latest = np.concatenate([[-1], np.maximum.accumulate(np.where(marks, np.arange(len(marks)), -1))])[stop]
+        there = latest >= self.first
+        if len(self.placed) == 0:
+            return np.full(len(stop), np.nan)
+        return self._minutes(self.placed[np.maximum(latest, 0)], there)
+
     def minutes_since_first(self) -> Floats:
         """Minutes since the entity's first order; NaN when this is it."""
         return self._minutes(self.placed[self.first], self.earlier > 0)
@@ -229,6 +242,10 @@ class Settled:
         """How many orders came due within the window."""
         start, stop = self.line.since(window, until=self.delay)
         return stop - start
+
+    def minutes_since_genuine(self) -> Floats:
+        """Minutes since the newest order whose label came due without a fraud was placed; NaN when there is none."""
+        return self.line.minutes_since_marked(~self.fraud, self.stop)
 
     def frauds_of_last(self, count: int) -> Ints:
         """How many of the last `count` labels that came due are frauds."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -19,6 +20,7 @@ from ml.features import (
     FEATURES,
     MISSING,
     OTHER,
+    UNUSUAL,
     FeatureError,
     History,
     compute,
@@ -131,13 +133,40 @@ def slow_features(orders: pl.DataFrame, number: int) -> dict[str, float | None]:
             found["new_device"] = None if order["device"] is None else float(order["device"] not in used)
             priced = [row["amount"] for row in own if row["amount"] is not None]
             found["customer_mean"] = sum(priced) / len(priced) / 100 if priced else None
+            found |= slow_outliers([*own, order])
         if kind == "device":
             due = [row for row in own if row["placed_at"] < now - timedelta(days=45)]
             frauds = [row["known_at"] is not None and row["known_at"] - row["placed_at"] <= timedelta(days=45) for row in due]
             found["device_frauds_of_last_3"] = sum(frauds[-3:])
             run = next((n for n, fraud in enumerate(reversed(frauds)) if not fraud), len(frauds))
             found["device_run_frauds"] = run
+            genuine = [row["placed_at"] for row, fraud in zip(due, frauds, strict=True) if not fraud]
+            found["device_minutes_since_genuine"] = (now - genuine[-1]) / timedelta(minutes=1) if genuine else None
             found["device_run_least"] = min(row["amount"] or 0 for row in due[-run:]) / 100 if run else None
+    return found
+
+
+def slow_outliers(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """The features of unusual amounts, of the last of a customer's orders."""
+    seen: list[int] = []
+    usual: list[int] = []
+    unusual: list[datetime] = []
+    for row in rows:
+        amount, now = row["amount"], row["placed_at"]
+        mean = sum(usual) / len(usual) if usual else None
+        against = amount / mean if mean and amount is not None else None
+        found = {
+            "customer_usual_mean": None if mean is None else mean / 100,
+            "customer_usual_ratio": against,
+            "customer_unusual_7d": float(sum(at >= now - timedelta(days=7) for at in unusual)),
+            "customer_minutes_since_unusual": (now - unusual[-1]) / timedelta(minutes=1) if unusual else None,
+        }
+        if against is not None and against >= UNUSUAL:
+            unusual.append(now)
+        if amount is not None:
+            if not seen or amount / (sum(seen) / len(seen)) < UNUSUAL:
+                usual.append(amount)
+            seen.append(amount)
     return found
 
 
