@@ -273,6 +273,8 @@ def print_trained(output: Output, done: Trained) -> None:
     columns = ("scoring", "average precision", "95% interval", "ROC AUC", "recall at capacity", "against the truth")
     shown = len(columns) - (done.ceiling is None)
     output.table(columns[:shown], [row[:shown] for row in ranked], title="Newest window")
+    if done.ceiling is not None and done.standings[-1].average_precision.value > done.ceiling.average_precision:
+        output.say("(The ceiling is what such an oracle expects: with few frauds, luck can lift a scoring above it.)")
     named = ("card_precision_at_100", "precision_at_threshold", "recall_at_threshold", "reviewed_share", "cost_saved", "ece")
     output.table(
         ("figure", "value"),

@@ -218,6 +218,7 @@ def outliers(rows: pl.DataFrame, ratio: pl.Series) -> pl.DataFrame:
     marked = marked.with_columns(mean=pl.when(there & (n > 0)).then(s / n))
     marked = marked.with_columns(against=pl.when(pl.col("mean") > 0).then(amount / pl.col("mean")))
     marked = marked.with_columns(unusual=(pl.col("against") >= 2.5).fill_null(False).cast(pl.Int64))
+    marked = marked.with_columns(begun=pl.when(pl.col("unusual") == 1).then("placed_at"))
     last = pl.when(pl.col("unusual") == 1).then("placed_at").forward_fill().shift(1).over(who)
     return marked.select(
         (pl.col("mean") / 100).alias("customer_usual_mean"),
@@ -229,6 +230,9 @@ def outliers(rows: pl.DataFrame, ratio: pl.Series) -> pl.DataFrame:
             for w in ("3d", "7d", "14d")
         ),
         pl.when(there).then(minutes(pl.col("placed_at"), last)).alias("customer_minutes_since_unusual"),
+        pl.when(there)
+        .then(minutes(pl.col("placed_at"), pl.col("begun").rolling_min_by("placed_at", "14d", closed="left").over(who)))
+        .alias("customer_minutes_since_first_unusual"),
     )
 
 
@@ -237,10 +241,22 @@ def unexplained(rows: pl.DataFrame, ratio: pl.Series, kind: str, windows: tuple[
     frauds = rows.with_columns(
         known_at=pl.when((ratio.is_null() | (ratio < 2.5)) & pl.col("known_at").is_not_null()).then("known_at")
     )
-    found = entity(frauds, kind, (), (), windows)
+    known = frauds.filter(pl.col("known_at").is_not_null()).select(kind, "known_at", begun="placed_at")
+    first = (
+        rows.select("n", kind, "placed_at")
+        .join(known, on=kind)
+        .filter((pl.col("known_at") < pl.col("placed_at")) & (pl.col("begun") >= pl.col("placed_at") - timedelta(days=45 + 28)))
+        .group_by("n")
+        .agg(pl.col("begun").min())
+    )
+    begun = rows.select("n", "placed_at").join(first, on="n", how="left", maintain_order="left")
+    found = entity(frauds, kind, (), (), windows).with_columns(
+        begun.select(minutes(pl.col("placed_at"), pl.col("begun")).alias("since_first")).to_series()
+    )
     return found.select(
         *(pl.col(f"{kind}_frauds_{w}").alias(f"{kind}_unexplained_{w}") for w in windows),
         pl.col(f"{kind}_minutes_since_fraud").alias(f"{kind}_minutes_since_unexplained"),
+        pl.col("since_first").alias(f"{kind}_minutes_since_first_unexplained"),
     )
 
 

@@ -78,6 +78,22 @@ def range_max(values: Floats, start: Ints, stop: Ints) -> Floats:
     return result
 
 
+def first_below(values: Ints, start: Ints, stop: Ints, limit: Ints) -> Ints:
+    """Per (start, stop, limit): the first place from start to before stop whose value is under the limit; stop for none."""
+    if len(values) == 0:
+        return stop
+    levels, span = [values], 1
+    while 2 * span <= len(values):
+        levels.append(np.minimum(levels[-1][:-span], levels[-1][span:]))
+        span *= 2
+    place = start
+    for least in reversed(levels):
+        # the places that are passed over are a sum of falling powers of two
+        passed = (place + span <= stop) & (least[np.minimum(place, len(least) - 1)] >= limit)
+        place, span = place + span * passed, span // 2
+    return place
+
+
 @dataclass(frozen=True)
 class Moments:
     """Rows of entities in the order of time, to be asked how many came before a moment."""
@@ -173,6 +189,16 @@ class Timeline:
             return np.full(len(stop), np.nan)
         return self._minutes(self.placed[np.maximum(latest, 0)], there)
 
+    def minutes_since_first_marked(self, marks: Flags, window: int) -> Floats:
+        """Minutes since the entity's first order within the window among those marked (arranged); NaN when there is none."""
+        places = np.where(marks, np.arange(len(marks)), len(marks))
+        following = np.append(np.minimum.accumulate(places[::-1])[::-1], len(marks))
+        start, stop = self.since(window)
+        first = following[start]
+        if len(self.placed) == 0:
+            return np.full(len(stop), np.nan)
+        return self._minutes(self.placed[np.minimum(first, len(marks) - 1)], first < stop)
+
     def minutes_since_first(self) -> Floats:
         """Minutes since the entity's first order; NaN when this is it."""
         return self._minutes(self.placed[self.first], self.earlier > 0)
@@ -221,6 +247,16 @@ class Timeline:
         if len(places) == 0:
             return np.full(len(stop), np.nan)
         return self._minutes(self.placed[places[np.maximum(stop - 1, 0)]], there)
+
+    def minutes_since_first_fraud(self, window: int) -> Floats:
+        """Minutes since the first order placed within the window that is known to be a fraud by now; NaN when there is none."""
+        there = np.flatnonzero(self.known < NEVER)
+        if len(there) == 0:
+            return np.full(len(self.now), np.nan)
+        placed, known = Moments(self.code[there], self.placed[there]), np.maximum(self.known[there], self.placed[there])
+        start, stop = placed.before(self.entity, self.now - window), placed.before(self.entity, self.now)
+        first = first_below(known, start, stop, self.now)
+        return self._minutes(self.placed[there[np.minimum(first, len(there) - 1)]], first < stop)
 
     # Labels that have come due: of orders so old that a fraud would be known
 

@@ -384,6 +384,13 @@ def _unexplained(kind: str, the: str, windows: Sequence[str]) -> list[Feature]:
             "Since the order of the last such fraud.",
             f"last fraud of an ordinary amount of {the} {{value}} ago",
         ),
+        Feature(
+            f"{kind}_minutes_since_first_unexplained",
+            "minutes",
+            "28d and the label delay",
+            "Since the first such order of that time: when it may have begun.",
+            f"frauds of ordinary amounts at {the} began {{value}} ago",
+        ),
     ]
 
 
@@ -520,6 +527,13 @@ CUSTOMER = _entity(
             "ever",
             "Since the last such order.",
             "last order of an unusual amount {value} ago",
+        ),
+        Feature(
+            "customer_minutes_since_first_unusual",
+            "minutes",
+            "14d",
+            "Since the first such order of the 14 days before: when it may have begun.",
+            "orders of unusual amounts began {value} ago",
         ),
         *(
             Feature(
@@ -703,7 +717,7 @@ def _of_orders(part: Part, rows: pl.DataFrame, delay: timedelta) -> tuple[Ints, 
     if part.risk_windows or part.labels:
         columns |= _settled(part, line, columns, int(delay / timedelta(microseconds=1)))
     if part.unexplained:
-        columns |= _without_explanation(part, rows)
+        columns |= _without_explanation(part, rows, int(delay / timedelta(microseconds=1)))
     if part == CUSTOMER:
         columns |= _against_own_history(line, others)
     if part == DEVICE:
@@ -741,13 +755,17 @@ def _own_ratio(line: Timeline) -> npt.NDArray[np.float64]:
     return quotient(cents, np.nan_to_num(line.means[0]))
 
 
-def _without_explanation(part: Part, rows: pl.DataFrame) -> Columns:
+def _without_explanation(part: Part, rows: pl.DataFrame, delay: int) -> Columns:
     """Known frauds whose amount was nothing unusual for the customer."""
     kind = part.key
     explained = pl.col("ratio").fill_null(0.0) >= UNUSUAL
     line = timeline(rows, kind, rows.select(pl.when(~explained).then("known_at")).to_series())
     counts = {f"{kind}_unexplained_{window}": line.known_frauds(RISK_WINDOWS[window]) for window in part.unexplained}
-    return {**counts, f"{kind}_minutes_since_unexplained": line.minutes_since_fraud()}
+    return {
+        **counts,
+        f"{kind}_minutes_since_unexplained": line.minutes_since_fraud(),
+        f"{kind}_minutes_since_first_unexplained": line.minutes_since_first_fraud(delay + RISK_WINDOWS["28d"]),
+    }
 
 
 def _reported(part: Part, line: Timeline) -> Columns:
@@ -810,7 +828,9 @@ def _outliers(line: Timeline, cents: npt.NDArray[np.float64], ratio: npt.NDArray
     for window in UNUSUAL_WINDOWS:
         start, stop = line.since(WINDOWS[window])
         columns[f"customer_unusual_{window}"] = marks[stop] - marks[start]
-    return columns | {"customer_minutes_since_unusual": line.minutes_since_marked(unusual, line.at)}
+    columns["customer_minutes_since_unusual"] = line.minutes_since_marked(unusual, line.at)
+    columns["customer_minutes_since_first_unusual"] = line.minutes_since_first_marked(unusual, WINDOWS["14d"])
+    return columns
 
 
 def _of_events(part: Part, rows: pl.DataFrame, events: pl.DataFrame) -> tuple[Ints, Columns]:
