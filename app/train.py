@@ -17,6 +17,7 @@ from app.output import Output
 from app.passes import open_engine
 from lakehouse.engine import Engine
 from lakehouse.settings import Settings
+from ml import user_fraud_scores
 from ml.baselines import Ceiling, Standing, as_text, baselines, ceiling, standing
 from ml.drift import reference_of
 from ml.evaluation import Evaluation, ThresholdSettings, choose_threshold, evaluate
@@ -132,6 +133,9 @@ def train_on(engine: Engine, registry: Registry, options: TrainSettings, show: C
             options.gate,
             leak=lambda: moved_features(engine.lake, moment, delay=options.split.delay, seed=options.training.seed),
         )
+    with _stage(show, "scores"):
+        if registry.champion() is not None:
+            elsewhere += user_fraud_scores.refresh(engine, registry.load()).worker_cpu_seconds
     return Trained(
         version=registry.version(version.number),
         evaluation=evaluation,

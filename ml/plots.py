@@ -111,7 +111,7 @@ def _calibration(axes: Axes, label: Array, score: Array) -> None:
     never = ~known
     axes.plot(np.maximum(predicted[never], floor), np.full(never.sum(), floor), "v", color=FAINT, label="no fraud seen")
     axes.set(xscale="log", yscale="log", xlabel="mean score", ylabel="share of frauds")
-    axes.set_title(f"Calibration, bins of as many expected frauds (error {calibration_error(label, score):.4f})")
+    axes.set_title(f"Calibration, each bin with as many expected frauds (error {calibration_error(label, score):.4f})")
     if never.any():
         axes.legend(frameon=False)
 
