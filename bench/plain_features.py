@@ -232,7 +232,7 @@ def outliers(rows: pl.DataFrame, ratio: pl.Series) -> pl.DataFrame:
         pl.when(there).then(minutes(pl.col("placed_at"), last)).alias("customer_minutes_since_unusual"),
         pl.when(there)
         .then(minutes(pl.col("placed_at"), pl.col("begun").rolling_min_by("placed_at", "14d", closed="left").over(who)))
-        .alias("customer_minutes_since_first_unusual"),
+        .alias("customer_minutes_since_unusual_began"),
     )
 
 
@@ -256,7 +256,7 @@ def unexplained(rows: pl.DataFrame, ratio: pl.Series, kind: str, windows: tuple[
     return found.select(
         *(pl.col(f"{kind}_frauds_{w}").alias(f"{kind}_unexplained_{w}") for w in windows),
         pl.col(f"{kind}_minutes_since_fraud").alias(f"{kind}_minutes_since_unexplained"),
-        pl.col("since_first").alias(f"{kind}_minutes_since_first_unexplained"),
+        pl.col("since_first").alias(f"{kind}_minutes_since_unexplained_began"),
     )
 
 

@@ -385,7 +385,7 @@ def _unexplained(kind: str, the: str, windows: Sequence[str]) -> list[Feature]:
             f"last fraud of an ordinary amount of {the} {{value}} ago",
         ),
         Feature(
-            f"{kind}_minutes_since_first_unexplained",
+            f"{kind}_minutes_since_unexplained_began",
             "minutes",
             "28d and the label delay",
             "Since the first such order of that time: when it may have begun.",
@@ -529,7 +529,7 @@ CUSTOMER = _entity(
             "last order of an unusual amount {value} ago",
         ),
         Feature(
-            "customer_minutes_since_first_unusual",
+            "customer_minutes_since_unusual_began",
             "minutes",
             "14d",
             "Since the first such order of the 14 days before: when it may have begun.",
@@ -764,7 +764,7 @@ def _without_explanation(part: Part, rows: pl.DataFrame, delay: int) -> Columns:
     return {
         **counts,
         f"{kind}_minutes_since_unexplained": line.minutes_since_fraud(),
-        f"{kind}_minutes_since_first_unexplained": line.minutes_since_first_fraud(delay + RISK_WINDOWS["28d"]),
+        f"{kind}_minutes_since_unexplained_began": line.minutes_since_first_fraud(delay + RISK_WINDOWS["28d"]),
     }
 
 
@@ -829,7 +829,7 @@ def _outliers(line: Timeline, cents: npt.NDArray[np.float64], ratio: npt.NDArray
         start, stop = line.since(WINDOWS[window])
         columns[f"customer_unusual_{window}"] = marks[stop] - marks[start]
     columns["customer_minutes_since_unusual"] = line.minutes_since_marked(unusual, line.at)
-    columns["customer_minutes_since_first_unusual"] = line.minutes_since_first_marked(unusual, WINDOWS["14d"])
+    columns["customer_minutes_since_unusual_began"] = line.minutes_since_first_marked(unusual, WINDOWS["14d"])
     return columns
 
 

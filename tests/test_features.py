@@ -146,7 +146,7 @@ def slow_features(orders: pl.DataFrame, number: int) -> dict[str, float | None]:
                 and row["placed_at"] >= now - timedelta(days=73)
                 and (row["ratio"] or 0) < UNUSUAL
             ]
-            found["device_minutes_since_first_unexplained"] = (now - begun[0]) / timedelta(minutes=1) if begun else None
+            found["device_minutes_since_unexplained_began"] = (now - begun[0]) / timedelta(minutes=1) if begun else None
             run = next((n for n, fraud in enumerate(reversed(frauds)) if not fraud), len(frauds))
             found["device_run_frauds"] = run
             genuine = [row["placed_at"] for row, fraud in zip(due, frauds, strict=True) if not fraud]
@@ -168,7 +168,7 @@ def slow_outliers(rows: list[dict[str, Any]]) -> dict[str, float | None]:
             "customer_usual_mean": None if mean is None else mean / 100,
             "customer_usual_ratio": against,
             "customer_unusual_7d": float(sum(at >= now - timedelta(days=7) for at in unusual)),
-            "customer_minutes_since_first_unusual": next(
+            "customer_minutes_since_unusual_began": next(
                 ((now - at) / timedelta(minutes=1) for at in unusual if at >= now - timedelta(days=14)), None
             ),
             "customer_minutes_since_unusual": (now - unusual[-1]) / timedelta(minutes=1) if unusual else None,
