@@ -12,7 +12,7 @@ $(READY): requirements.lock
 		{ echo "error: $(PYTHON) is not Python 3.11 to 3.13. Give one: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
+	$(BIN)/uv pip sync --quiet --compile-bytecode --python $(BIN)/python requirements.lock
 	@$(BIN)/python -m pip --version > /dev/null
 	@touch $@
 
@@ -26,8 +26,8 @@ test: $(READY) ## The fast tests, two at a time
 
 # the model's slow tests are not in CI yet: see `make test-all`
 test-slow: $(READY) ## The slow tests of the lakehouse: kills, Ray, servers under load
-	@$(BIN)/python -m pytest -m slow -n 2 --dist load tests/test_kill.py tests/test_engine.py tests/test_laws.py \
-		tests/test_object_store.py tests/test_online_retail_lakehouse.py
+	@$(BIN)/python -m pytest -m slow -n 2 --dist load tests/test_kill.py tests/test_rebuild.py tests/test_engine.py \
+		tests/test_laws.py tests/test_object_store.py tests/test_online_retail_lakehouse.py
 
 test-all: $(READY) ## All tests, the slow ones too
 	@$(BIN)/python -m pytest -m ""

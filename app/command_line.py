@@ -142,13 +142,13 @@ def print_reports(output: Output, reports: tuple[Report, ...] | list[Report]) ->
 
 
 @app.command()
-def rebuild(table: Annotated[str, typer.Argument(help="Table, e.g. gold.sales_daily")], json: Json = False) -> None:
-    """Fill one table again from everything upstream (bronze: read its source again from the beginning)."""
+def rebuild(tables: Annotated[list[str], typer.Argument(help="Tables, e.g. gold.sales_daily")], json: Json = False) -> None:
+    """Fill tables again from everything upstream (bronze: read their source again from the beginning)."""
     from app import passes
 
     output = Output(json)
     with passes.open_engine(load_settings()) as engine:
-        reports = passes.rebuild(engine, table)
+        reports = passes.rebuild(engine, tables)
     if json:
         output.json([asdict(report) for report in reports])
     else:

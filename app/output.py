@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,9 +18,11 @@ from rich.table import Table as RichTable
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON has it: decimals as exact text, times in ISO 8601, bytes as text."""
+    """A value as JSON has it: decimals as exact text, times in ISO 8601, bytes as text, NaN as null."""
     if isinstance(value, Decimal):
         return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no NaN
     if isinstance(value, datetime | date | time):
         return value.isoformat()
     if isinstance(value, timedelta):

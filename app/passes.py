@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ import polars as pl
 
 import pipelines
 from app.tables import MODEL_TABLES, TABLES, rebuild_model_table
-from lakehouse.engine import Engine, Report, Upstream
-from lakehouse.errors import ShopSphereError, SourceError
-from lakehouse.iceberg import Handle, Lake
+from lakehouse.engine import Engine, Report
+from lakehouse.errors import SettingsError, ShopSphereError, SourceError
+from lakehouse.iceberg import Lake
 from lakehouse.parallel import Pool
 from lakehouse.settings import Settings
-from lakehouse.step import Changes, Context, Gather, Step
-from lakehouse.table import BOOKKEEPING, Table
-from pipelines.bronze.tables import EVENTS, MARKETPLACE_ORDERS
+from lakehouse.step import Changes, Context, Gather, Parsed, Step
+from lakehouse.table import BOOKKEEPING, SEQUENCE, Table
+from pipelines.bronze.corrections import corrected
 from pipelines.silver.quarantine import QUARANTINE
 
 Tell = Callable[[str, Report | None], None]
@@ -32,10 +33,10 @@ Tell = Callable[[str, Report | None], None]
 
 @dataclass(frozen=True)
 class Pass:
-    """What one pass did, and which sources it could not read."""
+    """What one pass did, and what it could not do."""
 
     reports: tuple[Report, ...]
-    errors: tuple[SourceError, ...]
+    errors: tuple[ShopSphereError, ...]
     seconds: float
     cpu_seconds: float
 
@@ -62,18 +63,20 @@ def open_engine(settings: Settings) -> Iterator[Engine]:
 
 
 def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: False) -> Pass:
-    """Read what is new at every source, then bring every table up to date. A source that cannot be read does not
-    keep the others from going on; its error is in the result."""
+    """Read what is new at every source, then bring every table up to date. A source that cannot be read, or a table
+    that cannot be filled, does not keep the others from going on; its error is in the result."""
     started, cpu = time.monotonic(), time.process_time()
     reports: list[Report] = []
-    errors: list[SourceError] = []
+    errors: list[ShopSphereError] = []
     for source in pipelines.sources(engine.lake.settings):
         if stopping():
             break
         tell(source.name, None)
         try:
             done = engine.ingest(source, pipelines.TABLES)
-        except SourceError as error:
+        except SettingsError:
+            raise  # nothing can go on
+        except ShopSphereError as error:
             errors.append(error)
             continue
         for report in done:
@@ -83,7 +86,13 @@ def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: 
         if stopping():
             break
         tell(step.target.name, None)
-        report = engine.refresh(step)
+        try:
+            report = engine.refresh(step)
+        except SettingsError:
+            raise  # nothing can go on
+        except ShopSphereError as error:
+            errors.append(error)
+            continue
         tell(step.target.name, report)
         reports.append(report)
     elsewhere = sum(report.worker_cpu_seconds for report in reports)
@@ -98,20 +107,24 @@ def table_named(name: str) -> Table:
     return found[0]
 
 
-def rebuild(engine: Engine, name: str) -> list[Report]:
-    """Fill a table again from everything upstream; a bronze table: read its source again from the beginning."""
-    table = table_named(name)
-    if table.name == QUARANTINE.name:
-        return [engine.refresh(step, rebuild=True) for step in pipelines.STEPS if _bronze_reads(step)]
-    if table.layer == "bronze":
-        source = next((s for s in pipelines.sources(engine.lake.settings) if table.name in s.tables), None)
-        if source is None:
-            raise SourceError(f"The source of {table.name} is switched off. Switch it on in the settings.")
-        return [r for r in engine.ingest(source, pipelines.TABLES, again=frozenset({table.name})) if r.table == table.name]
-    if table.name in MODEL_TABLES:
-        return [rebuild_model_table(engine, table)]
-    step = next(step for step in pipelines.STEPS if step.target.name == table.name)
-    return [engine.refresh(step, rebuild=True)]
+def rebuild(engine: Engine, names: Sequence[str]) -> list[Report]:
+    """Fill tables again from everything upstream; bronze tables: read their source again from the beginning, those of
+    one source all at once. Bronze first, then each table after those that it reads."""
+    tables = {table_named(name).name: None for name in names}
+    known = pipelines.sources(engine.lake.settings)
+    bronze = {name for name in tables if TABLES[name].layer == "bronze"}
+    if off := sorted(bronze - {name for source in known for name in source.tables}):
+        raise SourceError(f"The source of {off[0]} is switched off. Switch it on in the settings.")
+    reports: list[Report] = []
+    for source in known:
+        if chosen := bronze.intersection(source.tables):
+            done = engine.ingest(source, pipelines.TABLES, again=frozenset(chosen))
+            reports += [report for report in done if report.table in chosen]
+    for step in pipelines.STEPS:
+        if step.target.name in tables or (QUARANTINE.name in tables and _bronze_reads(step)):
+            reports.append(engine.refresh(step, rebuild=True))
+    reports += [rebuild_model_table(engine, TABLES[name]) for name in TABLES if name in tables and name in MODEL_TABLES]
+    return reports
 
 
 def _bronze_reads(step: Step) -> set[str]:
@@ -161,7 +174,7 @@ def store_corrections(engine: Engine, file: Path) -> int:
             table, position, value = _correction(f"{file}:{number}", line)
             by_table.setdefault(table.name, {})[position] = value
     for name, values in by_table.items():
-        _append_corrections(engine, engine.lake.load(pipelines.TABLES[name]), values)
+        engine.retried(partial(_append_corrections, engine.lake, pipelines.TABLES[name], values))
     return sum(len(values) for values in by_table.values())
 
 
@@ -174,38 +187,42 @@ def _correction(where: str, line: str) -> tuple[Table, str, bytes]:
         raise ShopSphereError(
             f'{where}: not a correction ({type(error).__name__}: {error}). Write {{"table": ..., "position": ..., "value": ...}}.'
         ) from None
-    if table.name not in (EVENTS.name, MARKETPLACE_ORDERS.name):
-        raise ShopSphereError(f"{where}: rows of {table.name} are never quarantined; correct them at their source.")
+    if table.layer != "bronze":
+        raise ShopSphereError(f"{where}: {table.name} is not a bronze table. Give the quarantined row's source_table.")
     return table, position, value
 
 
-def _append_corrections(engine: Engine, handle: Handle, values: Mapping[str, bytes]) -> None:
-    """One new row a correction: the original with the new bytes and `_op` 'fix'."""
-    upstream = Upstream(handle.table, handle.reader, tuple(handle.files()))
+def _append_corrections(lake: Lake, table: Table, values: Mapping[str, bytes]) -> None:
+    """One new row a correction, at the position of the row that it corrects.
+
+    Only of rows that cannot be read: so at most one row at a position speaks, and the tables stay functions of the set
+    of bronze rows.
+    """
+    handle = lake.load(table, create=False)
     columns = [name for name in handle.reader.schema.names if name not in BOOKKEEPING]
-    rows = upstream.read(columns, pl.col("_source_position").is_in(list(values)))
-    rows = rows.filter(pl.col("_op") != "fix").unique("_source_position", maintain_order=True)
-    if missing := sorted(values.keys() - set(rows["_source_position"].to_list())):
+    rows = handle.read(columns, pl.col("_source_position").is_in(list(values)))
+    received = rows.filter(pl.col("_op") != "fix").sort("_source_position", "_op").unique("_source_position", keep="first")
+    if missing := sorted(values.keys() - set(received["_source_position"].to_list())):
         raise ShopSphereError(
-            f'{handle.table.name} has no row at position {missing[0]}. See `python -m app sql "SELECT * FROM silver.quarantine"`.'
+            f'{table.name} has no row at position {missing[0]}. See `python -m app sql "SELECT * FROM silver.quarantine"`.'
         )
-    fresh = [values[position] for position in rows["_source_position"].to_list()]
-    if handle.table.name == EVENTS.name:
-        rows = rows.with_columns(pl.Series("value", fresh, dtype=pl.Binary))
-    else:
-        texts = [value.decode("utf-8", "replace") for value in fresh]
-        rows = rows.with_columns(
-            pl.Series("document", texts),
-            *(pl.Series(name, [_named(t, name) for t in texts], dtype=pl.String) for name in ("platform", "mp_order_id")),
-        )
+    for parse in _parsers(table):
+        read = parse(rows).parsed_positions
+        if read is not None and read.len():
+            raise ShopSphereError(
+                f"{table.name} at position {read.min()} can be read: only quarantined rows are corrected. "
+                "Correct it at its source."
+            )
+    fixes = pl.concat(
+        corrected(table, received[n : n + 1], values[position], handle.arrow_schema)
+        for n, position in enumerate(received["_source_position"].to_list())
+    )
     now = pl.lit(datetime.now(UTC)).cast(pl.Datetime("us", "UTC")).alias("_ingested_at")
-    rows = rows.with_columns(pl.lit("fix").alias("_op"), now, pl.lit(handle.sequence, pl.Int64).alias("_seq"))
-    handle.commit(handle.writer.write(rows), positions=handle.positions)
+    fixes = fixes.with_columns(now, pl.lit(handle.sequence, pl.Int64).alias(SEQUENCE))
+    handle.commit(handle.writer.write(fixes), positions=handle.positions)
 
 
-def _named(document: str, name: str) -> str | None:
-    try:
-        value = json.loads(document).get(name)
-    except (ValueError, AttributeError):
-        return None
-    return value if isinstance(value, str) else None
+def _parsers(table: Table) -> list[Callable[[pl.DataFrame], Parsed]]:
+    """What tells of the table's rows which can be read; the first is as good as any."""
+    reads = [read for step in pipelines.STEPS for read in step.reads.values() if isinstance(read, Gather | Changes)]
+    return [read.parse for read in reads if read.table.name == table.name and read.parse is not None][:1]

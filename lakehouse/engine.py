@@ -24,7 +24,7 @@ import polars as pl
 import pyarrow as pa
 from pyiceberg.manifest import DataFile
 
-from lakehouse.difference import difference
+from lakehouse.difference import Difference, difference
 from lakehouse.errors import CommitConflict, UnknownColumn
 from lakehouse.iceberg import (
     FILE,
@@ -40,7 +40,8 @@ from lakehouse.iceberg import (
     polars_schema,
 )
 from lakehouse.parallel import Piece, Pieces, Pool
-from lakehouse.source import AGAIN, Plan, Reached, Rows, Source, Task
+from lakehouse.source import Plan, Reached, Rows, Source, Task
+from lakehouse.source import again as begun_anew
 from lakehouse.step import Changes, Context, Gather, Join, Lookup, Parsed, Read, Step, Whole
 from lakehouse.table import DELETED, GROUP_HASH, SEQUENCE, Table
 
@@ -109,7 +110,7 @@ class Extraction:
 
 @dataclass(frozen=True)
 class Merge:
-    """One bucket of a step's merge."""
+    """One bucket of a step's merge. regrouped: the stored group hashes may be those of an earlier declaration."""
 
     step: Step
     bucket: int
@@ -121,6 +122,7 @@ class Merge:
     writer: FileWriter
     sequence: int
     context: Context
+    regrouped: bool = False
 
 
 @dataclass(frozen=True)
@@ -356,6 +358,8 @@ def merge(work: Merge, pieces: Pieces) -> Merged:
     wanted = conform(step.fill(frames, work.context), target)
     wanted = wanted.join(groups, on=list(target.group), how="semi", nulls_equal=True)
     change = difference(target, old, wanted)
+    if work.regrouped:
+        change = rehashed(change, old, target)
     if change.empty:
         return Merged(rows_read=rows_read)
     stamped = stamp(target, change.written, work.sequence)
@@ -364,6 +368,15 @@ def merge(work: Merge, pieces: Pieces) -> Merged:
         rows_read,
         change.written.height,
         change.deleted.height,
+    )
+
+
+def rehashed(change: Difference, old: pl.DataFrame, table: Table) -> Difference:
+    """The change, and the rows beside it that are stored with another hash than their group has now: written anew."""
+    stale = old.filter(old[GROUP_HASH] != group_hash(old, table.group)).join(change.deleted, on=[FILE, POS], how="anti")
+    return Difference(
+        pl.concat([change.deleted, stale.select(change.deleted.columns)]),
+        pl.concat([change.written, stale.select(change.written.columns)]),
     )
 
 
@@ -412,10 +425,14 @@ def existing(work: Merge, groups: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFr
     on, and the last row of each group before it."""
     target, old, order = work.step.target, work.old, work.step.ordered_by
     columns = [*(column.name for column in target.columns), *([DELETED] if target.keeps_tombstones else [])]
+    if work.regrouped:
+        columns.append(GROUP_HASH)
     if not old.files:
         return old.reader.read((), columns, positions=True), None
     member: pl.Expr | None = None
-    if not work.full:
+    if work.regrouped:
+        pass  # the stored hashes tell nothing: every bucket looks at all rows
+    elif not work.full:
         member = pl.col(GROUP_HASH).is_in(group_hash(groups, target.group).implode())
     elif work.buckets > 1:
         member = pl.col(GROUP_HASH) % work.buckets == work.bucket
@@ -469,7 +486,7 @@ class Engine:
 
     def refresh(self, step: Step, *, rebuild: bool = False, replay: Mapping[str, tuple[str, ...]] | None = None) -> Report:
         """Bring a step's table up to date; `replay`: by bronze table, source positions to read again."""
-        return self._repeated(lambda: self._refresh(step, rebuild, replay or {}))
+        return self.retried(lambda: self._refresh(step, rebuild, replay or {}))
 
     def ingest(self, source: Source, tables: Mapping[str, Table], *, again: frozenset[str] = frozenset()) -> list[Report]:
         """Read what is new at a source into its bronze tables, and tell the source once that is committed.
@@ -489,10 +506,10 @@ class Engine:
                         raise
                     known[:] = [*(f for f in known if f.name != met.name), met]
 
-        return self._repeated(attempt)
+        return self.retried(attempt)
 
-    def _repeated(self, attempt: Callable[[], Done]) -> Done:
-        """Another writer got in first: everything is read again, from what that one left."""
+    def retried(self, attempt: Callable[[], Done]) -> Done:
+        """What `attempt` gives; when another writer commits first, it is called again, from what that one left."""
         for number in range(ATTEMPTS):
             try:
                 return attempt()
@@ -504,7 +521,7 @@ class Engine:
 
     def _refresh(self, step: Step, rebuild: bool, replay: Mapping[str, tuple[str, ...]]) -> Report:
         started, cpu = time.monotonic(), time.process_time()
-        target, kept = self.lake.load(step.target), self.lake.load(self.quarantine)
+        target, kept = self.lake.load(step.target, evolve=True), self.lake.load(self.quarantine, evolve=True)
         handles = self._upstream_handles(step)
         stored, shape = target.positions, self.shape(step)
         since: dict[str, int | None] = {}
@@ -514,7 +531,13 @@ class Engine:
             same = known is not None and known["table"] == handle.position["table"]
             made_anew |= known is not None and not same
             since[name] = known["sequence"] if known is not None and same else None
-        made_anew |= target.snapshot is not None and target.summary(SHAPE) not in (None, shape)
+        if any(isinstance(read, Gather | Changes) and read.parse for read in step.reads.values()):
+            judged = {"table": str(kept.metadata.table_uuid), "sequence": 0}
+            made_anew |= stored.get(self.quarantine.name, judged) != judged
+        else:
+            judged = None
+        reshaped = target.snapshot is not None and target.summary(SHAPE) not in (None, shape)
+        made_anew |= reshaped
         replayed = any(replay.get(name) for name in handles)
         stale = [name for name, handle in handles.items() if since[name] is None or handle.data_sequence > (since[name] or 0)]
         triggers = {read.table.name for read in step.reads.values() if isinstance(read, Gather | Changes)}
@@ -528,12 +551,14 @@ class Engine:
             return Report(
                 step.target.name, "unchanged", seconds=time.monotonic() - started, cpu_seconds=time.process_time() - cpu
             )
-        merged, changed, elsewhere, parallel, pieces = self._rows(step, target, handles, since, full, replay)
+        merged, changed, elsewhere, parallel, pieces = self._rows(step, target, handles, since, full, replay, reshaped)
         if not full and any(True for _ in pieces.of("truncated")):
-            merged, changed, elsewhere, parallel, pieces = self._rows(step, target, handles, since, True, replay)
+            merged, changed, elsewhere, parallel, pieces = self._rows(step, target, handles, since, True, replay, reshaped)
         self._quarantine(step, handles, pieces, kept, again=full or replayed)
         files = [file for part in merged for file in part.files]
         positions = {name: handle.position for name, handle in handles.items()}
+        if judged is not None:
+            positions[self.quarantine.name] = judged
         rows_written = sum(part.rows_written for part in merged)
         rows_deleted = sum(part.rows_deleted for part in merged)
         snapshot = target.snapshot.snapshot_id if target.snapshot else None
@@ -583,6 +608,7 @@ class Engine:
         since: Mapping[str, int | None],
         full: bool,
         replay: Mapping[str, tuple[str, ...]],
+        reshaped: bool,
     ) -> tuple[list[Merged], int, float, bool, Pieces]:
         upstream = {
             name: Upstream(read.table, handles[read.table.name].reader, tuple(handles[read.table.name].files()))
@@ -624,7 +650,7 @@ class Engine:
             return [], changed, pieces.cpu_seconds, parallel, pieces
         old = Upstream(step.target, target.reader, tuple(target.files()))
         merges = [
-            Merge(step, bucket, buckets, full, part, upstream, old, target.writer, target.sequence, self.context)
+            Merge(step, bucket, buckets, full, part, upstream, old, target.writer, target.sequence, self.context, reshaped)
             for bucket, part in self._bucketed(groups, step.target, buckets)
         ]
         merged, cpu = self.pool.map(merge, merges, pieces, parallel=parallel and (len(merges) > 1 or bool(pieces.refs)))
@@ -755,26 +781,40 @@ class Engine:
             kept.commit([*written, *kept.writer.write_deletes(files, change.deleted)], positions=kept.positions)
 
     def _unreadable(self, parse: Callable[[pl.DataFrame], Parsed], bronze: Handle, positions: list[str]) -> pl.DataFrame:
-        """The quarantine rows of those positions at which no row, corrections included, can be read."""
+        """The quarantine rows of those positions at which no row, corrections included, can be read.
+
+        What quarantine shows is the row as it was received, not a correction that cannot be read either.
+        """
         columns = [n for n in bronze.reader.schema.names if n not in (SEQUENCE, GROUP_HASH, DELETED)]
         rows = bronze.reader.read(bronze.files(), columns, pl.col("_source_position").is_in(positions))
-        broken = [pl.DataFrame(schema=REJECTED).drop("source_table")]
-        for part in rows.sort("_op").partition_by("_source_position", maintain_order=True):
-            outcomes = [parse(part[n : n + 1]) for n in range(part.height)]
-            if all(outcome.rejected is not None and outcome.rejected.height for outcome in outcomes):
-                originals = part.filter(pl.col("_op") != "fix")
-                chosen = parse((originals if originals.height else part)[:1]).rejected
-                assert chosen is not None
-                moment = part["_source_time"][:1].alias("_source_time")
-                broken.append(chosen.with_columns(moment).select(broken[0].columns))
-        return conform(pl.concat(broken).with_columns(pl.lit(bronze.table.name).alias("source_table")), self.quarantine)
+        outcome = parse(rows)
+        rejected = pl.DataFrame(schema=REJECTED) if outcome.rejected is None else outcome.rejected
+        at = rejected["source_position"]
+        if outcome.parsed_positions is not None:
+            at = at.filter(~at.is_in(outcome.parsed_positions.implode()))
+        if at.is_empty():
+            return conform(pl.DataFrame(schema=REJECTED), self.quarantine)
+        broken = rows.filter(pl.col("_source_position").is_in(at.implode()))
+        received = pl.col("_op") != "fix"
+        shown = broken.filter(received | ~received.any().over("_source_position"))
+        chosen = parse(shown).rejected
+        assert chosen is not None
+        moments = shown.group_by("_source_position").agg(pl.col("_source_time").min())
+        chosen = (
+            chosen.sort("source_position", "reason", "original", nulls_last=True)
+            .unique("source_position", keep="first", maintain_order=True)
+            .join(moments, left_on="source_position", right_on="_source_position", how="left")
+            .with_columns(source_table=pl.lit(bronze.table.name))
+        )
+        return conform(chosen, self.quarantine)
 
     def _ingest(
         self, source: Source, tables: Mapping[str, Table], unknown: Mapping[str, Sequence[pa.Field]], again: frozenset[str]
     ) -> list[Report]:
         started, cpu = time.monotonic(), time.process_time()
         handles = {name: self.lake.load(table) for name, table in tables.items() if name in source.tables}
-        positions = {name: AGAIN if name in again else handle.positions.get(source.name) for name, handle in handles.items()}
+        positions = {name: handle.positions.get(source.name) for name, handle in handles.items()}
+        positions |= {name: begun_anew(positions[name]) for name in again & positions.keys()}
         for name, handle in handles.items():
             if unknown.get(name):
                 handle.widen(pa.schema(list(unknown[name])))

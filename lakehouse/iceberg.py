@@ -14,7 +14,7 @@ import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from pyiceberg.types import DecimalType, DoubleType, FloatType, IcebergType, Int
 from pyiceberg_core import transform as iceberg_transform
 from sqlalchemy.exc import SQLAlchemyError
 
-from lakehouse.errors import CommitConflict, SchemaConflict, SettingsError, TableNotFound
+from lakehouse.errors import CommitConflict, SchemaConflict, SettingsError, ShopSphereError, TableNotFound
 from lakehouse.row_delta import RowDelta
 from lakehouse.settings import Settings
 from lakehouse.table import DELETED, GROUP_HASH, SEQUENCE, Table
@@ -102,6 +102,7 @@ def stored_columns(table: Table) -> list[tuple[str, pa.DataType, str, bool]]:
     return [(c.name, c.type, c.doc, c.required) for c in table.columns] + engine
 
 
+@cache
 def iceberg_schema(table: Table) -> Schema:
     """The Iceberg schema of a declaration, with its documentation."""
     from pyiceberg.io.pyarrow import _ConvertToIcebergWithoutIDs, visit_pyarrow
@@ -118,9 +119,10 @@ def iceberg_schema(table: Table) -> Schema:
     return assign_fresh_schema_ids(Schema(*fields))
 
 
-def iceberg_arrow_schema(table: Table) -> pa.Schema:
-    """The Arrow types of a declaration as it is stored."""
-    return pa.schema([pa.field(name, type_) for name, type_, _, _ in stored_columns(table)])
+@cache
+def declared_types(table: Table) -> pa.Schema:
+    """The Arrow types of a declaration, as they come back from the stored table."""
+    return arrow_schema(iceberg_schema(table))
 
 
 def partition_spec(table: Table, schema: Schema) -> PartitionSpec:
@@ -462,11 +464,15 @@ class Handle:
         try:
             delta.commit()
             transaction.commit_transaction()
-        except (CommitFailedException, CommitStateUnknownException) as error:
+        except (CommitFailedException, CommitStateUnknownException, NoSuchTableError) as error:
             raise CommitConflict(
                 f"{self.table.name}: another writer committed first ({type(error).__name__}). Run again."
             ) from error
         except SQLAlchemyError as error:
+            if "full" in (cause := str(getattr(error, "orig", None) or "")):
+                raise ShopSphereError(
+                    f"{self.table.name}: the catalog cannot be written: {cause}. Make room and run again; nothing is lost."
+                ) from error
             raise CommitConflict(
                 f"{self.table.name}: the catalog is busy or unreachable ({type(error).__name__}). Run again."
             ) from error
@@ -507,6 +513,21 @@ def compatible(established: pa.DataType, arriving: pa.DataType) -> bool:
     return bool(pa.types.is_decimal(established) and pa.types.is_decimal(arriving) and established.scale == arriving.scale)
 
 
+def evolves(handle: Handle) -> bool:
+    """Whether Iceberg can bring a stored table to its declaration: same partitioning, every type equal or promotable."""
+    stored, types = handle.metadata.schema(), handle.arrow_schema
+    other = [f for f in declared_types(handle.table) if f.name in types.names and types.field(f.name).type != f.type]
+    if any(promotion(stored.find_field(f.name).field_type, f.type) is None for f in other):
+        return False
+    declared = iceberg_schema(handle.table)
+    return layout(handle.loaded.spec(), stored) == layout(partition_spec(handle.table, declared), declared)
+
+
+def layout(spec: PartitionSpec, schema: Schema) -> list[tuple[str, str]]:
+    """A partition spec by column names and transforms."""
+    return [(str(schema.find_column_name(part.source_id)), str(part.transform)) for part in spec.fields]
+
+
 class Lake:
     """The catalog, and the tables in it."""
 
@@ -533,16 +554,24 @@ class Lake:
                 "Correct the [catalog] section of the settings, or start the catalog."
             ) from error
 
-    def load(self, table: Table, *, create: bool = True) -> Handle:
-        """Load a table, making it when it is not there. Raises TableNotFound with create=False."""
+    def load(self, table: Table, *, create: bool = True, evolve: bool = False) -> Handle:
+        """Load a table, making it when it is not there. Raises TableNotFound with create=False.
+
+        A declared column that the stored table lacks is added. evolve: for who fills the table from others. A column
+        whose declared type grew is promoted; a table that Iceberg cannot evolve to its declaration is made anew, empty.
+        """
         try:
             handle = Handle(table, self.catalog.load_table(table.name))
-            if missing := [f for f in iceberg_arrow_schema(table) if f.name not in handle.arrow_schema.names]:
-                handle.widen(pa.schema(missing))
-            return handle
         except NoSuchTableError:
             if not create:
                 raise TableNotFound(f"{table.name} does not exist yet. Run `python -m app run` first.") from None
+        else:
+            if not evolve or evolves(handle):
+                stored = handle.arrow_schema.names
+                handle.widen(pa.schema([f for f in declared_types(table) if evolve or f.name not in stored]))
+                return handle
+            with contextlib.suppress(NoSuchTableError):
+                self.catalog.drop_table(table.name)
         with contextlib.suppress(NamespaceAlreadyExistsError):
             self.catalog.create_namespace(table.layer)
         schema = iceberg_schema(table)

@@ -13,7 +13,7 @@ import duckdb
 import polars as pl
 import pyarrow as pa
 import sqlglot
-from sqlglot import exp
+from sqlglot import TokenType, exp
 from sqlglot.errors import SqlglotError
 
 from lakehouse.errors import QueryError
@@ -62,22 +62,60 @@ def rows_of(handle: Handle, snapshot_id: int | None, columns: Sequence[str] | No
     return reader.read(handle.files(snapshot_id=snapshot_id), names, living(handle.table, None))
 
 
-def _mentions(tree: exp.Query, tables: Mapping[str, Table]) -> dict[Mention, list[exp.Table]]:
+@dataclass(frozen=True)
+class Moment:
+    """An `AS OF` clause of a statement."""
+
+    kind: str
+    at: str
+
+
+MARK = "@as-of-"
+"""Between a table's name and the number of its `AS OF` clause, while the statement is being read."""
+
+
+def without_time_travel(statement: str) -> tuple[str, list[Moment]]:
+    """The statement with each `[FOR] VERSION|TIMESTAMP AS OF <literal>` taken out and its table's name marked.
+
+    Cut out by token and not left to a dialect that knows the clause: in those a double-quoted name is text. Raises
+    QueryError where the clause does not follow a table's name, and SqlglotError.
+    """
+    tokens = sqlglot.tokenize(statement, read="duckdb")
+    moments: list[Moment] = []
+    parts, end = [], 0
+    for n in range(len(tokens) - 3):
+        words = [token.text.upper() for token in tokens[n : n + 3]]
+        if words[0] not in ("VERSION", "TIMESTAMP") or words[1:] != ["AS", "OF"]:
+            continue
+        first = n - 1 if n and tokens[n - 1].text.upper() == "FOR" else n
+        name, literal = tokens[first - 1] if first else None, tokens[n + 3]
+        if name is None or name.token_type not in (TokenType.VAR, TokenType.IDENTIFIER):
+            raise QueryError(f"{words[0]} AS OF belongs right behind a table's name: gold.sales_daily FOR {words[0]} AS OF ...")
+        if literal.token_type not in (TokenType.STRING, TokenType.NUMBER):
+            raise QueryError(f"{words[0]} AS OF needs a literal: a snapshot's number, or a time such as '2026-01-31 12:00:00'.")
+        parts += [statement[end : name.start], f'"{name.text}{MARK}{len(moments)}"']
+        moments.append(Moment(words[0], literal.text))
+        end = literal.end + 1
+    return "".join([*parts, statement[end:]]), moments
+
+
+def _mentions(tree: exp.Query, tables: Mapping[str, Table], moments: Sequence[Moment]) -> dict[Mention, list[exp.Table]]:
     local = {cte.alias_or_name for cte in tree.find_all(exp.CTE)}
     found: dict[Mention, list[exp.Table]] = {}
     for node in tree.find_all(exp.Table):
         if (not node.db and node.name in local) or isinstance(node.this, exp.Func):
             continue
-        name = (f"{node.db}.{node.name}" if node.db else node.name).lower()
+        plain, _, number = node.name.partition(MARK)
+        name = (f"{node.db}.{plain}" if node.db else plain).lower()
         if name not in tables:
-            near = [t for t in tables if t.split(".")[1] == node.name.lower()]
+            near = [t for t in tables if t.split(".")[1] == plain.lower()]
             hint = f"Did you mean {near[0]}?" if near else f"Tables: {', '.join(sorted(tables))}."
             raise QueryError(f"There is no table {name}. {hint}")
-        version = node.args.get("version") or node.args.get("when")
-        mention = (
-            Mention(name, version.this.upper(), version.expression.name) if isinstance(version, exp.Version) else Mention(name)
-        )
-        found.setdefault(mention, []).append(node)
+        node.set("this", exp.to_identifier(plain))
+        moment = moments[int(number)] if number else Moment("", "")
+        found.setdefault(Mention(name, moment.kind, moment.at), []).append(node)
+    if any(MARK in identifier.name for identifier in tree.find_all(exp.Identifier)):
+        raise QueryError("AS OF belongs right behind a table's name, before its alias.")
     return found
 
 
@@ -92,18 +130,18 @@ def _used_columns(tree: exp.Query) -> set[str] | None:
 def query(lake: Lake, tables: Mapping[str, Table], statement: str) -> pa.Table:
     """Run one SELECT. Raises QueryError with what is wrong and what there is."""
     try:
-        trees = [
-            tree
-            for tree in sqlglot.parse(statement, dialect="databricks" if " AS OF " in statement.upper() else "duckdb")
-            if tree
-        ]
+        plain, moments = without_time_travel(statement)
+        trees = [tree for tree in sqlglot.parse(plain, dialect="duckdb") if tree]
     except SqlglotError as error:
         raise QueryError(f"The statement cannot be read: {str(error).splitlines()[0]}") from None
     if len(trees) != 1 or not isinstance(trees[0], exp.Query):
         raise QueryError("Give exactly one SELECT: the lakehouse is read here, never written.")
     tree = trees[0]
-    mentions = _mentions(tree, tables)
+    mentions = _mentions(tree, tables, moments)
     used = _used_columns(tree)
+    for column in tree.find_all(exp.Column):
+        # gold.sales_daily.units: what runs has the table under its name alone
+        column.set("db", None)
     with duckdb.connect() as connection:
         connection.execute("SET TimeZone='UTC'")
         connection.execute("SET enable_external_access=false")

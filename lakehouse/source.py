@@ -11,9 +11,25 @@ import pyarrow as pa
 Position = Mapping[str, Any]
 """How far a table has read its source: a JSON object, stored in the snapshot that holds the rows."""
 
-AGAIN: Position = {"again": True}
-"""The position of a table that was read before and must be read from its beginning once more: what is read now is
-newer than all that was read before, and must sort so."""
+AGAIN, GENERATION = "again", "generation"
+
+
+def again(position: Position | None) -> Position | None:
+    """The position to plan from when a table must be read from its beginning once more; None when it never was read.
+
+    What is read then is newer than all that was read before, and must sort so: it is the next generation. Never stored.
+    """
+    return None if position is None else {**position, AGAIN: True, GENERATION: generation(position) + 1}
+
+
+def is_again(position: Position | None) -> bool:
+    """Whether the table must be read from its beginning once more."""
+    return bool(position and position.get(AGAIN))
+
+
+def generation(position: Position | None) -> int:
+    """How many times the table was begun anew, by the time the rows after this position are read."""
+    return int(position.get(GENERATION, 0)) if position else 0
 
 
 @dataclass(frozen=True)
@@ -65,7 +81,8 @@ class Source(Protocol):
     tables: tuple[str, ...]
 
     def plan(self, positions: Mapping[str, Position | None], schemas: Mapping[str, pa.Schema]) -> Plan:
-        """Find what is new past `positions` (by bronze table; None: never read). `schemas`: the tables' columns today.
+        """Find what is new past `positions` (by bronze table; None: never read; `is_again`: read all anew, in the next
+        generation). `schemas`: the tables' columns today.
 
         Raises SourceError when the source cannot be reached, OffsetGone when what comes next was deleted there.
         """

@@ -8,7 +8,7 @@ the same call with every group touched.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import polars as pl
 
@@ -23,7 +23,8 @@ class Parsed:
     """What parsing gave: the rows, and those that cannot be read.
 
     rejected has the columns reason (str), source_position (str), original (binary).
-    parsed_positions (str): the positions that were read well (their quarantine, if any, ends).
+    parsed_positions (str): the positions at which a row was read well: a correction may stand beside the row that it
+    corrects, and then nothing is wrong there.
     """
 
     rows: pl.DataFrame
@@ -139,5 +140,4 @@ class Step:
     fill: Fill
     expand: Callable[[pl.DataFrame, Lookup, Context], pl.DataFrame] | None = None
     ordered_by: str = ""
-    uses_old: bool = field(default=False)
     shaped_by: tuple[tuple[str, str], ...] = ()

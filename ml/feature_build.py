@@ -76,7 +76,7 @@ def must_be_built(engine: Engine, step: Step) -> bool:
 
 def build(engine: Engine, step: Step, delay: timedelta) -> Report:
     """Compute the table from nothing, and put it in the place of what is there, with positions as the step keeps them."""
-    return engine._repeated(lambda: _build(engine, step, delay))
+    return engine.retried(lambda: _build(engine, step, delay))
 
 
 def _build(engine: Engine, step: Step, delay: timedelta) -> Report:

@@ -20,7 +20,7 @@ from pymongo.errors import OperationFailure
 
 from lakehouse.errors import OffsetGone, SourceError
 from lakehouse.settings import MongoSettings
-from lakehouse.source import Reached, Rows
+from lakehouse.source import Reached, Rows, again
 from pipelines.bronze import mongo
 from pipelines.bronze.mongo import ChangesTask, MongoSource, Watermark
 from pipelines.bronze.tables import MARKETPLACE_ORDERS
@@ -239,6 +239,108 @@ def test_a_server_without_change_streams_is_read_by_watermark(market: Market, mo
     assert market.reader.positions[TABLE]["mode"] == "watermark"
     with pytest.raises(SourceError, match="gives no change streams"):
         MongoSource(market.settings.model_copy(update={"mode": "change_stream"})).plan({}, {})
+
+
+def in_any_order(market: Market) -> list[dict[str, Any]]:
+    """What is held, whatever the order in which the rows lie."""
+    rows = market.reader.rows[TABLE]
+    found = []
+    for order in (rows, rows[::-1], sorted(rows, key=lambda row: str(row["document"]))):
+        newest = living(list(order), ("document_id",))
+        found.append({key[0]: json_util.loads(row["document"]) for key, row in newest.items()})
+    return found
+
+
+@pytest.mark.parametrize("mode", ["watermark", "change_stream"])
+def test_read_again_a_collection_begins_a_generation_with_a_marker(market: Market, mode: str) -> None:
+    market.reading(mode=mode)
+    market.add(1, 5)
+    market.collection.insert_one({"_id": "undated", "mp_order_id": "U"})
+    market.reader.run()
+    market.add(6, 6)
+    market.reader.run()
+    before = list(market.reader.rows[TABLE])
+    market.collection.delete_one({"mp_order_id": "O2"})
+    market.collection.replace_one({"_id": "undated"}, {"mp_order_id": "V"})
+    market.reader.positions = {TABLE: again(market.reader.positions[TABLE])}
+    rows = market.reader.run()[TABLE]
+    assert [row["_op"] for row in rows] == ["t", *["r"] * 6]
+    assert rows[0]["_source_position"] == "~000001~"
+    assert max(row["_source_position"] for row in before) < "~000001~" < min(row["_source_position"] for row in rows[1:])
+    assert abs((rows[0]["_source_time"] - datetime.now(UTC)).total_seconds()) < 60
+    assert in_any_order(market) == [market.there()] * 3
+    market.add(7, 7)
+    assert [row["_source_position"][:8] for row in market.reader.run()[TABLE]] == ["~000001~"]
+    assert in_any_order(market) == [market.there()] * 3
+    assert market.reader.positions[TABLE]["generation"] == 1
+    assert not market.reader.plan().tasks
+
+
+@pytest.mark.parametrize("mode", ["watermark", "change_stream"])
+def test_read_again_a_collection_that_was_emptied_is_empty(market: Market, mode: str) -> None:
+    market.reading(mode=mode)
+    market.add(1, 5)
+    market.reader.run()
+    market.collection.delete_many({})
+    market.reader.positions = {TABLE: again(market.reader.positions[TABLE])}
+    assert [row["_op"] for row in market.reader.run()[TABLE]] == ["t"]
+    assert market.reader.positions[TABLE]["generation"] == 1
+    assert market.held() == {}
+    assert not market.reader.plan().tasks
+    market.add(6, 7)
+    market.reader.run()
+    assert market.held() == market.there()
+
+
+def test_from_change_stream_to_watermark_and_back_what_is_read_later_is_newer(market: Market) -> None:
+    modes = ["change_stream", "watermark", "change_stream"]
+    market.add(1, 5)
+    reader = market.reading(mode=modes[0])
+    reader.run()
+    for number, mode in enumerate(modes):
+        rows, positions = market.reader.rows, market.reader.positions
+        market.reader = Reader(MongoSource(market.settings.model_copy(update={"mode": mode})), rows, positions)
+        if number:
+            with pytest.raises(SourceError, match=f"or read it anew: python -m app rebuild {TABLE}"):
+                market.reader.plan()
+            market.reader.positions = {TABLE: again(positions[TABLE])}
+            market.reader.run()
+            assert in_any_order(market) == [market.there()] * 3
+        market.collection.replace_one(
+            {"mp_order_id": "O3"}, {"mp_order_id": "O3", "status": mode, "updated_at": START + timedelta(days=1 + number)}
+        )
+        market.reader.run()
+        assert in_any_order(market) == [market.there()] * 3
+        market.collection.update_one({"mp_order_id": "O3"}, {"$set": {"status": "unseen"}})
+
+
+def test_a_document_that_loses_its_date_is_newer_than_what_it_was(market: Market) -> None:
+    market.reading(mode="watermark")
+    market.collection.insert_many([{"_id": n, "mp_order_id": f"O{n}", "updated_at": START} for n in range(5)])
+    market.reader.run()
+    market.collection.replace_one({"_id": 1}, {"mp_order_id": "O1", "status": "dated", "updated_at": START + timedelta(days=1)})
+    market.reader.run()
+    for number in (1, 3):
+        market.collection.replace_one({"_id": number}, {"mp_order_id": f"O{number}", "status": "undated"})
+        market.reader.run()
+        assert in_any_order(market) == [market.there()] * 3
+    market.collection.replace_one({"_id": 3}, {"mp_order_id": "O3", "updated_at": START + timedelta(days=2)})
+    market.reader.run()
+    assert in_any_order(market) == [market.there()] * 3
+
+
+def test_a_watermark_of_before_reads_were_numbered_goes_on(market: Market) -> None:
+    market.reading(mode="watermark")
+    market.add(1, 3)
+    market.reader.run()
+    market.reader.positions = {TABLE: {name: market.reader.positions[TABLE][name] for name in ("mode", "watermark")}}
+    identity = str(market.collection.find_one({"mp_order_id": "O3"})["_id"])  # type: ignore[index]
+    old = next(row for row in market.reader.rows[TABLE] if row["document_id"] == identity)
+    millis = int(DatetimeMS(START)) + (1 << 63)
+    market.reader.rows[TABLE].append({**old, "_op": "u", "_source_position": f"1{millis:020d}/{identity}"})
+    market.collection.replace_one({"mp_order_id": "O3"}, {"mp_order_id": "O3", "updated_at": START + timedelta(days=1)})
+    market.reader.run()
+    assert in_any_order(market) == [market.there()] * 3
 
 
 IDENTITIES = st.one_of(

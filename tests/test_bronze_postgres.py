@@ -22,7 +22,7 @@ from psycopg.conninfo import make_conninfo
 
 from lakehouse.errors import CommitConflict, OffsetGone, SchemaConflict, SourceError, UnknownColumn
 from lakehouse.settings import PostgresSettings
-from lakehouse.source import Rows
+from lakehouse.source import Rows, again
 from pipelines.bronze import postgres
 from pipelines.bronze.postgres import PostgresSource, StreamTask
 from pipelines.bronze.postgres_types import SourceColumn, typed, widened
@@ -120,7 +120,7 @@ def test_initial_read_types_every_value(shop: Shop) -> None:
     assert odd["currency"] == "US "
     assert odd["updated_at"] == datetime(2026, 3, 3, 22, 6, 7, 89000, UTC)
     assert odd["_op"] == "r"
-    assert odd["_source_position"].endswith("/0000000000")
+    assert odd["_source_position"].endswith("-000000.0000000003")
     rate = rows[RATES][0]
     assert (rate["rate_date"], rate["to_base"]) == (date(2026, 2, 3), Decimal("0.00006123"))
     assert USERS not in rows
@@ -160,6 +160,50 @@ def test_initial_read_is_split_and_joins_the_stream_while_someone_writes(shop: S
     assert held == {row[0]: (row[1], row[2]) for row in shop("SELECT product_id, list_price, name FROM products")}
     positions = [row["_source_position"] for row in shop.reader.rows[PRODUCTS] if row["_op"] != "r"]
     assert len(positions) == len(set(positions))
+
+
+def test_rows_of_the_initial_read_have_a_position_each_before_every_change(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgres, "BLOCKS_PER_TASK", 4)
+    monkeypatch.setattr(postgres, "BATCH_ROWS", 70)
+    shop.add_products(1, 1000)
+    plan = shop.reader.plan()
+    assert len(plan.tasks) > 3
+    first, _ = shop.reader.read(plan)
+    second, _ = shop.reader.read(plan)
+    plan.held.close()
+    assert first == second
+    positions = [row["_source_position"] for row in first[PRODUCTS]]
+    assert positions == sorted(set(positions))
+    (lsn,) = {position[:16] for position in positions}
+    assert max(positions) < f"{lsn}/{0:010d}"
+
+
+def test_read_again_a_table_begins_a_generation_with_a_marker(shop: Shop) -> None:
+    shop.add_products(1, 3)
+    shop("INSERT INTO stores VALUES ('S', 'one', 'store')")
+    shop.reader.run()
+    shop("UPDATE products SET name = 'x' WHERE product_id = 'P1'; INSERT INTO stores VALUES ('T', 'two', 'store')")
+    shop("DELETE FROM products WHERE product_id = 'P2'")
+    before = list(shop.reader.rows[PRODUCTS])
+    shop.reader.positions[PRODUCTS] = again(shop.reader.positions[PRODUCTS])
+    rows = shop.reader.run()
+    assert ops(rows[PRODUCTS], "product_id") == [("t", None), ("r", "P3"), ("r", "P1")]
+    assert ops(rows[STORES], "store_id") == [("c", "T")]
+    marker, *others = (row["_source_position"] for row in rows[PRODUCTS])
+    assert marker == "~000001~"
+    assert max(row["_source_position"] for row in before) < marker < min(others)
+    assert abs((rows[PRODUCTS][0]["_source_time"] - datetime.now(UTC)).total_seconds()) < 60
+    shop.add_products(4, 4)
+    shop("DELETE FROM stores WHERE store_id = 'S'")
+    rows = shop.reader.run()
+    assert rows[PRODUCTS][0]["_source_position"].startswith("~000001~")
+    assert not rows[STORES][0]["_source_position"].startswith("~")
+    assert sorted(key[0] for key in shop.reader.latest(PRODUCTS, ("product_id",))) == ["P1", "P3", "P4"]
+    shop("TRUNCATE products")
+    shop.reader.positions[PRODUCTS] = again(shop.reader.positions[PRODUCTS])
+    assert [row["_source_position"] for row in shop.reader.run()[PRODUCTS]] == ["~000002~"]
+    assert shop.reader.source.lag(shop.reader.positions)[PRODUCTS] == "up to date"
+    assert not shop.reader.plan().tasks
 
 
 def test_changes_come_in_order_with_what_the_server_sent(shop: Shop) -> None:
@@ -475,8 +519,70 @@ def test_any_split_into_runs_gives_the_same_table(servers: Any, data: st.DataObj
 def test_a_slot_that_is_gone_is_an_error(shop: Shop) -> None:
     shop.reader.run()
     shop("SELECT pg_drop_replication_slot(%s)", shop.name)
-    with pytest.raises(OffsetGone, match=r"slot '.*' is gone, and with it the changes since .*python -m app rebuild"):
+    everything = " ".join(sorted(shop.reader.positions))
+    message = rf"slot '.*' is gone, and with it the changes since .*python -m app rebuild {everything}$"
+    with pytest.raises(OffsetGone, match=message):
         shop.reader.plan()
+    shop.reader.positions[PRODUCTS] = again(shop.reader.positions[PRODUCTS])
+    with pytest.raises(OffsetGone, match=message):
+        shop.reader.plan()
+
+
+def test_a_slot_that_is_gone_is_made_when_all_tables_are_read_again(shop: Shop) -> None:
+    shop.add_products(1, 5)
+    shop("INSERT INTO stores VALUES ('S', 'one', 'store')")
+    shop.reader.run()
+    shop("SELECT pg_drop_replication_slot(%s)", shop.name)
+    shop("DELETE FROM products WHERE product_id < 'P3'")
+    before = dict(shop.reader.positions)
+    shop.reader.positions = {table: again(position) for table, position in before.items()}
+    # a crash when the slot was made and nothing was committed: with the positions of before, it is not forgotten
+    plan = shop.reader.plan()
+    plan.held.close()
+    shop.add_products(6, 6)
+    with pytest.raises(OffsetGone, match="somebody else read"):
+        shop.reader.source.plan(before, shop.reader.schemas)
+    # a crash when only the products were committed
+    plan = shop.reader.plan()
+    rows, positions = shop.reader.read(plan)
+    plan.held.close()
+    halfway = {**before, PRODUCTS: positions[PRODUCTS]}
+    rest = sorted(before.keys() - {PRODUCTS})
+    with pytest.raises(OffsetGone, match=rf"was made anew, but {', '.join(rest)} not read.*rebuild {' '.join(rest)}$"):
+        shop.reader.source.plan(halfway, shop.reader.schemas)
+    shop.reader.rows[PRODUCTS] += rows[PRODUCTS]
+    shop.reader.positions = {table: position if table == PRODUCTS else again(position) for table, position in halfway.items()}
+    shop("INSERT INTO stores VALUES ('T', 'two', 'store'); DELETE FROM stores WHERE store_id = 'S'")
+    shop.reader.run()
+    shop.add_products(7, 7)
+    shop.reader.run()
+    assert sorted(key[0] for key in shop.reader.latest(PRODUCTS, ("product_id",))) == ["P3", "P4", "P5", "P6", "P7"]
+    assert sorted(key[0] for key in shop.reader.latest(STORES, ("store_id",))) == ["T"]
+
+
+def test_a_slot_that_is_lost_is_made_anew_when_all_tables_are_read_again(shop: Shop) -> None:
+    shop.add_products(1, 3)
+    shop.reader.run()
+    shop("ALTER SYSTEM SET max_slot_wal_keep_size = '1MB'")
+    shop("SELECT pg_reload_conf()")
+    try:
+        for _ in range(4):
+            shop("CREATE TABLE filler (id int); DROP TABLE filler; SELECT pg_switch_wal()")
+        shop("CHECKPOINT")
+        assert shop("SELECT wal_status FROM pg_replication_slots WHERE slot_name = %s", shop.name) == [("lost",)]
+        shop("DELETE FROM products WHERE product_id = 'P1'")
+        with pytest.raises(OffsetGone, match=rf"is lost: .* python -m app rebuild {' '.join(sorted(shop.reader.positions))}$"):
+            shop.reader.run()
+        with pytest.raises(OffsetGone, match=r"is lost: .*pg_drop_replication_slot\('.*'\), and run again"):
+            shop.reader.source.plan({}, {})
+    finally:
+        shop("ALTER SYSTEM RESET max_slot_wal_keep_size")
+        shop("SELECT pg_reload_conf()")
+    shop.reader.positions = {table: again(position) for table, position in shop.reader.positions.items()}
+    shop.reader.run()
+    shop.add_products(4, 4)
+    shop.reader.run()
+    assert sorted(key[0] for key in shop.reader.latest(PRODUCTS, ("product_id",))) == ["P2", "P3", "P4"]
 
 
 def test_another_reader_of_the_slot_is_noticed(shop: Shop) -> None:
@@ -581,7 +687,7 @@ def test_states_of_the_server_that_cannot_be_made_here(shop: Shop) -> None:
         ({"slot_exists": True, "plugin": "pgoutput", "database": state.this_database, "wal_status": "lost"}, "is lost"),
     ):
         with pytest.raises(SourceError, match=text):
-            postgres._check(replace(state, **changed), shop.settings, {})
+            postgres._check(replace(state, **changed), shop.settings, {}, ())
 
 
 def test_a_column_beyond_the_plan_is_named(shop: Shop) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import sys
 import tempfile
 from dataclasses import replace
@@ -14,16 +15,17 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import event
 
 from lakehouse.digest import digest
 from lakehouse.engine import Engine
-from lakehouse.errors import CommitConflict
-from lakehouse.iceberg import Handle, Lake, as_arrow
+from lakehouse.errors import CommitConflict, ShopSphereError
+from lakehouse.iceberg import Handle, Lake, as_arrow, group_hash
 from lakehouse.maintenance import compact, delete_orphans, expire
 from lakehouse.parallel import Pool
 from lakehouse.settings import RaySettings, Settings
 from lakehouse.step import Changes, Context, Gather, Parsed, Step, Whole
-from lakehouse.table import TIMESTAMP, Table, column
+from lakehouse.table import TIMESTAMP, Table, column, year
 
 BRONZE = Table(
     "bronze.accounts",
@@ -124,6 +126,7 @@ def parse_events(rows: pl.DataFrame) -> Parsed:
             pl.col("_source_position").alias("source_position"),
             pl.col("raw").alias("original"),
         ),
+        rows.filter(pl.col("raw") != b"bad")["_source_position"],
     )
 
 
@@ -150,7 +153,7 @@ STEPS = (
         fill_accounts,
     ),
     Step(CITIES, {"accounts": Gather(ACCOUNTS, ((pl.col("city"),),))}, fill_cities),
-    Step(EVENTS, {"new": Changes(BRONZE, parse_events)}, fill_events, uses_old=True),
+    Step(EVENTS, {"new": Changes(BRONZE, parse_events)}, fill_events),
     Step(
         LEDGER,
         {"events": Gather(EVENTS, ((pl.col("city"),),), columns=("city", "at", "id", "amount"))},
@@ -209,7 +212,11 @@ def run(engine: Engine, **options) -> list[str]:
 
 
 def digests(engine: Engine) -> dict[str, str]:
-    return {t.name: digest(engine.lake.load(t)) for t in (ACCOUNTS, CITIES, EVENTS, LEDGER, QUARANTINE)}
+    return digests_with(engine, EVENTS)
+
+
+def digests_with(engine: Engine, events: Table) -> dict[str, str]:
+    return {t.name: digest(engine.lake.load(t)) for t in (ACCOUNTS, CITIES, events, LEDGER, QUARANTINE)}
 
 
 histories = st.lists(
@@ -301,6 +308,29 @@ def test_a_correction_ends_the_quarantine_of_its_row(tmp_path):
     assert sorted(engine.lake.load(EVENTS).read(["id", "amount"]).rows()) == [(1, 5), (2, 9)]
 
 
+def test_a_correction_that_cannot_be_read_either_leaves_what_was_received_in_quarantine(tmp_path):
+    engine = make_engine(tmp_path)
+    append(engine, bronze_rows([(0, 1, "x", 0, 0, "c")]).with_columns(_source_time=START + timedelta(hours=1)))
+    append(engine, bronze_rows([(0, 1, "y", 0, 0, "fix")]))
+    run(engine)
+    kept = engine.lake.load(QUARANTINE).read(["source_position", "original", "_source_time"])
+    assert kept.rows() == [("000000", b"bad", START + timedelta(hours=1))]
+
+
+def test_a_rejected_row_is_judged_with_its_position_alone(tmp_path):
+    """One call of parse for all positions, however many rows were rejected."""
+    engine, calls = make_engine(tmp_path), []
+
+    def counting(rows: pl.DataFrame) -> Parsed:
+        calls.append(rows.height)
+        return parse_events(rows)
+
+    append(engine, bronze_rows([(n, n, "x", n % 2, 0, "c") for n in range(200)]))
+    engine.refresh(replace(STEPS[2], reads={"new": Changes(BRONZE, counting)}))
+    assert engine.lake.load(QUARANTINE).read(["source_position"]).height == 100
+    assert len(calls) <= 4
+
+
 @pytest.mark.slow
 def test_on_ray_and_in_the_driver_the_tables_are_the_same(tmp_path):
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -386,6 +416,98 @@ def test_a_column_added_to_a_declaration_is_filled(tmp_path):
     step = replace(STEPS[0], target=wider, fill=lambda f, c: fill_accounts(f, c).with_columns(twice=pl.col("amount") * 2))
     engine.refresh(step)
     assert engine.lake.load(wider).read(["id", "twice"]).rows() == [(1, 10)]
+
+
+@pytest.mark.parametrize("rows_per_task", [10**9, 2])
+def test_another_group_in_a_declaration_doubles_no_row(tmp_path, rows_per_task):
+    engine = make_engine(tmp_path)
+    append(engine, bronze_rows([(n, n, "xyz"[n % 3], 5, 0, "c") for n in range(9)]))
+    run(engine)
+    step = replace(
+        STEPS[2],
+        target=replace(EVENTS, group=("id", "city")),
+        reads={"new": Gather(BRONZE, ((pl.col("id"), pl.col("city")),))},
+        fill=lambda frames, context: newest(frames["new"]).select("id", "city", "amount", "at"),
+    )
+    engine.refresh(step)
+    append(engine, bronze_rows([(20 + n, n, "xyz"[n % 3], 7, 0, "u") for n in range(9)]))
+    engine.refresh(step)
+    assert sorted(engine.lake.load(EVENTS).read(["id", "amount"]).rows()) == [(n, 7) for n in range(9)]
+    hashes = engine.lake.load(EVENTS).read(["id", "city", "_group_hash"])
+    assert (hashes["_group_hash"] == group_hash(hashes, ("id", "city"))).all()
+
+
+@pytest.mark.parametrize(
+    ("type_", "made_anew"), [(pa.string(), True), (pa.decimal128(20, 2), True), (pa.int64(), False)], ids=str
+)
+def test_another_type_of_a_declared_column(tmp_path, type_, made_anew):
+    engine = make_engine(tmp_path)
+    append(engine, bronze_rows([(0, 1, "x", 5, 0, "c")]))
+    narrow = replace(CITIES, columns=(CITIES.columns[0], column("accounts", pa.int32(), "n"), CITIES.columns[2]))
+    engine.refresh(STEPS[0])
+    engine.refresh(replace(STEPS[1], target=narrow))
+    before = engine.lake.load(narrow).metadata.table_uuid
+    other = replace(CITIES, columns=(CITIES.columns[0], column("accounts", type_, "n"), CITIES.columns[2]))
+    engine.refresh(replace(STEPS[1], target=other))
+    assert engine.lake.load(other).arrow_schema.field("accounts").type == type_
+    assert str(engine.lake.load(other).read(["accounts"]).item()).startswith("1")
+    assert (engine.lake.load(other).metadata.table_uuid != before) is made_anew
+
+
+def test_another_partitioning_of_a_declaration(tmp_path):
+    engine = make_engine(tmp_path)
+    append(engine, bronze_rows([(0, 1, "x", 5, 0, "c"), (1, 2, "y", 5, 0, "c")]))
+    run(engine)
+    expected = digests(engine)
+    cut = replace(EVENTS, partition_by=(year("at"),))
+    engine.refresh(replace(STEPS[2], target=cut))
+    assert [str(f.transform) for f in engine.lake.load(cut).loaded.spec().fields] == ["year"]
+    run_after = [engine.refresh(replace(STEPS[2], target=cut)).status, engine.refresh(STEPS[3]).status]
+    assert run_after[0] == "unchanged"
+    assert digests_with(engine, cut) == expected
+
+
+def test_reading_a_table_never_makes_it_anew(tmp_path):
+    engine = make_engine(tmp_path)
+    append(engine, bronze_rows([(0, 1, "x", 5, 0, "c")]))
+    run(engine)
+    other = replace(CITIES, columns=(CITIES.columns[0], column("accounts", pa.string(), "n"), CITIES.columns[2]))
+    assert engine.lake.load(other).read(["accounts"]).item() == 1
+    assert engine.lake.load(CITIES).read(["accounts"]).item() == 1
+
+
+def test_a_quarantine_made_anew_is_filled_again(tmp_path):
+    engine = make_engine(tmp_path)
+    append(engine, bronze_rows([(0, 1, "x", 5, 0, "c"), (1, 2, "x", 0, 0, "c")]))
+    run(engine)
+    engine.lake.catalog.drop_table(QUARANTINE.name)
+    run(engine)
+    assert engine.lake.load(QUARANTINE).read(["source_position"]).rows() == [("000001",)]
+    assert run(engine) == ["unchanged"] * len(STEPS)
+
+
+def test_values_that_join_to_the_same_text_have_different_digests(tmp_path):
+    engine, found = make_engine(tmp_path), []
+    for number, row in enumerate([("a\x1f=b", "c"), ("a", "b\x1f=c"), ("1:a", ""), ("", "1:a"), ("a1:", "b"), ("a", "1:b")]):
+        table = Table(f"silver.pair{number}", "p", (column("l", pa.string(), "l"), column("r", pa.string(), "r")), key=("l",))
+        append(engine, pl.DataFrame([row], schema=["l", "r"], orient="row"), table)
+        found.append(digest(engine.lake.load(table)))
+    assert len(set(found)) == len(found)
+
+
+def test_a_full_disk_under_the_catalog_is_no_conflict(tmp_path):
+    engine = make_engine(tmp_path)
+    handle = engine.lake.load(BRONZE)
+    files = handle.writer.write(bronze_rows([(0, 1, "x", 5, 0, "c")]))
+
+    @event.listens_for(engine.lake.catalog.engine, "before_cursor_execute")
+    def full(connection, cursor, statement, parameters, context, many):
+        if statement.startswith("UPDATE"):
+            raise sqlite3.OperationalError("database or disk is full")  # what SQLite says when its journal cannot grow
+
+    with pytest.raises(ShopSphereError, match="full") as caught:
+        handle.commit(files, positions={})
+    assert not isinstance(caught.value, CommitConflict)
 
 
 def test_a_commit_of_another_engine_loses_no_position(tmp_path):

@@ -10,6 +10,7 @@ from identity_world import Memory, document, emptied, masters, shop, sorted_rows
 
 from app.identity_scores import pairwise_scores
 from lakehouse.step import Context
+from pipelines.bronze.generations import prefix
 
 
 def people(*rows):
@@ -250,6 +251,23 @@ def test_emptied_accounts_leave_and_their_numbers_may_be_given_out_again():
     memory.run([user(1, at=4, op="c", email="ani@x.com", name="Ani Wijaya"), user(2, at=2, op="u", **budi)])
     assert masters(memory.graph) == {"order:tokopedia:A": "M-order:tokopedia:A", "user:1": "M-user:1"}
     assert "email:budi@x.com" not in links(memory, "user:1")
+    assert_as_rebuilt(memory)
+
+
+def test_accounts_read_anew_show_what_they_showed_and_those_not_found_leave():
+    def anew(at, item):
+        name, row = item
+        return name, row | {"_op": "r", "_source_position": f"{prefix(1)}{at:016X}-000000.0000000000"}
+
+    marker = emptied("users", 5)[0], {**emptied("users", 5)[1], "_source_position": prefix(1)}
+    old = {"email": "old@x.com", "email_verified": True, "name": "Budi Santoso"}
+    new = {**old, "email": "new@x.com"}
+    rows = [user(1, **old), user(1, at=2, op="u", **new), user(2, at=3, name="Ani"), document("A", at=4, user_email="old@x.com")]
+    memory = Memory().run(rows)
+    before = sorted_rows(memory.graph.filter(pl.col("record_id") != "user:2"))
+    assert masters(memory.graph)["order:tokopedia:A"] == "M-user:1"
+    memory.run([marker, anew(1, user(1, at=2, op="u", **new))])
+    assert sorted_rows(memory.graph) == before
     assert_as_rebuilt(memory)
 
 

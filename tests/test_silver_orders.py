@@ -22,6 +22,7 @@ from lakehouse.settings import RaySettings, Settings
 from lakehouse.step import Context, Gather, Join, Step, Whole
 from lakehouse.table import Table, column
 from pipelines.bronze import tables as bronze
+from pipelines.bronze.generations import prefix
 from pipelines.silver import exchange_rates, order_items_unified, orders_unified, products, stores
 from pipelines.silver.current_rows import current_rows, row_versions, unreadable_rows
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
@@ -320,6 +321,23 @@ def test_a_dropped_collection_or_truncated_table_forgets_what_was_before() -> No
     assert unified(documents=[document(1), dropped]) == []
     assert len(unified(documents=[document(1), dropped, document(3)])) == 1
     assert [row["order_id"] for row in unified(web=[order(1, 1), change(2, "t"), order(3, 2)])] == ["2"]
+
+
+def test_a_new_generation_forgets_what_it_did_not_find() -> None:
+    marked = {**change(2, "t"), "_source_position": prefix(1)}
+
+    def anew(row: Row) -> Row:
+        return {**row, "_op": "r", "_source_position": f"{prefix(1)}0{row['_source_position']}"}
+
+    other = {"mp_order_id": "ORD-TP-2"}
+    before = [document(8), document(9, "65a1", **other)]
+    assert [row["source_order_id"] for row in unified(documents=[*before, marked, anew(document(1))])] == ["ORD-TP-1"]
+    assert unified(documents=[*before, marked]) == []
+    # the new read found the document, but cannot be read: what it said before still holds
+    broken = anew(document(1, amount="free"))
+    assert [row["source_order_id"] for row in unified(documents=[*before, marked, broken])] == ["ORD-TP-1"]
+    web = [order(8, 1), order(9, 2), marked, anew(order(1, 2, status="shipped"))]
+    assert [(row["order_id"], row["status"]) for row in unified(web=web)] == [("2", "shipped")]
 
 
 def test_orders_ask_for_exactly_what_their_rows_need() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
 from lakehouse.step import Context
+from pipelines.bronze.generations import prefix
 from pipelines.silver.users_scd import ATTRIBUTES, STEP, USERS_SCD
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
@@ -42,7 +43,14 @@ def at(hours: float) -> datetime:
 
 
 def version(
-    position: int, updated: float | None, *, user: int = 1, op: str = "u", committed: float | None = None, **values: Any
+    position: int,
+    updated: float | None,
+    *,
+    user: int = 1,
+    op: str = "u",
+    committed: float | None = None,
+    generation: int = 0,
+    **values: Any,
 ) -> dict[str, Any]:
     """A bronze row of user 1, updated `updated` hours after T0."""
     changed = None if updated is None else at(updated)
@@ -51,11 +59,17 @@ def version(
         "created_at": None if op == "d" else T0,
         "updated_at": changed,
         "_op": op,
-        "_source_position": f"{position:016X}/{0:010d}",
+        "_source_position": f"{prefix(generation)}{position:016X}{'-000000.' if op == 'r' else '/'}{0:010d}",
         "_source_time": at(position if committed is None else committed),
         "_ingested_at": at(10_000),
     }
     return row | values
+
+
+def marker(generation: int, read: float) -> dict[str, Any]:
+    """The marker of a new generation, read `read` hours after T0."""
+    row = version(0, None, op="t", committed=read)
+    return row | {"user_id": None, "created_at": None, "_source_position": prefix(generation)}
 
 
 def fill(rows: Sequence[dict[str, Any]], identity: dict[str, str] | None = None) -> pl.DataFrame:
@@ -120,6 +134,29 @@ def test_a_truncate_deletes_every_account() -> None:
     ]
 
 
+def test_a_new_generation_splits_no_life_that_goes_on() -> None:
+    before = [version(1, 0, name="A", op="r"), version(9, 4, name="B"), version(8, 1, user=2, name="C", op="c")]
+    anew = [marker(1, 6), version(2, 4, name="B", op="r", generation=1), version(2, 1, user=2, name="C", op="r", generation=1)]
+    assert_frame_equal(fill([*before, *anew]), fill(before))
+    changed = [marker(1, 6), version(2, 5, name="D", op="r", generation=1), version(3, 8, name="E", generation=1)]
+    assert spans(fill([*before, *changed]), "user_id", "name", "closed_by") == [
+        (0, 4, 1, "A", "update"),
+        (4, 5, 1, "B", "update"),
+        (5, 8, 1, "D", "update"),
+        (8, None, 1, "E", None),
+        (1, 6, 2, "C", "delete"),
+    ]
+
+
+def test_an_account_that_a_new_generation_did_not_find_ends_at_its_marker() -> None:
+    rows = [version(9, 0, name="A"), marker(1, 6)]
+    assert spans(fill(rows), "name", "closed_by") == [(0, 6, "A", "delete")]
+    returned = version(3, 8, name="B", op="c", generation=1)
+    assert spans(fill([*rows, returned]), "name", "closed_by") == [(0, 6, "A", "delete"), (8, None, "B", None)]
+    later = [marker(2, 9), version(1, 8, name="B", op="r", generation=2)]
+    assert_frame_equal(fill([*rows, returned, *later]), fill([*rows, returned]))
+
+
 def test_a_delete_is_no_earlier_than_what_it_deletes() -> None:
     filled = fill([version(1, 0, name="A"), version(2, 9, name="B"), version(3, None, op="d", committed=6)])
     assert spans(filled, "name", "closed_by") == [(0, 9, "A", "delete")]
@@ -177,22 +214,57 @@ def test_changed_records_touch_their_users() -> None:
 
 @st.composite
 def histories(draw: st.DrawFn) -> list[dict[str, Any]]:
-    """Versions of two users: times in any order and often equal, no-op updates, deletes, new inserts, unsent columns."""
+    """Versions of two users: times in any order and often equal, no-op updates, deletes, new inserts, unsent columns,
+    truncates, and new generations after which LSNs begin anywhere and either user may be missing."""
     rows: list[dict[str, Any]] = []
     living = {1: False, 2: False}
-    for position in range(draw(st.integers(0, 14))):
+    generation, shift = 0, 100
+    for step in range(draw(st.integers(0, 14))):
+        position = shift + step
         user = draw(st.integers(1, 2))
-        kind = draw(st.sampled_from(["write", "write", "write", "unsent", "delete"])) if living[user] else "write"
+        kinds = ["write", "write", "write", "unsent", "delete"] if living[user] else ["write", "write"]
+        kind = draw(st.sampled_from([*kinds, "truncate", "anew"]))
         moment = draw(st.none() | st.integers(0, 8))
         committed = draw(st.integers(0, 8))
-        if kind == "delete":
-            rows.append(version(position, None, user=user, op="d", committed=committed))
+        values = {"name": draw(st.sampled_from(["A", "B"])), "created_at": draw(st.sampled_from([None, at(3)]))}
+        if kind == "anew":
+            generation, shift = generation + 1, draw(st.sampled_from([0, 100, 200]))
+            rows.append(marker(generation, committed))
+            found = draw(st.sets(st.integers(1, 2)))
+            for each in sorted(found):
+                read = {"user": each, "op": "r", "committed": committed, "generation": generation, "address": "X"}
+                rows.append(version(shift + step, moment, **read, **values))
+            living = {each: each in found for each in living}
+        elif kind == "truncate":
+            rows.append(version(position, None, op="t", committed=committed, generation=generation) | {"user_id": None})
+            living = dict.fromkeys(living, False)
+        elif kind == "delete":
+            rows.append(version(position, None, user=user, op="d", committed=committed, generation=generation))
+            living[user] = False
         else:
-            values = {"name": draw(st.sampled_from(["A", "B"])), "created_at": draw(st.sampled_from([None, at(3)]))}
             values |= {"_unchanged": "address"} if kind == "unsent" else {"address": draw(st.sampled_from([None, "X", "Y"]))}
-            rows.append(version(position, moment, user=user, op="u" if living[user] else "c", committed=committed, **values))
-        living[user] = kind != "delete"
+            change = {"user": user, "op": "u" if living[user] else "c", "committed": committed, "generation": generation}
+            rows.append(version(position, moment, **change, **values))
+            living[user] = True
     return rows
+
+
+def own_rows(rows: list[dict[str, Any]], user: int) -> list[dict[str, Any]]:
+    """A user's rows in source order, with a delete where a truncate or a marker ends their life."""
+    own: list[dict[str, Any]] = []
+    for number, row in enumerate(rows):
+        if row["user_id"] == user:
+            own.append(row)
+        elif row["_op"] == "t" and own:
+            read = [next_row for next_row in rows[number + 1 : number + 3] if next_row["_op"] == "r"]
+            is_marker = row["_source_position"].endswith("~")
+            if not (is_marker and any(r["user_id"] == user and in_generation(r, row) for r in read)):
+                own.append(row | {"_op": "d"})
+    return own
+
+
+def in_generation(row: dict[str, Any], marker: dict[str, Any]) -> bool:
+    return str(row["_source_position"]).startswith(marker["_source_position"])
 
 
 def oracle(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
@@ -204,7 +276,7 @@ def oracle(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
         versions: list[tuple[datetime, int, dict[str, Any]]] = []
         latest: datetime | None = None
         address = None
-        for position, row in enumerate(row for row in rows if row["user_id"] == user):
+        for position, row in enumerate(own_rows(rows, user)):
             row = {name: row.get(name) for name in BRONZE}
             moment = row["updated_at"] or row["created_at"] or row["_source_time"]
             if row["_op"] == "d":
@@ -256,7 +328,7 @@ def test_intervals_neither_overlap_nor_leave_gaps(rows: list[dict[str, Any]]) ->
         assert all(end is None or start < end for start, end in zip(starts, ends, strict=True))
         for end, closed_by, following in zip(ends, how, starts[1:], strict=False):
             assert end == following if closed_by == "update" else end <= following
-        history = [row["_op"] for row in rows if row["user_id"] == user]
+        history = [row["_op"] for row in own_rows(rows, user)]
         living = bool(history) and history[-1] != "d"
         assert own["is_current"].sum() == int(living)
         assert not living or own["is_current"].to_list()[-1]

@@ -13,7 +13,8 @@ as ours does, cannot work on that.
 
 A partition is one file `<topic>/<partition>.log` of record batches (Kafka's magic 2) as the producer
 compressed them, with the offset written in; the index is rebuilt from their headers at the start, and a batch
-torn by a crash is cut off. Timestamp look-ups are exact to the batch, and never later than the exact answer.
+torn by a crash is cut off. The file `id` beside them is the topic's id. Timestamp look-ups are exact to the batch, and
+never later than the exact answer.
 
 Run: `python broker.py --directory D --port P [--partitions 4]`. Stops on SIGTERM.
 """
@@ -29,6 +30,7 @@ import shutil
 import signal
 import struct
 import time
+import uuid
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -60,13 +62,15 @@ PRODUCE, FETCH, LIST_OFFSETS, METADATA, OFFSET_COMMIT, OFFSET_FETCH, FIND_COORDI
 API_VERSIONS, CREATE_TOPICS, DELETE_TOPICS, DELETE_RECORDS, INIT_PRODUCER_ID = 18, 19, 20, 21, 22
 ADD_PARTITIONS_TO_TXN, END_TXN = 24, 26
 TRANSACTIONAL, CONTROL = 0x10, 0x20
+NOT_ASKED = -(1 << 31)
+"""Instead of the operations that somebody may do."""
 ABORT, COMMIT = 0, 1
 
 SUPPORTED: dict[int, tuple[int, int]] = {
     PRODUCE: (3, 7),
     FETCH: (4, 10),
     LIST_OFFSETS: (1, 2),
-    METADATA: (1, 4),
+    METADATA: (1, 12),
     OFFSET_COMMIT: (2, 3),
     OFFSET_FETCH: (1, 3),
     FIND_COORDINATOR: (0, 1),
@@ -80,11 +84,15 @@ SUPPORTED: dict[int, tuple[int, int]] = {
 }
 
 
+FLEXIBLE = {METADATA: 9}
+"""From which version on a request and its answer have compact lengths and tagged fields."""
+
+
 class Reader:
-    """Reads Kafka's primitive types from a request."""
+    """Reads Kafka's primitive types from a request; `compact`: with compact lengths."""
 
     def __init__(self, data: bytes) -> None:
-        self.data, self.at = memoryview(data), 0
+        self.data, self.at, self.compact = memoryview(data), 0, False
 
     def _number(self, form: str) -> int:
         (value,) = struct.unpack_from(form, self.data, self.at)
@@ -103,8 +111,26 @@ class Reader:
     def int64(self) -> int:
         return self._number(">q")
 
+    def varint(self) -> int:
+        value = shift = 0
+        while True:
+            byte = self.int8() & 0xFF
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value
+            shift += 7
+
+    def tags(self) -> None:
+        """Skip the tagged fields of a flexible version."""
+        for _ in range(self.varint() if self.compact else 0):
+            self.varint()
+            self._take(self.varint())
+
+    def uuid(self) -> bytes:
+        return bytes(self._take(16))
+
     def text(self) -> str | None:
-        length = self.int16()
+        length = self.varint() - 1 if self.compact else self.int16()
         return None if length < 0 else str(self._take(length), "utf-8")
 
     def name(self) -> str:
@@ -115,7 +141,12 @@ class Reader:
         return None if length < 0 else self._take(length)
 
     def items(self, read: Callable[[], Item]) -> list[Item]:
-        return [read() for _ in range(max(0, self.int32()))]
+        return self.some_items(read) or []
+
+    def some_items(self, read: Callable[[], Item]) -> list[Item] | None:
+        """The items; None when null was sent instead."""
+        count = self.varint() - 1 if self.compact else self.int32()
+        return None if count < 0 else [read() for _ in range(count)]
 
     def _take(self, length: int) -> memoryview:
         if self.at + length > len(self.data):
@@ -126,10 +157,11 @@ class Reader:
 
 
 class Writer:
-    """Writes Kafka's primitive types; blocks of records are kept apart, not copied."""
+    """Writes Kafka's primitive types; blocks of records are kept apart, not copied. `compact`: with compact lengths."""
 
     def __init__(self) -> None:
         self.parts: list[bytes] = []
+        self.compact = False
 
     def int8(self, value: int) -> Writer:
         return self._put(struct.pack(">b", value))
@@ -143,11 +175,21 @@ class Writer:
     def int64(self, value: int) -> Writer:
         return self._put(struct.pack(">q", value))
 
+    def varint(self, value: int) -> Writer:
+        data = bytearray()
+        while value > 0x7F:
+            data.append(value & 0x7F | 0x80)
+            value >>= 7
+        return self._put(bytes([*data, value]))
+
+    def tags(self) -> Writer:
+        """No tagged fields, in a flexible version."""
+        return self._put(b"\0") if self.compact else self
+
     def text(self, value: str | None) -> Writer:
-        if value is None:
-            return self.int16(-1)
-        data = value.encode()
-        return self.int16(len(data))._put(data)
+        data = b"" if value is None else value.encode()
+        length = -1 if value is None else len(data)
+        return (self.varint(length + 1) if self.compact else self.int16(length))._put(data)
 
     def block(self, data: bytes) -> Writer:
         return self.int32(len(data))._put(data)
@@ -157,7 +199,10 @@ class Writer:
 
     def items(self, values: Iterable[Item], write: Callable[[Item], object]) -> Writer:
         listed = list(values)
-        self.int32(len(listed))
+        if self.compact:
+            self.varint(len(listed) + 1)
+        else:
+            self.int32(len(listed))
         for value in listed:
             write(value)
         return self
@@ -345,6 +390,7 @@ class Broker:
     port: int
     partitions: int
     topics: dict[str, list[Partition]] = field(default_factory=dict)
+    ids: dict[str, bytes] = field(default_factory=dict)
     committed: dict[str, int] = field(default_factory=dict)
     transactional: dict[str, tuple[int, int]] = field(default_factory=dict)
     in_transaction: dict[int, set[tuple[str, int]]] = field(default_factory=dict)
@@ -356,6 +402,7 @@ class Broker:
         for folder in sorted(path for path in self.directory.iterdir() if path.is_dir()):
             files = sorted(folder.glob("*.log"), key=lambda path: int(path.stem))
             self.topics[unquote(folder.name)] = [Partition(path) for path in files]
+            self.ids[unquote(folder.name)] = self._id(folder)
         self.next_producer = 1 + max(
             (producer for topic in self.topics.values() for partition in topic for producer in partition.producers), default=0
         )
@@ -381,12 +428,22 @@ class Broker:
         folder = self.directory / quote(topic, safe="").replace(".", "%2E")
         folder.mkdir(parents=True, exist_ok=True)
         self.topics[topic] = [Partition(folder / f"{number}.log") for number in range(count)]
+        self.ids[topic] = self._id(folder)
         return NONE
+
+    @staticmethod
+    def _id(folder: Path) -> bytes:
+        """The id of the topic in this folder; made when it has none yet."""
+        file = folder / "id"
+        if not file.exists():
+            file.write_bytes(uuid.uuid4().bytes)
+        return file.read_bytes()
 
     def delete(self, topic: str) -> int:
         partitions = self.topics.pop(topic, None)
         if partitions is None:
             return UNKNOWN_TOPIC_OR_PARTITION
+        del self.ids[topic]
         for partition in partitions:
             partition.close()
         shutil.rmtree(partitions[0].path.parent)
@@ -525,12 +582,24 @@ class Broker:
         return True
 
     async def metadata(self, version: int, ask: Reader, out: Writer) -> bool:
-        count = ask.int32()
-        names = sorted(self.topics) if count < 0 else [ask.name() for _ in range(count)]
+        by_id = {identity: topic for topic, identity in self.ids.items()}
+
+        def named() -> str:
+            identity = ask.uuid() if version >= 10 else bytes(16)
+            name = ask.text()
+            ask.tags()
+            return name if name is not None else by_id.get(identity, "")
+
+        wanted = ask.some_items(named)
+        names = sorted(self.topics) if wanted is None else wanted
         create = bool(ask.int8()) if version >= 4 else True
         if version >= 3:
             out.int32(0)
-        out.int32(1).int32(NODE_ID).text(self.host).int32(self.port).text(None)
+
+        def node(number: int) -> None:
+            out.int32(number).text(self.host).int32(self.port).text(None).tags()
+
+        out.items([NODE_ID], node)
         if version >= 2:
             out.text("shopsphere-sandbox")
         out.int32(NODE_ID)
@@ -539,14 +608,28 @@ class Broker:
             error = NONE
             if topic not in self.topics:
                 error = self.create(topic, -1) if create else UNKNOWN_TOPIC_OR_PARTITION
-            out.int16(error).text(topic).int8(0)
+            out.int16(error).text(topic)
+            if version >= 10:
+                out.raw(self.ids.get(topic, bytes(16)))
+            out.int8(0)
             out.items(range(len(self.topics.get(topic, []))), partition)
+            if version >= 8:
+                out.int32(NOT_ASKED)
+            out.tags()
 
         def partition(number: int) -> None:
             out.int16(NONE).int32(number).int32(NODE_ID)
-            out.int32(1).int32(NODE_ID).int32(1).int32(NODE_ID)
+            if version >= 7:
+                out.int32(-1)
+            out.items([NODE_ID], out.int32).items([NODE_ID], out.int32)
+            if version >= 5:
+                out.items([], out.int32)
+            out.tags()
 
         out.items(names, answer)
+        if 8 <= version <= 10:
+            out.int32(NOT_ASKED)
+        out.tags()
         return True
 
     async def offset_commit(self, version: int, ask: Reader, out: Writer) -> bool:
@@ -726,6 +809,9 @@ class Broker:
             out.int16(UNSUPPORTED_VERSION)
             out.items(sorted(SUPPORTED.items()), lambda item: out.int16(item[0]).int16(item[1][0]).int16(item[1][1]))
             return out.parts
+        ask.compact = out.compact = version >= FLEXIBLE.get(key, version + 1)
+        ask.tags()
+        out.tags()
         handler = {
             PRODUCE: self.produce,
             FETCH: self.fetch,

@@ -4,6 +4,11 @@ The position holds, per 'topic:partition', the next offset to read. A plan asks 
 offset, so that a task is a fixed set of ranges and gives the same rows each time. Only committed transactions are
 read; where a range ends in transaction markers, aborted messages or compacted gaps, the reader's own position or
 the end-of-partition event ends it.
+
+The position also holds each topic's id, if the broker gives one (since Kafka 2.8): a topic that was deleted and created
+anew has another, even where its offsets go on past ours. Generations (see `generations`) are counted by topic. Read
+again, a topic with the id that it had gives the same rows at the same positions; any other begins the next generation,
+because its offsets may be those of other messages. What Kafka forgot by age stays: there is no marker.
 """
 
 from __future__ import annotations
@@ -12,27 +17,33 @@ import base64
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
-from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, Consumer, KafkaError, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka.admin import AdminClient
 
 from lakehouse.errors import OffsetGone, SourceError
 from lakehouse.settings import KafkaSettings
-from lakehouse.source import AGAIN, Plan, Position, Reached, Rows
+from lakehouse.source import Plan, Position, Reached, Rows, is_again
 from lakehouse.table import TIMESTAMP
+from pipelines.bronze.generations import prefix
 from pipelines.bronze.tables import EVENTS, row_schema
 
 SCHEMA = row_schema(EVENTS)
 BATCH_MESSAGES = 50_000
 BATCH_BYTES = 64 << 20
+IDS, GENERATIONS = "ids", "generations"
+"""Of a position: by topic its id, and its generation where that is not the first. No 'topic:partition' is so named."""
 ANSWER_SECONDS = 10.0
 """How long the broker may take to answer a question."""
 SILENCE_SECONDS = 30.0
 """How long reading may make no progress."""
+NO_IDS = frozenset({KafkaError._UNSUPPORTED_FEATURE, KafkaError.UNSUPPORTED_VERSION, KafkaError.TOPIC_AUTHORIZATION_FAILED})
+"""Errors of a broker that may be read, but does not tell a topic's id."""
 UNREACHABLE = frozenset({KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT, KafkaError._RESOLVE, KafkaError._TIMED_OUT})
 PASSING = frozenset(
     {
@@ -45,6 +56,8 @@ PASSING = frozenset(
     }
 )
 """Errors that the client gets over by itself, or that end as silence."""
+
+Client = TypeVar("Client")
 
 
 @dataclass(frozen=True)
@@ -72,10 +85,11 @@ class KafkaSource:
 
     def plan(self, positions: Mapping[str, Position | None], schemas: Mapping[str, pa.Schema]) -> Plan:
         """See `lakehouse.source.Source`."""
-        known = positions.get(EVENTS.name)
-        position = dict(known) if known and known != AGAIN else {}
+        known = positions.get(EVENTS.name) or {}
+        offsets, ids = self._offsets({} if is_again(known) else known)
+        position = _anew(known, ids) if is_again(known) else _with_ids(known, ids)
         ranges = []
-        for topic, partition, low, high in self._offsets(position):
+        for topic, partition, low, high in offsets:
             start = int(position.get(f"{topic}:{partition}", low))
             _check(topic, partition, start, low, high)
             position[f"{topic}:{partition}"] = high
@@ -85,9 +99,11 @@ class KafkaSource:
             return Plan()
         groups = _tasks(ranges, self.settings.batch_messages)
         last = len(groups) - 1
+        prefixes = {topic: prefix(number) for topic, number in position.get(GENERATIONS, {}).items()}
         return Plan(
             tasks=tuple(
-                RangesTask(self.settings, group, position if number == last else None) for number, group in enumerate(groups)
+                RangesTask(self.settings, group, position if number == last else None, prefixes)
+                for number, group in enumerate(groups)
             ),
             schemas={EVENTS.name: SCHEMA},
             positions={EVENTS.name: position},
@@ -102,15 +118,15 @@ class KafkaSource:
         position = positions.get(EVENTS.name)
         behind = sum(
             high - min(int((position or {}).get(f"{topic}:{partition}", low)), high)
-            for topic, partition, low, high in self._offsets(position or {})
+            for topic, partition, low, high in self._offsets(position or {})[0]
         )
         return {EVENTS.name: f"{behind} message{'' if behind == 1 else 's'}"}
 
-    def _offsets(self, position: Mapping[str, Any]) -> list[tuple[str, int, int, int]]:
-        """(topic, partition, first offset, offset after the last committed message) of every configured partition."""
+    def _offsets(self, position: Mapping[str, Any]) -> tuple[list[tuple[str, int, int, int]], dict[str, str]]:
+        """(topic, partition, first offset, offset after the last committed message) of every configured partition; and
+        the topics' ids, asked first, so that a topic created anew meanwhile is noticed by the next plan."""
         with _consumer(self.settings) as consumer:
             existing = consumer.list_topics(timeout=ANSWER_SECONDS).topics
-            found = []
             for topic in self.settings.topics:
                 if topic not in existing:
                     read_before = any(name.rpartition(":")[0] == topic for name in position)
@@ -120,6 +136,10 @@ class KafkaSource:
                     )
                 if (error := existing[topic].error) is not None:
                     raise SourceError(f"Kafka topic '{topic}': {error.str()}. Run again.")
+            ids = _topic_ids(self.settings)
+            _check_ids(position.get(IDS, {}), ids)
+            found = []
+            for topic in self.settings.topics:
                 for partition in sorted(existing[topic].partitions):
                     low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=ANSWER_SECONDS)
                     found.append((topic, partition, low, high))
@@ -131,7 +151,7 @@ class KafkaSource:
                         f"Kafka topic '{topic}' has lost partition {min(gone)}: it was created anew. "
                         f"Read it from the beginning: python -m app rebuild {EVENTS.name}"
                     )
-        return found
+        return found, ids
 
 
 @dataclass(frozen=True)
@@ -140,11 +160,13 @@ class RangesTask:
 
     reached  the whole plan's position, said by its last task: ranges of nothing but transaction markers give no row,
              and are done all the same
+    prefixes the prefix of the generation, of topics that are not in their first
     """
 
     settings: KafkaSettings = field(repr=False)
     ranges: tuple[Range, ...]
     reached: Position | None = None
+    prefixes: Mapping[str, str] = field(default_factory=dict)
     silence_seconds: float = SILENCE_SECONDS
 
     def read(self) -> Iterator[Rows | Reached]:
@@ -181,13 +203,13 @@ class RangesTask:
                         consumer.incremental_unassign([TopicPartition(*where)])
                     progress = time.monotonic()
                 if len(waiting) >= BATCH_MESSAGES or size >= BATCH_BYTES:
-                    yield Rows(EVENTS.name, _rows(waiting))
+                    yield Rows(EVENTS.name, _rows(waiting, self.prefixes))
                     waiting, size = [], 0
                     progress = time.monotonic()
                 if ends and time.monotonic() - progress > self.silence_seconds:
                     raise self._silent(ends, short)
             if waiting:
-                yield Rows(EVENTS.name, _rows(waiting))
+                yield Rows(EVENTS.name, _rows(waiting, self.prefixes))
         if self.reached is not None:
             yield Reached(EVENTS.name, self.reached)
 
@@ -211,6 +233,32 @@ class RangesTask:
             f"Kafka topic '{topic}', partition {partition}: offsets up to {end} are to be read, but for "
             f"{self.silence_seconds:.0f} s {but} from {self.settings.bootstrap_servers}. See that the brokers run, and run again."
         )
+
+
+def _check_ids(known: Mapping[str, str], ids: Mapping[str, str]) -> None:
+    """Raises OffsetGone when a topic is not the one that was read."""
+    for topic, identity in ids.items():
+        if known.get(topic, identity) != identity:
+            raise OffsetGone(
+                f"Kafka topic '{topic}' was deleted and created anew: its id was {known[topic]} and is {identity}. "
+                f"Read it from the beginning: python -m app rebuild {EVENTS.name}"
+            )
+
+
+def _anew(known: Position, ids: Mapping[str, str]) -> dict[str, Any]:
+    """The position before all offsets, when the topics that `known` speaks of are read again."""
+    before, numbers = known.get(IDS, {}), dict(known.get(GENERATIONS, {}))
+    read = {name.rpartition(":")[0] for name in known if ":" in name}
+    for topic in read:
+        if topic not in ids or before.get(topic) != ids[topic]:
+            numbers[topic] = numbers.get(topic, 0) + 1
+    return _with_ids({IDS: before} | ({GENERATIONS: numbers} if numbers else {}), ids)
+
+
+def _with_ids(position: Position, ids: Mapping[str, str]) -> dict[str, Any]:
+    """A position with the ids that the broker tells; those that it does not tell stay as they were."""
+    kept = {**position.get(IDS, {}), **ids}
+    return {**position, IDS: kept} if kept else {name: value for name, value in position.items() if name != IDS}
 
 
 def _check(topic: str, partition: int, start: int, low: int, high: int) -> None:
@@ -253,7 +301,7 @@ def _tasks(ranges: Sequence[Range], limit: int) -> list[tuple[Range, ...]]:
     return groups
 
 
-def _rows(messages: Sequence[Any]) -> pa.Table:
+def _rows(messages: Sequence[Any], prefixes: Mapping[str, str]) -> pa.Table:
     """Messages as bronze rows."""
     count = len(messages)
     stamps = [message.timestamp() for message in messages]
@@ -263,7 +311,7 @@ def _rows(messages: Sequence[Any]) -> pa.Table:
     partitions = [message.partition() for message in messages]
     offsets = [message.offset() for message in messages]
     where = zip(topics, partitions, offsets, strict=True)
-    positions = [f"{topic}/{partition:05d}/{offset:019d}" for topic, partition, offset in where]
+    positions = [f"{prefixes.get(topic, '')}{topic}/{partition:05d}/{offset:019d}" for topic, partition, offset in where]
     columns = {
         "topic": pa.array(topics, pa.string()),
         "partition": pa.array(partitions, pa.int32()),
@@ -288,17 +336,41 @@ def _headers(headers: Any) -> str | None:
 # -- the broker ------------------------------------------------------------------------------------------------------
 
 
+def _properties(settings: KafkaSettings, troubles: list[KafkaError]) -> dict[str, Any]:
+    """What every client is made with. troubles: takes the errors that librdkafka tells of by the way."""
+    return {
+        "log_level": 0,
+        **settings.properties,
+        "bootstrap.servers": settings.bootstrap_servers,
+        "error_cb": troubles.append,
+        "logger": _quiet(),
+    }
+
+
+def _topic_ids(settings: KafkaSettings) -> dict[str, str]:
+    """The id of every configured topic, as far as the broker tells."""
+    found = {}
+    with _errors(settings) as troubles:
+        client = _made(AdminClient, _properties(settings, troubles), settings)
+        described = client.describe_topics(TopicCollection(list(settings.topics)), request_timeout=ANSWER_SECONDS)
+        for topic, answer in described.items():
+            try:
+                identity = answer.result(2 * ANSWER_SECONDS).topic_id
+            except KafkaException as error:
+                if error.args[0].code() not in NO_IDS:
+                    raise
+                continue
+            if identity.get_most_significant_bits() or identity.get_least_significant_bits():
+                found[topic] = str(identity)
+    return found
+
+
 @contextmanager
 def _consumer(settings: KafkaSettings) -> Iterator[Consumer]:
-    """A consumer outside any group; librdkafka's errors as SourceError: one line, no secret, with a way out."""
-    if not settings.bootstrap_servers:
-        raise SourceError(
-            "Kafka: kafka.bootstrap_servers is not set. Set it (SHOPSPHERE_KAFKA__BOOTSTRAP_SERVERS), or switch the source off "
-            "(SHOPSPHERE_KAFKA__ENABLED=false)."
-        )
-    troubles: list[KafkaError] = []
-    try:
-        consumer = Consumer(
+    """A consumer outside any group, with errors as in `_errors`."""
+    with _errors(settings) as troubles:
+        consumer = _made(
+            Consumer,
             {
                 # 760,000 messages a second instead of 150,000
                 "fetch.queue.backoff.ms": 0,
@@ -307,34 +379,52 @@ def _consumer(settings: KafkaSettings) -> Iterator[Consumer]:
                 "check.crcs": False,
                 "fetch.wait.max.ms": 50,
                 "isolation.level": "read_committed",
-                "log_level": 0,
-                **settings.properties,
-                "bootstrap.servers": settings.bootstrap_servers,
+                **_properties(settings, troubles),
                 "group.id": settings.properties.get("group.id", "shopsphere"),
                 "enable.auto.commit": False,
                 "enable.auto.offset.store": False,
                 "enable.partition.eof": True,
                 "auto.offset.reset": "error",
-                "error_cb": troubles.append,
-                "logger": _quiet(),
-            }
+            },
+            settings,
         )
-    except (KafkaException, ValueError, TypeError) as error:
+        try:
+            yield consumer
+        except KafkaException:
+            consumer.poll(0)
+            raise
+        finally:
+            consumer.close()
+
+
+@contextmanager
+def _errors(settings: KafkaSettings) -> Iterator[list[KafkaError]]:
+    """librdkafka's errors as SourceError: one line, no secret, with a way out. Gives the list that `_properties` takes."""
+    if not settings.bootstrap_servers:
         raise SourceError(
-            f"Kafka: {_clean(_reason(error), settings)}. Correct kafka.properties (SHOPSPHERE_KAFKA__PROPERTIES)."
-        ) from None
+            "Kafka: kafka.bootstrap_servers is not set. Set it (SHOPSPHERE_KAFKA__BOOTSTRAP_SERVERS), or switch the source off "
+            "(SHOPSPHERE_KAFKA__ENABLED=false)."
+        )
+    troubles: list[KafkaError] = []
     try:
-        yield consumer
+        yield troubles
     except KafkaException as error:
-        consumer.poll(0)
         first = error.args[0]
         cause = troubles[-1] if troubles and isinstance(first, KafkaError) and first.code() in UNREACHABLE else first
         raise SourceError(
             f"Kafka: {settings.bootstrap_servers} does not answer as it should: {_clean(_reason(cause), settings)}. "
             "See that the brokers run and that kafka.bootstrap_servers (SHOPSPHERE_KAFKA__BOOTSTRAP_SERVERS) is right."
         ) from None
-    finally:
-        consumer.close()
+
+
+def _made(kind: Callable[[dict[str, Any]], Client], options: dict[str, Any], settings: KafkaSettings) -> Client:
+    """A client. Raises SourceError when its options are wrong."""
+    try:
+        return kind(options)
+    except (KafkaException, ValueError, TypeError) as error:
+        raise SourceError(
+            f"Kafka: {_clean(_reason(error), settings)}. Correct kafka.properties (SHOPSPHERE_KAFKA__PROPERTIES)."
+        ) from None
 
 
 def _quiet() -> logging.Logger:

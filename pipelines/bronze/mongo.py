@@ -6,6 +6,7 @@ change_stream   The resume token is taken before the initial pass, so that a cha
 watermark       Documents with `updated_at` > the greatest one read, or equal to it and with a greater `_id`; documents
                 without a date in `updated_at` by `_id` alone, so later changes of those are not seen, nor deletes.
                 A writer whose clock is behind, or a transaction that commits late, can slip below the watermark.
+                Reads are numbered, because what a document says when it is read later is newer, dated or not.
 
 Documents are stored as canonical Extended JSON v2, which loses nothing.
 """
@@ -46,8 +47,9 @@ from pymongo.uri_parser import parse_uri
 
 from lakehouse.errors import OffsetGone, SourceError
 from lakehouse.settings import MongoSettings
-from lakehouse.source import AGAIN, Plan, Position, Reached, Rows, Task
+from lakehouse.source import GENERATION, Plan, Position, Reached, Rows, Task, generation, is_again
 from lakehouse.table import TIMESTAMP
+from pipelines.bronze.generations import MarkerTask, prefix
 from pipelines.bronze.tables import MARKETPLACE_ORDERS, row_schema
 
 TABLE = MARKETPLACE_ORDERS.name
@@ -68,6 +70,8 @@ NO_CHANGE_STREAMS = frozenset({40573, 40324, 59, 115, 303, 238})
 TOKEN_GONE = frozenset({286, 280, 260, 222})
 """ChangeStreamHistoryLost, ChangeStreamFatalError, InvalidResumeToken, CloseChangeStream."""
 OPERATIONS = {"insert": "c", "update": "u", "replace": "u", "delete": "d", "drop": "t", "rename": "t", "dropDatabase": "t"}
+WATERMARK, READS = "watermark", "reads"
+"""Of a position: the watermark, and how many reads there were after the first one."""
 EARLIEST = datetime(1, 1, 1)
 MILLISECONDS = (-62_135_596_800_000, 253_402_300_799_999)
 """Years 1 to 9999, since 1970."""
@@ -92,8 +96,8 @@ class MongoSource:
         """See `lakehouse.source.Source`."""
         position = positions.get(TABLE)
         with _collection(self.settings) as collection:
-            if not position or position == AGAIN:
-                return self._plan_initial(collection, again=bool(position))
+            if not position or is_again(position):
+                return self._plan_initial(collection, generation(position))
             mode = position["mode"]
             if self.settings.mode not in ("auto", mode):
                 raise SourceError(
@@ -105,28 +109,30 @@ class MongoSource:
                 task: Task = WatermarkTask(self.settings, position)
             else:
                 waiting, upto = _waiting(collection, _token(position))
-                task = ChangesTask(self.settings, _token(position), upto)
+                task = ChangesTask(self.settings, _token(position), upto, generation(position))
         if waiting == 0 and (mode == "watermark" or time.time() - float(position.get("at", 0)) < TOKEN_SECONDS):
             return Plan()
         return Plan(tasks=(task,), schemas={TABLE: SCHEMA}, rows=None if waiting >= COUNTED_CHANGES else waiting)
 
-    def _plan_initial(self, collection: Collection[Document], *, again: bool) -> Plan:
+    def _plan_initial(self, collection: Collection[Document], number: int) -> Plan:
+        """Read everything, as generation `number`."""
         token = None
         if self.settings.mode != "watermark":
             token = _first_token(collection, required=self.settings.mode == "change_stream")
         count = collection.estimated_document_count()
         moment = int(time.time() * 1_000_000)
-        if collection.find_one({}, {"_id": 1}) is None:
+        if not number and collection.find_one({}, {"_id": 1}) is None:
             return Plan()
+        marker = (MarkerTask(TABLE, SCHEMA, number, moment),) if number else ()
         if token is None:
-            return Plan(tasks=(WatermarkTask(self.settings, {}, again=again),), schemas={TABLE: SCHEMA}, rows=count)
+            task = WatermarkTask(self.settings, {GENERATION: number})
+            return Plan(tasks=(*marker, task), schemas={TABLE: SCHEMA}, rows=count)
         edges = _edges(collection, count, self.documents_per_task)
-        # read again, a document is newer than every change before the token
-        prefix = f"2{_sortable(token)}/" if again else "0"
+        documents = tuple(InitialTask(self.settings, first, last, moment, number) for first, last in pairwise(edges))
         return Plan(
-            tasks=tuple(InitialTask(self.settings, first, last, moment, prefix) for first, last in pairwise(edges)),
+            tasks=(*marker, *documents),
             schemas={TABLE: SCHEMA},
-            positions={TABLE: _stream_position(token)},
+            positions={TABLE: _stream_position(token, number)},
             rows=count,
         )
 
@@ -154,7 +160,7 @@ class InitialTask:
     first: Any
     last: Any
     moment: int
-    prefix: str = "0"
+    generation: int = 0
 
     def read(self) -> Iterator[Rows]:
         """Give the documents in batches."""
@@ -162,7 +168,7 @@ class InitialTask:
         bounds = {name: value for name, value in bounds.items() if value is not None}
         with _collection(self.settings) as collection:
             cursor = collection.find({"_id": bounds} if bounds else {}, batch_size=BATCH_DOCUMENTS)
-            for batch in _batches(_initial_row(document, self.moment, self.prefix) for document in cursor):
+            for batch in _batches(_initial_row(document, self.moment, self.generation) for document in cursor):
                 yield Rows(TABLE, _rows(batch))
 
 
@@ -173,15 +179,16 @@ class ChangesTask:
     settings: MongoSettings = field(repr=False)
     token: Mapping[str, Any]
     upto: str
+    generation: int = 0
 
     def read(self) -> Iterator[Rows | Reached]:
         """Give the changes in batches, then the position reached."""
         with _collection(self.settings) as collection, _watching(collection, self.token) as watch:
             reached: list[Mapping[str, Any]] = [self.token]
             changes = self._changes(watch.stream, reached)
-            for batch in _batches(_change_rows(collection, changes, looked_up=watch.emulated)):
+            for batch in _batches(_change_rows(collection, changes, self.generation, looked_up=watch.emulated)):
                 yield Rows(TABLE, _rows(batch))
-        yield Reached(TABLE, _stream_position(reached[0]))
+        yield Reached(TABLE, _stream_position(reached[0], self.generation))
 
     def _changes(self, stream: CollectionChangeStream[Document], reached: list[Mapping[str, Any]]) -> Iterator[Document]:
         quiet = 0
@@ -203,29 +210,29 @@ class ChangesTask:
 
 @dataclass(frozen=True)
 class WatermarkTask:
-    """Documents past the watermark in `position`; empty: all documents."""
+    """Documents past the watermark in `position`; all documents when it has none."""
 
     settings: MongoSettings = field(repr=False)
     position: Position
-    again: bool = False
 
     def read(self) -> Iterator[Rows | Reached]:
         """Give the documents in batches, then the watermark reached."""
         mark = Watermark.of(self.position)
-        initial = not self.position and not self.again
+        initial = WATERMARK not in self.position
+        number, reads = generation(self.position), 0 if initial else int(self.position.get(READS, 0)) + 1
         moment = int(time.time() * 1_000_000)
 
         def rows(cursor: Iterable[Document]) -> Iterator[Row]:
             for document in cursor:
                 if mark.is_new(document):
                     reached.see(document)
-                    yield _initial_row(document, moment) if initial else _watermark_row(document, moment)
+                    yield _initial_row(document, moment, number) if initial else _watermark_row(document, moment, number, reads)
 
         reached = Watermark.of(self.position)
         with _collection(self.settings) as collection:
             for batch in _batches(rows(collection.find(mark.query(), batch_size=BATCH_DOCUMENTS))):
                 yield Rows(TABLE, _rows(batch))
-        yield Reached(TABLE, reached.position())
+        yield Reached(TABLE, reached.position() | {READS: reads} | ({GENERATION: number} if number else {}))
 
 
 @dataclass
@@ -238,26 +245,29 @@ class Watermark:
 
     @staticmethod
     def of(position: Position) -> Watermark:
-        """From a position; empty: nothing was read."""
-        if not position:
+        """From a position; without a watermark nothing was read."""
+        if WATERMARK not in position:
             return Watermark(None, {}, {})
-        kept = json_util.loads(position["watermark"], json_options=JSONOptions(datetime_conversion=CODEC.datetime_conversion))
+        kept = json_util.loads(position[WATERMARK], json_options=JSONOptions(datetime_conversion=CODEC.datetime_conversion))
         return Watermark(kept["at"], kept["ids"], kept["undated"])
 
-    def position(self) -> dict[str, str]:
+    def position(self) -> dict[str, Any]:
         """As it is stored."""
         kept = {"at": self.at, "ids": self.ids, "undated": self.undated}
-        return {"mode": "watermark", "watermark": json_util.dumps(kept, json_options=JSON_OPTIONS, sort_keys=True)}
+        return {"mode": "watermark", WATERMARK: json_util.dumps(kept, json_options=JSON_OPTIONS, sort_keys=True)}
 
     def query(self) -> Document:
         """Which documents to ask for. `$nor` of `$lte` takes _ids of every type, each beyond the greatest of its own type."""
         if self.at is None and not self.undated:
             return {}
-        undated = {"$nor": [{"updated_at": {"$gte": EARLIEST}}, *({"_id": {"$lte": value}} for value in self.undated.values())]}
+        seen: list[Document] = [{"_id": {"$lte": value}} for value in self.undated.values()]
+        undated = {"$nor": [{"updated_at": {"$gte": EARLIEST}}, *seen]}
+        # asked for by name too: imitations of MongoDB may take a missing date for one that compares
+        missing: Document = {"updated_at": None} | ({"$nor": seen} if seen else {})
         if self.at is None:
-            return {"$or": [{"updated_at": {"$gte": EARLIEST}}, undated]}
+            return {"$or": [{"updated_at": {"$gte": EARLIEST}}, undated, missing]}
         now = {"updated_at": self.at, "$nor": [{"_id": {"$lte": value}} for value in self.ids.values()]}
-        return {"$or": [{"updated_at": {"$gt": self.at}}, now, undated]}
+        return {"$or": [{"updated_at": {"$gt": self.at}}, now, undated, missing]}
 
     def is_new(self, document: Document) -> bool:
         """The same in Python, exactly: servers differ in how they compare values of different types."""
@@ -317,28 +327,32 @@ def _row(op: str, position: str, moment: int | None, document_id: str | None, do
     return Row(op, position, moment, document_id, document, text)
 
 
-def _initial_row(document: Document, moment: int, prefix: str = "0") -> Row:
+def _initial_row(document: Document, moment: int, number: int = 0) -> Row:
     identity = _identity_text(document["_id"])
-    return _row("r", f"{prefix}{identity}", moment, identity, document)
+    return _row("r", f"{prefix(number)}0{identity}", moment, identity, document)
 
 
-def _watermark_row(document: Document, moment: int) -> Row:
-    """A document read again (or a new one: nobody can tell) past the watermark."""
+def _watermark_row(document: Document, moment: int, number: int, reads: int) -> Row:
+    """A document read again (or a new one: nobody can tell) past the watermark, by the read of that number.
+
+    The position begins with '19' because those of earlier versions of this program begin with '10' (1, then the date).
+    """
     identity, updated_at = _identity_text(document["_id"]), document.get("updated_at")
+    place = f"{prefix(number)}19{reads:010d}"
     if not isinstance(updated_at, DatetimeMS):
-        return _row("u", f"0{identity}", moment, identity, document)
+        return _row("u", f"{place}/{0:020d}/{identity}", moment, identity, document)
     milliseconds = int(updated_at)
     storable = MILLISECONDS[0] <= milliseconds <= MILLISECONDS[1]
-    position = f"1{milliseconds + (1 << 63):020d}/{identity}"
+    position = f"{place}/{milliseconds + (1 << 63):020d}/{identity}"
     return _row("u", position, milliseconds * 1000 if storable else None, identity, document)
 
 
-def _change_rows(collection: Collection[Document], changes: Iterable[Document], *, looked_up: bool) -> Iterator[Row]:
+def _change_rows(collection: Collection[Document], changes: Iterable[Document], number: int, *, looked_up: bool) -> Iterator[Row]:
     """Rows of changes; `looked_up`: the server's own full documents are not to be trusted, so ask for the documents."""
     if not looked_up:
         for change in changes:
             if change["operationType"] in OPERATIONS:
-                yield _change_row(change, change.get("fullDocument"))
+                yield _change_row(change, change.get("fullDocument"), number)
         return
     for group in _groups(changes, 1000):
         group = [change for change in group if change["operationType"] in OPERATIONS]
@@ -353,7 +367,7 @@ def _change_rows(collection: Collection[Document], changes: Iterable[Document], 
                 change["documentKey"]["_id"] = found[known]["_id"]
             elif names:
                 change["documentKey"]["_id"] = _identities(change)[-1]
-            yield _change_row(change, found[known] if known is not None else None)
+            yield _change_row(change, found[known] if known is not None else None, number)
 
 
 def _identities(change: Document) -> list[Any]:
@@ -363,14 +377,14 @@ def _identities(change: Document) -> list[Any]:
     return [item for item in (key, *([full] if not isinstance(full, dict) else [])) if item is not None]
 
 
-def _change_row(change: Document, document: Document | None) -> Row:
+def _change_row(change: Document, document: Document | None, number: int) -> Row:
     op = OPERATIONS[change["operationType"]]
     if op in "cu" and document is None:
         op = "d"
     key = change.get("documentKey")
     return _row(
         op,
-        f"2{_sortable(change['_id'])}",
+        f"{prefix(number)}2{_sortable(change['_id'])}",
         _microseconds(change.get("wallTime", change.get("clusterTime"))),
         _identity_text(key["_id"]) if key else None,
         document if op in "cu" else None,
@@ -436,9 +450,11 @@ def _groups(changes: Iterable[Document], count: int) -> Iterator[list[Document]]
 # -- positions -------------------------------------------------------------------------------------------------------
 
 
-def _stream_position(token: Mapping[str, Any]) -> dict[str, Any]:
-    """A resume token as it is stored; `at`: when it was taken, in seconds since 1970."""
-    return {"mode": "change_stream", "token": json_util.dumps(token, json_options=JSON_OPTIONS), "at": int(time.time())}
+def _stream_position(token: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """A resume token as it is stored; `at`: when it was taken, in seconds since 1970; number: of the generation."""
+    text = json_util.dumps(token, json_options=JSON_OPTIONS)
+    position = {"mode": "change_stream", "token": text, "at": int(time.time())}
+    return position | ({GENERATION: number} if number else {})
 
 
 def _token(position: Position) -> dict[str, Any]:

@@ -4,6 +4,10 @@ The first plan creates the slot and reads every table under the snapshot that th
 at the slot up to the WAL position of that moment; the slot moves only by `acknowledge`. A table's position P says:
 every change committed before P is in the table. So whatever repeats is skipped, table by table.
 
+When the slot or the server is another one, all tables are read anew (`rebuild` of all of them at once), and only then
+is a missing or lost slot made again. Positions say when that was (`slot`): a table with an older time than another was
+not read anew with it, and lacks the changes in between.
+
 What logical replication cannot tell: values that `ALTER TABLE ... ADD COLUMN ... DEFAULT` gives to rows already
 read, and a change of the primary key in a table whose replica identity is another index.
 """
@@ -13,7 +17,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -27,8 +31,9 @@ from psycopg.conninfo import conninfo_to_dict
 
 from lakehouse.errors import CommitConflict, OffsetGone, SchemaConflict, SourceError, UnknownColumn
 from lakehouse.settings import PostgresSettings
-from lakehouse.source import AGAIN, Plan, Position, Reached, Rows, Task
+from lakehouse.source import GENERATION, Plan, Position, Reached, Rows, Task, generation, is_again
 from lakehouse.table import TIMESTAMP
+from pipelines.bronze.generations import MarkerTask, prefix
 from pipelines.bronze.pgoutput import Change, Relation, changes
 from pipelines.bronze.postgres_types import SourceColumn, beside, type_name, typed, widened
 from pipelines.bronze.tables import INGESTED_AT, POSTGRES_EXTRA, POSTGRES_TABLES, row_schema
@@ -100,34 +105,39 @@ class PostgresSource:
 
     def plan(self, positions: Mapping[str, Position | None], schemas: Mapping[str, pa.Schema]) -> Plan:
         """See `lakehouse.source.Source`."""
-        known = {table: position for table in self.tables if (position := positions.get(table)) and position != AGAIN}
+        read = {table: position for table in self.tables if (position := positions.get(table))}
+        known = {table: position for table, position in read.items() if not is_again(position)}
         with _errors(self.settings), _connect(self.settings) as connection:
             state = _state(connection, self.settings)
-            _check(state, self.settings, known)
+            _check(state, self.settings, known, read.keys())
+            if state.wal_status == "lost":
+                _drop_slot(connection, self.settings)
+                state = _state(connection, self.settings)
             if state.unwritten:
                 _flush(connection)
                 state = _state(connection, self.settings)
             catalog = _catalog(connection, self.settings)
-            _check_published(catalog, self.settings, known)
+            _check_published(catalog, self.settings, read)
             planned = {item.table: _planned(item, schemas.get(item.table), self.settings) for item in catalog}
             unread = [item for item in catalog if item.table not in known]
             if unread:
-                return self._plan_initial(state, unread, known, schemas)
+                return self._plan_initial(state, unread, read, schemas)
             assert state.confirmed is not None
             if state.upto <= state.confirmed:
                 return Plan()
             if state.upto - state.confirmed < IDLE_WAL and not _decodable(connection, self.settings, state.upto):
                 return Plan()
         return Plan(
-            tasks=(StreamTask(self.settings, state.upto, state.system, _lsns(known), planned),),
+            tasks=(StreamTask(self.settings, state.upto, state.system, known, planned),),
             schemas=planned,
             rows=(state.upto - state.confirmed) // WAL_PER_ROW,
         )
 
     def _plan_initial(
-        self, state: SlotState, unread: Sequence[Catalog], known: Mapping[str, Position], schemas: Mapping[str, pa.Schema]
+        self, state: SlotState, unread: Sequence[Catalog], read: Mapping[str, Position], schemas: Mapping[str, pa.Schema]
     ) -> Plan:
         """Read `unread` under a snapshot; the tables that were read before are brought to the same moment."""
+        known = {table: position for table, position in read.items() if not is_again(position)}
         with _snapshot(self.settings, [item.name for item in unread], temporary=state.slot_exists) as (start, exporting):
             holder = _connect(self.settings)
             try:
@@ -142,22 +152,28 @@ class PostgresSource:
             before = {item.name: item.storage for item in unread}
             if changed := [item.name for item in reading if before.get(item.name) != item.storage]:
                 raise SourceError(f"PostgreSQL table '{changed[0]}' was being altered when the initial read began. Run again.")
-            tasks: list[Task] = []
+            generations = {item.table: generation(read.get(item.table)) for item in reading}
+            tasks: list[Task] = [
+                MarkerTask(table, planned[table], number, moment) for table, number in generations.items() if number
+            ]
             for item in reading:
                 edges = [*range(0, max(item.blocks, 1), BLOCKS_PER_TASK), None] if item.splittable else [None, None]
-                for first, last in pairwise(edges):
+                for number, (first, last) in enumerate(pairwise(edges)):
+                    place = f"{prefix(generations[item.table])}{start:016X}-{number:06d}"
                     tasks.append(
-                        SnapshotTask(self.settings, item, planned[item.table], snapshot, start, moment, first or None, last)
+                        SnapshotTask(self.settings, item, planned[item.table], snapshot, place, moment, first or None, last)
                     )
             if known and state.confirmed is not None and start > state.confirmed:
-                tasks.append(StreamTask(self.settings, start, state.system, _lsns(known), planned))
+                tasks.append(StreamTask(self.settings, start, state.system, known, planned))
+            slot = max(map(_slot_time, (known or read).values()), default=0)
+            slot = slot if known else max(moment, slot + 1)
         except BaseException:
             holder.close()
             raise
         return Plan(
             tasks=tuple(tasks),
             schemas=planned,
-            positions={item.table: _position(start, state.system) for item in reading},
+            positions={item.table: _position(start, state.system, slot, generations[item.table]) for item in reading},
             rows=sum(item.rows for item in reading),
             held=holder,
         )
@@ -189,13 +205,17 @@ class PostgresSource:
 
 @dataclass(frozen=True)
 class SnapshotTask:
-    """A range of blocks of a table, read under an exported snapshot. `first`, `last`: blocks; None: from or to the end."""
+    """A range of blocks of a table, read under an exported snapshot.
+
+    place        what the rows' positions begin with; '-' in it sorts before the '/' of every change at the same LSN
+    first, last  blocks; None: from or to the end
+    """
 
     settings: PostgresSettings = field(repr=False)
     source: Catalog
     schema: pa.Schema = field(repr=False)
     snapshot: str
-    start: int
+    place: str
     moment: int
     first: int | None
     last: int | None
@@ -214,6 +234,9 @@ class SnapshotTask:
         with _errors(self.settings), _connect(self.settings) as connection, connection.cursor() as cursor:
             cursor.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
             cursor.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(self.snapshot)))
+            # so that a row has the same number each time
+            cursor.execute("SET LOCAL synchronize_seqscans TO off")
+            before = 0
             with cursor.copy(copy) as stream:
                 for chunk in _chunks(stream):
                     text = pacsv.read_csv(
@@ -224,7 +247,8 @@ class SnapshotTask:
                             column_types=types, null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False
                         ),
                     )
-                    yield Rows(self.source.table, self._rows(text, targets))
+                    yield Rows(self.source.table, self._rows(text, targets, before))
+                    before += text.num_rows
 
     def _condition(self) -> str:
         parts = []
@@ -236,13 +260,13 @@ class SnapshotTask:
             parts.append(f"({self.source.row_filter})")
         return f"WHERE {' AND '.join(parts)}" if parts else ""
 
-    def _rows(self, text: pa.Table, targets: Sequence[str]) -> pa.Table:
+    def _rows(self, text: pa.Table, targets: Sequence[str], before: int) -> pa.Table:
         count = text.num_rows
         return _table(
             self.schema,
             dict(zip(targets, (column.combine_chunks() for column in text.columns), strict=True)),
             op=_repeat("r", count),
-            position=_repeat(f"{self.start:016X}/{0:010d}", count),
+            position=pa.array([f"{self.place}.{row:010d}" for row in range(before, before + count)], pa.string()),
             moment=_repeat(self.moment, count),
             unchanged=pa.nulls(count, pa.string()),
         )
@@ -259,7 +283,7 @@ class StreamTask:
     settings: PostgresSettings = field(repr=False)
     upto: int
     system: str
-    lsns: Mapping[str, int]
+    positions: Mapping[str, Position]
     schemas: Mapping[str, pa.Schema] = field(repr=False)
     batch_rows: int = BATCH_ROWS
 
@@ -270,13 +294,15 @@ class StreamTask:
             for rows in self.decode(_peek(connection, self.settings, self.upto)):
                 filled.add(rows.table)
                 yield rows
-        for table in sorted(filled) or sorted(self.lsns)[:1]:
-            yield Reached(table, _position(self.upto, self.system))
+        for table in sorted(filled) or sorted(self.positions)[:1]:
+            before = self.positions[table]
+            yield Reached(table, _position(self.upto, self.system, _slot_time(before), generation(before)))
 
     def decode(self, messages: Iterator[bytes]) -> Iterator[Rows]:
         """Rows from the slot's messages."""
         buffers: dict[str, Buffer] = {}
-        floors = {name: self.lsns[table.name] for name, (table, _) in POSTGRES_TABLES.items() if table.name in self.lsns}
+        lsns = _lsns(self.positions)
+        floors = {name: lsns[table.name] for name, (table, _) in POSTGRES_TABLES.items() if table.name in lsns}
         for change in changes(messages, _key_of):
             relation = change.relation
             if relation.name not in floors or relation.schema != self.settings.schema_name:
@@ -288,7 +314,8 @@ class StreamTask:
                 if buffer:
                     yield buffer.take()
                 table = POSTGRES_TABLES[relation.name][0].name
-                buffer = buffers[relation.name] = Buffer(table, relation, self.schemas[table], self.settings)
+                before = prefix(generation(self.positions[table]))
+                buffer = buffers[relation.name] = Buffer(table, relation, self.schemas[table], self.settings, before)
             buffer.add(change)
             if len(buffer) >= self.batch_rows or buffer.size >= BATCH_BYTES:
                 yield buffer.take()
@@ -300,9 +327,9 @@ class StreamTask:
 class Buffer:
     """Changes of one table that wait to become a batch, by column: lists of bytes cost the garbage collector nothing."""
 
-    def __init__(self, table: str, relation: Relation, schema: pa.Schema, settings: PostgresSettings) -> None:
-        """For changes with the columns of `relation`. Raises UnknownColumn and SchemaConflict."""
-        self.table, self.relation, self.schema = table, relation, schema
+    def __init__(self, table: str, relation: Relation, schema: pa.Schema, settings: PostgresSettings, before: str) -> None:
+        """For changes with the columns of `relation`; `before`: goes before positions. Raises UnknownColumn, SchemaConflict."""
+        self.table, self.relation, self.schema, self.before = table, relation, schema, before
         self.targets = [_target(table, column, schema, settings) for column in relation.columns]
         self._clear()
 
@@ -322,7 +349,7 @@ class Buffer:
         for column, value in zip(self.columns, change.values, strict=True):
             column.append(value)
         self.ops.append(change.op)
-        self.positions.append(f"{change.commit_lsn:016X}/{change.number:010d}")
+        self.positions.append(f"{self.before}{change.commit_lsn:016X}/{change.number:010d}")
         self.times.append(change.time)
         self.unchanged.append(change.unchanged)
         self.size += change.size
@@ -581,8 +608,11 @@ def _flush(connection: psycopg.Connection[Any]) -> None:
         connection.execute("SELECT pg_logical_emit_message(true, 'shopsphere', '')")
 
 
-def _check(state: SlotState, settings: PostgresSettings, known: Mapping[str, Position]) -> None:
-    """Raises SourceError when the server cannot give changes, OffsetGone when it no longer has those that come next."""
+def _check(state: SlotState, settings: PostgresSettings, known: Mapping[str, Position], read: Collection[str]) -> None:
+    """Raises SourceError when the server cannot give changes, OffsetGone when it no longer has those that come next.
+
+    known: the tables to go on with. read: all that were ever read; those that are not known are read anew.
+    """
     if state.wal_level != "logical":
         raise SourceError(f"PostgreSQL: wal_level is '{state.wal_level}'. Set wal_level = logical and restart the server.")
     if not state.published:
@@ -590,7 +620,7 @@ def _check(state: SlotState, settings: PostgresSettings, known: Mapping[str, Pos
             f"PostgreSQL: publication '{settings.publication}' does not exist in database '{state.this_database}'. "
             f"CREATE PUBLICATION {settings.publication} FOR TABLES IN SCHEMA {settings.schema_name}, or set postgres.publication."
         )
-    again = f"Read the tables anew: python -m app rebuild {' '.join(sorted(known))}"
+    again = f"Read the tables anew: python -m app rebuild {' '.join(sorted(read))}"
     systems = {str(position["system"]) for position in known.values() if position.get("system")}
     if state.system and systems - {state.system}:
         raise OffsetGone(
@@ -609,10 +639,16 @@ def _check(state: SlotState, settings: PostgresSettings, known: Mapping[str, Pos
             f"PostgreSQL: replication slot '{settings.slot}' is {state.plugin or 'physical'} of database '{state.database}', "
             f"expected pgoutput of '{state.this_database}'. Set postgres.slot to another name."
         )
-    if state.wal_status == "lost":
+    if state.wal_status == "lost" and (known or not read):
+        way_out = again if read else f"If it is nobody's: SELECT pg_drop_replication_slot('{settings.slot}'), and run again."
         raise OffsetGone(
-            f"PostgreSQL: replication slot '{settings.slot}' is lost: the server dropped WAL that was not read yet. "
-            f"SELECT pg_drop_replication_slot('{settings.slot}'). {again}"
+            f"PostgreSQL: replication slot '{settings.slot}' is lost: the server dropped WAL that was not read yet. {way_out}"
+        )
+    times = {table: _slot_time(position) for table, position in known.items()}
+    if left_behind := sorted(table for table, time in times.items() if time < max(times.values())):
+        raise OffsetGone(
+            f"PostgreSQL: replication slot '{settings.slot}' was made anew, but {', '.join(left_behind)} not read anew with it. "
+            f"Read what is missing: python -m app rebuild {' '.join(left_behind)}"
         )
     reached = max(_lsns(known).values(), default=None)
     if reached is not None and state.confirmed is not None and state.confirmed > reached:
@@ -754,6 +790,11 @@ def _peek(connection: psycopg.Connection[Any], settings: PostgresSettings, upto:
     connection.rollback()
 
 
+def _drop_slot(connection: psycopg.Connection[Any], settings: PostgresSettings) -> None:
+    query = sql.SQL("SELECT pg_drop_replication_slot({})").format(sql.Literal(settings.slot))
+    _patiently(connection, settings, lambda: connection.execute(query).fetchall())
+
+
 def _advance(connection: psycopg.Connection[Any], settings: PostgresSettings, upto: int) -> None:
     query = sql.SQL(
         "SELECT pg_replication_slot_advance(slot_name, {upto}::pg_lsn) FROM pg_replication_slots "
@@ -762,8 +803,15 @@ def _advance(connection: psycopg.Connection[Any], settings: PostgresSettings, up
     _patiently(connection, settings, lambda: connection.execute(query).fetchall())
 
 
-def _position(lsn: int, system: str) -> dict[str, str]:
-    return {"lsn": _lsn_text(lsn), "system": system}
+def _position(lsn: int, system: str, slot: int, number: int) -> dict[str, Any]:
+    """A position as it is stored. slot: see `_slot_time`. number: of the generation."""
+    position: dict[str, Any] = {"lsn": _lsn_text(lsn), "system": system}
+    return position | ({"slot": slot} if slot else {}) | ({GENERATION: number} if number else {})
+
+
+def _slot_time(position: Position) -> int:
+    """When the tables were last read all together, in microseconds since 1970; 0 where that was not recorded yet."""
+    return int(position.get("slot", 0))
 
 
 def _lsns(positions: Mapping[str, Position]) -> dict[str, int]:

@@ -3,7 +3,9 @@
 Every row says what happened (`_op`):
     r    read by the initial read          c    inserted          u    updated (for MongoDB also: replaced)
     d    deleted                           t    everything in the source table was deleted at once (TRUNCATE,
-                                                a dropped collection): the columns are null, no key can be named
+                                                a dropped collection), or the table is read anew from here on, and what
+                                                is not found any more was deleted (see `generations`): the columns are
+                                                null, no key can be named
     fix  a correction of the row with the same `_source_position`, appended by `python -m app replay --fix`
 
 `_source_position` is text that sorts in the order of the source, so the newest version of a key is the one with

@@ -7,9 +7,11 @@ import json
 import polars as pl
 
 from lakehouse.step import Parsed
+from pipelines.bronze.generations import is_marker, prefix_of
 
 _FIX = "_is_fix"
 _ROW = "_row"
+_POSITION = pl.col("_source_position")
 _BOOKKEEPING = frozenset({"_op", "_source_position", "_source_time", "_ingested_at"})
 
 
@@ -18,7 +20,8 @@ def row_versions(bronze: pl.DataFrame, key: tuple[str, ...]) -> pl.DataFrame:
 
     Versions come twice when they were delivered twice: one stays. A correction (`_op` 'fix') stands in the place of
     the row it corrects. Columns that an update did not send (named in `_unchanged`) have the value of the version
-    before. A TRUNCATE (`_op` 't') is a delete of every key known before it.
+    before. A TRUNCATE (`_op` 't') is a delete of every key known before it; the marker of a new generation is one of
+    every key known before it that the new read did not find.
     """
     versions = _distinct_versions(_with_deletes(bronze, key), key).sort([*key, "_source_position"])
     return _with_unchanged(versions, key)
@@ -27,10 +30,10 @@ def row_versions(bronze: pl.DataFrame, key: tuple[str, ...]) -> pl.DataFrame:
 def current_rows(bronze: pl.DataFrame, key: tuple[str, ...]) -> pl.DataFrame:
     """One row per living key: its newest version in source order, whatever the order and number of deliveries.
 
-    Deleted keys, and those from before a TRUNCATE, are left out. `_unchanged` columns are filled as in
-    `row_versions`. All columns are kept.
+    Deleted keys, and those from before a TRUNCATE or that a new generation did not find, are left out. `_unchanged`
+    columns are filled as in `row_versions`. All columns are kept.
     """
-    bronze = since_truncate(bronze)
+    bronze = since_truncate(bronze, key)
     if "_unchanged" in bronze.columns and bronze["_unchanged"].null_count() < bronze.height:
         # only the keys with such a version need their history
         partial = bronze.filter(pl.col("_unchanged").is_not_null()).select(key).unique()
@@ -41,10 +44,22 @@ def current_rows(bronze: pl.DataFrame, key: tuple[str, ...]) -> pl.DataFrame:
     return newest.filter(pl.col("_op") != "d")
 
 
-def since_truncate(bronze: pl.DataFrame) -> pl.DataFrame:
-    """The rows after the last TRUNCATE (`_op` 't') of the source's table."""
-    truncated = bronze.filter(pl.col("_op") == "t")["_source_position"].max()
-    return bronze if truncated is None else bronze.filter(pl.col("_source_position") > truncated)
+def since_truncate(bronze: pl.DataFrame, key: tuple[str, ...]) -> pl.DataFrame:
+    """The rows after the last TRUNCATE (`_op` 't') of the source's table; of a key that a new generation did not find,
+    those after its marker."""
+    ends = bronze.filter(pl.col("_op") == "t")
+    if ends.is_empty():
+        return bronze
+    rows = bronze.filter(pl.col("_op") != "t")
+    truncated = ends.filter(~is_marker(_POSITION))["_source_position"].max()
+    if truncated is not None:
+        rows = rows.filter(pl.col("_source_position") > truncated)
+    missed = _missed(rows, ends, key)
+    if missed.is_empty():
+        return rows
+    last = missed.group_by(key).agg(_POSITION.max().alias("_ended"))
+    rows = rows.join(last, on=list(key), how="left", nulls_equal=True)
+    return rows.filter(pl.col("_ended").is_null() | (pl.col("_ended") < _POSITION)).drop("_ended")
 
 
 def unreadable_rows(bronze: pl.DataFrame) -> Parsed:
@@ -53,7 +68,10 @@ def unreadable_rows(bronze: pl.DataFrame) -> Parsed:
     The rest of such a row is good: it stays, with null there; quarantine says so until a correction comes.
     `original` is the row as a JSON object, with the value as the source printed it.
     """
-    bad = bronze.filter(pl.col("_unreadable").is_not_null()) if "_unreadable" in bronze.columns else bronze.clear()
+    has = pl.col("_unreadable").is_not_null() if "_unreadable" in bronze.columns else pl.lit(False)
+    read = bronze.filter(~has)["_source_position"]
+    # a position is read when any row there is: a correction, beside the row that it corrects
+    bad = bronze.filter(has & ~pl.col("_source_position").is_in(read.implode()))
     columns = [name for name in bronze.columns if not name.startswith("_")]
     rejected = []
     for row in bad.select(*columns, "_source_position", "_unreadable").unique().iter_rows(named=True) if bad.height else ():
@@ -62,29 +80,40 @@ def unreadable_rows(bronze: pl.DataFrame) -> Parsed:
         reason = f"{', '.join(sorted(values))}: a value that the column's type cannot hold"
         rejected.append((reason, row["_source_position"], json.dumps(original, ensure_ascii=False, sort_keys=True).encode()))
     schema = {"reason": pl.String, "source_position": pl.String, "original": pl.Binary}
-    return Parsed(
-        rows=bronze,
-        rejected=pl.DataFrame(rejected, schema=schema, orient="row"),
-        parsed_positions=bronze.filter(~pl.col("_source_position").is_in(bad["_source_position"].implode()))["_source_position"],
-    )
+    return Parsed(rows=bronze, rejected=pl.DataFrame(rejected, schema=schema, orient="row"), parsed_positions=read)
 
 
 def _with_deletes(bronze: pl.DataFrame, key: tuple[str, ...]) -> pl.DataFrame:
-    """Each TRUNCATE replaced by a delete of every key known before it."""
-    truncates = bronze.filter(pl.col("_op") == "t")
-    if truncates.is_empty():
+    """Each TRUNCATE and marker replaced by deletes of the keys that it ends."""
+    ends = bronze.filter(pl.col("_op") == "t")
+    if ends.is_empty():
         return bronze
     rows = bronze.filter(pl.col("_op") != "t")
-    moments = truncates.select("_source_position", *(["_source_time"] if "_source_time" in bronze.columns else []))
-    deletes = (
+    truncates = ends.filter(~is_marker(_POSITION))
+    deletes = pl.concat([_known_before(rows, truncates, key), _missed(rows, ends, key)])
+    return pl.concat([rows, deletes.with_columns(pl.lit("d").alias("_op"))], how="diagonal")
+
+
+def _known_before(rows: pl.DataFrame, ends: pl.DataFrame, key: tuple[str, ...]) -> pl.DataFrame:
+    """Every pair of an end and a key known before it, with the end's position and time."""
+    moments = ends.select("_source_position", *(["_source_time"] if "_source_time" in ends.columns else []))
+    return (
         rows.group_by(key)
-        .agg(pl.col("_source_position").min().alias("_first"))
+        .agg(_POSITION.min().alias("_first"))
         .join(moments.unique("_source_position"), how="cross")
-        .filter(pl.col("_first") < pl.col("_source_position"))
-        .with_columns(pl.lit("d").alias("_op"))
+        .filter(pl.col("_first") < _POSITION)
         .drop("_first")
     )
-    return pl.concat([rows, deletes], how="diagonal")
+
+
+def _missed(rows: pl.DataFrame, ends: pl.DataFrame, key: tuple[str, ...]) -> pl.DataFrame:
+    """As `_known_before`, of the markers alone, without the keys that the new read (`_op` 'r') of the marker found."""
+    known = _known_before(rows, ends.filter(is_marker(_POSITION)), key)
+    if known.is_empty():
+        return known
+    read = rows.filter(pl.col("_op") == "r").select(*key, prefix_of(_POSITION).alias("_source_position"))
+    found = read.drop_nulls("_source_position")
+    return known.join(found, on=[*key, "_source_position"], how="anti", nulls_equal=True)
 
 
 def _newest(bronze: pl.DataFrame, key: tuple[str, ...]) -> pl.DataFrame:

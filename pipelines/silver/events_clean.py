@@ -314,5 +314,4 @@ STEP = Step(
     target=EVENTS_CLEAN,
     reads={"events": Changes(EVENTS, parse=parse_events, columns=("topic", "value", "_op", "_source_position", "_source_time"))},
     fill=fill,
-    uses_old=True,
 )

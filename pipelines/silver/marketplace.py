@@ -148,7 +148,7 @@ def parse_items(bronze: pl.DataFrame) -> pl.DataFrame:
 def _speaking(bronze: pl.DataFrame) -> tuple[list[tuple[str, str, _Order]], _Judgement]:
     """For every order its id, the document that speaks for it, and what that says; and what could not be read."""
     judged = _Judgement()
-    rows = _one_per_position(since_truncate(bronze))
+    rows = _one_per_position(since_truncate(bronze, ("document_id",)))
     newest = rows.filter(pl.col("_source_position") == pl.col("_source_position").max().over("document_id"))
     speaking = newest.filter(pl.col("_op") != "d")
     unread = _read_all(speaking, judged)

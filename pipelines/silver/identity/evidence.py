@@ -65,10 +65,11 @@ def read_evidence(frames: Mapping[str, pl.DataFrame], region: str) -> Evidence:
 def _user_evidence(users: pl.DataFrame, orders: pl.DataFrame, region: str) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Living accounts. What they showed in earlier versions still counts: mail is sent to an old address.
 
-    What was there before a TRUNCATE is of other accounts: their numbers may be given out again. An order tells what
-    its newest version tells, of the account that this names; a deleted one tells nothing.
+    What was there before a TRUNCATE, or before the account was found missing, is of other accounts: their numbers may
+    be given out again. An order tells what its newest version tells, of the account that this names; a deleted one
+    tells nothing.
     """
-    users = since_truncate(users)
+    users = since_truncate(users, ("user_id",))
     versions = row_versions(users.filter(pl.col("user_id").is_not_null()), ("user_id",))
     newest = versions.unique("user_id", keep="last", maintain_order=True).filter(pl.col("_op") != "d")
     history = _typed(versions.filter(pl.col("_op") != "d").join(newest, on="user_id", how="semi"), region)
