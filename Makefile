@@ -24,10 +24,10 @@ demo: $(READY) ## Real source servers, a seeded shop, all layers, answers
 test: $(READY) ## The fast tests, two at a time
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# the model's slow tests are not in CI yet: see `make test-all`
-test-slow: $(READY) ## The slow tests of the lakehouse: kills, Ray, servers under load
-	@$(BIN)/python -m pytest -m slow -n 2 --dist load tests/test_kill.py tests/test_rebuild.py tests/test_engine.py \
-		tests/test_laws.py tests/test_object_store.py tests/test_online_retail_lakehouse.py
+test-slow: $(READY) ## The slow tests: kills, Ray, servers under load, the model from shop to rollback
+	@$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup tests/test_kill.py tests/test_rebuild.py tests/test_engine.py \
+		tests/test_laws.py tests/test_object_store.py tests/test_online_retail_lakehouse.py \
+		tests/test_fraud_model.py tests/test_training.py tests/test_registry.py tests/test_order_features.py
 
 test-all: $(READY) ## All tests, the slow ones too
 	@$(BIN)/python -m pytest -m ""
