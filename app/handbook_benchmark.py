@@ -27,12 +27,14 @@ def run_handbook(output: Output, data: Path) -> handbook.Outcome:
         show("test weeks", 0, total)
         outcome = handbook.run(path, seen=seen)
     if output.as_json:
-        told = {"mean": asdict(outcome.mean), "short_of_target": outcome.short_of_target, "gate": outcome.verdict.summary()}
-        output.json({**asdict(outcome), **told, "seconds": time.monotonic() - started})
+        summary = {"mean": asdict(outcome.mean), "short_of_target": outcome.short_of_target, "gate": outcome.verdict.summary()}
+        output.json({**asdict(outcome), **summary, "seconds": time.monotonic() - started})
         return outcome
     output.table(handbook.HEADINGS, handbook.table(outcome))
+    told = ", ".join(f"{name} {low:.3f} to {high:.3f}" for name, (low, high) in outcome.spread.items())
+    output.say(f"\n95% interval of the mean over the weeks, transactions drawn anew: {told}.")
     beaten = "beaten on all three figures" if outcome.beats_published else "NOT beaten on all three figures"
-    output.say(f"\nThe book's XGBoost is {beaten}.")
+    output.say(f"The book's XGBoost is {beaten}.")
     if outcome.reaches_target:
         output.say("The target is reached.")
     else:

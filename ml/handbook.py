@@ -9,17 +9,18 @@ is already known. Parameters were chosen on the four weeks before the test weeks
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from lakehouse.errors import ShopSphereError
-from ml.evaluation import average_precision, card_precision, roc_auc
+from ml.evaluation import Array, average_precision, card_precision, roc_auc
 from ml.features import FEATURES, TIME, Feature, History, compute, with_ratios
 from ml.gate import Verdict, judge
 from ml.leak_check import moved
@@ -97,6 +98,8 @@ class Outcome:
 
     weeks: tuple[Week, ...]
     feature_seconds: float
+    spread: Mapping[str, tuple[float, float]]
+    """95% bootstrap interval over transactions, of the mean over the weeks, by name; not of card precision."""
     verdict: Verdict
     """What the gate says of the last week's model, as a first model."""
 
@@ -262,17 +265,30 @@ def run(
     for week in weeks(frame, features, starts, kept):
         seen(week)
         done.append(week)
-    return Outcome(tuple(done), seconds, judged(orders, frame, models[-1], starts[-1]))
+    windows = [test_rows(frame, start) for start in starts]
+    spread = spread_of([(window["label"].to_numpy(), model.score(window)) for window, model in zip(windows, models, strict=True)])
+    return Outcome(tuple(done), seconds, spread, judged(orders, windows[-1], models[-1], starts[-1]))
 
 
-def judged(orders: pl.DataFrame, frame: pl.DataFrame, model: FittedModel, start: date) -> Verdict:
-    """The gate on a week's model and window; the leak check looks at the orders up to the middle of the week."""
+def spread_of(scored: Sequence[tuple[Array, Array]], rounds: int = 200, seed: int = 7) -> dict[str, tuple[float, float]]:
+    """How far the means over weeks, (label, score) each, move when the weeks' transactions are drawn anew."""
+    random = np.random.default_rng(seed)
+    means: dict[str, list[float]] = {"ROC AUC": [], "average precision": []}
+    for _ in range(rounds):
+        drawn = [random.integers(0, len(label), len(label)) for label, _ in scored]
+        for name, figure in (("ROC AUC", roc_auc), ("average precision", average_precision)):
+            again = [figure(label[rows], score[rows]) for (label, score), rows in zip(scored, drawn, strict=True)]
+            means[name].append(fmean(again))
+    return {name: (float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))) for name, values in means.items()}
+
+
+def judged(orders: pl.DataFrame, window: pl.DataFrame, model: FittedModel, start: date) -> Verdict:
+    """The gate on a week's model and rows; the leak check looks at the orders up to the middle of the week."""
     moment = _midnight(start) + WEEK / 2
     asked = orders.filter(pl.col("placed_at") <= moment).tail(LEAK_ORDERS)
     near = pl.any_horizontal(pl.col(kind).is_in(asked[kind].implode()) for kind in ("customer", "device"))
     history = History(orders.filter(near), delay=DELAY)
-    window = test_rows(frame, start).with_columns(channel=pl.lit(None, pl.String))
-    return judge(window, model, None, leak=lambda: moved(asked, history, moment))
+    return judge(window.with_columns(channel=pl.lit(None, pl.String)), model, None, leak=lambda: moved(asked, history, moment))
 
 
 def table(outcome: Outcome) -> list[tuple[str, str, str, str]]:
