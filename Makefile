@@ -25,9 +25,10 @@ test: $(READY) ## The fast tests, two at a time
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(READY) ## The slow tests: kills, Ray, servers under load, the model from shop to rollback
-	@$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup tests/test_kill.py tests/test_rebuild.py tests/test_engine.py \
-		tests/test_laws.py tests/test_object_store.py tests/test_online_retail_lakehouse.py \
-		tests/test_fraud_model.py tests/test_training.py tests/test_registry.py tests/test_order_features.py
+	@$(BIN)/python -m pytest -m slow -n 2 --dist load tests/test_kill.py tests/test_rebuild.py tests/test_engine.py \
+		tests/test_laws.py tests/test_object_store.py tests/test_online_retail_lakehouse.py
+	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile tests/test_fraud_model.py tests/test_training.py \
+		tests/test_registry.py tests/test_order_features.py
 
 test-all: $(READY) ## All tests, the slow ones too
 	@$(BIN)/python -m pytest -m ""

@@ -32,7 +32,7 @@ from ml.order_features import ORDER_FEATURES, STEPS, history_of, read_orders, re
 from ml.registry import Registry
 from ml.user_fraud_scores import USER_FRAUD_SCORES
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("fraud shop")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ORDERS = 20_000
 """The demo's shop: a smaller one has too few frauds for the gate."""
