@@ -24,10 +24,11 @@ demo: $(READY) ## Real source servers, a seeded shop, all layers, answers
 test: $(READY) ## The fast tests, two at a time
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# the model's slow tests are not in CI yet: see `make test-all`
-test-slow: $(READY) ## The slow tests of the lakehouse: kills, Ray, servers under load
+test-slow: $(READY) ## The slow tests: kills, Ray, servers under load, the model from shop to rollback
 	@$(BIN)/python -m pytest -m slow -n 2 --dist load tests/test_kill.py tests/test_rebuild.py tests/test_engine.py \
 		tests/test_laws.py tests/test_object_store.py tests/test_online_retail_lakehouse.py
+	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile tests/test_fraud_model.py tests/test_training.py \
+		tests/test_registry.py tests/test_order_features.py
 
 test-all: $(READY) ## All tests, the slow ones too
 	@$(BIN)/python -m pytest -m ""
@@ -39,11 +40,12 @@ lint: $(READY) ## Style, types, import direction, generated docs
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m app docs --check
 
-docs: $(READY) ## Write docs/tables.md and docs/settings.md from the declarations
+docs: $(READY) ## Write docs/tables.md, features.md and settings.md from the declarations
 	@$(BIN)/python -m app docs
 
-bench: $(READY) ## What a change costs against the full build, and as history grows
+bench: $(READY) ## What a change costs against the full build; the training set against a plain script
 	@$(BIN)/python bench/incremental.py
+	@$(BIN)/python bench/training_set.py
 
 lock: ## Pin the packages anew (universal, no addresses)
 	$(BIN)/uv pip compile --quiet --universal --no-header --no-emit-index-url --no-annotate --group dev pyproject.toml -o requirements.lock

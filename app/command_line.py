@@ -210,12 +210,12 @@ def _clipped(text: str, width: int) -> str:
 @app.command()
 def sql(statement: Annotated[str, typer.Argument(help="One SELECT; tables by layer and name")], json: Json = False) -> None:
     """Run SQL over all tables, e.g. "SELECT * FROM gold.sales_daily FOR TIMESTAMP AS OF '2026-01-31 12:00:00'"."""
-    import pipelines
+    from app.tables import TABLES
     from lakehouse.iceberg import Lake
     from lakehouse.query import query
 
     output = Output(json)
-    result = query(Lake(load_settings()), pipelines.TABLES, statement)
+    result = query(Lake(load_settings()), TABLES, statement)
     if json:
         output.json(result.to_pylist())
     else:
@@ -225,13 +225,13 @@ def sql(statement: Annotated[str, typer.Argument(help="One SELECT; tables by lay
 @app.command()
 def digest(tables: Annotated[list[str] | None, typer.Argument(help="Tables; none: all")] = None, json: Json = False) -> None:
     """A digest of each table's business columns: the same whatever the order of rows, the files or the run."""
-    import pipelines
     from app.passes import table_named
+    from app.tables import TABLES
     from lakehouse.digest import digest as digest_of
     from lakehouse.iceberg import Lake
 
     output, lake = Output(json), Lake(load_settings())
-    chosen = [table_named(name) for name in tables] if tables else list(pipelines.TABLES.values())
+    chosen = [table_named(name) for name in tables] if tables else list(TABLES.values())
     found = {table.name: digest_of(lake.load(table)) for table in chosen}
     if json:
         output.json(found)
@@ -247,8 +247,8 @@ def maintain(
     json: Json = False,
 ) -> None:
     """Compact files, expire snapshots, delete orphan files; safe beside a running writer."""
-    import pipelines
     from app.passes import table_named
+    from app.tables import TABLES
     from lakehouse.iceberg import Lake
     from lakehouse.maintenance import maintain as maintain_table
 
@@ -258,7 +258,7 @@ def maintain(
         if value is not None
     }
     output, lake = Output(json), Lake(load_settings(**overrides))
-    chosen = [table_named(name) for name in tables] if tables else [t for t in pipelines.TABLES.values() if lake.exists(t)]
+    chosen = [table_named(name) for name in tables] if tables else [t for t in TABLES.values() if lake.exists(t)]
     done = []
     with output.progress() as show:
         for number, table in enumerate(chosen):
@@ -361,7 +361,7 @@ def demo(
 
 @app.command()
 def docs(check: Annotated[bool, typer.Option("--check", help="Only tell whether the pages are up to date")] = False) -> None:
-    """Write docs/tables.md and docs/settings.md from the declarations."""
+    """Write docs/tables.md, docs/features.md and docs/settings.md from the declarations."""
     from app.generated_docs import stale_pages, write_pages
 
     if not check:

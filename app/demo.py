@@ -1,4 +1,4 @@
-"""The demo: the whole way on a seeded shop, with what came out."""
+"""The demo: the whole way on a seeded shop, from its source servers to a fraud model, with what came out."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import pipelines
 from app import sandbox
 from app.answers import ANSWERS
 from app.command_line import print_pass, teller
 from app.identity_scores import Scores, pairwise_scores
 from app.output import Output, size
 from app.passes import open_engine, run_pass
+from app.tables import TABLES
 from app.tables_status import statuses
+from app.train import DEMO, Trained, as_json, print_trained, train_on
 from lakehouse.errors import SandboxError
 from lakehouse.iceberg import Lake
 from lakehouse.query import query
 from lakehouse.settings import home_directory, load_settings
+from ml.registry import Registry
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
 
 
 def run_demo(output: Output, *, orders: int, seed: int, keep: bool) -> None:
-    """Start a fresh sandbox in `<home>/demo`, run one pass, show tables, identity scores and business answers."""
+    """Start a fresh sandbox in `<home>/demo`, run one pass, train; show the model, tables, identity scores, answers."""
     started = time.monotonic()
     home = fresh_home(home_directory() / "demo")
     output.say(f"ShopSphere demo: {orders:,} orders (seed {seed}) in {home}\n")
@@ -43,7 +45,14 @@ def run_demo(output: Output, *, orders: int, seed: int, keep: bool) -> None:
                 print_pass(output, done)
             if done.errors:
                 raise done.errors[0]
-        show_results(output, Lake(settings), home, done.seconds, started)
+            output.say("\n3. A fraud model, from what the shop knew of each order when it was placed")
+            registry = Registry(home=settings.home)
+            registry.check()
+            with output.progress() as show:
+                trained = train_on(engine, registry, DEMO, show)
+            if not output.as_json:
+                print_trained(output, trained)
+        show_results(output, Lake(settings), home, done.seconds, trained, started)
     finally:
         if not keep:
             sandbox.stop(home)
@@ -52,6 +61,7 @@ def run_demo(output: Output, *, orders: int, seed: int, keep: bool) -> None:
     where = f"SHOPSPHERE_HOME={_shown(home)} .venv/bin/python -m app"
     output.say(f'   {where} sql "SELECT * FROM gold.customer_360 ORDER BY net_revenue DESC LIMIT 3"')
     output.say(f"   {where} status")
+    output.say(f"   {'.venv/bin/' if registry.local else ''}{registry.command}")
 
 
 def fresh_home(home: Path) -> Path:
@@ -74,31 +84,32 @@ def identity_scores(lake: Lake, home: Path) -> Scores:
     return pairwise_scores(predicted, truth)
 
 
-def show_results(output: Output, lake: Lake, home: Path, seconds: float, started: float) -> None:
+def show_results(output: Output, lake: Lake, home: Path, seconds: float, trained: Trained, started: float) -> None:
     """Tables, identity, answers; one JSON object in JSON mode."""
     found, scores = statuses(lake), identity_scores(lake, home)
-    answers = {answer.title: query(lake, pipelines.TABLES, answer.sql) for answer in ANSWERS}
+    answers = {answer.title: query(lake, TABLES, answer.sql) for answer in ANSWERS}
     if output.as_json:
         output.json(
             {
                 "tables": {s.table: s.rows for s in found},
                 "identity": {"precision": scores.precision, "recall": scores.recall, "f1": scores.f1},
                 "answers": {title: rows.to_pylist() for title, rows in answers.items()},
+                "model": as_json(trained),
                 "pass_seconds": seconds,
                 "seconds": time.monotonic() - started,
             }
         )
         return
-    output.say("\n3. What the lakehouse holds")
+    output.say("\n4. What the lakehouse holds")
     output.table(
         ("table", "rows", "files", "size", "what it is"),
-        [(s.table, s.rows, s.files, size(s.bytes), pipelines.TABLES[s.table].doc.split(". ")[0].rstrip(".")) for s in found],
+        [(s.table, s.rows, s.files, size(s.bytes), TABLES[s.table].doc.split(". ")[0].rstrip(".")) for s in found],
     )
     output.say(
-        f"\n4. One identity per person, against the ground truth: precision {scores.precision:.4f}, "
+        f"\n5. One identity per person, against the ground truth: precision {scores.precision:.4f}, "
         f"recall {scores.recall:.4f}, F1 {scores.f1:.4f}"
     )
-    output.say("\n5. What a business would ask")
+    output.say("\n6. What a business would ask")
     for answer in ANSWERS:
         rows = answers[answer.title]
         output.table(rows.schema.names, [list(row.values()) for row in rows.to_pylist()], title=answer.title)

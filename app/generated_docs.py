@@ -1,4 +1,4 @@
-"""Documentation that is written from declarations: docs/tables.md and docs/settings.md."""
+"""Documentation that is written from declarations: docs/tables.md, docs/features.md and docs/settings.md."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 import pipelines
+from app.tables import DECLARED, MODEL_TABLES, TABLES
 from lakehouse.settings import Section, Settings
 from lakehouse.step import Changes, Gather, Join, Read
 from lakehouse.table import Table
+from ml.features import FEATURES, ORDER, PARTS
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTE = "<!-- Written by `make docs` from the declarations; edit those. -->\n"
@@ -43,13 +45,15 @@ def read_name(read: Read) -> str:
 
 def table_section(table: Table) -> list[str]:
     """One table: what it is, how it is laid out and filled, its columns."""
-    step = next((s for s in pipelines.DECLARED if s.target.name == table.name), None)
+    step = next((s for s in DECLARED if s.target.name == table.name), None)
     lines = [f"### {table.name}", "", table.doc, ""]
     facts = [("key", ", ".join(table.key))]
     if table.group != table.key:
         facts.append(("recomputed by", ", ".join(table.group)))
     facts.append(("partitioned by", ", ".join(f"{p.transform}({p.column})" for p in table.partition_by)))
     facts.append(("owner", table.owner))
+    if table.name in MODEL_TABLES:
+        facts.append(("filled by", "`train` and `monitor`; `run` leaves it as it is"))
     lines += [f"- {name}: {value}" for name, value in facts if value]
     if step:
         lines += [f"- reads `{read.table.name}`: {read_name(read)}" for read in step.reads.values()]
@@ -63,9 +67,9 @@ def graph() -> list[str]:
     lines = ["```mermaid", "flowchart LR"]
     for layer in ("bronze", "silver", "gold"):
         lines.append(f"  subgraph {layer}")
-        lines += [f"    {t.name.replace('.', '_')}[{t.short_name}]" for t in pipelines.TABLES.values() if t.layer == layer]
+        lines += [f"    {t.name.replace('.', '_')}[{t.short_name}]" for t in TABLES.values() if t.layer == layer]
         lines.append("  end")
-    for step in pipelines.DECLARED:
+    for step in DECLARED:
         lines += [
             f"  {name.replace('.', '_')} --> {step.target.name.replace('.', '_')}" for name in sorted(pipelines.upstream(step))
         ]
@@ -77,7 +81,7 @@ def tables_page() -> str:
     lines = [NOTE, "# Tables", "", *graph()]
     for layer in ("bronze", "silver", "gold"):
         lines += [f"## {layer}", ""]
-        for table in pipelines.TABLES.values():
+        for table in TABLES.values():
             if table.layer == layer:
                 lines += table_section(table)
     return "\n".join(lines).rstrip() + "\n"
@@ -123,7 +127,30 @@ def settings_page() -> str:
     return "\n".join(lines)
 
 
-PAGES = {"docs/tables.md": tables_page, "docs/settings.md": settings_page}
+def features_page() -> str:
+    """docs/features.md."""
+    lines = [
+        NOTE,
+        "# Features of the fraud model",
+        "",
+        f"{len(FEATURES)} features, each as of the moment its order was placed ([how](fraud-model.md)). The last column is what",
+        "a reviewer is told. Types: `count` a whole number, `amount` units of the base currency, `ratio` a number without unit,",
+        "`minutes` time passed, `flag` 0 or 1, `category` one of the texts listed.",
+        "",
+    ]
+    for part in PARTS:
+        source = "the order itself" if part is ORDER else f"{'account events' if part.events else 'orders'} by `{part.key}`"
+        lines += [f"## {part.name}: {source}", "", "| feature | type | window | meaning | reason |", "|---|---|---|---|---|"]
+        for feature in part.features:
+            texts = f" ({', '.join(feature.categories)})" if feature.categories else ""
+            lines.append(
+                f"| `{feature.name}` | {feature.type} | {feature.window} | {feature.doc}{texts} | {feature.reason_text} |"
+            )
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+PAGES = {"docs/tables.md": tables_page, "docs/features.md": features_page, "docs/settings.md": settings_page}
 
 
 def write_pages() -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import polars as pl
 
 import pipelines
+from app.tables import MODEL_TABLES, TABLES, rebuild_model_table
 from lakehouse.engine import Engine, Report
 from lakehouse.errors import SettingsError, ShopSphereError, SourceError
 from lakehouse.iceberg import Handle, Lake
@@ -100,9 +101,9 @@ def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: 
 
 def table_named(name: str) -> Table:
     """The table of that name, with or without its layer. Raises ShopSphereError listing the tables."""
-    found = [table for full, table in pipelines.TABLES.items() if name in (full, table.short_name)]
+    found = [table for full, table in TABLES.items() if name in (full, table.short_name)]
     if len(found) != 1:
-        raise ShopSphereError(f"There is no table '{name}'. Tables: {', '.join(pipelines.TABLES)}.")
+        raise ShopSphereError(f"There is no table '{name}'. Tables: {', '.join(TABLES)}.")
     return found[0]
 
 
@@ -111,7 +112,7 @@ def rebuild(engine: Engine, names: Sequence[str]) -> list[Report]:
     one source all at once. Bronze first, then each table after those that it reads."""
     tables = {table_named(name).name: None for name in names}
     known = pipelines.sources(engine.lake.settings)
-    bronze = {name for name in tables if pipelines.TABLES[name].layer == "bronze"}
+    bronze = {name for name in tables if TABLES[name].layer == "bronze"}
     if off := sorted(bronze - {name for source in known for name in source.tables}):
         raise SourceError(f"The source of {off[0]} is switched off. Switch it on in the settings.")
     reports: list[Report] = []
@@ -122,6 +123,7 @@ def rebuild(engine: Engine, names: Sequence[str]) -> list[Report]:
     for step in pipelines.STEPS:
         if step.target.name in tables or (QUARANTINE.name in tables and _bronze_reads(step)):
             reports.append(engine.refresh(step, rebuild=True))
+    reports += [rebuild_model_table(engine, TABLES[name]) for name in TABLES if name in tables and name in MODEL_TABLES]
     return reports
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import polars as pl
 
 import pipelines
+from app.tables import DECLARED, MODEL_TABLES, TABLES
 from lakehouse.errors import OffsetGone, SourceError
 from lakehouse.iceberg import Handle, Lake
 from lakehouse.table import DELETED, Table
@@ -32,9 +33,9 @@ class TableStatus:
 
 def statuses(lake: Lake) -> list[TableStatus]:
     """The state of every table, bronze first. A source that cannot be reached shows as such in `lag`."""
-    handles = {name: lake.load(table) if lake.exists(table) else None for name, table in pipelines.TABLES.items()}
+    handles = {name: lake.load(table) if lake.exists(table) else None for name, table in TABLES.items()}
     lags = {**_source_lags(lake, handles), **_step_lags(handles)}
-    return [_status(pipelines.TABLES[name], handle, lags.get(name, "")) for name, handle in handles.items()]
+    return [_status(TABLES[name], handle, lags.get(name, "")) for name, handle in handles.items()]
 
 
 def _source_lags(lake: Lake, handles: Mapping[str, Handle | None]) -> dict[str, str]:
@@ -52,13 +53,16 @@ def _source_lags(lake: Lake, handles: Mapping[str, Handle | None]) -> dict[str, 
 
 def _step_lags(handles: Mapping[str, Handle | None]) -> dict[str, str]:
     lags = {}
-    for step in pipelines.STEPS:
+    for step in DECLARED:
         handle = handles[step.target.name]
         stored = handle.positions if handle else {}
         late = [
             name for name in sorted(pipelines.upstream(step)) if (above := handles[name]) and _unread(above, stored.get(name))
         ]
-        lags[step.target.name] = f"behind {', '.join(n.split('.')[1] for n in late)}" if late else "up to date"
+        behind = f"behind {', '.join(n.split('.')[1] for n in late)}"
+        # `run` leaves the model's tables to the commands that need them
+        until = " until the next train or monitor" if step.target.name in MODEL_TABLES else ""
+        lags[step.target.name] = f"{behind}{until}" if late else "up to date"
     return lags
 
 

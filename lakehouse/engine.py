@@ -529,7 +529,7 @@ class Engine:
         started, cpu = time.monotonic(), time.process_time()
         target, kept = self.lake.load(step.target, evolve=True), self.lake.load(self.quarantine, evolve=True)
         handles = self._upstream_handles(step)
-        stored, shape = target.positions, self._shape(step)
+        stored, shape = target.positions, self.shape(step)
         since: dict[str, int | None] = {}
         made_anew = False
         for name, handle in handles.items():
@@ -590,11 +590,12 @@ class Engine:
             snapshot=snapshot,
         )
 
-    def _shape(self, step: Step) -> str:
+    def shape(self, step: Step) -> str:
         """What shapes a table beside its rows upstream: settings and columns. Another shape: everything is recomputed."""
         columns = [(column.name, str(column.type)) for column in step.target.columns]
         layout = [step.target.key, step.target.group, step.target.traced]
-        return hashlib.sha256(repr((asdict(self.context), columns, layout)).encode()).hexdigest()[:16]
+        own = [step.shaped_by] if step.shaped_by else []
+        return hashlib.sha256(repr((asdict(self.context), columns, layout, *own)).encode()).hexdigest()[:16]
 
     def _upstream_handles(self, step: Step) -> dict[str, Handle]:
         handles: dict[str, Handle] = {}

@@ -570,7 +570,10 @@ class Lake:
             handle = Handle(table, self.catalog.load_table(table.name))
         except NoSuchTableError:
             if not create:
-                raise TableNotFound(f"{table.name} does not exist yet. Run `python -m app run` first.") from None
+                raise TableNotFound(
+                    f"{table.name} does not exist yet. Run `python -m app run` first, then, if it is the fraud model's, "
+                    "`python -m app train`."
+                ) from None
         else:
             if not evolve or evolves(handle):
                 stored = handle.arrow_schema.names

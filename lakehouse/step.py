@@ -132,6 +132,7 @@ class Step:
     ordered_by a column of the target by which groups are histories: only rows from the first change on are
                recomputed; `fill` also gets 'opening', the last row of each group before it, and the Gather
                tables must have a column of the same name
+    shaped_by  settings of the step's own that shape its rows: when they change, everything is recomputed
     """
 
     target: Table
@@ -139,3 +140,4 @@ class Step:
     fill: Fill
     expand: Callable[[pl.DataFrame, Lookup, Context], pl.DataFrame] | None = None
     ordered_by: str = ""
+    shaped_by: tuple[tuple[str, str], ...] = ()

@@ -14,18 +14,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import polars as pl
 
 from lakehouse.engine import Engine, Report, Upstream, chunks, conform, stamp
-from lakehouse.iceberg import DataFile, FileWriter, Handle, group_hash
+from lakehouse.iceberg import SHAPE, FileWriter, Handle, group_hash
 from lakehouse.parallel import Piece, Pieces
 from lakehouse.step import Read, Step
 from lakehouse.table import DELETED, Table
 from ml.category_amounts import CATEGORY_AMOUNTS
 from ml.features import ORDER, PARTS, History, Part, compute_part
+from ml.fraud_ratios import FRAUD_RATIOS
 from ml.order_entities import ORDER_ENTITIES
 from ml.order_features import EVENT_READS, ORDER_FEATURES, account_events
 from pipelines.silver.events_clean import EVENTS_CLEAN
@@ -45,6 +47,7 @@ class Block:
     events: bool
     buckets: int
     categories: pl.DataFrame
+    ratios: Upstream
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,15 @@ class Bucket:
 class Written:
     """What a task of the third round wrote."""
 
-    files: tuple[DataFile, ...]
+    files: tuple[Any, ...]
+    """Iceberg data files, as FileWriter gives them."""
     rows: int
 
 
-def is_unfilled(engine: Engine, step: Step) -> bool:
-    """Whether the step's table was never filled."""
-    return ORDER_ENTITIES.name not in engine.lake.load(step.target).positions
+def must_be_built(engine: Engine, step: Step) -> bool:
+    """Whether the step's table was never filled, or for other features or another label delay."""
+    target = engine.lake.load(step.target)
+    return ORDER_ENTITIES.name not in target.positions or target.summary(SHAPE) != engine.shape(step)
 
 
 def build(engine: Engine, step: Step, delay: timedelta) -> Report:
@@ -85,12 +90,11 @@ def _build(engine: Engine, step: Step, delay: timedelta) -> Report:
     size = settings.rows_per_task if parallel else 10**12
     buckets = max(1, math.ceil(sum(file.rows for file in orders.files) / size))
     categories = handles[CATEGORY_AMOUNTS.name].read(CATEGORY_AMOUNTS.schema.names)
+    ratios = _upstream(handles[FRAUD_RATIOS.name])
     blocks = [
-        Block(n, Upstream(ORDER_ENTITIES, orders.reader, files), False, buckets, categories)
-        for n, files in enumerate(chunks(orders.files, size))
-    ]
-    blocks += [
-        Block(-1, Upstream(EVENTS_CLEAN, events.reader, files), True, buckets, categories) for files in chunks(events.files, size)
+        Block(number, replace(upstream, files=files), upstream is events, buckets, categories, ratios)
+        for upstream in (orders, events)
+        for number, files in enumerate(chunks(upstream.files, size))
     ]
     spread = engine.pool.extract(spread_rows, blocks, parallel=parallel)
     tasks = [Bucket(part, number, delay) for number in range(buckets) for part in ENTITY_PARTS]
@@ -103,6 +107,7 @@ def _build(engine: Engine, step: Step, delay: timedelta) -> Report:
         files,
         positions={name: handle.position for name, handle in handles.items()},
         removed_paths=frozenset(file.path for file in target.files()),
+        properties={SHAPE: engine.shape(step)},
     )
     elsewhere += spread.cpu_seconds + parts.cpu_seconds
     count = sum(item.rows for item in written)
@@ -135,6 +140,9 @@ def spread_rows(block: Block) -> list[Piece]:
         return _spread_events(block)
     orders = block.upstream.read(ORDER_ENTITIES.schema.names).sort("placed_at", "order_id")
     orders = orders.with_columns(pl.lit(block.number, pl.Int32).alias(BLOCK), pl.int_range(pl.len(), dtype=pl.Int32).alias(ROW))
+    frauds = orders.filter(pl.col("known_at").is_not_null())["order_id"]
+    ratios = block.ratios.read(["order_id", "ratio"], pl.col("order_id").is_in(frauds.implode()))
+    orders = orders.join(ratios, on="order_id", how="left", maintain_order="left")
     rows = orders.with_columns(asked=pl.lit(True))
     own = pl.concat(
         [orders.select("order_id", "placed_at", "customer"), compute_part(ORDER, rows, History(categories=block.categories))],
@@ -142,9 +150,8 @@ def spread_rows(block: Block) -> list[Piece]:
     )
     pieces = [Piece(ORDER.name, block.number, own.to_arrow())]
     for part in ENTITY_PARTS:
-        columns = list(
-            dict.fromkeys([part.key, "placed_at", *(() if part.events else ("order_id", "amount", "known_at")), *part.needs])
-        )
+        more = () if part.events else ("order_id", "amount", "known_at", *(("ratio",) if part.unexplained else ()))
+        columns = list(dict.fromkeys([part.key, "placed_at", *more, *part.needs]))
         pieces += _by_bucket(f"orders:{part.name}", orders.select(*columns, BLOCK, ROW), part.key, block.buckets)
     return pieces
 

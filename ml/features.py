@@ -38,6 +38,7 @@ from ml.feature_windows import (
     range_max,
     rank_of,
     scattered,
+    sums_before,
 )
 
 Kind = Literal["count", "amount", "ratio", "minutes", "flag", "category"]
@@ -66,9 +67,11 @@ ORDER_COLUMNS: dict[str, pl.DataType] = {
     "payment_method": pl.String(),
     "category": pl.String(),
     "known_at": TIME,
+    "ratio": pl.Float64(),
 }
 """An order as features see it. amount: cents of the base currency; account: user_id; known_at: when it was reported as
-fraud, null when it was not (yet). A missing column is read as null."""
+fraud, null when it was not (yet); ratio: of a fraud, its amount against the customer's earlier ones (`with_ratios`, or
+silver.fraud_ratios). A missing column is read as null."""
 
 EVENT_COLUMNS: dict[str, pl.DataType] = {
     "account": pl.Int64(),
@@ -159,6 +162,10 @@ WINDOWS = {
 }
 USUAL = ("10m", "1h", "24h", "7d", "30d")
 RATIO_WINDOWS = ("24h", "3d", "7d", "14d", "30d")
+UNUSUAL = 2.5
+"""An amount of so many times the customer's mean is unusual. It explains a fraud: it is the customer's, not the device's."""
+UNUSUAL_WINDOWS = ("3d", "7d", "14d")
+UNEXPLAINED = ("7d", "14d", "28d")
 RISK_WINDOWS = {"1d": DAY, "7d": 7 * DAY, "14d": 14 * DAY, "28d": 28 * DAY}
 EVENT_WINDOWS = ("10m", "1h", "24h")
 IN_WORDS = {
@@ -188,6 +195,8 @@ class Part:
     windows       of velocities
     seen_with     other entity columns of which the different ones are counted
     risk_windows  of frauds reported and labels that came due
+    labels        numbers of newest labels that are looked at
+    unexplained   windows of frauds whose amount was nothing unusual for their customer
     events        reads account events with the same `key`, instead of orders
     """
 
@@ -200,6 +209,7 @@ class Part:
     fraud_windows: tuple[str, ...] = ()
     risk_windows: tuple[str, ...] = ()
     labels: tuple[int, ...] = ()
+    unexplained: tuple[str, ...] = ()
     events: bool = False
 
 
@@ -219,8 +229,8 @@ def _velocity(kind: str, of: str, windows: Sequence[str]) -> list[Feature]:
                 f"{kind}_amount_{window}",
                 "amount",
                 window,
-                f"Their amounts together, {words} before.",
-                f"{{value}} spent {of} within the last {words}",
+                f"Amounts of the orders {of} in the {words} before, together.",
+                f"{{value}} in orders {of} within the last {words}",
             ),
         ]
     return found
@@ -338,11 +348,48 @@ def _labels(kind: str, the: str) -> list[Feature]:
             f"every order of {the} for {{value}} was fraud",
         ),
         Feature(
+            f"{kind}_minutes_since_genuine",
+            "minutes",
+            "ever",
+            f"Since the newest order of {the} whose label came due without a fraud.",
+            f"last order of {the} known to be genuine {{value}} ago",
+        ),
+        Feature(
             f"{kind}_run_least",
             "amount",
             "ever",
             "The smallest amount in that row: a small one is no fraud for its size.",
             f"even an order of {{value}} at {the} was fraud",
+        ),
+    ]
+
+
+def _unexplained(kind: str, the: str, windows: Sequence[str]) -> list[Feature]:
+    rule = f"not over {UNUSUAL:g} times the mean of their customer"
+    return [
+        *(
+            Feature(
+                f"{kind}_unexplained_{window}",
+                "count",
+                window,
+                f"Frauds of {the} reported in the {IN_WORDS[window]} before whose amount explains nothing: {rule}.",
+                f"{{value}} frauds of ordinary amounts reported for {the} within the last {IN_WORDS[window]}",
+            )
+            for window in windows
+        ),
+        Feature(
+            f"{kind}_minutes_since_unexplained",
+            "minutes",
+            "ever",
+            "Since the order of the last such fraud.",
+            f"last fraud of an ordinary amount of {the} {{value}} ago",
+        ),
+        Feature(
+            f"{kind}_minutes_since_unexplained_began",
+            "minutes",
+            "28d and the label delay",
+            "Since the first such order of that time: when it may have begun.",
+            f"frauds of ordinary amounts at {the} began {{value}} ago",
         ),
     ]
 
@@ -398,6 +445,7 @@ def _entity(kind: str, of: str, the: str, more: Sequence[Feature] = (), **traits
         *_frauds(kind, the, part.fraud_windows),
         *_risk(kind, the, part.risk_windows),
         *(_labels(kind, the) if part.labels else ()),
+        *(_unexplained(kind, the, part.unexplained) if part.unexplained else ()),
     )
     return replace(part, features=features, needs=tuple(dict.fromkeys((*part.needs, *part.seen_with))))
 
@@ -449,6 +497,44 @@ CUSTOMER = _entity(
             )
             for w in RATIO_WINDOWS
         ),
+        Feature(
+            "customer_usual_mean",
+            "amount",
+            "ever",
+            f"Mean of the customer's earlier amounts, without those that were {UNUSUAL:g} times the mean before them, or more.",
+            "customer usually spends {value}, outliers aside",
+        ),
+        Feature(
+            "customer_usual_ratio",
+            "ratio",
+            "ever",
+            "Amount against that mean.",
+            "{value} times what the customer usually spends, outliers aside",
+        ),
+        *(
+            Feature(
+                f"customer_unusual_{w}",
+                "count",
+                w,
+                f"Orders in the {IN_WORDS[w]} before that were {UNUSUAL:g} times that mean, or more.",
+                f"{{value}} orders of an unusual amount within the last {IN_WORDS[w]}",
+            )
+            for w in UNUSUAL_WINDOWS
+        ),
+        Feature(
+            "customer_minutes_since_unusual",
+            "minutes",
+            "ever",
+            "Since the last such order.",
+            "last order of an unusual amount {value} ago",
+        ),
+        Feature(
+            "customer_minutes_since_unusual_began",
+            "minutes",
+            "14d",
+            "Since the first such order of the 14 days before: when it may have begun.",
+            "orders of unusual amounts began {value} ago",
+        ),
         *(
             Feature(
                 f"new_{other}",
@@ -479,6 +565,7 @@ DEVICE = _entity(
     fraud_windows=tuple(RISK_WINDOWS),
     risk_windows=tuple(RISK_WINDOWS),
     labels=LAST_LABELS,
+    unexplained=UNEXPLAINED,
 )
 ADDRESS = _entity(
     "address",
@@ -614,14 +701,7 @@ def _order(rows: pl.DataFrame, categories: pl.DataFrame) -> pl.DataFrame:
 def _of_orders(part: Part, rows: pl.DataFrame, delay: timedelta) -> tuple[Ints, Columns]:
     """The rows that are asked about and have an entity of this kind, and their features."""
     kind = part.key
-    line = Timeline(
-        codes(rows[kind])[0],
-        microseconds(rows["placed_at"]),
-        rows["amount"].fill_null(0).to_numpy(),
-        rows["amount"].is_not_null().to_numpy(),
-        microseconds(rows["known_at"]),
-        rows["asked"].to_numpy(),
-    )
+    line = timeline(rows, kind)
     others = {name: codes(rows[name])[0] for name in part.needs}
     columns: Columns = {
         f"{kind}_orders_ever": line.earlier,
@@ -636,11 +716,56 @@ def _of_orders(part: Part, rows: pl.DataFrame, delay: timedelta) -> tuple[Ints, 
     columns |= _reported(part, line)
     if part.risk_windows or part.labels:
         columns |= _settled(part, line, columns, int(delay / timedelta(microseconds=1)))
+    if part.unexplained:
+        columns |= _without_explanation(part, rows, int(delay / timedelta(microseconds=1)))
     if part == CUSTOMER:
         columns |= _against_own_history(line, others)
     if part == DEVICE:
         columns["device_mean"] = line.means[0][line.at] / 100.0
     return line.chosen, columns
+
+
+def timeline(rows: pl.DataFrame, kind: str, known_at: pl.Series | None = None) -> Timeline:
+    """The orders of the entities of a kind. rows: see `arranged`."""
+    return Timeline(
+        codes(rows[kind])[0],
+        microseconds(rows["placed_at"]),
+        rows["amount"].fill_null(0).to_numpy(),
+        rows["amount"].is_not_null().to_numpy(),
+        microseconds(rows["known_at"] if known_at is None else known_at),
+        rows["asked"].to_numpy(),
+    )
+
+
+def with_ratios(orders: pl.DataFrame) -> pl.DataFrame:
+    """The orders (ORDER_COLUMNS) with `ratio`: the amount against the mean of the customer's earlier ones.
+
+    The histories of the customers must be whole.
+    """
+    rows = arranged(conform(orders, ORDER_COLUMNS), conform(orders.clear(), ORDER_COLUMNS))
+    line = timeline(rows, "customer")
+    ratios = scattered(_own_ratio(line)[line.at], line.chosen, rows.height)
+    found = rows.select("order_id", ratio=pl.Series(ratios).fill_nan(None))
+    return orders.drop("ratio", strict=False).join(found, on="order_id", how="left", maintain_order="left")
+
+
+def _own_ratio(line: Timeline) -> npt.NDArray[np.float64]:
+    """For every arranged row: its amount against the mean of the entity's earlier ones; NaN when there is none."""
+    cents = np.where(line.priced, line.amount.astype(np.float64), np.nan)
+    return quotient(cents, np.nan_to_num(line.means[0]))
+
+
+def _without_explanation(part: Part, rows: pl.DataFrame, delay: int) -> Columns:
+    """Known frauds whose amount was nothing unusual for the customer."""
+    kind = part.key
+    explained = pl.col("ratio").fill_null(0.0) >= UNUSUAL
+    line = timeline(rows, kind, rows.select(pl.when(~explained).then("known_at")).to_series())
+    counts = {f"{kind}_unexplained_{window}": line.known_frauds(RISK_WINDOWS[window]) for window in part.unexplained}
+    return {
+        **counts,
+        f"{kind}_minutes_since_unexplained": line.minutes_since_fraud(),
+        f"{kind}_minutes_since_unexplained_began": line.minutes_since_first_fraud(delay + RISK_WINDOWS["28d"]),
+    }
 
 
 def _reported(part: Part, line: Timeline) -> Columns:
@@ -663,6 +788,7 @@ def _settled(part: Part, line: Timeline, reported: Columns, delay: int) -> Colum
     for last in part.labels:
         columns[f"{kind}_frauds_of_last_{last}"] = settled.frauds_of_last(last)
     if part.labels:
+        columns[f"{kind}_minutes_since_genuine"] = settled.minutes_since_genuine()
         columns[f"{kind}_run_frauds"], columns[f"{kind}_run_minutes"], columns[f"{kind}_run_least"] = settled.run()
     return columns
 
@@ -671,7 +797,7 @@ def _against_own_history(line: Timeline, others: dict[str, Ints]) -> Columns:
     """Amounts against the customer's own, and what the customer never used before."""
     mean, deviation = line.means
     cents = np.where(line.priced, line.amount.astype(np.float64), np.nan)
-    ratio = quotient(cents, np.nan_to_num(mean))
+    ratio = _own_ratio(line)
     at = line.at
     over = cents[at] - mean[at]
     # a deviation of nothing says nothing
@@ -688,7 +814,23 @@ def _against_own_history(line: Timeline, others: dict[str, Ints]) -> Columns:
         columns[f"customer_ratio_{window}"] = quotient(cents[at], np.nan_to_num(recent))
     for window in RATIO_WINDOWS:
         columns[f"customer_greatest_ratio_{window}"] = range_max(ratio, *line.since(WINDOWS[window]))
+    columns |= _outliers(line, cents, ratio)
     return columns | {f"new_{other}": line.is_new(others[other]) for other in ("card", "device", "address")}
+
+
+def _outliers(line: Timeline, cents: npt.NDArray[np.float64], ratio: npt.NDArray[np.float64]) -> Columns:
+    """Amounts against the customer's usual ones, from which outliers are left out."""
+    usual = line.mean_where(line.priced & ~(ratio >= UNUSUAL))
+    against = quotient(cents, np.nan_to_num(usual))
+    unusual = against >= UNUSUAL
+    marks = sums_before(unusual)
+    columns: Columns = {"customer_usual_mean": usual[line.at] / 100.0, "customer_usual_ratio": against[line.at]}
+    for window in UNUSUAL_WINDOWS:
+        start, stop = line.since(WINDOWS[window])
+        columns[f"customer_unusual_{window}"] = marks[stop] - marks[start]
+    columns["customer_minutes_since_unusual"] = line.minutes_since_marked(unusual, line.at)
+    columns["customer_minutes_since_unusual_began"] = line.minutes_since_first_marked(unusual, WINDOWS["14d"])
+    return columns
 
 
 def _of_events(part: Part, rows: pl.DataFrame, events: pl.DataFrame) -> tuple[Ints, Columns]:

@@ -9,35 +9,52 @@ is already known. Parameters were chosen on the four weeks before the test weeks
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from lakehouse.errors import ShopSphereError
-from ml.evaluation import average_precision, card_precision, roc_auc
-from ml.features import FEATURES, TIME, Feature, History, compute
+from ml.evaluation import Array, average_precision, card_precision, roc_auc
+from ml.features import FEATURES, TIME, Feature, History, compute, with_ratios
+from ml.gate import Verdict, judge
+from ml.leak_check import moved
 from ml.training import DEFAULT_PARAMETERS, FittedModel, TrainingSettings, fit_here
 
 DELAY = timedelta(days=7)
 WEEK = timedelta(days=7)
-HISTORY = timedelta(days=70)
+HISTORY = timedelta(days=120)
 """How much is trained on, at most."""
 BOOK_TRAINING = timedelta(days=7)
 """The book trains on a week; customers with a fraud in that week are known, whatever we train on."""
 CARDS = 100
+LEAK_ORDERS = 300
 
 VALIDATION_WEEKS = tuple(date(2018, 7, 11) + n * WEEK for n in range(4))
 TEST_WEEKS = tuple(date(2018, 8, 8) + n * WEEK for n in range(4))
 
-PARAMETERS: Mapping[str, Any] = {**DEFAULT_PARAMETERS, "min_child_weight": 50.0, "colsample_bytree": 0.4, "lambda": 10.0}
+PARAMETERS: Mapping[str, Any] = {
+    **DEFAULT_PARAMETERS,
+    "min_child_weight": 50.0,
+    "colsample_bytree": 0.4,
+    "lambda": 10.0,
+    "gamma": 3.0,
+}
 """Chosen on VALIDATION_WEEKS: frauds that nothing tells of are many here, and trees must not learn them by heart."""
-ROUNDS = 200
+ROUNDS = 150
 SETTINGS = TrainingSettings(rounds=ROUNDS, patience=0, report_every=ROUNDS, threads=2, parameters=PARAMETERS)
+
+LEFT_OUT = (
+    *("hour", "_10m", "_1h", "minutes_since_first", "minutes_since_last", "customers_ever", "orders_ever", "settled"),
+    *("_orders_", "_amount_"),
+)
+"""Parts of names of features without which VALIDATION_WEEKS came out better (ROC AUC .900; with all .893): the simulator's
+fraudsters are neither hasty nor new nor busy, and trees learn the noise."""
 
 COLUMNS = ("TRANSACTION_ID", "TX_DATETIME", "CUSTOMER_ID", "TERMINAL_ID", "TX_AMOUNT", "TX_FRAUD")
 
@@ -53,6 +70,15 @@ class Figures:
     roc_auc: float
     average_precision: float
     card_precision: float
+
+    @property
+    def rounded(self) -> dict[str, float]:
+        """By name, to three digits: as the published ones are told, and as they are compared."""
+        return {
+            "ROC AUC": round(self.roc_auc, 3),
+            "average precision": round(self.average_precision, 3),
+            f"card precision@{CARDS}": round(self.card_precision, 3),
+        }
 
 
 @dataclass(frozen=True)
@@ -72,6 +98,10 @@ class Outcome:
 
     weeks: tuple[Week, ...]
     feature_seconds: float
+    spread: Mapping[str, tuple[float, float]]
+    """95% bootstrap interval over transactions, of the mean over the weeks, by name; not of card precision."""
+    verdict: Verdict
+    """What the gate says of the last week's model, as a first model."""
 
     @property
     def mean(self) -> Figures:
@@ -85,23 +115,19 @@ class Outcome:
 
     @property
     def beats_published(self) -> bool:
-        """Whether all three figures are above the published ones."""
-        ours, theirs = self.mean, PUBLISHED["book, XGBoost"]
-        return (
-            ours.roc_auc > theirs.roc_auc
-            and ours.average_precision > theirs.average_precision
-            and ours.card_precision > theirs.card_precision
-        )
+        """Whether all three figures are above the published ones of the book's XGBoost."""
+        return all(self.mean.rounded[name] > theirs for name, theirs in PUBLISHED[BOOK].rounded.items())
 
     @property
     def reaches_target(self) -> bool:
-        """Whether all three figures reach TARGET."""
-        ours = self.mean
-        return (
-            ours.roc_auc >= TARGET.roc_auc
-            and ours.average_precision >= TARGET.average_precision
-            and ours.card_precision >= TARGET.card_precision
-        )
+        """Whether all three figures reach those of TARGET."""
+        return not self.short_of_target
+
+    @property
+    def short_of_target(self) -> dict[str, float]:
+        """By how much each figure falls short of TARGET; empty: the target is reached."""
+        short = {name: goal - self.mean.rounded[name] for name, goal in PUBLISHED[TARGET].rounded.items()}
+        return {name: round(gap, 3) for name, gap in short.items() if gap > 0}
 
     @property
     def smells_of_a_leak(self) -> bool:
@@ -109,13 +135,13 @@ class Outcome:
         return self.mean.average_precision > PUBLISHED[ORACLE].average_precision
 
 
-ORACLE = "an oracle that knows the simulator"
+BOOK, TARGET, ORACLE = "book, XGBoost", "target: 62 point-in-time features", "an oracle that knows the simulator"
 PUBLISHED: Mapping[str, Figures] = {
-    "book, XGBoost": Figures(0.869, 0.687, 0.303),
+    BOOK: Figures(0.869, 0.687, 0.303),
     "book, best of any model": Figures(0.879, 0.694, 0.305),
+    TARGET: Figures(0.884, 0.762, 0.310),
     ORACLE: Figures(0.889, 0.780, 0.313),
 }
-TARGET = Figures(0.88, 0.75, 0.31)
 
 
 def read_transactions(path: Path) -> pl.DataFrame:
@@ -146,12 +172,16 @@ def as_orders(raw: pl.DataFrame) -> pl.DataFrame:
 
 
 def telling(features: pl.DataFrame) -> tuple[Feature, ...]:
-    """The features that are not the same for all: the data have no cards, addresses or events."""
-    return tuple(f for f in FEATURES if f.type != "category" and features[f.name].n_unique() > 1)
+    """The features that are not the same for all (the data have no cards, addresses or events), without LEFT_OUT."""
+    return tuple(
+        f
+        for f in FEATURES
+        if f.type != "category" and not any(part in f.name for part in LEFT_OUT) and features[f.name].n_unique() > 1
+    )
 
 
 def featured(orders: pl.DataFrame) -> tuple[pl.DataFrame, tuple[Feature, ...]]:
-    """The orders with their features, and those that say anything."""
+    """The orders (`with_ratios`) with their features, and those that say anything."""
     features = compute(orders, History(delay=DELAY))
     chosen = telling(features)
     narrow = features.select("order_id", "placed_at", pl.col([f.name for f in chosen]).cast(pl.Float32))
@@ -222,13 +252,43 @@ def run(
     """The protocol on the data at `path`; `seen` is told of every week. Raises HandbookError."""
     orders = read_transactions(path)
     begun = time.monotonic()
+    orders = with_ratios(orders)
     frame, features = featured(orders)
     seconds = time.monotonic() - begun
-    done = []
-    for week in weeks(frame, features, starts, fit):
+    done: list[Week] = []
+    models: list[FittedModel] = []
+
+    def kept(train: pl.DataFrame, chosen: tuple[Feature, ...]) -> FittedModel:
+        models.append(fit(train, chosen))
+        return models[-1]
+
+    for week in weeks(frame, features, starts, kept):
         seen(week)
         done.append(week)
-    return Outcome(tuple(done), seconds)
+    windows = [test_rows(frame, start) for start in starts]
+    spread = spread_of([(window["label"].to_numpy(), model.score(window)) for window, model in zip(windows, models, strict=True)])
+    return Outcome(tuple(done), seconds, spread, judged(orders, windows[-1], models[-1], starts[-1]))
+
+
+def spread_of(scored: Sequence[tuple[Array, Array]], rounds: int = 200, seed: int = 7) -> dict[str, tuple[float, float]]:
+    """How far the means over weeks, (label, score) each, move when the weeks' transactions are drawn anew."""
+    random = np.random.default_rng(seed)
+    means: dict[str, list[float]] = {"ROC AUC": [], "average precision": []}
+    for _ in range(rounds):
+        drawn = [random.integers(0, len(label), len(label)) for label, _ in scored]
+        for name, figure in (("ROC AUC", roc_auc), ("average precision", average_precision)):
+            again = [figure(label[rows], score[rows]) for (label, score), rows in zip(scored, drawn, strict=True)]
+            means[name].append(fmean(again))
+    return {name: (float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))) for name, values in means.items()}
+
+
+def judged(orders: pl.DataFrame, window: pl.DataFrame, model: FittedModel, start: date) -> Verdict:
+    """The gate on a week's model and rows; the leak check looks at the orders up to the middle of the week."""
+    moment = _midnight(start) + WEEK / 2
+    asked = orders.filter(pl.col("placed_at") <= moment).tail(LEAK_ORDERS)
+    near = pl.any_horizontal(pl.col(kind).is_in(asked[kind].implode()) for kind in ("customer", "device"))
+    history = History(orders.filter(near), delay=DELAY)
+    return judge(window.with_columns(channel=pl.lit(None, pl.String)), model, None, leak=lambda: moved(asked, history, moment))
 
 
 def table(outcome: Outcome) -> list[tuple[str, str, str, str]]:
@@ -241,7 +301,6 @@ def table(outcome: Outcome) -> list[tuple[str, str, str, str]]:
         *(row(f"week of {week.start:%Y-%m-%d}", week.figures) for week in outcome.weeks),
         row("this model, mean", outcome.mean),
         *(row(name, found) for name, found in PUBLISHED.items()),
-        row("target", TARGET),
     ]
 
 

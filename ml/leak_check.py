@@ -8,11 +8,9 @@ from datetime import datetime, timedelta
 import polars as pl
 
 from lakehouse.iceberg import Lake
-from ml.category_amounts import CATEGORY_AMOUNTS
-from ml.features import ENTITIES, FEATURES, LABEL_DELAY, TIME, History, compute
+from ml.features import FEATURES, LABEL_DELAY, TIME, History, compute
 from ml.order_entities import ORDER_ENTITIES
-from ml.order_features import EVENT_READS, account_events
-from pipelines.silver.events_clean import EVENTS_CLEAN
+from ml.order_features import history_of, read_orders
 
 ORDERS = 300
 
@@ -23,7 +21,11 @@ def moved_features(
     """The features of the last `orders` up to a moment that change when the future does; none: there is no leak.
 
     The orders are computed with everything that shares an entity with them, before the moment and after."""
-    asked, history = around(lake, moment, orders, delay)
+    return moved(*around(lake, moment, orders, delay), moment, seed)
+
+
+def moved(asked: pl.DataFrame, history: History, moment: datetime, seed: int = 7) -> list[str]:
+    """The same for orders up to a moment with all that concerns them (ORDER_COLUMNS, `ratio` included)."""
     if asked.is_empty():
         return []
     return differing(compute(asked, history), compute(asked_then(asked, moment, seed), changed(history, moment, seed)))
@@ -31,19 +33,10 @@ def moved_features(
 
 def around(lake: Lake, moment: datetime, count: int, delay: timedelta) -> tuple[pl.DataFrame, History]:
     """The last orders up to a moment, and all that concerns them, the future included."""
-    entities, events = lake.load(ORDER_ENTITIES, create=False), lake.load(EVENTS_CLEAN)
-    names = ORDER_ENTITIES.schema.names
+    entities = lake.load(ORDER_ENTITIES, create=False)
     places = entities.read(["order_id", "placed_at"], pl.col("placed_at") <= moment).sort("placed_at", "order_id").tail(count)
-    asked = entities.read(names, pl.col("order_id").is_in(places["order_id"].implode())).sort("placed_at", "order_id")
-    shared = pl.any_horizontal(pl.col(kind).is_in(asked[kind].drop_nulls().implode()) for kind in ENTITIES)
-    own = pl.col("user_id").is_in(asked["account"].drop_nulls().implode())
-    theirs = pl.col("device_id").is_in(asked["device"].drop_nulls().implode())
-    return asked, History(
-        entities.read(names, shared),
-        account_events(events.read(EVENT_READS, own | theirs)),
-        lake.load(CATEGORY_AMOUNTS).read(CATEGORY_AMOUNTS.schema.names),
-        delay,
-    )
+    asked = read_orders(lake, pl.col("order_id").is_in(places["order_id"].implode())).sort("placed_at", "order_id")
+    return asked, history_of(lake, asked, delay)
 
 
 def asked_then(asked: pl.DataFrame, moment: datetime, seed: int) -> pl.DataFrame:

@@ -7,9 +7,7 @@ from typing import Any
 
 from lakehouse.iceberg import Lake
 from lakehouse.table import Table
-from ml.category_amounts import CATEGORY_AMOUNTS
-from ml.order_entities import ORDER_ENTITIES
-from ml.order_features import ORDER_FEATURES, STEPS
+from ml.order_features import STEPS
 
 SOURCES: dict[str, Table] = {
     table.name: table
@@ -23,7 +21,7 @@ SOURCES: dict[str, Table] = {
 
 def lineage(lake: Lake) -> dict[str, int]:
     """The snapshot of each table of the features, and of each table that these were made from, as far as they have read it."""
-    handles = {table.name: lake.load(table) for table in (ORDER_FEATURES, ORDER_ENTITIES, CATEGORY_AMOUNTS)}
+    handles = {table.name: lake.load(table) for table in (step.target for step in STEPS)}
     found = {name: handle.snapshot.snapshot_id for name, handle in handles.items() if handle.snapshot}
     for handle in handles.values():
         for name, position in handle.positions.items():

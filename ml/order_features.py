@@ -16,11 +16,13 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.engine import Engine, Report
+from lakehouse.iceberg import Lake
 from lakehouse.step import Context, Gather, Join, Step, Whole
 from lakehouse.table import TIMESTAMP, Table, column
-from ml import category_amounts, order_entities
+from ml import category_amounts, fraud_ratios, order_entities
 from ml.category_amounts import CATEGORY_AMOUNTS
 from ml.features import ENTITIES, EVENT_COLUMNS, FEATURES, LABEL_DELAY, TIME, History, compute
+from ml.fraud_ratios import FRAUD_RATIOS
 from ml.order_entities import ORDER_ENTITIES
 from pipelines.gold.user_risk_scores import SUCCESSES
 from pipelines.silver.events_clean import EVENTS_CLEAN, STOCK_EVENTS
@@ -66,8 +68,32 @@ def fill(frames: Mapping[str, pl.DataFrame], context: Context, delay: timedelta 
     orders = frames["orders"].unique("order_id")
     around = pl.concat([frames[_of(kind)].select(orders.columns) for kind in ENTITIES]).unique("order_id")
     events = pl.concat([frames["account_events"], frames["device_events"]]).unique("event_id")
+    ratios = frames["ratios"].select("order_id", "ratio").unique("order_id")
+    around = around.join(ratios, on="order_id", how="left")
     history = History(around, account_events(events), frames["categories"], delay)
+    orders = orders.join(ratios, on="order_id", how="left")
     return compute(orders, history).join(orders.select("order_id", "customer"), on="order_id").select(ORDER_FEATURES.schema.names)
+
+
+def read_orders(lake: Lake, wanted: pl.Expr) -> pl.DataFrame:
+    """The orders of silver.order_entities for which `wanted` holds, as features take them: with the ratios of reported frauds."""
+    orders = lake.load(ORDER_ENTITIES, create=False).read(ORDER_ENTITIES.schema.names, wanted)
+    frauds = orders.filter(pl.col("known_at").is_not_null())["order_id"]
+    ratios = lake.load(FRAUD_RATIOS).read(["order_id", "ratio"], pl.col("order_id").is_in(frauds.implode()))
+    return orders.join(ratios, on="order_id", how="left")
+
+
+def history_of(lake: Lake, asked: pl.DataFrame, delay: timedelta = LABEL_DELAY) -> History:
+    """All that concerns these orders (ORDER_COLUMNS): what one who scores them needs to look up, the future included."""
+    shared = pl.any_horizontal(pl.col(kind).is_in(asked[kind].drop_nulls().implode()) for kind in ENTITIES)
+    own = pl.col("user_id").is_in(asked["account"].drop_nulls().implode())
+    theirs = pl.col("device_id").is_in(asked["device"].drop_nulls().implode())
+    return History(
+        read_orders(lake, shared),
+        account_events(lake.load(EVENTS_CLEAN).read(EVENT_READS, own | theirs)),
+        lake.load(CATEGORY_AMOUNTS).read(CATEGORY_AMOUNTS.schema.names),
+        delay,
+    )
 
 
 def later(column: str, values: str, moments: str) -> Callable[[pl.DataFrame], pl.Expr]:
@@ -137,6 +163,16 @@ def step(delay: timedelta = LABEL_DELAY) -> Step:
             **{_of(kind): _neighbours(kind) for kind in ENTITIES},
             "account_events": _events("account", "user_id"),
             "device_events": _events("device", "device_id"),
+            "ratios": Join(
+                FRAUD_RATIOS,
+                on="device",
+                values=_values("device"),
+                columns=("order_id", "ratio"),
+                touch=later("device", "device", "known_at"),
+                touch_columns=("device", "placed_at"),
+                through=ORDER_ENTITIES,
+                touch_keys=(pl.col("order_id"),),
+            ),
             "categories": Whole(
                 CATEGORY_AMOUNTS,
                 columns=tuple(CATEGORY_AMOUNTS.schema.names),
@@ -147,20 +183,31 @@ def step(delay: timedelta = LABEL_DELAY) -> Step:
             ),
         },
         fill=partial(fill, delay=delay),
+        shaped_by=(("label delay", str(delay)),),
     )
 
 
 STEP = step()
-STEPS = (order_entities.STEP, category_amounts.STEP, STEP)
+STEPS = (order_entities.STEP, category_amounts.STEP, fraud_ratios.STEP, STEP)
 """The steps of the features' tables, each after what it reads."""
 
 
-def refresh(engine: Engine, *, rebuild: bool = False, delay: timedelta = LABEL_DELAY) -> list[Report]:
-    """Bring the three tables up to date."""
-    from ml.feature_build import build, is_unfilled
+def rebuild(engine: Engine, table: Table, *, delay: timedelta = LABEL_DELAY) -> Report:
+    """Fill one of the four tables again from everything upstream."""
+    from ml.feature_build import build
 
-    before = [engine.refresh(order_entities.STEP, rebuild=rebuild), engine.refresh(category_amounts.STEP, rebuild=rebuild)]
+    if table.name == ORDER_FEATURES.name:
+        return build(engine, step(delay), delay)
+    return engine.refresh(next(one for one in STEPS if one.target.name == table.name), rebuild=True)
+
+
+def refresh(engine: Engine, *, rebuild: bool = False, delay: timedelta = LABEL_DELAY) -> list[Report]:
+    """Bring the four tables up to date."""
+    from ml.feature_build import build, must_be_built
+
+    *sources, _ = STEPS
+    before = [engine.refresh(source, rebuild=rebuild) for source in sources]
     last = step(delay)
-    if rebuild or is_unfilled(engine, last):
+    if rebuild or must_be_built(engine, last):
         return [*before, build(engine, last, delay)]
     return [*before, engine.refresh(last)]

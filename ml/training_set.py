@@ -23,6 +23,7 @@ from lakehouse.iceberg import Handle, Lake
 from lakehouse.parallel import Piece, Pieces, Pool
 from ml.category_amounts import CATEGORY_AMOUNTS
 from ml.features import FEATURE_NAMES, FEATURES, LABEL_DELAY, TIME
+from ml.fraud_ratios import FRAUD_RATIOS
 from ml.order_entities import ORDER_ENTITIES
 from ml.order_features import ORDER_FEATURES
 from pipelines.silver.events_clean import EVENTS_CLEAN
@@ -193,5 +194,7 @@ def _gathered(pieces: Pieces) -> pl.DataFrame:
 
 def snapshots(lake: Lake) -> dict[str, int]:
     """The snapshot of every table that features and labels come from."""
-    handles = {table.name: lake.load(table) for table in (ORDER_FEATURES, ORDER_ENTITIES, CATEGORY_AMOUNTS, EVENTS_CLEAN)}
+    handles = {
+        table.name: lake.load(table) for table in (ORDER_FEATURES, ORDER_ENTITIES, CATEGORY_AMOUNTS, FRAUD_RATIOS, EVENTS_CLEAN)
+    }
     return {name: handle.snapshot.snapshot_id for name, handle in handles.items() if handle.snapshot}

@@ -172,7 +172,7 @@ def plain_history(count: int, seed: int, days: int = 120) -> tuple[pl.DataFrame,
                 }
             )
     from ml.category_amounts import totals
-    from ml.features import EVENT_COLUMNS
+    from ml.features import EVENT_COLUMNS, with_ratios
 
-    orders = pl.DataFrame(rows, schema=ORDER_COLUMNS)
+    orders = with_ratios(pl.DataFrame(rows, schema=ORDER_COLUMNS))
     return orders, pl.DataFrame(events, schema=EVENT_COLUMNS), totals(orders)

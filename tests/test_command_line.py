@@ -104,6 +104,15 @@ def test_status_shows_rows_snapshot_position_lag_and_last_run(cli):
     assert "gold.customer_360" in out
 
 
+def test_the_models_tables_are_listed_and_wait_for_train(cli):
+    found = {s["table"]: s for s in from_json(cli("status", "--json")[1])}
+    entities = found["silver.order_entities"]
+    assert entities["rows"] == 0
+    assert entities["lag"].startswith("behind chargebacks, order_items_unified, orders_unified")
+    assert entities["lag"].endswith("until the next train or monitor")
+    assert {"silver.fraud_ratios", "silver.order_features", "gold.user_fraud_scores"} <= found.keys()
+
+
 def test_sql_gives_an_array_of_objects(cli):
     code, out, _ = cli("sql", "SELECT order_id, net_revenue FROM gold.fact_orders ORDER BY order_id LIMIT 2", "--json")
     assert code == 0

@@ -9,7 +9,8 @@ import polars as pl
 import pytest
 
 from ml import handbook
-from ml.features import Feature
+from ml.features import Feature, with_ratios
+from ml.gate import Verdict
 from ml.handbook import DELAY, PUBLISHED, Figures, HandbookError, Outcome, Week, as_orders, featured, training_rows
 from ml.training import FittedModel, TrainingSettings, fit_here
 
@@ -60,9 +61,9 @@ def test_customers_with_a_known_fraud_leave_the_test_week():
 
 
 def test_training_ends_a_delay_before_the_week():
-    frame = pl.DataFrame([row(n, -n, "x", 0) for n in range(100)])
+    frame = pl.DataFrame([row(n, -n, "x", 0) for n in range(200)])
     days = training_rows(frame, START)["order_id"].cast(pl.Int64)
-    assert (days.min(), days.max()) == (8, 77)
+    assert (days.min(), days.max()) == (8, 127)
 
 
 def test_a_fraud_is_known_a_delay_after_it_happened():
@@ -85,11 +86,15 @@ def test_the_protocol_from_end_to_end(tmp_path):
     assert seen == list(outcome.weeks)
     assert outcome.mean.roc_auc > 0.99
     names = [name for name, *_ in handbook.table(outcome)]
-    assert names == ["week of 2018-08-08", "this model, mean", *PUBLISHED, "target"]
+    assert names == ["week of 2018-08-08", "this model, mean", *PUBLISHED]
+    low, high = outcome.spread["ROC AUC"]
+    assert low <= outcome.mean.roc_auc <= high
+    assert outcome.verdict.refusal.startswith("window: 15 frauds among 256 orders, at least 30 are needed")
+    assert next(check for check in outcome.verdict.checks if check.name == "future").text.startswith("no feature changes")
 
 
 def test_no_feature_is_the_label(tmp_path):
-    frame, features = featured(as_orders(transactions()))
+    frame, features = featured(with_ratios(as_orders(transactions())))
     assert "label" not in {f.name for f in features}
     assert {"amount", "customer_ratio", "device_risk_7d"} <= {f.name for f in features}
     assert not {f.name for f in features} & {"card_orders_ever", "account_minutes"}
@@ -98,13 +103,23 @@ def test_no_feature_is_the_label(tmp_path):
 
 def test_figures_are_judged_on_all_three():
     def outcome(*figures: float) -> Outcome:
-        return Outcome((Week(START, 1, 1, Figures(*figures), 0.0),), 0.0)
+        return Outcome((Week(START, 1, 1, Figures(*figures), 0.0),), 0.0, {}, Verdict((), None))
 
-    assert outcome(0.885, 0.76, 0.311).reaches_target
+    assert outcome(0.885, 0.7616, 0.311).reaches_target
+    assert outcome(0.8834, 0.77, 0.309).short_of_target == {"ROC AUC": 0.001, "card precision@100": 0.001}
     assert outcome(0.875, 0.70, 0.304).beats_published
     assert not outcome(0.875, 0.70, 0.304).reaches_target
     assert not outcome(0.89, 0.70, 0.30).beats_published
     assert outcome(0.89, 0.85, 0.31).smells_of_a_leak
+
+
+def test_the_spread_of_a_mean_shrinks_with_the_weeks():
+    random = np.random.default_rng(3)
+    label = (random.random(3000) < 0.05).astype(np.int64)
+    week = (label, label + random.normal(0, 1.5, 3000))
+    one, four = handbook.spread_of([week])["ROC AUC"], handbook.spread_of([week] * 4)["ROC AUC"]
+    assert one[0] < four[0] < four[1] < one[1]
+    assert (four[1] - four[0]) / (one[1] - one[0]) == pytest.approx(0.5, abs=0.12)
 
 
 def test_data_that_are_not_there_are_an_error_with_a_way_out(tmp_path):

@@ -19,7 +19,7 @@ from shop_history import made_event, made_order, make_engine, put_shop
 from lakehouse.digest import digest
 from lakehouse.engine import Engine
 from ml import category_amounts, order_entities
-from ml.features import FEATURE_NAMES, History, compute
+from ml.features import FEATURE_NAMES, History, compute, with_ratios
 from ml.order_entities import ORDER_ENTITIES, cents
 from ml.order_features import ORDER_FEATURES, STEP, STEPS, account_events, refresh
 from pipelines.silver.events_clean import EVENTS_CLEAN
@@ -117,7 +117,7 @@ def test_the_table_holds_what_compute_gives(tmp_path):
     entities = engine.lake.load(ORDER_ENTITIES).read(ORDER_ENTITIES.schema.names)
     events = account_events(engine.lake.load(EVENTS_CLEAN).read(EVENTS_CLEAN.schema.names))
     categories = engine.lake.load(category_amounts.CATEGORY_AMOUNTS).read(category_amounts.CATEGORY_AMOUNTS.schema.names)
-    expected = compute(entities, History(events=events, categories=categories)).sort("order_id")
+    expected = compute(with_ratios(entities), History(events=events, categories=categories)).sort("order_id")
     stored = engine.lake.load(ORDER_FEATURES).read(["order_id", "placed_at", *FEATURE_NAMES]).sort("order_id")
     assert_frame_equal(stored, expected, check_exact=True)
     assert expected["device_frauds_ever"].max() > 1

@@ -56,7 +56,12 @@ def test_a_delay_lies_between_all_splits(engine):
     assert data.rows["test"] == round(labelled * 0.25)
     assert data.rows["validation"] == round(labelled * 0.15)
     assert data.unlabelled == 300 - labelled
-    assert set(data.snapshots) == {"silver.order_features", "silver.order_entities", "silver.category_amounts"}
+    assert set(data.snapshots) == {
+        "silver.order_features",
+        "silver.order_entities",
+        "silver.category_amounts",
+        "silver.fraud_ratios",
+    }
     assert data.train.columns == ["order_id", "placed_at", "customer", *FEATURE_NAMES, "label"]
 
 
