@@ -65,7 +65,8 @@ class Forest:
         leaves = self._leaves(row, ways)
         after = np.vstack([ways[1:], leaves])
         steps = self.expected[after] - self.expected[ways]
-        added = np.bincount(self.feature[self.column[ways]].ravel(), weights=steps.ravel(), minlength=self.features)
+        columns = self.feature[self.column[ways]].ravel()
+        added = np.bincount(columns, weights=steps.ravel(), minlength=self.features).astype(np.float64)
         return _probability(self.base + float(self.expected[leaves].sum())), added
 
     @property
