@@ -61,7 +61,7 @@ def run_demo(output: Output, *, orders: int, seed: int, keep: bool) -> None:
     where = f"SHOPSPHERE_HOME={_shown(home)} .venv/bin/python -m app"
     output.say(f'   {where} sql "SELECT * FROM gold.customer_360 ORDER BY net_revenue DESC LIMIT 3"')
     output.say(f"   {where} status")
-    output.say(f"   {registry.command}")
+    output.say(f"   {'.venv/bin/' if registry.local else ''}{registry.command}")
 
 
 def fresh_home(home: Path) -> Path:

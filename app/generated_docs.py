@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 import pipelines
-from app.tables import DECLARED, FEATURE_TABLES, TABLES
+from app.tables import DECLARED, MODEL_TABLES, TABLES
 from lakehouse.settings import Section, Settings
 from lakehouse.step import Changes, Gather, Join, Read
 from lakehouse.table import Table
@@ -52,8 +52,8 @@ def table_section(table: Table) -> list[str]:
         facts.append(("recomputed by", ", ".join(table.group)))
     facts.append(("partitioned by", ", ".join(f"{p.transform}({p.column})" for p in table.partition_by)))
     facts.append(("owner", table.owner))
-    if table.name in FEATURE_TABLES:
-        facts.append(("filled by", "`train`, `monitor` and `models compare`; `run` leaves it as it is"))
+    if table.name in MODEL_TABLES:
+        facts.append(("filled by", "`train` and `monitor`; `run` leaves it as it is"))
     lines += [f"- {name}: {value}" for name, value in facts if value]
     if step:
         lines += [f"- reads `{read.table.name}`: {read_name(read)}" for read in step.reads.values()]

@@ -11,6 +11,7 @@ from app.output import Output
 from app.passes import open_engine
 from lakehouse.engine import Engine
 from lakehouse.settings import Settings
+from ml import user_fraud_scores
 from ml.drift import Drift, DriftSettings, MonitorError, compare, realise
 from ml.features import LABEL_DELAY
 from ml.monitor_report import page
@@ -45,6 +46,7 @@ def monitor(output: Output, settings: Settings, options: MonitorSettings | None 
             show("features", 0, 1)
             refresh(engine, delay=options.delay)
             show("features", 1, 1)
+            user_fraud_scores.refresh(engine, champion)
         drift = watched(engine, champion, options)
     model = f"{champion.version.tags.get('name', 'fraud')} version {champion.version.number}"
     file = report or Path(settings.home) / "reports" / f"monitor-{drift.until:%Y%m%dT%H%M%S}.html"

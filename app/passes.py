@@ -15,7 +15,7 @@ from typing import Any
 import polars as pl
 
 import pipelines
-from app.tables import FEATURE_TABLES, TABLES
+from app.tables import MODEL_TABLES, TABLES, rebuild_model_table
 from lakehouse.engine import Engine, Report, Upstream
 from lakehouse.errors import ShopSphereError, SourceError
 from lakehouse.iceberg import Handle, Lake
@@ -23,7 +23,6 @@ from lakehouse.parallel import Pool
 from lakehouse.settings import Settings
 from lakehouse.step import Changes, Context, Gather, Step
 from lakehouse.table import BOOKKEEPING, Table
-from ml.order_features import rebuild as rebuild_features
 from pipelines.bronze.tables import EVENTS, MARKETPLACE_ORDERS
 from pipelines.silver.quarantine import QUARANTINE
 
@@ -109,8 +108,8 @@ def rebuild(engine: Engine, name: str) -> list[Report]:
         if source is None:
             raise SourceError(f"The source of {table.name} is switched off. Switch it on in the settings.")
         return [r for r in engine.ingest(source, pipelines.TABLES, again=frozenset({table.name})) if r.table == table.name]
-    if table.name in FEATURE_TABLES:
-        return [rebuild_features(engine, table)]
+    if table.name in MODEL_TABLES:
+        return [rebuild_model_table(engine, table)]
     step = next(step for step in pipelines.STEPS if step.target.name == table.name)
     return [engine.refresh(step, rebuild=True)]
 

@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 
 import pipelines
-from app.tables import DECLARED, FEATURE_TABLES, TABLES
+from app.tables import DECLARED, MODEL_TABLES, TABLES
 from lakehouse.errors import SourceError
 from lakehouse.iceberg import Handle, Lake
 from lakehouse.table import DELETED, Table
@@ -60,8 +60,8 @@ def _step_lags(handles: Mapping[str, Handle | None]) -> dict[str, str]:
             if (above := handles[name]) and above.data_sequence > (stored.get(name) or {"sequence": 0})["sequence"]
         ]
         behind = f"behind {', '.join(n.split('.')[1] for n in late)}"
-        # `run` leaves the features to the commands that need them
-        until = " until the next train or monitor" if step.target.name in FEATURE_TABLES else ""
+        # `run` leaves the model's tables to the commands that need them
+        until = " until the next train or monitor" if step.target.name in MODEL_TABLES else ""
         lags[step.target.name] = f"{behind}{until}" if late else "up to date"
     return lags
 

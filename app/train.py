@@ -17,6 +17,7 @@ from app.output import Output
 from app.passes import open_engine
 from lakehouse.engine import Engine
 from lakehouse.settings import Settings
+from ml import user_fraud_scores
 from ml.baselines import Ceiling, Standing, as_text, baselines, ceiling, standing
 from ml.drift import reference_of
 from ml.evaluation import Evaluation, ThresholdSettings, choose_threshold, evaluate
@@ -132,6 +133,9 @@ def train_on(engine: Engine, registry: Registry, options: TrainSettings, show: C
             options.gate,
             leak=lambda: moved_features(engine.lake, moment, delay=options.split.delay, seed=options.training.seed),
         )
+    with _stage(show, "scores"):
+        if registry.champion() is not None:
+            elsewhere += user_fraud_scores.refresh(engine, registry.load()).worker_cpu_seconds
     return Trained(
         version=registry.version(version.number),
         evaluation=evaluation,
@@ -273,6 +277,8 @@ def print_trained(output: Output, done: Trained) -> None:
     columns = ("scoring", "average precision", "95% interval", "ROC AUC", "recall at capacity", "against the truth")
     shown = len(columns) - (done.ceiling is None)
     output.table(columns[:shown], [row[:shown] for row in ranked], title="Newest window")
+    if done.ceiling is not None and done.standings[-1].average_precision.value > done.ceiling.average_precision:
+        output.say("(The ceiling is what such an oracle expects: with few frauds, luck can lift a scoring above it.)")
     named = ("card_precision_at_100", "precision_at_threshold", "recall_at_threshold", "reviewed_share", "cost_saved", "ece")
     output.table(
         ("figure", "value"),

@@ -136,6 +136,7 @@ def settled(
         pl.when("fraud").then(pl.col("orders") - pl.col("orders").first().over(kind, "run") + 1).otherwise(0).alias("length"),
         pl.when("fraud").then(pl.col("placed_at").first().over(kind, "run")).alias("began"),
         pl.when("fraud").then(pl.col("cents").cum_min().over(kind, "run")).alias("least"),
+        pl.when(~pl.col("fraud")).then("placed_at").forward_fill().over(kind).alias("genuine"),
     )
     asked = rows.select("n", kind, "placed_at").with_columns(due.alias("due"))
 
@@ -154,6 +155,7 @@ def settled(
         pl.when(there).then(pl.col("length").fill_null(0)).alias(f"{kind}_run_frauds"),
         minutes(pl.col("placed_at"), pl.col("began")).alias(f"{kind}_run_minutes"),
         (pl.col("least") / 100).alias(f"{kind}_run_least"),
+        minutes(pl.col("placed_at"), pl.col("genuine")).alias(f"{kind}_minutes_since_genuine"),
     )
     return pl.concat([pl.DataFrame(columns), tail], how="horizontal")
 
@@ -205,15 +207,56 @@ def own_history(rows: pl.DataFrame) -> pl.DataFrame:
     return pl.concat(columns, how="horizontal")
 
 
+def outliers(rows: pl.DataFrame, ratio: pl.Series) -> pl.DataFrame:
+    """Amounts against the customer's usual ones, from which outliers are left out."""
+    who = "customer"
+    there, amount = pl.col(who).is_not_null(), pl.col("amount")
+    usual = pl.when((pl.col("ratio") < 2.5).fill_null(True)).then(pl.col("priced")).otherwise(0)
+    marked = rows.with_columns(ratio=ratio).with_columns(usual=usual, spent=pl.col("cents") * usual)
+    n = (pl.col("usual").cum_sum() - pl.col("usual")).over(who)
+    s = (pl.col("spent").cum_sum() - pl.col("spent")).over(who)
+    marked = marked.with_columns(mean=pl.when(there & (n > 0)).then(s / n))
+    marked = marked.with_columns(against=pl.when(pl.col("mean") > 0).then(amount / pl.col("mean")))
+    marked = marked.with_columns(unusual=(pl.col("against") >= 2.5).fill_null(False).cast(pl.Int64))
+    marked = marked.with_columns(begun=pl.when(pl.col("unusual") == 1).then("placed_at"))
+    last = pl.when(pl.col("unusual") == 1).then("placed_at").forward_fill().shift(1).over(who)
+    return marked.select(
+        (pl.col("mean") / 100).alias("customer_usual_mean"),
+        pl.col("against").alias("customer_usual_ratio"),
+        *(
+            pl.when(there)
+            .then(pl.col("unusual").rolling_sum_by("placed_at", w, closed="left").over(who).fill_null(0))
+            .alias(f"customer_unusual_{w}")
+            for w in ("3d", "7d", "14d")
+        ),
+        pl.when(there).then(minutes(pl.col("placed_at"), last)).alias("customer_minutes_since_unusual"),
+        pl.when(there)
+        .then(minutes(pl.col("placed_at"), pl.col("begun").rolling_min_by("placed_at", "14d", closed="left").over(who)))
+        .alias("customer_minutes_since_unusual_began"),
+    )
+
+
 def unexplained(rows: pl.DataFrame, ratio: pl.Series, kind: str, windows: tuple[str, ...]) -> pl.DataFrame:
     """Known frauds whose amount was nothing unusual for the customer."""
     frauds = rows.with_columns(
         known_at=pl.when((ratio.is_null() | (ratio < 2.5)) & pl.col("known_at").is_not_null()).then("known_at")
     )
-    found = entity(frauds, kind, (), (), windows)
+    known = frauds.filter(pl.col("known_at").is_not_null()).select(kind, "known_at", begun="placed_at")
+    first = (
+        rows.select("n", kind, "placed_at")
+        .join(known, on=kind)
+        .filter((pl.col("known_at") < pl.col("placed_at")) & (pl.col("begun") >= pl.col("placed_at") - timedelta(days=45 + 28)))
+        .group_by("n")
+        .agg(pl.col("begun").min())
+    )
+    begun = rows.select("n", "placed_at").join(first, on="n", how="left", maintain_order="left")
+    found = entity(frauds, kind, (), (), windows).with_columns(
+        begun.select(minutes(pl.col("placed_at"), pl.col("begun")).alias("since_first")).to_series()
+    )
     return found.select(
         *(pl.col(f"{kind}_frauds_{w}").alias(f"{kind}_unexplained_{w}") for w in windows),
         pl.col(f"{kind}_minutes_since_fraud").alias(f"{kind}_minutes_since_unexplained"),
+        pl.col("since_first").alias(f"{kind}_minutes_since_unexplained_began"),
     )
 
 
@@ -304,6 +347,7 @@ def features(orders: pl.DataFrame, events: pl.DataFrame) -> pl.DataFrame:
             own(rows),
             entity(rows, "customer", tuple(PERIODS)[:7], ("card", "device", "address"), ("7d", "28d")),
             history,
+            outliers(rows, history["customer_ratio"]),
             entity(rows, "card", USUAL, ("customer", "device"), ("28d",)),
             device,
             mean,

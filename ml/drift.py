@@ -20,7 +20,9 @@ from lakehouse.errors import SettingsError, ShopSphereError
 from ml.features import Feature
 
 Array = npt.NDArray[Any]
-BINS = 10
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+SCORE_SHARES = (0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995)
+"""Shares of orders below the limits of the bins. What is done about an order depends on the highest scores."""
 HALF = 0.5
 """Orders added to each bin, so that an empty one has a finite distance."""
 
@@ -147,16 +149,17 @@ def binned(column: pl.Series, feature: Feature) -> dict[str, Any]:
 
 
 def _numbers(score: Array) -> dict[str, Any]:
-    bins = {"edges": _edges(score)}
+    bins = {"edges": _edges(score, SCORE_SHARES)}
     return {**bins, "shares": _shares(counts(pl.Series(score), bins)), "orders": len(score)}
 
 
-def _edges(values: Array) -> list[float]:
-    """Upper limits of all bins but the last, of about equal numbers of orders; a value that many share ends a bin."""
+def _edges(values: Array, shares: Sequence[float] = SHARES) -> list[float]:
+    """Upper limits of all bins but the last, below which about these shares of orders lie; a value that many share ends a
+    bin."""
     known = values[~np.isnan(values)]
     if not len(known):
         return []
-    limits = np.unique(np.quantile(known, np.linspace(0, 1, BINS + 1)[1:-1], method="lower"))
+    limits = np.unique(np.quantile(known, shares, method="lower"))
     return [float(limit) for limit in limits if limit < known.max()]
 
 
@@ -179,8 +182,12 @@ def bin_labels(bins: Mapping[str, Any]) -> tuple[str, ...]:
     edges = [float(edge) for edge in bins["edges"]]
     if not edges:
         return ("any", "missing")
-    between = [f"to {high:.4g}" for high in edges]
-    return (*between, f"over {edges[-1]:.4g}", "missing")
+    between = [f"to {_short(high)}" for high in edges]
+    return (*between, f"over {_short(edges[-1])}", "missing")
+
+
+def _short(edge: float) -> str:
+    return f"{edge:,.0f}" if abs(edge) >= 1000 else f"{edge:.4g}"
 
 
 def _values(column: pl.Series) -> Array:

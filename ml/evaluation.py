@@ -179,10 +179,17 @@ def cost_saved(label: Array, amount: Array, flagged: Array, settings: ThresholdS
     return float(settings.loss_share * amount[flagged & (label == 1)].sum() - settings.review_cost * np.count_nonzero(flagged))
 
 
-def reliability(label: Array, score: Array, bins: int = BINS) -> tuple[Array, Array, Array]:
-    """(mean score, share of frauds, orders) of bins that hold about the same number of orders, by rising score."""
+def reliability(label: Array, score: Array, bins: int = BINS, *, weight: Array | None = None) -> tuple[Array, Array, Array]:
+    """(mean score, share of frauds, orders) of bins that hold about the same number of orders, or the same sum of `weight`,
+    by rising score."""
     order = np.lexsort((label, score))
-    parts = [part for part in np.array_split(order, min(bins, max(len(order), 1))) if len(part)]
+    count = min(bins, max(len(order), 1))
+    if weight is None:
+        parts = np.array_split(order, count)
+    else:
+        sums = np.cumsum(weight[order])
+        parts = np.split(order, np.searchsorted(sums, sums[-1] * np.arange(1, count) / count)) if len(order) else []
+    parts = [part for part in parts if len(part)]
     return (
         np.array([score[part].mean() for part in parts]),
         np.array([label[part].mean() for part in parts]),

@@ -78,6 +78,22 @@ def range_max(values: Floats, start: Ints, stop: Ints) -> Floats:
     return result
 
 
+def first_below(values: Ints, start: Ints, stop: Ints, limit: Ints) -> Ints:
+    """Per (start, stop, limit): the first place from start to before stop whose value is under the limit; stop for none."""
+    if len(values) == 0:
+        return stop
+    levels, span = [values], 1
+    while 2 * span <= len(values):
+        levels.append(np.minimum(levels[-1][:-span], levels[-1][span:]))
+        span *= 2
+    place = start
+    for least in reversed(levels):
+        # the places that are passed over are a sum of falling powers of two
+        passed = (place + span <= stop) & (least[np.minimum(place, len(least) - 1)] >= limit)
+        place, span = place + span * passed, span // 2
+    return place
+
+
 @dataclass(frozen=True)
 class Moments:
     """Rows of entities in the order of time, to be asked how many came before a moment."""
@@ -160,6 +176,29 @@ class Timeline:
         spread = n * squared.astype(np.float64) - s * s
         return quotient(total, count), np.sqrt(quotient(np.maximum(spread, 0.0), n * (n - 1.0)))
 
+    def mean_where(self, chosen: Flags) -> Floats:
+        """For every arranged row: the mean of the entity's earlier amounts among the rows chosen (arranged), in cents."""
+        count, total = sums_before(chosen), sums_before(np.where(chosen, self.amount, 0))
+        return quotient(total[:-1] - total[self._first], count[:-1] - count[self._first])
+
+    def minutes_since_marked(self, marks: Flags, stop: Ints) -> Floats:
+        """Minutes since the entity's last order among those marked (arranged), in a place before `stop`; NaN for none."""
+        latest = np.concatenate([[-1], np.maximum.accumulate(np.where(marks, np.arange(len(marks)), -1))])[stop]
+        there = latest >= self.first
+        if len(self.placed) == 0:
+            return np.full(len(stop), np.nan)
+        return self._minutes(self.placed[np.maximum(latest, 0)], there)
+
+    def minutes_since_first_marked(self, marks: Flags, window: int) -> Floats:
+        """Minutes since the entity's first order within the window among those marked (arranged); NaN when there is none."""
+        places = np.where(marks, np.arange(len(marks)), len(marks))
+        following = np.append(np.minimum.accumulate(places[::-1])[::-1], len(marks))
+        start, stop = self.since(window)
+        first = following[start]
+        if len(self.placed) == 0:
+            return np.full(len(stop), np.nan)
+        return self._minutes(self.placed[np.minimum(first, len(marks) - 1)], first < stop)
+
     def minutes_since_first(self) -> Floats:
         """Minutes since the entity's first order; NaN when this is it."""
         return self._minutes(self.placed[self.first], self.earlier > 0)
@@ -209,6 +248,16 @@ class Timeline:
             return np.full(len(stop), np.nan)
         return self._minutes(self.placed[places[np.maximum(stop - 1, 0)]], there)
 
+    def minutes_since_first_fraud(self, window: int) -> Floats:
+        """Minutes since the first order placed within the window that is known to be a fraud by now; NaN when there is none."""
+        there = np.flatnonzero(self.known < NEVER)
+        if len(there) == 0:
+            return np.full(len(self.now), np.nan)
+        placed, known = Moments(self.code[there], self.placed[there]), np.maximum(self.known[there], self.placed[there])
+        start, stop = placed.before(self.entity, self.now - window), placed.before(self.entity, self.now)
+        first = first_below(known, start, stop, self.now)
+        return self._minutes(self.placed[there[np.minimum(first, len(there) - 1)]], first < stop)
+
     # Labels that have come due: of orders so old that a fraud would be known
 
     def settled(self, delay: int) -> Settled:
@@ -229,6 +278,10 @@ class Settled:
         """How many orders came due within the window."""
         start, stop = self.line.since(window, until=self.delay)
         return stop - start
+
+    def minutes_since_genuine(self) -> Floats:
+        """Minutes since the newest order whose label came due without a fraud was placed; NaN when there is none."""
+        return self.line.minutes_since_marked(~self.fraud, self.stop)
 
     def frauds_of_last(self, count: int) -> Ints:
         """How many of the last `count` labels that came due are frauds."""

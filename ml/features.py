@@ -38,6 +38,7 @@ from ml.feature_windows import (
     range_max,
     rank_of,
     scattered,
+    sums_before,
 )
 
 Kind = Literal["count", "amount", "ratio", "minutes", "flag", "category"]
@@ -162,7 +163,8 @@ WINDOWS = {
 USUAL = ("10m", "1h", "24h", "7d", "30d")
 RATIO_WINDOWS = ("24h", "3d", "7d", "14d", "30d")
 UNUSUAL = 2.5
-"""An amount of so many times the customer's mean explains a fraud: it is the customer's, not the device's."""
+"""An amount of so many times the customer's mean is unusual. It explains a fraud: it is the customer's, not the device's."""
+UNUSUAL_WINDOWS = ("3d", "7d", "14d")
 UNEXPLAINED = ("7d", "14d", "28d")
 RISK_WINDOWS = {"1d": DAY, "7d": 7 * DAY, "14d": 14 * DAY, "28d": 28 * DAY}
 EVENT_WINDOWS = ("10m", "1h", "24h")
@@ -346,6 +348,13 @@ def _labels(kind: str, the: str) -> list[Feature]:
             f"every order of {the} for {{value}} was fraud",
         ),
         Feature(
+            f"{kind}_minutes_since_genuine",
+            "minutes",
+            "ever",
+            f"Since the newest order of {the} whose label came due without a fraud.",
+            f"last order of {the} known to be genuine {{value}} ago",
+        ),
+        Feature(
             f"{kind}_run_least",
             "amount",
             "ever",
@@ -374,6 +383,13 @@ def _unexplained(kind: str, the: str, windows: Sequence[str]) -> list[Feature]:
             "ever",
             "Since the order of the last such fraud.",
             f"last fraud of an ordinary amount of {the} {{value}} ago",
+        ),
+        Feature(
+            f"{kind}_minutes_since_unexplained_began",
+            "minutes",
+            "28d and the label delay",
+            "Since the first such order of that time: when it may have begun.",
+            f"frauds of ordinary amounts at {the} began {{value}} ago",
         ),
     ]
 
@@ -480,6 +496,44 @@ CUSTOMER = _entity(
                 f"customer spent {{value}} times the usual amount within the last {IN_WORDS[w]}",
             )
             for w in RATIO_WINDOWS
+        ),
+        Feature(
+            "customer_usual_mean",
+            "amount",
+            "ever",
+            f"Mean of the customer's earlier amounts, without those that were {UNUSUAL:g} times the mean before them, or more.",
+            "customer usually spends {value}, outliers aside",
+        ),
+        Feature(
+            "customer_usual_ratio",
+            "ratio",
+            "ever",
+            "Amount against that mean.",
+            "{value} times what the customer usually spends, outliers aside",
+        ),
+        *(
+            Feature(
+                f"customer_unusual_{w}",
+                "count",
+                w,
+                f"Orders in the {IN_WORDS[w]} before that were {UNUSUAL:g} times that mean, or more.",
+                f"{{value}} orders of an unusual amount within the last {IN_WORDS[w]}",
+            )
+            for w in UNUSUAL_WINDOWS
+        ),
+        Feature(
+            "customer_minutes_since_unusual",
+            "minutes",
+            "ever",
+            "Since the last such order.",
+            "last order of an unusual amount {value} ago",
+        ),
+        Feature(
+            "customer_minutes_since_unusual_began",
+            "minutes",
+            "14d",
+            "Since the first such order of the 14 days before: when it may have begun.",
+            "orders of unusual amounts began {value} ago",
         ),
         *(
             Feature(
@@ -663,7 +717,7 @@ def _of_orders(part: Part, rows: pl.DataFrame, delay: timedelta) -> tuple[Ints, 
     if part.risk_windows or part.labels:
         columns |= _settled(part, line, columns, int(delay / timedelta(microseconds=1)))
     if part.unexplained:
-        columns |= _without_explanation(part, rows)
+        columns |= _without_explanation(part, rows, int(delay / timedelta(microseconds=1)))
     if part == CUSTOMER:
         columns |= _against_own_history(line, others)
     if part == DEVICE:
@@ -701,13 +755,17 @@ def _own_ratio(line: Timeline) -> npt.NDArray[np.float64]:
     return quotient(cents, np.nan_to_num(line.means[0]))
 
 
-def _without_explanation(part: Part, rows: pl.DataFrame) -> Columns:
+def _without_explanation(part: Part, rows: pl.DataFrame, delay: int) -> Columns:
     """Known frauds whose amount was nothing unusual for the customer."""
     kind = part.key
     explained = pl.col("ratio").fill_null(0.0) >= UNUSUAL
     line = timeline(rows, kind, rows.select(pl.when(~explained).then("known_at")).to_series())
     counts = {f"{kind}_unexplained_{window}": line.known_frauds(RISK_WINDOWS[window]) for window in part.unexplained}
-    return {**counts, f"{kind}_minutes_since_unexplained": line.minutes_since_fraud()}
+    return {
+        **counts,
+        f"{kind}_minutes_since_unexplained": line.minutes_since_fraud(),
+        f"{kind}_minutes_since_unexplained_began": line.minutes_since_first_fraud(delay + RISK_WINDOWS["28d"]),
+    }
 
 
 def _reported(part: Part, line: Timeline) -> Columns:
@@ -730,6 +788,7 @@ def _settled(part: Part, line: Timeline, reported: Columns, delay: int) -> Colum
     for last in part.labels:
         columns[f"{kind}_frauds_of_last_{last}"] = settled.frauds_of_last(last)
     if part.labels:
+        columns[f"{kind}_minutes_since_genuine"] = settled.minutes_since_genuine()
         columns[f"{kind}_run_frauds"], columns[f"{kind}_run_minutes"], columns[f"{kind}_run_least"] = settled.run()
     return columns
 
@@ -755,7 +814,23 @@ def _against_own_history(line: Timeline, others: dict[str, Ints]) -> Columns:
         columns[f"customer_ratio_{window}"] = quotient(cents[at], np.nan_to_num(recent))
     for window in RATIO_WINDOWS:
         columns[f"customer_greatest_ratio_{window}"] = range_max(ratio, *line.since(WINDOWS[window]))
+    columns |= _outliers(line, cents, ratio)
     return columns | {f"new_{other}": line.is_new(others[other]) for other in ("card", "device", "address")}
+
+
+def _outliers(line: Timeline, cents: npt.NDArray[np.float64], ratio: npt.NDArray[np.float64]) -> Columns:
+    """Amounts against the customer's usual ones, from which outliers are left out."""
+    usual = line.mean_where(line.priced & ~(ratio >= UNUSUAL))
+    against = quotient(cents, np.nan_to_num(usual))
+    unusual = against >= UNUSUAL
+    marks = sums_before(unusual)
+    columns: Columns = {"customer_usual_mean": usual[line.at] / 100.0, "customer_usual_ratio": against[line.at]}
+    for window in UNUSUAL_WINDOWS:
+        start, stop = line.since(WINDOWS[window])
+        columns[f"customer_unusual_{window}"] = marks[stop] - marks[start]
+    columns["customer_minutes_since_unusual"] = line.minutes_since_marked(unusual, line.at)
+    columns["customer_minutes_since_unusual_began"] = line.minutes_since_first_marked(unusual, WINDOWS["14d"])
+    return columns
 
 
 def _of_events(part: Part, rows: pl.DataFrame, events: pl.DataFrame) -> tuple[Ints, Columns]:

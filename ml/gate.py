@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -314,7 +314,11 @@ def admit(
     """Judge a recorded version against the champion and promote it if it passes; what was said stays with the version."""
     champion = registry.champion()
     rival = registry.load(champion.number).model if champion is not None and champion.number != version.number else None
-    verdict = judge(window, registry.load(version.number).model, rival, settings, leak=leak)
+    lost = [name for name in rival.features if name not in window.columns] if rival is not None else []
+    verdict = judge(window, registry.load(version.number).model, None if lost else rival, settings, leak=leak)
+    if lost and champion is not None:
+        told = f"version {champion.number} needs {', '.join(lost[:3])}, which no order has any more: judged as a first model"
+        verdict = replace(verdict, checks=(Check("champion", True, told), *verdict.checks))
     registry.annotate(version.number, gate=verdict.summary()[:4000])
     if verdict.passed:
         registry.promote(version.number)

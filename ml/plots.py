@@ -94,13 +94,14 @@ def _roc(axes: Axes, label: Array, score: Array) -> None:
     found = np.cumsum(label[order])[ends]
     wrong = ends + 1 - found
     axes.plot(np.insert(wrong / max(wrong[-1], 1), 0, 0), np.insert(found / max(found[-1], 1), 0, 0), color=HUE)
-    axes.plot([0, 1], [0, 1], color=FAINT, linestyle="--", linewidth=1)
-    axes.set(xlabel="honest orders flagged", ylabel="frauds flagged", xlim=(-0.01, 1), ylim=(0, 1.01))
+    # frauds are rare: what matters happens in the first hundredth of the honest orders
+    axes.plot(shares := np.geomspace(1 / max(wrong[-1], 1), 1, 200), shares, color=FAINT, linestyle="--", linewidth=1)
+    axes.set(xlabel="honest orders flagged (log)", ylabel="frauds flagged", xscale="log", xlim=(shares[0], 1), ylim=(0, 1.02))
     axes.set_title(f"ROC (area {roc_auc(label, score):.3f})")
 
 
 def _calibration(axes: Axes, label: Array, score: Array) -> None:
-    predicted, observed, count = reliability(label, score)
+    predicted, observed, count = reliability(label, score, weight=score)
     error = 1.96 * np.sqrt(np.maximum(observed * (1 - observed), 1e-9) / count)
     known = (predicted > 0) & (observed > 0)
     floor = float(min(predicted[predicted > 0].min(initial=1), observed[observed > 0].min(initial=1))) / 2
@@ -110,7 +111,7 @@ def _calibration(axes: Axes, label: Array, score: Array) -> None:
     never = ~known
     axes.plot(np.maximum(predicted[never], floor), np.full(never.sum(), floor), "v", color=FAINT, label="no fraud seen")
     axes.set(xscale="log", yscale="log", xlabel="mean score", ylabel="share of frauds")
-    axes.set_title(f"Calibration, ten bins of equal size (error {calibration_error(label, score):.4f})")
+    axes.set_title(f"Calibration, each bin with as many expected frauds (error {calibration_error(label, score):.4f})")
     if never.any():
         axes.legend(frameon=False)
 
@@ -120,14 +121,15 @@ def _gain(axes: Axes, label: Array, score: Array, threshold: float) -> None:
     found = np.insert(np.cumsum(label[order]) / max(int(label.sum()), 1), 0, 0)
     share = np.arange(len(label) + 1) / len(label)
     axes.plot(share, found, color=HUE, label="model")
-    axes.plot([0, label.mean(), 1], [0, 1, 1], color=FAINT, linewidth=1, label="perfect")
-    axes.plot([0, 1], [0, 1], color=FAINT, linestyle="--", linewidth=1, label="chance")
+    axes.plot(share, np.minimum(share / label.mean(), 1), color=FAINT, linewidth=1, label="perfect")
+    axes.plot(share, share, color=FAINT, linestyle="--", linewidth=1, label="chance")
     reviewed = int(np.count_nonzero(score >= threshold))
     axes.plot(
         share[reviewed], found[reviewed], "o", color=INK, label=f"threshold: {found[reviewed]:.0%} found in {share[reviewed]:.1%}"
     )
-    axes.set(xlabel="orders reviewed, highest score first", ylabel="frauds found", xlim=(-0.01, 1), ylim=(0, 1.02), title="Gain")
-    axes.legend(frameon=False, loc="lower right")
+    axes.set(xlabel="orders reviewed, highest score first (log)", ylabel="frauds found", title="Gain")
+    axes.set(xscale="log", xlim=(1 / len(label), 1), ylim=(0, 1.02))
+    axes.legend(frameon=False, loc="upper left")
 
 
 def _confusion(axes: Axes, label: Array, flagged: Array) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -12,13 +13,14 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 from shop_history import START, plain_history
 
-from ml.feature_windows import NEVER, Timeline, occurrences, range_max
+from ml.feature_windows import NEVER, Timeline, first_below, occurrences, range_max
 from ml.features import (
     ENTITIES,
     FEATURE_NAMES,
     FEATURES,
     MISSING,
     OTHER,
+    UNUSUAL,
     FeatureError,
     History,
     compute,
@@ -131,13 +133,52 @@ def slow_features(orders: pl.DataFrame, number: int) -> dict[str, float | None]:
             found["new_device"] = None if order["device"] is None else float(order["device"] not in used)
             priced = [row["amount"] for row in own if row["amount"] is not None]
             found["customer_mean"] = sum(priced) / len(priced) / 100 if priced else None
+            found |= slow_outliers([*own, order])
         if kind == "device":
             due = [row for row in own if row["placed_at"] < now - timedelta(days=45)]
             frauds = [row["known_at"] is not None and row["known_at"] - row["placed_at"] <= timedelta(days=45) for row in due]
             found["device_frauds_of_last_3"] = sum(frauds[-3:])
+            begun = [
+                row["placed_at"]
+                for row in own
+                if row["known_at"] is not None
+                and row["known_at"] < now
+                and row["placed_at"] >= now - timedelta(days=73)
+                and (row["ratio"] or 0) < UNUSUAL
+            ]
+            found["device_minutes_since_unexplained_began"] = (now - begun[0]) / timedelta(minutes=1) if begun else None
             run = next((n for n, fraud in enumerate(reversed(frauds)) if not fraud), len(frauds))
             found["device_run_frauds"] = run
+            genuine = [row["placed_at"] for row, fraud in zip(due, frauds, strict=True) if not fraud]
+            found["device_minutes_since_genuine"] = (now - genuine[-1]) / timedelta(minutes=1) if genuine else None
             found["device_run_least"] = min(row["amount"] or 0 for row in due[-run:]) / 100 if run else None
+    return found
+
+
+def slow_outliers(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """The features of unusual amounts, of the last of a customer's orders."""
+    seen: list[int] = []
+    usual: list[int] = []
+    unusual: list[datetime] = []
+    for row in rows:
+        amount, now = row["amount"], row["placed_at"]
+        mean = sum(usual) / len(usual) if usual else None
+        against = amount / mean if mean and amount is not None else None
+        found = {
+            "customer_usual_mean": None if mean is None else mean / 100,
+            "customer_usual_ratio": against,
+            "customer_unusual_7d": float(sum(at >= now - timedelta(days=7) for at in unusual)),
+            "customer_minutes_since_unusual_began": next(
+                ((now - at) / timedelta(minutes=1) for at in unusual if at >= now - timedelta(days=14)), None
+            ),
+            "customer_minutes_since_unusual": (now - unusual[-1]) / timedelta(minutes=1) if unusual else None,
+        }
+        if against is not None and against >= UNUSUAL:
+            unusual.append(now)
+        if amount is not None:
+            if not seen or amount / (sum(seen) / len(seen)) < UNUSUAL:
+                usual.append(amount)
+            seen.append(amount)
     return found
 
 
@@ -207,6 +248,16 @@ def test_an_order_without_a_time_or_asked_about_twice_is_refused():
         compute(pl.concat([orders, orders]), History())
     with pytest.raises(FeatureError, match="placed_at"):
         compute(orders.with_columns(placed_at=pl.lit(None)), History())
+
+
+@given(st.lists(st.integers(0, 5), max_size=40), st.data())
+def test_first_below(values, data):
+    numbers = np.array(values, dtype=np.int64)
+    places = st.integers(0, len(values))
+    asked = data.draw(st.lists(st.tuples(places, places, st.integers(0, 6)).map(lambda a: (*sorted(a[:2]), a[2])), max_size=10))
+    columns = [np.array([row[n] for row in asked], dtype=np.int64) for n in range(3)]
+    expected = [next((n for n in range(start, stop) if values[n] < limit), stop) for start, stop, limit in asked]
+    assert first_below(numbers, *columns).tolist() == expected
 
 
 @given(st.lists(st.integers(0, 5), max_size=40), st.data())

@@ -186,3 +186,17 @@ def test_models_from_training_to_rollback(
     assert promote_model(registry, 3, force=True).tags["gate_overruled"] == "yes"
     assert rollback_model(registry).number == 2
     assert registry.champion_number() == 2
+
+
+def test_a_champion_whose_features_are_gone_is_no_rival(
+    good: FittedModel, weak: FittedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.delenv(name, raising=False)
+    registry = Registry(home=tmp_path)
+    registry.promote(registry.record(_training(good)).number)
+    without = WINDOW.drop(next(name for name in good.features if name not in weak.features))
+    verdict = admit(registry, registry.record(_training(weak)), without, replace(SETTINGS, min_roc_auc=0.5), leak=no_leak)
+    assert verdict.checks[0].name == "champion"
+    assert "version 1 needs amount_ratio, which no order has any more: judged as a first model" in verdict.checks[0].text
+    assert "first model" in {check.name for check in verdict.checks}
