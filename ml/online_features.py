@@ -36,6 +36,7 @@ from ml.features import (
     RATIO_WINDOWS,
     RISK_WINDOWS,
     UNUSUAL,
+    UNUSUAL_WINDOWS,
     WEEKDAYS,
     WINDOWS,
     FeatureError,
@@ -125,6 +126,7 @@ class EntityHistory:
         "delay",
         "fraud_placed",
         "fraud_times",
+        "genuine",
         "ids",
         "met",
         "part",
@@ -136,8 +138,12 @@ class EntityHistory:
         "seen",
         "settled",
         "squares",
+        "strange_orders",
         "strange_placed",
         "strange_times",
+        "unusual",
+        "usual_amounts",
+        "usual_prices",
     )  # fmt: skip
 
     def __init__(self, part: Part, delay: int, rows: Iterator[Placed]) -> None:
@@ -157,6 +163,10 @@ class EntityHistory:
         self.fraud_placed: list[int] = []
         self.strange_times: list[int] = []
         self.strange_placed: list[int] = []
+        self.strange_orders: list[tuple[int, int]] = []
+        self.usual_amounts, self.usual_prices = [0], [0]
+        self.unusual: list[int] = []
+        self.genuine = [-1]
         self.settled = [0]
         self.run_start: list[int] = []
         for row in rows:
@@ -175,7 +185,14 @@ class EntityHistory:
     def _append(self, row: Placed) -> None:
         place, cents = len(self.rows), row.amount or 0
         fraud = row.known - row.placed <= self.delay
-        self.ratios.append(self._own_ratio(place, row.amount))
+        ratio = _ratio(row.amount, self.amounts[place], self.prices[place])
+        if _ratio(row.amount, self.usual_amounts[place], self.usual_prices[place]) >= UNUSUAL:
+            self.unusual.append(place)
+        usual = row.amount is not None and not ratio >= UNUSUAL
+        self.usual_amounts.append(self.usual_amounts[-1] + (cents if usual else 0))
+        self.usual_prices.append(self.usual_prices[-1] + usual)
+        self.ratios.append(ratio)
+        self.genuine.append(self.genuine[-1] if fraud else place)
         self.rows.append(row)
         self.ids.add(row.order_id)
         self.placed.append(row.placed)
@@ -198,12 +215,7 @@ class EntityHistory:
             _insert(self.fraud_times, self.fraud_placed, known, row.placed)
             if not (row.ratio is not None and row.ratio >= UNUSUAL):
                 _insert(self.strange_times, self.strange_placed, known, row.placed)
-
-    def _own_ratio(self, at: int, amount: int | None) -> float:
-        if amount is None or not self.prices[at]:
-            return -math.inf
-        mean = float(self.amounts[at]) / float(self.prices[at])
-        return float(amount) / mean if mean > 0 else -math.inf
+                self.strange_orders.append((row.placed, known))
 
     def place_of(self, order: Placed) -> int:
         """Where the order stands, or would."""
@@ -241,6 +253,16 @@ class EntityHistory:
             for window in part.unexplained:
                 found.append(float(until - bisect_left(self.strange_times, now - RISK_WINDOWS[window])))
             found.append((now - self.strange_placed[until - 1]) / MINUTE if until else NAN)
+            found.append(self._minutes_since_strange_began(now))
+
+    def _minutes_since_strange_began(self, now: int) -> float:
+        first = bisect_left(self.strange_orders, (now - (self.delay + RISK_WINDOWS["28d"]),))
+        for placed, known in self.strange_orders[first:]:
+            if placed >= now:
+                break
+            if known < now:
+                return (now - placed) / MINUTE
+        return NAN
 
     def _against_own(self, order: Placed, at: int, found: list[Value]) -> None:
         count, total = float(self.prices[at]), float(self.amounts[at])
@@ -261,9 +283,23 @@ class EntityHistory:
             start = bisect_left(self.placed, order.placed - WINDOWS[window])
             greatest = max(self.ratios[start:at], default=-math.inf)
             found.append(NAN if greatest == -math.inf else greatest)
+        self._outliers(order, at, cents, found)
         for other in ("card", "device", "address"):
             name = order.entities[other]
             found.append(NAN if name is None else float(self.seen[other].get(name, at) >= at))
+
+    def _outliers(self, order: Placed, at: int, cents: float, found: list[Value]) -> None:
+        placed, unusual = self.placed, self.unusual
+        usual = quotient(float(self.usual_amounts[at]), float(self.usual_prices[at]))
+        found.append(usual / 100.0)
+        found.append(quotient(cents, usual))
+        before = bisect_left(unusual, at)
+        for window in UNUSUAL_WINDOWS:
+            start = bisect_left(placed, order.placed - WINDOWS[window])
+            found.append(float(before - bisect_left(unusual, start)))
+        found.append((order.placed - placed[unusual[before - 1]]) / MINUTE if before else NAN)
+        first = bisect_left(unusual, bisect_left(placed, order.placed - WINDOWS["14d"]))
+        found.append((order.placed - placed[unusual[first]]) / MINUTE if first < before else NAN)
 
     def _labels(self, now: int, known: int, found: list[Value]) -> None:
         part, placed = self.part, self.placed
@@ -280,8 +316,15 @@ class EntityHistory:
         start = self.run_start[stop - 1] if stop else stop
         found.append(float(stop - start))
         found.append((now - placed[start]) / MINUTE if stop > start else NAN)
+        found.append((now - placed[self.genuine[stop]]) / MINUTE if self.genuine[stop] >= 0 else NAN)
         least = min((self.rows[n].amount or 0 for n in range(start, stop)), default=None)
         found.append(NAN if least is None else float(least) / 100.0)
+
+
+def _ratio(amount: int | None, total: int, count: int) -> float:
+    """An amount against a mean; minus infinity where either is unknown: less than any."""
+    mean = float(total) / float(count) if count else 0.0
+    return float(amount) / mean if amount is not None and mean > 0 else -math.inf
 
 
 def _insert(times: list[int], placed: list[int], time: int, of: int) -> None:
