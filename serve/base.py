@@ -88,7 +88,7 @@ class At:
                 f"The snapshot of {table.name} that {self.handle.table.name} was made from is not there any more. "
                 "Bring the tables up to date: python -m app run."
             )
-        return At(handle, max(same, key=lambda one: one.sequence_number).snapshot_id)
+        return At(handle, max(same, key=lambda one: one.sequence_number or 0).snapshot_id)
 
 
 def current(lake: Lake, table: Table) -> At:

@@ -96,13 +96,13 @@ class Line:
             reached: dict[str, int] = {}
             good = []
             for message in messages:
-                error, name = message.error(), f"{message.topic()}:{message.partition()}"
+                error, name, offset = message.error(), f"{message.topic()}:{message.partition()}", message.offset() or 0
                 if error is None:
                     good.append(message)
-                    reached[name] = message.offset() + 1
+                    reached[name] = offset + 1
                 elif error.code() == KafkaError._PARTITION_EOF:
                     # beyond the last message there may be transaction markers
-                    reached[name] = max(reached.get(name, 0), message.offset())
+                    reached[name] = max(reached.get(name, 0), offset)
                 elif error.code() in GONE:
                     raise StateError(
                         f"Kafka topic '{message.topic()}', partition {message.partition()}: offset {self.offsets.get(name, 0)} "

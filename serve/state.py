@@ -82,6 +82,11 @@ class State:
             self._line.stop()
 
     @property
+    def alive(self) -> bool:
+        """Whether newer snapshots are looked for; before the start too."""
+        return self._thread.ident is None or self._thread.is_alive()
+
+    @property
     def line(self) -> Line:
         """The line that answers. Raises StateError while there is none."""
         if self._line is None:

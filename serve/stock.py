@@ -177,7 +177,7 @@ class Stock:
             both = pl.concat([events.select(GROUP), events.select(store_id="to_store_id", product_id="product_id")])
             wanted = both.drop_nulls().unique()
         groups = wanted.with_columns(since=pl.lit(None, pl.Datetime("us", "UTC")))
-        return inventory_snapshots.fill({"events": events, "groups": groups}, self.context).cast(dict(LEDGER_TYPES))
+        return inventory_snapshots.fill({"events": events, "groups": groups}, self.context).cast(pl.Schema(LEDGER_TYPES))
 
     def _replace(self, ledger: pl.DataFrame, pairs: set[Pair]) -> set[Pair]:
         """Take over the last row of each pair. Gives those whose figures changed."""

@@ -1,0 +1,134 @@
+"""All endpoints as one Starlette application, with the state that they answer from."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest, multiprocess
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from lakehouse.settings import Settings
+from lakehouse.step import Context
+from serve.base import StateError
+from serve.edges import LATER, REJECTED, STALENESS, AccessLog, Asked, Edge, Endpoint, Gate, answer
+from serve.inventory import Inventory
+from serve.keys import Keys
+from serve.line import Line
+from serve.openapi import describe
+from serve.problems import Problem, busy
+from serve.settings import ServeSettings
+from serve.state import State
+
+VERSION = "1"
+TICK_SECONDS = 0.5
+MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
+
+
+class Application:
+    """What a replica is made of."""
+
+    def __init__(self, settings: Settings, serving: ServeSettings, context: Context) -> None:
+        self.settings, self.serving = settings, serving
+        self.state = State(settings, serving, context, self._on_line)
+        self.lookups = Gate("lookup", serving.lookup_threads, serving.lookup_queue)
+        self.log = AccessLog(Path(settings.home) / "logs" / f"access-{os.getpid()}.jsonl")
+        self.inventory = Inventory(self.state, self.lookups)
+
+    def _on_line(self, line: Line) -> None:
+        """A newer snapshot is about to answer."""
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """Everything that can be asked."""
+        return (*self.inventory.endpoints, *self._own)
+
+    @property
+    def _own(self) -> tuple[Endpoint, ...]:
+        return (
+            Endpoint("GET", "/-/healthz", "healthz", "Whether the process lives.", self._healthz, str, media_type="text/plain"),
+            Endpoint(
+                "GET",
+                "/-/readyz",
+                "readyz",
+                "Whether it has something to answer with.",
+                self._readyz,
+                str,
+                media_type="text/plain",
+                statuses=(503,),
+            ),
+            Endpoint("GET", "/-/metrics", "metrics", "Prometheus metrics.", self._metrics, str, media_type="text/plain"),
+            Endpoint("GET", "/openapi.json", "openapi", "This description.", self._openapi, dict),
+        )
+
+    async def _healthz(self, asked: Asked) -> Response:
+        return PlainTextResponse("alive\n")
+
+    async def _readyz(self, asked: Asked) -> Response:
+        if not self.state.ready.is_set():
+            raise busy(503, self.state.error or "The state is being read.", 2)
+        return PlainTextResponse("ready\n")
+
+    async def _metrics(self, asked: Asked) -> Response:
+        registry = REGISTRY
+        if MULTIPROCESS in os.environ:
+            registry = CollectorRegistry()
+            multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def _openapi(self, asked: Asked) -> Response:
+        return answer(describe(self.endpoints, VERSION))
+
+    async def _tick(self) -> None:
+        """What is done every half second: gauges, and the lines of the access log."""
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            self.log.flush()
+            if self.state.ready.is_set():
+                line = self.state.line
+                STALENESS.set(self.state.freshness(line).staleness_ms / 1000)
+                LATER.set(line.stock.later.height)
+                REJECTED.set(line.stock.rejected)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        """The state is followed while the application runs; it answers 503 until there is one."""
+        self.state.start()
+        ticking = asyncio.create_task(self._tick())
+        try:
+            yield
+        finally:
+            ticking.cancel()
+            await asyncio.to_thread(self.close)
+
+    def check_health(self) -> None:
+        """Raises when the thread that follows the snapshots is gone: only a new process helps then."""
+        if not self.state.alive:
+            raise StateError(self.state.error or "The state is not followed any more.")
+
+    def close(self) -> None:
+        """End what runs beside the requests, and write what is kept back."""
+        self.lookups.close()
+        self.state.stop()
+        self.log.flush()
+
+    def asgi(self) -> Starlette:
+        """The application. Raises SettingsError."""
+        keys = Keys.read(self.serving.keys)
+        return Starlette(
+            routes=[Edge(one, keys, self.log).route for one in self.endpoints],
+            lifespan=self.lifespan,
+            exception_handlers={HTTPException: _unknown},
+        )
+
+
+async def _unknown(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    detail = {404: "There is nothing at this path; /openapi.json lists what there is.", 405: "This path has other methods."}
+    return Problem(error.status_code, detail.get(error.status_code, "This cannot be done."), headers=error.headers).response
