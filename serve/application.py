@@ -14,9 +14,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from lakehouse.iceberg import Lake
 from lakehouse.settings import Settings
 from lakehouse.step import Context
 from serve.base import StateError
+from serve.customers import Customers
 from serve.edges import LATER, REJECTED, STALENESS, AccessLog, Asked, Edge, Endpoint, Gate, answer
 from serve.inventory import Inventory
 from serve.keys import Keys
@@ -24,6 +26,7 @@ from serve.line import Line
 from serve.openapi import describe
 from serve.problems import Problem, busy
 from serve.settings import ServeSettings
+from serve.snapshots import Snapshots
 from serve.state import State
 
 VERSION = "1"
@@ -40,6 +43,8 @@ class Application:
         self.lookups = Gate("lookup", serving.lookup_threads, serving.lookup_queue)
         self.log = AccessLog(Path(settings.home) / "logs" / f"access-{os.getpid()}.jsonl")
         self.inventory = Inventory(self.state, self.lookups)
+        self.snapshots = Snapshots(Lake(settings))
+        self.customers = Customers(self.snapshots, self.lookups, settings.default_region, settings.base_currency)
 
     def _on_line(self, line: Line) -> None:
         """A newer snapshot is about to answer."""
@@ -47,7 +52,7 @@ class Application:
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
         """Everything that can be asked."""
-        return (*self.inventory.endpoints, *self._own)
+        return (*self.inventory.endpoints, *self.customers.endpoints, *self._own)
 
     @property
     def _own(self) -> tuple[Endpoint, ...]:
