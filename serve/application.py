@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest, multiprocess
@@ -17,17 +19,24 @@ from starlette.responses import PlainTextResponse, Response
 from lakehouse.iceberg import Lake
 from lakehouse.settings import Settings
 from lakehouse.step import Context
+from ml.registry import Registry
+from pipelines.silver.orders_unified import ORDERS_UNIFIED
 from serve.base import StateError
 from serve.customers import Customers
 from serve.edges import LATER, REJECTED, STALENESS, AccessLog, Asked, Edge, Endpoint, Gate, answer
+from serve.fraud import SETTLE, Fraud
 from serve.inventory import Inventory
 from serve.keys import Keys
 from serve.line import Line
+from serve.models import ModelWatch
 from serve.openapi import describe
 from serve.problems import Problem, busy
+from serve.scores import ScoreLog
 from serve.settings import ServeSettings
 from serve.snapshots import Snapshots
 from serve.state import State
+
+logger = logging.getLogger("shopsphere.serve")
 
 VERSION = "1"
 TICK_SECONDS = 0.5
@@ -44,15 +53,22 @@ class Application:
         self.log = AccessLog(Path(settings.home) / "logs" / f"access-{os.getpid()}.jsonl")
         self.inventory = Inventory(self.state, self.lookups)
         self.snapshots = Snapshots(Lake(settings))
+        self.scoring = Gate("scoring", 1, serving.scoring_queue)
+        self.watch = ModelWatch(Registry(home=Path(settings.home)), serving.model_seconds)
+        self.fraud = Fraud(serving, context, self.snapshots, self.inventory, self.watch, self.scoring)
+        self.scores = ScoreLog(settings.kafka, serving.scores_topic, self.fraud.heard)
+        self.fraud.log = self.scores
         self.customers = Customers(self.snapshots, self.lookups, settings.default_region, settings.base_currency)
 
     def _on_line(self, line: Line) -> None:
         """A newer snapshot is about to answer."""
+        self.fraud.refresh()
+        self.fraud.on_line(line)
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
         """Everything that can be asked."""
-        return (*self.inventory.endpoints, *self.customers.endpoints, *self._own)
+        return (*self.fraud.endpoints, *self.inventory.endpoints, *self.customers.endpoints, *self._own)
 
     @property
     def _own(self) -> tuple[Endpoint, ...]:
@@ -101,15 +117,34 @@ class Application:
                 LATER.set(line.stock.later.height)
                 REJECTED.set(line.stock.rejected)
 
+    def _hear(self) -> None:
+        """Scores whose answer may be asked for again, or whose order the lakehouse may not have."""
+        since = datetime.now(UTC) - timedelta(seconds=self.serving.same_answer_seconds)
+        has = self.snapshots.of(ORDERS_UNIFIED).at
+        self.scores.start(min(since, has - SETTLE) if has is not None else since)
+
+    async def _refresh(self) -> None:
+        """Orders and labels that the lakehouse has learned of."""
+        while True:
+            await asyncio.sleep(self.serving.refresh_seconds)
+            try:
+                if self.state.ready.is_set():
+                    await asyncio.to_thread(self.fraud.refresh)
+            except Exception:
+                logger.exception("reading the orders failed; those known before go on serving")
+
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
         """The state is followed while the application runs; it answers 503 until there is one."""
         self.state.start()
-        ticking = asyncio.create_task(self._tick())
+        self.watch.start()
+        await asyncio.to_thread(self._hear)
+        beside = [asyncio.create_task(self._tick()), asyncio.create_task(self._refresh())]
         try:
             yield
         finally:
-            ticking.cancel()
+            for task in beside:
+                task.cancel()
             await asyncio.to_thread(self.close)
 
     def check_health(self) -> None:
@@ -120,6 +155,9 @@ class Application:
     def close(self) -> None:
         """End what runs beside the requests, and write what is kept back."""
         self.lookups.close()
+        self.scoring.close()
+        self.scores.stop()
+        self.watch.stop()
         self.state.stop()
         self.log.flush()
 
