@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -50,6 +51,7 @@ class Application:
         self.settings, self.serving = settings, serving
         self.state = State(settings, serving, context, self._on_line)
         self.lookups = Gate("lookup", serving.lookup_threads, serving.lookup_queue)
+        self._began = 0.0
         self.log = AccessLog(Path(settings.home) / "logs" / f"access-{os.getpid()}.jsonl")
         self.inventory = Inventory(self.state, self.lookups)
         self.snapshots = Snapshots(Lake(settings))
@@ -94,6 +96,10 @@ class Application:
     async def _readyz(self, asked: Asked) -> Response:
         if not self.state.ready.is_set():
             raise busy(503, self.state.error or "The state is being read.", 2)
+        if not self.watch.looked.is_set():
+            raise busy(503, "The models are being loaded.", 2)
+        if not self.scores.caught_up.is_set() and time.monotonic() - self._began < self.serving.start_seconds:
+            raise busy(503, "The scores of other replicas are being read.", 2)
         return PlainTextResponse("ready\n")
 
     async def _metrics(self, asked: Asked) -> Response:
@@ -136,6 +142,7 @@ class Application:
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
         """The state is followed while the application runs; it answers 503 until there is one."""
+        self._began = time.monotonic()
         self.state.start()
         self.watch.start()
         await asyncio.to_thread(self._hear)

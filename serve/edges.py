@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+from polars.exceptions import PanicException
 from prometheus_client import Counter, Gauge, Histogram
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -231,13 +232,22 @@ class Gate:
             raise busy(429, "Too many requests are waiting.")
         self._inside += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._executor, functools.partial(function, *arguments))
+            work = functools.partial(_unpanicked, function, *arguments)
+            return await asyncio.get_running_loop().run_in_executor(self._executor, work)
         finally:
             self._inside -= 1
 
     def close(self) -> None:
         """Wait for what runs."""
         self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _unpanicked(function: Callable[..., T], *arguments: Any) -> T:
+    """A panic of polars is no Exception: it would end the process's event loop."""
+    try:
+        return function(*arguments)
+    except PanicException as error:
+        raise RuntimeError(f"polars panicked: {error}") from None
 
 
 def _is_loopback(host: str) -> bool:

@@ -11,6 +11,7 @@ from datetime import datetime
 
 import polars as pl
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
+from polars.exceptions import PanicException
 
 from lakehouse.settings import KafkaSettings
 from lakehouse.step import Context
@@ -41,7 +42,7 @@ class Line:
 
     def __init__(self, base: Base, kafka: KafkaSettings, context: Context, probe_seconds: float, changed: Changed) -> None:
         self.base, self.stock = base, Stock(base, context)
-        self.offsets: dict[str, int] = dict(base.offsets)
+        self.offsets = {name: at for name, at in base.offsets.items() if name.rpartition(":")[0] in kafka.topics}
         self.fresh_at = _unix(base.at)
         self.caught_up = threading.Event()
         self.error: StateError | None = None
@@ -78,7 +79,7 @@ class Line:
                 self._read(consumer)
         except StateError as error:
             self.error = error
-        except Exception as error:
+        except (Exception, PanicException) as error:  # a panic of polars is no Exception
             self.error = StateError(f"The topics cannot be followed: {' '.join(str(error).split())}")
             logger.exception("following the topics ended")
         finally:

@@ -38,6 +38,8 @@ from pipelines.silver.users_scd import USERS_SCD
 from serve.problems import bad_field
 from serve.snapshots import Snapshots
 
+AMOUNT_LIMIT = 10**12
+"""What silver's money columns can hold, with room for what many together come to."""
 AHEAD = timedelta(minutes=5)
 """How far a checkout's clock may be ahead."""
 READ: tuple[Table, ...] = (
@@ -144,11 +146,13 @@ def snapshots_of(snapshots: Snapshots) -> dict[str, int]:
 
 def entities_of(orders: Sequence[Order], known: Known, context: Context, now: datetime) -> pl.DataFrame:
     """The orders as features take them (ORDER_COLUMNS), in the order given. Raises Problem for a moment in the future."""
+    for number, order in enumerate(orders):
+        _check(order, "" if len(orders) == 1 else f"orders[{number}].")
     accounts = [account_of(order, known, context.default_region) for order in orders]
     moments = [(order.created_at or now).astimezone(UTC) for order in orders]
     for number, moment in enumerate(moments):
         if moment > now + AHEAD:
-            where = "created_at" if len(orders) == 1 else f"[{number}].created_at"
+            where = "created_at" if len(orders) == 1 else f"orders[{number}].created_at"
             raise bad_field(where, "lies in the future")
     web = _bronze(
         ORDERS,
@@ -219,6 +223,17 @@ def entities_of(orders: Sequence[Order], known: Known, context: Context, now: da
     found = conform(order_entities.fill(frames, context), ORDER_COLUMNS)
     wanted = pl.DataFrame({"order_id": [order.order_id for order in orders]})
     return wanted.join(found, on="order_id", how="left", maintain_order="left").select(list(ORDER_COLUMNS))
+
+
+def _check(order: Order, where: str) -> None:
+    """Amounts that silver's columns can hold. Raises Problem."""
+    amounts = [("total_amount", order.total_amount)]
+    amounts += [(f"items[{number}].unit_price", line.unit_price) for number, line in enumerate(order.items)]
+    for name, amount in amounts:
+        if not amount.is_finite() or abs(amount) >= AMOUNT_LIMIT:
+            raise bad_field(where + name, f"expected an amount below {AMOUNT_LIMIT:,}")
+        if amount != round(amount, 4):
+            raise bad_field(where + name, "has more than 4 decimal places")
 
 
 def account_of(order: Order, known: Known, region: str) -> int | None:

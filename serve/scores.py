@@ -6,7 +6,6 @@ A score is an event (docs/sources.md) of type `order_scored`, so the lakehouse t
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
@@ -163,9 +162,14 @@ class ScoreLog:
         if self.topic not in topics:
             admin = AdminClient({**self._kafka.properties, "bootstrap.servers": self._kafka.bootstrap_servers})
             made = admin.create_topics([NewTopic(self.topic, PARTITIONS)])[self.topic]
-            with contextlib.suppress(KafkaException):  # another replica was first
+            try:
                 made.result(10)
-            topics = consumer.list_topics(timeout=10).topics
+            except KafkaException as error:
+                if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:  # another replica was first
+                    raise
+            until = time.monotonic() + 10
+            while self.topic not in (topics := consumer.list_topics(timeout=10).topics) and time.monotonic() < until:
+                self._stopping.wait(0.1)
         return sorted(topics[self.topic].partitions)
 
     def _take(self, value: bytes | None) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from polars.exceptions import PanicException
+
 from lakehouse.errors import ShopSphereError
 from lakehouse.iceberg import Lake
 from lakehouse.settings import Settings
@@ -130,7 +132,7 @@ class State:
                 self._look(lake)
             except ShopSphereError as error:
                 self._fail(str(error))
-            except Exception as error:
+            except (Exception, PanicException) as error:  # a panic of polars is no Exception
                 logger.exception("reading the snapshot failed")
                 self._fail(f"The snapshot cannot be read ({type(error).__name__}). See the log.")
             self._stopping.wait(self.serving.refresh_seconds)
