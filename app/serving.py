@@ -50,6 +50,9 @@ def serve(
     address = f"http://{serving.host}:{serving.port}"
     try:
         with _served(settings.ray.cpus, serving.host, serving.port, arguments):
+            # Ray has put its own in the place of ours
+            for number in previous:
+                signal.signal(number, on_signal)
             _wait_ready(address, stop)
             if not stop.is_set():
                 said = f"Serving on {address}; description: {address}/openapi.json"

@@ -94,12 +94,8 @@ class Application:
         return PlainTextResponse("alive\n")
 
     async def _readyz(self, asked: Asked) -> Response:
-        if not self.state.ready.is_set():
-            raise busy(503, self.state.error or "The state is being read.", 2)
-        if not self.watch.looked.is_set():
-            raise busy(503, "The models are being loaded.", 2)
-        if not self.scores.caught_up.is_set() and time.monotonic() - self._began < self.serving.start_seconds:
-            raise busy(503, "The scores of other replicas are being read.", 2)
+        if missing := self.missing:
+            raise busy(503, missing, 2)
         return PlainTextResponse("ready\n")
 
     async def _metrics(self, asked: Asked) -> Response:
@@ -141,11 +137,13 @@ class Application:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """The state is followed while the application runs; it answers 503 until there is one."""
+        """The state is followed while the application runs."""
         self._began = time.monotonic()
         self.state.start()
         self.watch.start()
         await asyncio.to_thread(self._hear)
+        # Ray Serve sends requests as soon as this is over
+        await self._until_ready()
         beside = [asyncio.create_task(self._tick()), asyncio.create_task(self._refresh())]
         try:
             yield
@@ -153,6 +151,22 @@ class Application:
             for task in beside:
                 task.cancel()
             await asyncio.to_thread(self.close)
+
+    @property
+    def missing(self) -> str | None:
+        """What it waits for before it should be asked."""
+        if not self.state.ready.is_set():
+            return self.state.error or "The state is being read."
+        if not self.watch.looked.is_set():
+            return "The models are being loaded."
+        if not self.scores.caught_up.is_set() and time.monotonic() - self._began < self.serving.start_seconds:
+            return "The scores of other replicas are being read."
+        return None
+
+    async def _until_ready(self) -> None:
+        """Wait, not for ever: what cannot become ready says so at /-/readyz and in each answer."""
+        while self.missing is not None and time.monotonic() - self._began < self.serving.start_seconds * 2:
+            await asyncio.sleep(0.05)
 
     def check_health(self) -> None:
         """Raises when the thread that follows the snapshots is gone: only a new process helps then."""

@@ -46,10 +46,7 @@ def context_of(settings: Settings) -> Context:
 def check(serving: ServeSettings) -> None:
     """What must hold before anything listens. Raises SettingsError, ShopSphereError."""
     if not serving.loopback and not Keys.read(serving.keys).keys:
-        raise SettingsError(
-            f"Serving on {serving.host} needs API keys, and {serving.keys} has none. "
-            "Make one: python -m app api-key NAME --scope inventory; or serve on 127.0.0.1."
-        )
+        raise _no_keys(serving)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -58,6 +55,13 @@ def check(serving: ServeSettings) -> None:
             raise ShopSphereError(
                 f"{serving.host}:{serving.port} cannot be listened on ({error.strerror}). Choose another: --port, --host."
             ) from None
+
+
+def _no_keys(serving: ServeSettings) -> SettingsError:
+    return SettingsError(
+        f"Serving on {serving.host} needs API keys, and {serving.keys} has none. "
+        "Make one: python -m app api-key NAME --scope inventory; or serve on 127.0.0.1."
+    )
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -89,6 +93,8 @@ def build(arguments: Mapping[str, Any] | None = None) -> Any:
     from ray import serve as rayserve
 
     serving, settings = load_serve_settings(**dict(arguments or {})), load_settings()
+    if not serving.loopback and not Keys.read(serving.keys).keys:
+        raise _no_keys(serving)
     home = Path(settings.home).absolute()
     (home / "serve" / "metrics").mkdir(parents=True, exist_ok=True)
     given = {f"{PREFIX}{name.upper()}": str(value) for name, value in dict(arguments or {}).items()}
