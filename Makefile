@@ -27,7 +27,7 @@ test: $(READY) ## The fast tests, two at a time
 # the model's slow tests are not in CI yet: see `make test-all`
 test-slow: $(READY) ## The slow tests of the lakehouse: kills, Ray, servers under load
 	@$(BIN)/python -m pytest -m slow -n 2 --dist load tests/test_kill.py tests/test_engine.py tests/test_laws.py \
-		tests/test_object_store.py tests/test_online_retail_lakehouse.py
+		tests/test_object_store.py tests/test_online_retail_lakehouse.py tests/test_serve_ray.py tests/test_serve_edges.py
 
 test-all: $(READY) ## All tests, the slow ones too
 	@$(BIN)/python -m pytest -m ""
@@ -45,10 +45,13 @@ docs: $(READY) ## Write docs/tables.md and docs/settings.md from the declaration
 bench: $(READY) ## What a change costs against the full build, and as history grows
 	@$(BIN)/python bench/incremental.py
 
+bench-serve: $(READY) ## Serving beside a bare server and MLflow's; needs wrk
+	@$(BIN)/python bench/serving.py
+
 lock: ## Pin the packages anew (universal, no addresses)
 	$(BIN)/uv pip compile --quiet --universal --no-header --no-emit-index-url --no-annotate --group dev pyproject.toml -o requirements.lock
 
 clean: ## Remove the virtual environment and everything local
 	rm -rf $(VENV) .shopsphere
 
-.PHONY: help setup demo test test-slow test-all lint docs bench lock clean
+.PHONY: help setup demo test test-slow test-all lint docs bench bench-serve lock clean

@@ -39,11 +39,11 @@ ORDER_LUA = """
 local n, run = 0, tostring(os.time()) .. tostring({}):sub(8)
 request = function()
   n = n + 1
-  local body = string.gsub([[BODY]], "ORDER", run .. "-" .. n)
+  local body = string.gsub([==[BODY]==], "ORDER", run .. "-" .. n)
   return wrk.format("POST", nil, {["Content-Type"] = "application/json"}, body)
 end
 """
-POST_LUA = 'wrk.method = "POST"; wrk.headers["Content-Type"] = "application/json"; wrk.body = [[BODY]]'
+POST_LUA = 'wrk.method = "POST"; wrk.headers["Content-Type"] = "application/json"; wrk.body = [==[BODY]==]'
 REPORT_LUA = """
 done = function(summary, latency)
   io.write(string.format("RESULT %d %d %d %d %d %d\\n", summary.requests, summary.duration, latency:percentile(50),
@@ -244,6 +244,7 @@ def measure(home: Path, seconds: int) -> dict[str, Any]:
     results: list[Measured] = []
 
     def loaded(what: str, url: str, script: str) -> None:
+        wrk(what, url, script, 1, 1)  # warms up
         for connections in CONNECTIONS:
             results.append(wrk(what, url, script, connections, seconds))
             print(results[-1], file=sys.stderr, flush=True)

@@ -31,6 +31,7 @@ from serve.problems import bad_field, busy
 from serve.scores import Score, ScoreLog
 from serve.settings import ServeSettings
 from serve.snapshots import Snapshots
+from serve.stock import CHUNKS
 
 logger = logging.getLogger("shopsphere.serve")
 
@@ -102,8 +103,8 @@ class Recent:
         self.same_answer = same_answer
         self._answers: OrderedDict[str, tuple[datetime, FraudScore]] = OrderedDict()
         self._scored: dict[str, datetime] = {}
-        self._frames: dict[str, pl.DataFrame] = {}
-        self._rows: pl.DataFrame | None = None
+        self._rows = pl.DataFrame(schema=ORDER_COLUMNS)
+        self._fresh: list[pl.DataFrame] = []
 
     def answered(self, order_id: str, now: datetime) -> FraudScore | None:
         """What this order was told within the window."""
@@ -115,24 +116,27 @@ class Recent:
         if self.answered(order_id, at) is None:
             self._answers[order_id] = (at, told)
             self._answers.move_to_end(order_id)
+        if order_id in self._scored:  # scored again after its window: the newer one counts
+            self._rows = self.rows().filter(pl.col("order_id") != order_id)
         self._scored[order_id] = at
-        self._frames[order_id] = entity
-        self._rows = None
+        self._fresh.append(entity)
 
     def rows(self) -> pl.DataFrame:
         """The orders (ORDER_COLUMNS)."""
-        if self._rows is None:
-            self._rows = pl.concat(list(self._frames.values())) if self._frames else pl.DataFrame(schema=ORDER_COLUMNS)
+        if self._fresh:
+            self._rows = pl.concat([self._rows, *self._fresh], rechunk=self._rows.n_chunks() >= CHUNKS)
+            self._fresh = []
         return self._rows
 
     def forget(self, known: Known, now: datetime) -> None:
         """Leave out what the lakehouse has, what was never placed, and answers whose window is over."""
-        there = set(known.entities["order_id"].filter(known.entities["order_id"].is_in(list(self._frames))))
+        there = set(known.entities["order_id"].filter(known.entities["order_id"].is_in(list(self._scored))))
         never = known.at - SETTLE if known.at else None
         for order_id, at in list(self._scored.items()):
             if order_id in there or (never is not None and at < never and now - at > self.same_answer):
-                del self._scored[order_id], self._frames[order_id]
-                self._rows = None
+                del self._scored[order_id]
+        if len(self._scored) < self.rows().height:
+            self._rows = self.rows().filter(pl.col("order_id").is_in(list(self._scored)))
         while self._answers and now - next(iter(self._answers.values()))[0] > self.same_answer:
             self._answers.popitem(last=False)
 
@@ -224,7 +228,6 @@ class Fraud:
         line, events = self._events
         entities = entities_of(orders, known, self.context, now)
         recent = self.recent.rows()
-        recent = recent.filter(~pl.col("order_id").is_in(known.entities["order_id"].implode())) if recent.height else recent
         later = account_events(line.stock.later.select(EVENT_READS))
         accounts, devices = (entities[name].drop_nulls().unique().implode() for name in ("account", "device"))
         concerned = pl.col("account").is_in(accounts) | pl.col("device").is_in(devices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import random
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from polars.exceptions import PanicException
 from starlette.testclient import TestClient
 from test_serve_fraud import made, replica, running, trained, wait_for
@@ -25,6 +27,7 @@ from serve.keys import Keys
 from serve.problems import Problem
 from serve.settings import ServeSettings, load_serve_settings
 
+ROOT = Path(__file__).resolve().parents[1]
 LOOKUP = {"product_ids": ["P0001", "P0002"], "store_ids": ["ST-JKT-1"]}
 INSIDE = ("Traceback", 'File "', ".py", "polars", "msgspec", "Error(", "/tmp", "SELECT")
 """What an answer must not hold."""
@@ -188,3 +191,19 @@ def test_a_key_is_made_on_the_command_line(tmp_path: Path, monkeypatch: pytest.M
 def test_wrong_settings_are_named() -> None:
     with pytest.raises(SettingsError, match="port"):
         load_serve_settings(port=-1)
+
+
+def test_the_deployment_file_is_one_and_names_real_settings() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    told = yaml.safe_load((ROOT / "serve" / "deploy.yaml").read_text())
+    (application,) = ServeDeploySchema(**told).applications
+    module, _, name = str(application.import_path).partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    serving = load_serve_settings(**application.args)
+    assert (serving.host, serving.port) == (told["http_options"]["host"], told["http_options"]["port"])
+
+
+def test_every_setting_is_in_the_documentation() -> None:
+    page = (ROOT / "docs" / "serving.md").read_text()
+    assert [name for name in ServeSettings.model_fields if f"| `{name}` |" not in page] == []

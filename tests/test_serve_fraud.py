@@ -24,7 +24,7 @@ from app.passes import context_of, open_engine, run_pass
 from lakehouse.iceberg import Lake
 from lakehouse.settings import Settings
 from ml.evaluation import ThresholdSettings, choose_threshold, evaluate
-from ml.features import FEATURES, History, compute
+from ml.features import FEATURES, ORDER_COLUMNS, History, compute, conform
 from ml.order_features import ORDER_FEATURES, account_events, refresh
 from ml.registry import Registry, Training
 from ml.training import TrainingSettings, fit_here
@@ -296,11 +296,13 @@ def test_an_amount_of_any_size_is_scored_or_refused(desk: Desk) -> None:
 def test_an_order_is_forgotten_when_the_lakehouse_has_it_or_should_have() -> None:
     now = datetime(2026, 1, 31, tzinfo=UTC)
     recent = Recent(timedelta(hours=1))
-    entity = pl.DataFrame({"order_id": ["x"]})
     for name, age in (("placed", 2), ("dropped", 2), ("young", 0.1)):
+        entity = conform(pl.DataFrame({"order_id": [name]}), ORDER_COLUMNS)
         recent.add(name, now - timedelta(hours=age), entity, name)  # type: ignore[arg-type]
     known = Known(*[pl.DataFrame({"order_id": ["placed"]})] * 8, {}, now)  # type: ignore[arg-type]
     recent.forget(known, now)
+    assert recent.rows()["order_id"].to_list() == ["young"]
+    recent.add("young", now, conform(pl.DataFrame({"order_id": ["young"]}), ORDER_COLUMNS), "again")  # type: ignore[arg-type]
     assert recent.rows().height == 1
     assert recent.answered("young", now) == "young"
     assert recent.answered("placed", now) is None
