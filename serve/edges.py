@@ -256,8 +256,10 @@ def _with_whole_numbers(body: bytes | bytearray, kind: Any) -> Any:
 
     try:
         return msgspec.convert(whole(msgspec.json.decode(body)), kind)
-    except msgspec.ValidationError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise bad_body(error) from None
+    except RecursionError:
+        raise bad_field("body", "is nested too deeply") from None
 
 
 def _unpanicked(function: Callable[..., T], *arguments: Any) -> T:
