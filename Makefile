@@ -24,11 +24,12 @@ demo: $(READY) ## Real source servers, a seeded shop, all layers, answers
 test: $(READY) ## The fast tests, two at a time
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-slow: $(READY) ## The slow tests: kills, Ray, servers under load, the model from shop to rollback
+test-slow: $(READY) ## The slow tests: kills, Ray, servers under load, the model from shop to rollback, serving under fire
 	@$(BIN)/python -m pytest -m slow -n 2 --dist load tests/test_kill.py tests/test_rebuild.py tests/test_engine.py \
 		tests/test_laws.py tests/test_object_store.py tests/test_online_retail_lakehouse.py
 	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile tests/test_fraud_model.py tests/test_training.py \
 		tests/test_registry.py tests/test_order_features.py
+	@$(BIN)/python -m pytest -m slow tests/test_serve_ray.py tests/test_serve_edges.py
 
 test-all: $(READY) ## All tests, the slow ones too
 	@$(BIN)/python -m pytest -m ""
@@ -47,10 +48,13 @@ bench: $(READY) ## What a change costs against the full build; the training set 
 	@$(BIN)/python bench/incremental.py
 	@$(BIN)/python bench/training_set.py
 
+bench-serve: $(READY) ## Serving beside a bare server and MLflow's; needs wrk
+	@$(BIN)/python bench/serving.py
+
 lock: ## Pin the packages anew (universal, no addresses)
 	$(BIN)/uv pip compile --quiet --universal --no-header --no-emit-index-url --no-annotate --group dev pyproject.toml -o requirements.lock
 
 clean: ## Remove the virtual environment and everything local
 	rm -rf $(VENV) .shopsphere
 
-.PHONY: help setup demo test test-slow test-all lint docs bench lock clean
+.PHONY: help setup demo test test-slow test-all lint docs bench bench-serve lock clean

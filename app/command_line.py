@@ -20,6 +20,7 @@ import typer.core
 
 from app.model_commands import register
 from app.output import Output, size
+from app.serving import register as register_serving
 from lakehouse.errors import ShopSphereError
 from lakehouse.settings import home_directory, load_settings
 
@@ -371,6 +372,7 @@ def docs(check: Annotated[bool, typer.Option("--check", help="Only tell whether 
 
 
 register(app)
+register_serving(app)
 
 
 def main(arguments: list[str] | None = None) -> int:

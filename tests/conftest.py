@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from app import sandbox
+from app.passes import open_engine, run_pass
 from app.sandbox.servers import Addresses, start_servers, stop_servers
+from lakehouse.settings import Settings, load_settings
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +20,19 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Addresses]:
     addresses = start_servers(home)
     yield addresses
     stop_servers(home)
+
+
+@pytest.fixture(scope="session")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    """The settings of a sandbox with a small shop and a lakehouse filled from it."""
+    home: Path = tmp_path_factory.mktemp("filled")
+    sandbox.start(home, orders=500, seed=5)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SHOPSPHERE_HOME", str(home))
+            settings = load_settings()
+        with open_engine(settings) as engine:
+            assert not run_pass(engine, lambda name, report: None).errors
+        yield settings
+    finally:
+        sandbox.stop(home)

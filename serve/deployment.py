@@ -1,0 +1,130 @@
+"""The application on Ray Serve's fast path: HAProxy in front of replicas that answer HTTP themselves."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lakehouse.errors import SettingsError, ShopSphereError
+from lakehouse.settings import Settings, load_settings
+from lakehouse.step import Context
+from serve.application import MULTIPROCESS, Application
+from serve.keys import Keys
+from serve.settings import PREFIX, ServeSettings, load_serve_settings
+
+FAST_PATH: Mapping[str, str] = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+}
+"""Must be in the environment before Ray starts. A factor of ten in requests per second; see docs/serving.md."""
+
+BUSY_REQUESTS = 1_000
+
+
+def context_of(settings: Settings) -> Context:
+    """The settings that shape silver's results."""
+    return Context(
+        base_currency=settings.base_currency,
+        default_region=settings.default_region,
+        address_crowd=settings.address_crowd,
+        identifier_crowd=settings.identifier_crowd,
+        low_stock_days=float(settings.low_stock_days),
+    )
+
+
+def check(serving: ServeSettings) -> None:
+    """What must hold before anything listens. Raises SettingsError, ShopSphereError."""
+    if not serving.loopback and not Keys.read(serving.keys).keys:
+        raise _no_keys(serving)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((serving.host, serving.port))
+        except OSError as error:
+            raise ShopSphereError(
+                f"{serving.host}:{serving.port} cannot be listened on ({error.strerror}). Choose another: --port, --host."
+            ) from None
+
+
+def _no_keys(serving: ServeSettings) -> SettingsError:
+    return SettingsError(
+        f"Serving on {serving.host} needs API keys, and {serving.keys} has none. "
+        "Make one: python -m app api-key NAME --scope inventory; or serve on 127.0.0.1."
+    )
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Variables of a replica's process beside those of its node, where all others are set: Ray shows these to whoever may
+    look at the cluster, so no secret may be among them."""
+    return {
+        **FAST_PATH,
+        "SHOPSPHERE_HOME": str(home),
+        MULTIPROCESS: str(home / "serve" / "metrics"),
+        # frames of a row or two: threads for them cost more than they give
+        "OMP_NUM_THREADS": "1",
+        "POLARS_MAX_THREADS": "1",
+    }
+
+
+class Replica:
+    """One process with all of the state. Ray Serve makes it, asks after its health, and ends it."""
+
+    def __init__(self) -> None:
+        settings = load_settings()
+        if directory := os.environ.get(MULTIPROCESS):
+            _forget_dead(Path(directory))
+        self.application = Application(settings, load_serve_settings(), context_of(settings))
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self.application.asgi()
+
+    def check_health(self) -> None:
+        """Called by Ray Serve; an error has it replaced."""
+        self.application.check_health()
+
+
+def build(arguments: Mapping[str, Any] | None = None) -> Any:
+    """The Ray Serve application; what `serve deploy serve/deploy.yaml` imports. Settings come from the environment."""
+    from ray import serve as rayserve
+
+    serving, settings = load_serve_settings(**dict(arguments or {})), load_settings()
+    if not serving.loopback and not Keys.read(serving.keys).keys:
+        raise _no_keys(serving)
+    home = Path(settings.home).absolute()
+    (home / "serve" / "metrics").mkdir(parents=True, exist_ok=True)
+    given = {f"{PREFIX}{name.upper()}": str(value) for name, value in dict(arguments or {}).items()}
+    deployment: Any = rayserve.deployment(
+        rayserve.ingress()(Replica),
+        name="shopsphere",
+        num_replicas=serving.replicas,
+        max_ongoing_requests=BUSY_REQUESTS,
+        graceful_shutdown_timeout_s=serving.drain_seconds,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": environment(home) | given}},
+    )
+    return deployment.bind()
+
+
+def _forget_dead(directory: Path) -> None:
+    """Gauges of processes that are no more would be told for ever."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in directory.glob("gauge_live*_*.db"):
+        number = file.stem.rpartition("_")[2]
+        if number.isdigit() and not psutil.pid_exists(int(number)):
+            file.unlink(missing_ok=True)
+
+
+def clear_metrics(home: Path) -> None:
+    """Metrics of an earlier serving."""
+    shutil.rmtree(home / "serve" / "metrics", ignore_errors=True)
