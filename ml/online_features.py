@@ -200,7 +200,7 @@ class EntityHistory:
             self._begin(self.rows[:place])
             return rows
         for values in (self.rows, self.placed, self.ratios, self.run_start):
-            del values[place:]  # type: ignore[attr-defined]
+            del values[place:]
         sums = (self.amounts, self.squares, self.prices, self.usual_amounts, self.usual_prices, self.genuine, self.settled)
         for counts in (*sums, *self.met.values()):
             del counts[place + 1 :]

@@ -234,7 +234,7 @@ class Gate:
             raise busy(429, "Too many requests are waiting.")
         self._inside += 1
         try:
-            work = functools.partial(_unpanicked, function, *arguments)
+            work = functools.partial(unpanicked, function, *arguments)
             return await asyncio.get_running_loop().run_in_executor(self._executor, work)
         finally:
             self._inside -= 1
@@ -262,7 +262,7 @@ def _with_whole_numbers(body: bytes | bytearray, kind: Any) -> Any:
         raise bad_field("body", "is nested too deeply") from None
 
 
-def _unpanicked(function: Callable[..., T], *arguments: Any) -> T:
+def unpanicked(function: Callable[..., T], *arguments: Any) -> T:
     """A panic of polars is no Exception: it would end the process's event loop."""
     try:
         return function(*arguments)
