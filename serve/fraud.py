@@ -326,8 +326,7 @@ class Fraud:
         self.recent.add(row, now, answered)
         shadow = self._shadow(models, values)
         if self.log is not None:
-            seen = {name: values[place] for name, place in champion.seen}
-            self.log.write(Score(answered.order_id, now, row, seen, answered, shadow))
+            self.log.write(Score(answered.order_id, now, row, champion.seen(values), answered, shadow))
         return answered
 
     def _shadow(self, models: Models, values: Sequence[Value]) -> dict[str, Any] | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -54,9 +55,13 @@ class Scorer:
         return Scorer(loaded, forest, np.array(places, dtype=np.int64), {**codes, **unused})
 
     @functools.cached_property
-    def seen(self) -> tuple[tuple[str, int], ...]:
-        """The names of the model's features with their places."""
-        return tuple(zip(self.model.features, self.places.tolist(), strict=True))
+    def _own(self) -> Callable[[Sequence[Value]], Sequence[Value]]:
+        places = self.places.tolist()
+        return itemgetter(*places) if len(places) > 1 else lambda values: [values[place] for place in places]
+
+    def seen(self, values: Sequence[Value]) -> dict[str, Value]:
+        """The features that the model looks at, by name."""
+        return dict(zip(self.model.features, self._own(values), strict=True))
 
     @property
     def number(self) -> int:

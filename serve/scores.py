@@ -49,6 +49,20 @@ class Score:
     shadow: Mapping[str, Any] | None
 
 
+class _From(msgspec.Struct):
+    """Who wrote a message, read without the rest of it: most are one's own."""
+
+    replica: str
+
+
+class _Sent(msgspec.Struct):
+    event_type: str
+    metadata: _From
+
+
+SENT = msgspec.json.Decoder(_Sent)
+
+
 class ScoreLog:
     """Writes scores, and hears of those that others wrote."""
 
@@ -180,10 +194,11 @@ class ScoreLog:
 
     def _take(self, value: bytes | None) -> None:
         try:
+            sent = SENT.decode(value or b"")
+            if sent.event_type != EVENT_TYPE or sent.metadata.replica == self.replica:
+                return
             event = msgspec.json.decode(value or b"")
             told = event["metadata"]
-            if event["event_type"] != EVENT_TYPE or told["replica"] == self.replica:
-                return
             score = Score(
                 told["order_ref"],
                 datetime.fromisoformat(event["timestamp"]),
