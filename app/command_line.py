@@ -178,7 +178,7 @@ def replay(
 @app.command()
 def status(json: Json = False) -> None:
     """Per table: rows, snapshot, position, lag behind its source, last run."""
-    from app.tables_status import short_position, statuses
+    from pipelines.tables_status import short_position, statuses
     from lakehouse.iceberg import Lake
 
     output = Output(json)

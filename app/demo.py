@@ -15,7 +15,7 @@ from app.command_line import print_pass, teller
 from app.identity_scores import Scores, pairwise_scores
 from app.output import Output, size
 from app.passes import open_engine, run_pass
-from app.tables_status import statuses
+from pipelines.tables_status import statuses
 from lakehouse.errors import SandboxError
 from lakehouse.iceberg import Lake
 from lakehouse.query import query

@@ -111,6 +111,10 @@ class Recent:
         found = self._answers.get(order_id)
         return found[1] if found is not None and now - found[0] <= self.same_answer else None
 
+    def answers(self, now: datetime) -> list[tuple[datetime, FraudScore]]:
+        """All that was told within the window, and when; oldest first."""
+        return [found for found in self._answers.values() if now - found[0] <= self.same_answer]
+
     def add(self, order_id: str, at: datetime, entity: pl.DataFrame, told: FraudScore) -> None:
         """An order was scored, here or by another replica; the first answer stands."""
         if self.answered(order_id, at) is None:
@@ -184,6 +188,11 @@ class Fraud:
         told = msgspec.convert(score.answer, FraudScore)
         with self._lock:
             self.recent.add(score.order_id, score.scored_at, entity, told)
+
+    def answers(self) -> list[tuple[datetime, FraudScore]]:
+        """All that was told within the window, by this replica or another, and when; oldest first."""
+        with self._lock:
+            return self.recent.answers(datetime.now(UTC))
 
     async def score(self, asked: Asked) -> Response:
         """POST /v1/fraud/score"""
