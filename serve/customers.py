@@ -26,8 +26,8 @@ from pipelines.silver.identity_graph import IDENTITY_GRAPH
 from pipelines.silver.orders_unified import ORDERS_UNIFIED
 from pipelines.silver.users_scd import USERS_SCD
 from serve.edges import Asked, Endpoint, Gate, Parameter, answer
-from serve.inventory import read_id, read_limit
-from serve.problems import Problem, Wrong, bad_field
+from serve.inventory import ID, read_id, read_limit
+from serve.problems import Problem, Wrong
 from serve.snapshots import Snapshots
 
 MOST = 1_000
@@ -204,11 +204,10 @@ class Customers:
 
     async def by_identifier(self, asked: Asked) -> Response:
         """GET /v1/customers"""
-        given = [name for name in IDENTIFIERS if name in asked.query]
-        if len(given) != 1:
-            names = ", ".join(IDENTIFIERS)
-            raise Problem(400, f"Give exactly one of {names}.", errors=tuple(Wrong(n, "one of several") for n in given[1:]))
-        return answer(await self.gate.run(self.shown_by, given[0], asked.query[given[0]], asked.query.get("limit", 100)))
+        given = {name: asked.query[name] for name in IDENTIFIERS if name in asked.query}
+        if not given:
+            raise Problem(404, f"Nobody is named: give {', '.join(IDENTIFIERS[:-1])} or {IDENTIFIERS[-1]}.")
+        return answer(await self.gate.run(self.shown_by, given, asked.query.get("limit", 100)))
 
     def named(self, name: str, limit: int) -> Customer:
         """The person of a master_user_id, also of one from before a merge. Raises Problem 404."""
@@ -216,16 +215,26 @@ class Customers:
         masters = self._masters(pl.col("record_id") == name.removeprefix(MASTER)) if name.startswith(MASTER) else []
         return self._only(masters, limit)
 
-    def shown_by(self, kind: str, value: str, limit: int) -> Customer:
-        """The person to whom an identifier (one of IDENTIFIERS) belongs. Raises Problem 400, 404, 409."""
+    def shown_by(self, given: Mapping[str, str], limit: int) -> Customer:
+        """The one whom all the identifiers (name, one of IDENTIFIERS -> value) belong to. Raises Problem 404, 409."""
+        found = [self._shown_by(kind, value) for kind, value in given.items()]
+        if not all(found):
+            raise Problem(404, "No customer is known by that.")
+        common = set(found[0]).intersection(*found[1:])
+        if not common:
+            raise Problem(409, "The identifiers are of different customers.")
+        return self._only(sorted(common), limit)
+
+    def _shown_by(self, kind: str, value: str) -> list[str]:
+        """Those who show an identifier."""
         if kind == "order_id":
             order = self.snapshots.of(ORDERS_UNIFIED).read(pl.col("order_id") == value, ["master_user_id"])
             if order.height and order["master_user_id"][0] is None:
                 raise Problem(404, "Nobody is known to have placed this order.")
-            return self._only(order["master_user_id"].to_list(), limit)
+            return order["master_user_id"].to_list()
         node = self.node(kind, value)
         linked = self._masters((pl.col("node") == node) & (pl.col("status") == LINKED))
-        return self._only(linked or self._masters(pl.col("node") == node), limit)
+        return linked or self._masters(pl.col("node") == node)
 
     def called(self, name: str) -> tuple[list[Found], int]:
         """People of whose name this is a part, at most NAMED of them, by name; and how many there are."""
@@ -242,7 +251,7 @@ class Customers:
         return [msgspec.convert(row | {"reasons": _reasons(row)}, AtRisk) for row in rows.head(most).to_dicts()], rows.height
 
     def node(self, kind: str, value: str) -> str:
-        """The node of the identity graph that an identifier is. Raises Problem 400."""
+        """The node of the identity graph that an identifier is. Raises Problem 404."""
         read: Mapping[str, Callable[[str], str | None]] = {
             "email": normalise_email,
             # a '+' that was not encoded arrives as a space
@@ -251,7 +260,7 @@ class Customers:
         }
         spelled = read[kind](value)
         if spelled is None:
-            raise bad_field(kind, "cannot be one")
+            raise Problem(404, f"{kind}: cannot be one, so nobody shows it", errors=(Wrong(kind, "cannot be one"),))
         return f"{kind.removesuffix('_id')}:{spelled}"
 
     def _masters(self, predicate: pl.Expr) -> list[str]:
@@ -314,17 +323,21 @@ class Customers:
                 "GET",
                 "/v1/customers",
                 "find_customer",
-                "The customer whom an identifier belongs to; exactly one identifier is to be given.",
+                "The customer whom an identifier belongs to; of several given, the one whom all belong to.",
                 self.by_identifier,
                 Customer,
                 "customers",
                 (
-                    Parameter("email", "E-mail address, in any spelling.", read_id, example="siti.hidayat145@post.example"),
+                    Parameter("email", "E-mail address, in any spelling.", read_id, ID, example="siti.hidayat145@post.example"),
                     Parameter(
-                        "phone", "Phone number; without a country code: of the default region.", read_id, example="+6281297201"
+                        "phone",
+                        "Phone number; without a country code the region's.",
+                        read_id,
+                        ID,
+                        example="+6281297201",
                     ),
-                    Parameter("loyalty_id", "Loyalty card.", read_id, example="L-1042"),
-                    Parameter("order_id", "Order: '123', or '<platform>:<order>' of a marketplace.", read_id, example="123"),
+                    Parameter("loyalty_id", "Loyalty card.", read_id, ID, example="L-1042"),
+                    Parameter("order_id", "Order: '123', or '<platform>:<order>' of a marketplace.", read_id, ID, example="123"),
                     LIMIT,
                 ),
                 statuses=(404, 409, 429),

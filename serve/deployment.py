@@ -27,8 +27,6 @@ FAST_PATH: Mapping[str, str] = {
 }
 """Must be in the environment before Ray starts. A factor of ten in requests per second; see docs/serving.md."""
 
-PASSED = ("SHOPSPHERE_", "MLFLOW_", "AWS_")
-"""Prefixes of the variables that replicas get."""
 BUSY_REQUESTS = 1_000
 
 
@@ -65,10 +63,14 @@ def _no_keys(serving: ServeSettings) -> SettingsError:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """The variables of a replica's process."""
-    metrics = home / "serve" / "metrics"
-    passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED) or name in FAST_PATH}
-    return {**FAST_PATH, **passed, "SHOPSPHERE_HOME": str(home), MULTIPROCESS: str(metrics), "OMP_NUM_THREADS": "1"}
+    """Variables of a replica's process beside those of its node, where all others are set: Ray shows these to whoever may
+    look at the cluster, so no secret may be among them."""
+    return {
+        **FAST_PATH,
+        "SHOPSPHERE_HOME": str(home),
+        MULTIPROCESS: str(home / "serve" / "metrics"),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 class Replica:

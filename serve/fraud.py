@@ -7,7 +7,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -27,7 +26,7 @@ from serve.line import Line
 from serve.models import Models, ModelWatch
 from serve.orders import Known, Order, entities_of, neighbours, read_known, snapshots_of
 from serve.orders import Line as OrderLine
-from serve.problems import bad_field, busy
+from serve.problems import busy
 from serve.scores import Score, ScoreLog
 from serve.settings import ServeSettings
 from serve.snapshots import Snapshots
@@ -200,13 +199,7 @@ class Fraud:
 
     async def score_batch(self, asked: Asked) -> Response:
         """POST /v1/fraud/score:batch"""
-        orders = asked.body.orders
-        seen: set[str] = set()
-        for number, order in enumerate(orders):
-            if order.order_id in seen:
-                raise bad_field(f"orders[{number}].order_id", "is there twice")
-            seen.add(order.order_id)
-        return answer(FraudScores(await self.gate.run(self.scored, orders)))
+        return answer(FraudScores(await self.gate.run(self.scored, asked.body.orders)))
 
     def scored(self, orders: Sequence[Order]) -> list[FraudScore]:
         """Score orders, in the order given. Raises Problem."""
@@ -221,7 +214,8 @@ class Fraud:
                 raise busy(503, "The state is being read.", 2)
             now = datetime.now(UTC)
             told = {order.order_id: found for order in orders if (found := self.recent.answered(order.order_id, now))}
-            fresh = [order for order in orders if order.order_id not in told]
+            # an order that is there twice is the same order
+            fresh = list({order.order_id: order for order in reversed(orders) if order.order_id not in told}.values())[::-1]
             if fresh:
                 for score, entity in self._scored(fresh, models, models.champion, known, now):
                     told[score.order_id] = msgspec.convert(score.answer, FraudScore)
@@ -316,8 +310,8 @@ class Fraud:
         order = Order(
             "184467",
             "USD",
-            Decimal("249.90"),
-            [OrderLine("P0001", 1, Decimal("249.90"))],
+            "249.90",
+            [OrderLine("P0001", 1, "249.90")],
             user_id=42,
             payment_method="card",
             card_fingerprint="c-77",
@@ -348,7 +342,7 @@ class Fraud:
                 limit=self.serving.body_bytes,
                 body_example=order,
                 answer_example=told,
-                statuses=(429, 503),
+                statuses=(409, 429, 503),
             ),
             Endpoint(
                 "POST",
@@ -362,7 +356,7 @@ class Fraud:
                 limit=self.serving.batch_body_bytes,
                 body_example=Batch([order]),
                 answer_example=FraudScores([told]),
-                statuses=(429, 503),
+                statuses=(409, 429, 503),
             ),
         )
 

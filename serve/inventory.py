@@ -15,7 +15,7 @@ from pipelines.silver.inventory_snapshots import as_of
 from serve.base import StateError
 from serve.edges import Asked, Endpoint, Gate, Parameter, answer
 from serve.line import Line
-from serve.problems import Problem, bad_field, busy
+from serve.problems import Problem, Wrong, busy
 from serve.state import State
 from serve.stock import Figures, Pair
 
@@ -95,9 +95,9 @@ def read_offsets(text: str) -> dict[str, int]:
     """'events:0:17,events:1:4' -> {'events:0': 17, 'events:1': 4}."""
     found: dict[str, int] = {}
     for part in text.split(","):
-        name, _, offset = part.strip().rpartition(":")
+        name, _, offset = part.rpartition(":")
         topic, _, partition = name.rpartition(":")
-        if not (topic and _is_number(partition) and _is_number(offset)):
+        if not (topic and ":" not in topic and _is_number(partition) and len(partition) < 10 and _is_number(offset)):
             raise ValueError("expected topic:partition:offset, several with commas between")
         found[name] = max(int(offset), found.get(name, 0))
     return found
@@ -110,8 +110,6 @@ def read_moment(text: str) -> datetime:
         moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
     except (ValueError, OverflowError):
         raise ValueError("expected an ISO 8601 moment, such as 2026-01-31T12:00:00Z") from None
-    if moment > datetime.now(UTC):
-        raise ValueError("lies in the future")
     return moment
 
 
@@ -137,10 +135,11 @@ MIN_OFFSET = Parameter(
     "min_offset",
     "Wait until the state contains this offset: topic:partition:offset, several with commas between.",
     read_offsets,
-    {"type": "string", "pattern": r"^[^:,]+:[0-9]+:[0-9]{1,18}(,[^:,]+:[0-9]+:[0-9]{1,18})*$"},
+    {"type": "string", "pattern": r"^[^:,]+:[0-9]{1,9}:[0-9]{1,18}(,[^:,]+:[0-9]{1,9}:[0-9]{1,18})*$"},
 )
-STORE = Parameter("store_id", "Only this store.", read_id, {"type": "string", "minLength": 1, "maxLength": 200})
-PRODUCT = Parameter("product_id", "Only this product.", read_id, {"type": "string", "minLength": 1, "maxLength": 200})
+ID = {"type": "string", "minLength": 1, "maxLength": 200}
+STORE = Parameter("store_id", "Only this store.", read_id, ID)
+PRODUCT = Parameter("product_id", "Only this product.", read_id, ID)
 LIMIT = Parameter(
     "limit",
     f"How many at most: 1 to {MOST_LISTED}; 100 when absent.",
@@ -170,6 +169,8 @@ class Inventory:
         """A product's levels, as the query asks. Raises Problem 404, 429, 503."""
         line, store = await self.line(asked), asked.query.get("store_id")
         if moment := asked.query.get("as_of"):
+            if moment > datetime.now(UTC):
+                raise Problem(404, "as_of: lies in the future", errors=(Wrong("as_of", "lies in the future"),))
             levels = await self.gate.run(self._levels_at, line, product, moment)
         else:
             levels = [self._level((name, product), one) for name, one in sorted(line.stock.by_product.get(product, {}).items())]
@@ -216,7 +217,8 @@ class Inventory:
             if (offsets := asked.query.get("min_offset")) is not None:
                 known = self.state.line.offsets
                 if unknown := [name for name in offsets if name not in known]:
-                    raise bad_field("min_offset", f"no partition {unknown[0][:100]} is followed here")
+                    detail = f"no partition {unknown[0][:100]} is followed here"
+                    raise Problem(404, f"min_offset: {detail}", errors=(Wrong("min_offset", detail),))
                 if not await self.state.reached(offsets):
                     raise busy(503, f"The state has not come so far within {self.state.serving.wait_seconds:g} s.")
             return self.state.line
@@ -307,7 +309,7 @@ class Inventory:
                 "inventory",
                 (STORE, LIMIT, MIN_OFFSET),
                 answer_example=LowStock(levels=[level], total=1, **basis),
-                statuses=(429, 503),
+                statuses=(404, 429, 503),
             ),
             Endpoint(
                 "GET",
@@ -335,7 +337,7 @@ class Inventory:
                 limit=self.state.serving.body_bytes,
                 body_example=Wanted(["P0001", "P0002"], ["ST-JKT-1"]),
                 answer_example=Levels(levels=[level], unknown=["P0002"], **basis),
-                statuses=(503,),
+                statuses=(404, 503),
             ),
             Endpoint(
                 "GET",

@@ -35,11 +35,10 @@ from pipelines.silver.orders_unified import MARKETPLACE_COLUMNS, ORDERS_UNIFIED
 from pipelines.silver.products import PRODUCTS
 from pipelines.silver.stores import STORES
 from pipelines.silver.users_scd import USERS_SCD
-from serve.problems import bad_field
+from serve.problems import Problem, Wrong
 from serve.snapshots import Snapshots
 
-AMOUNT_LIMIT = 10**12
-"""What silver's money columns can hold, with room for what many together come to."""
+FIRST = datetime(1970, 1, 1, tzinfo=UTC)
 AHEAD = timedelta(minutes=5)
 """How far a checkout's clock may be ahead."""
 READ: tuple[Table, ...] = (
@@ -55,7 +54,8 @@ READ: tuple[Table, ...] = (
 BRONZE = {"_op": "c", "_source_position": "", "_source_time": None, "_ingested_at": None, "_unchanged": None, "_unreadable": None}
 
 Text = Annotated[str, Meta(max_length=500)]
-Name = Annotated[str, Meta(min_length=1, max_length=100)]
+Amount = Annotated[str, Meta(pattern=r"^-?[0-9]{1,12}(\.[0-9]{1,4})?$")]
+"""Money as text: a JSON number would be a float on its way here. What silver's columns hold, with room for sums."""
 
 
 class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,7 +63,7 @@ class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     product_id: Annotated[str, Meta(max_length=200)] | None
     quantity: Annotated[int, Meta(ge=1, le=1_000_000)]
-    unit_price: Annotated[Decimal, Meta(description="Of one piece, in the order's currency.")]
+    unit_price: Annotated[Amount, Meta(description="Of one piece, in the order's currency.")]
 
 
 class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -71,7 +71,7 @@ class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     order_id: Annotated[str, Meta(min_length=1, max_length=100, description="As it will be in `orders`, as text.")]
     currency: Annotated[str, Meta(pattern="^[A-Za-z]{3}$", description="ISO 4217")]
-    total_amount: Decimal
+    total_amount: Amount
     items: Annotated[list[Line], Meta(max_length=500)] = []
     source: Annotated[Literal["web", "pos"], Meta(description="Where it is placed.")] = "web"
     user_id: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
@@ -146,14 +146,9 @@ def snapshots_of(snapshots: Snapshots) -> dict[str, int]:
 
 def entities_of(orders: Sequence[Order], known: Known, context: Context, now: datetime) -> pl.DataFrame:
     """The orders as features take them (ORDER_COLUMNS), in the order given. Raises Problem for a moment in the future."""
-    for number, order in enumerate(orders):
-        _check(order, "" if len(orders) == 1 else f"orders[{number}].")
     accounts = [account_of(order, known, context.default_region) for order in orders]
-    moments = [(order.created_at or now).astimezone(UTC) for order in orders]
-    for number, moment in enumerate(moments):
-        if moment > now + AHEAD:
-            where = "created_at" if len(orders) == 1 else f"orders[{number}].created_at"
-            raise bad_field(where, "lies in the future")
+    places = [f"orders[{number}]." if len(orders) > 1 else "" for number in range(len(orders))]
+    moments = [_moment(order.created_at or now, now, f"{at}created_at") for order, at in zip(orders, places, strict=True)]
     web = _bronze(
         ORDERS,
         [
@@ -164,7 +159,7 @@ def entities_of(orders: Sequence[Order], known: Known, context: Context, now: da
                 "store_id": order.store_id,
                 "status": "placed",
                 "currency": order.currency,
-                "total_amount": order.total_amount,
+                "total_amount": Decimal(order.total_amount),
                 "payment_method": order.payment_method,
                 "card_fingerprint": order.card_fingerprint,
                 "ip_address": order.ip_address,
@@ -178,7 +173,13 @@ def entities_of(orders: Sequence[Order], known: Known, context: Context, now: da
     lines = _bronze(
         ORDER_ITEMS,
         [
-            {"order_id": order.order_id, "line_no": number} | msgspec.structs.asdict(line)
+            {
+                "order_id": order.order_id,
+                "line_no": number,
+                "product_id": line.product_id,
+                "quantity": line.quantity,
+                "unit_price": Decimal(line.unit_price),
+            }
             for order in orders
             for number, line in enumerate(order.items, 1)
         ],
@@ -203,8 +204,8 @@ def entities_of(orders: Sequence[Order], known: Known, context: Context, now: da
     )
     items = order_items_unified.fill({"lines": lines, "marketplace": nothing, "orders": unified}, context)
     created = {
-        account: order.account_created_at.astimezone(UTC)
-        for order, account in zip(orders, accounts, strict=True)
+        account: _moment(order.account_created_at, now, f"{at}account_created_at")
+        for order, account, at in zip(orders, accounts, places, strict=True)
         if account is not None and order.account_created_at is not None
     }
     met = users.select("user_id", "created_at")
@@ -225,15 +226,12 @@ def entities_of(orders: Sequence[Order], known: Known, context: Context, now: da
     return wanted.join(found, on="order_id", how="left", maintain_order="left").select(list(ORDER_COLUMNS))
 
 
-def _check(order: Order, where: str) -> None:
-    """Amounts that silver's columns can hold. Raises Problem."""
-    amounts = [("total_amount", order.total_amount)]
-    amounts += [(f"items[{number}].unit_price", line.unit_price) for number, line in enumerate(order.items)]
-    for name, amount in amounts:
-        if not amount.is_finite() or abs(amount) >= AMOUNT_LIMIT:
-            raise bad_field(where + name, f"expected an amount below {AMOUNT_LIMIT:,}")
-        if amount != round(amount, 4):
-            raise bad_field(where + name, "has more than 4 decimal places")
+def _moment(moment: datetime, now: datetime, field: str) -> datetime:
+    """The moment in UTC. Raises Problem when it contradicts the clock."""
+    if moment > now + AHEAD or moment < FIRST:
+        detail = "lies in the future" if moment > now else f"lies before {FIRST:%Y}"
+        raise Problem(409, f"{field}: {detail}", errors=(Wrong(field, detail),))
+    return moment.astimezone(UTC)
 
 
 def account_of(order: Order, known: Known, region: str) -> int | None:

@@ -165,7 +165,7 @@ class Page:
 
     async def of_order(self, asked: Asked) -> Response:
         """GET /orders/{order_id}: the page of whoever placed it."""
-        customer: Customer = await self.gate.run(self.customers.shown_by, "order_id", asked.path["order_id"], 1)
+        customer: Customer = await self.gate.run(self.customers.shown_by, {"order_id": asked.path["order_id"]}, 1)
         return RedirectResponse(f"/customers/{quote(customer.master_user_id, safe=':')}", 303, HEADERS)
 
     async def customer(self, asked: Asked) -> Response:
@@ -269,7 +269,7 @@ class Page:
                 people |= {one.master_user_id: {"id": one.master_user_id, "of": one} for one in called}
                 continue
             try:
-                found = self.customers.named(text, 1) if kind == "master_user_id" else self.customers.shown_by(kind, text, 1)
+                found = self.customers.named(text, 1) if kind == "master_user_id" else self.customers.shown_by({kind: text}, 1)
             except Problem as problem:
                 if problem.status == 409:
                     people |= {wrong.detail: {"id": wrong.detail, "of": None} for wrong in problem.errors}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -10,6 +11,7 @@ import polars as pl
 
 from lakehouse.engine import Engine
 from lakehouse.iceberg import as_arrow
+from lakehouse.step import Step
 from pipelines.bronze.tables import EVENTS, row_schema
 from pipelines.gold import inventory_health
 from pipelines.silver import events_clean, inventory_snapshots
@@ -47,7 +49,7 @@ def bronze(rows: list[dict[str, Any]]) -> pl.DataFrame:
     return pl.DataFrame(columns, schema=empty.schema)
 
 
-def ingest(engine: Engine, rows: list[dict[str, Any]]) -> None:
+def ingest(engine: Engine, rows: list[dict[str, Any]], steps: Sequence[Step] = STEPS) -> None:
     """What `run` does with the messages."""
     handle = engine.lake.load(EVENTS)
     if rows:
@@ -56,7 +58,7 @@ def ingest(engine: Engine, rows: list[dict[str, Any]]) -> None:
         )
         end = {"events:0": max(row["offset"] for row in rows) + 1}
         handle.commit(handle.writer.write(as_arrow(frame, handle.arrow_schema)), positions={"kafka": end})
-    for step in STEPS:
+    for step in steps:
         engine.refresh(step)
 
 
