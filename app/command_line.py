@@ -19,10 +19,11 @@ import typer
 import typer.core
 
 from app.model_commands import register
-from app.output import Output, size
+from app.output import Output
 from app.serving import register as register_serving
 from lakehouse.errors import ShopSphereError
 from lakehouse.settings import home_directory, load_settings
+from lakehouse.sizes import size
 
 if TYPE_CHECKING:
     from lakehouse.engine import Report
@@ -178,8 +179,8 @@ def replay(
 @app.command()
 def status(json: Json = False) -> None:
     """Per table: rows, snapshot, position, lag behind its source, last run."""
-    from pipelines.tables_status import short_position, statuses
     from lakehouse.iceberg import Lake
+    from pipelines.tables_status import short_position, statuses
 
     output = Output(json)
     found = statuses(Lake(load_settings()))

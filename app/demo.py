@@ -13,14 +13,15 @@ from app import sandbox
 from app.answers import ANSWERS
 from app.command_line import print_pass, teller
 from app.identity_scores import Scores, pairwise_scores
-from app.output import Output, size
+from app.output import Output
 from app.passes import open_engine, run_pass
-from pipelines.tables_status import statuses
 from lakehouse.errors import SandboxError
 from lakehouse.iceberg import Lake
 from lakehouse.query import query
 from lakehouse.settings import home_directory, load_settings
+from lakehouse.sizes import size
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
+from pipelines.tables_status import statuses
 
 
 def run_demo(output: Output, *, orders: int, seed: int, keep: bool) -> None:

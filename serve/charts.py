@@ -84,9 +84,7 @@ def identity_graph(every: Sequence[Group]) -> Markup:
         for link in group.links:
             line = '<path d="M212 {y:.0f} C300 {y:.0f} 300 {z:.0f} 388 {z:.0f}" class="link {status}"><title>{why}</title></path>'
             why = f"{group.label}: {link.reason} ({'joins' if link.status == LINKED else link.status + ', joins nobody'})"
-            parts.append(
-                Markup(line).format(y=y, z=place[link.node], status="on" if link.status == LINKED else "off", why=why)
-            )
+            parts.append(Markup(line).format(y=y, z=place[link.node], status="on" if link.status == LINKED else "off", why=why))
     for y, group in zip(left, every, strict=True):
         kind = "account" if group.records[0].startswith("user:") else "order"
         parts.append(Markup('<rect x="0" y="{:.0f}" width="212" height="26" rx="6" class="node {}"/>').format(y - 13, kind))
@@ -117,7 +115,7 @@ def timeline(entries: Sequence[Entry]) -> Markup:
     for moment in _ticks(first, last):
         x = 118 + 586 * (moment - first).total_seconds() / span
         parts.append(Markup('<line x1="{0:.1f}" y1="8" x2="{0:.1f}" y2="{1}" class="tick"/>').format(x, foot - 16))
-        anchor = "end" if x > 660 else "middle" if x > 140 else "start"
+        anchor = "end" if x > 688 else "middle"
         parts.append(Markup('<text x="{:.1f}" y="{}" text-anchor="{}">{}</text>').format(x, foot, anchor, _month(moment)))
     for entry in sorted(entries, key=lambda one: one.kind == "chargeback"):
         x = 118 + 586 * (entry.at - first).total_seconds() / span

@@ -166,8 +166,8 @@ class Edge:
         except Exception:
             number = uuid.uuid4().hex[:12]
             logger.exception("%s %s failed (%s)", self.endpoint.method, self.endpoint.path, number)
-            problem = Problem(500, f"Something is wrong here; the log says more under {number}.")
-            response = self.endpoint.problem(request, problem)
+            unknown = Problem(500, f"Something is wrong here; the log says more under {number}.")
+            response = self.endpoint.problem(request, unknown)
         status = response.status_code
         try:
             await response(connection, receive, send)

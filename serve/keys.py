@@ -58,7 +58,10 @@ class Keys:
         return text
 
     def check(self, authorization: str, scope: Scope | None) -> str:
-        """The name of the key that a request shows; any key will do when scope is None. Raises Problem 401 or 403. Takes the same time whichever key it is."""
+        """The name of the key that a request shows; any key will do when scope is None. Raises Problem 401 or 403.
+
+        Takes the same time whichever key it is.
+        """
         kind, _, text = authorization.partition(" ")
         shown = hashlib.sha256(text.strip().encode()).hexdigest() if kind.lower() == "bearer" else ""
         found: Key | None = None

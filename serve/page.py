@@ -21,16 +21,19 @@ from typing import Any
 from urllib.parse import parse_qsl, quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from lakehouse.iceberg import Lake
+from lakehouse.sizes import size
 from lakehouse.table import Table
 from pipelines.gold.cohort_retention import COHORT_RETENTION
 from pipelines.gold.customer_360 import CUSTOMER_360
 from pipelines.gold.dim_products import DIM_PRODUCTS
 from pipelines.gold.dim_stores import DIM_STORES
 from pipelines.silver.identity.links import MASTER
+from pipelines.silver.quarantine import QUARANTINE
 from pipelines.tables_status import TableStatus, statuses
 from serve import charts, segments
 from serve.customers import LIMIT, AccountVersion, Customer, Customers
@@ -61,6 +64,7 @@ HEADERS: Mapping[str, str] = {
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
     "Cache-Control": "no-store",
 }
+UP_TO_DATE = ("up to date", "0 changes", "0 messages")
 TYPES = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml"}
 COMPARED = ("email", "email_verified", "phone_number", "phone_verified", "name", "address", "city", "country", "loyalty_id")
 """What of an account is compared from version to version."""
@@ -81,6 +85,23 @@ class Change:
 
     version: AccountVersion
     changed: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """How a table is, in a few words; good: nobody has to do anything."""
+
+    text: str
+    good: bool
+
+
+def condition(table: TableStatus) -> Condition:
+    """What the status of a table means."""
+    if table.table == QUARANTINE.name:  # fed by the steps that read: nothing to be behind of
+        return Condition(f"{table.rows:,} rows wait" if table.rows else "empty", not table.rows)
+    if table.last_run is None:
+        return Condition("never filled", False)
+    return Condition(table.lag, table.lag in UP_TO_DATE)
 
 
 def assets(directory: Path) -> dict[str, Asset]:
@@ -139,7 +160,7 @@ class Page:
         )
         self._templates.filters |= {
             "moment": in_words, "day": day, "number": number, "money": money, "size": size, "ago": ago, "percent": percent,
-            "path": lambda text: quote(text, safe=":"),
+            "condition": condition, "breakable": breakable, "path": lambda text: quote(text, safe=":"),
         }  # fmt: skip
         self._templates.globals |= {
             "assets": {name.replace(".", "_"): asset.path for name, asset in self.assets.items()},
@@ -165,7 +186,14 @@ class Page:
 
     async def of_order(self, asked: Asked) -> Response:
         """GET /orders/{order_id}: the page of whoever placed it."""
-        customer: Customer = await self.gate.run(self.customers.shown_by, {"order_id": asked.path["order_id"]}, 1)
+        order = asked.path["order_id"]
+        try:
+            customer: Customer = await self.gate.run(self.customers.shown_by, {"order_id": order}, 1)
+        except Problem as problem:
+            if problem.status != 404:
+                raise
+            detail = f"{problem.detail} An order scored at the checkout comes into the lakehouse with its next run."
+            raise Problem(404, detail) from None
         return RedirectResponse(f"/customers/{quote(customer.master_user_id, safe=':')}", 303, HEADERS)
 
     async def customer(self, asked: Asked) -> Response:
@@ -298,10 +326,8 @@ class Page:
         waiting = [found for found in scored if found[1].decision != "approve"]
         waiting.sort(key=lambda found: (-found[1].score, found[0]))
         models = self.fraud.watch.current
-        risks, many = ([], 0)
         personal = self._opens(asked.request, "customers")
-        if personal:
-            risks, many = self.customers.at_risk(AT_RISK)
+        risks, many = self.customers.at_risk(AT_RISK) if personal else ([], 0)
         return self._shown(
             asked, "fraud.html", "fraud", queue=waiting[:QUEUE], waiting=len(waiting), scored=len(scored),
             decisions=Counter(found[1].decision for found in scored), champion=models.champion, challenger=models.challenger,
@@ -333,9 +359,7 @@ class Page:
     def _shown(self, asked: Asked, template: str, tab: str, status: int = 200, **told: Any) -> Response:
         return self._made(asked.request, template, tab, status, {}, **told)
 
-    def _made(
-        self, request: Request, template: str, tab: str, status: int, headers: Mapping[str, str], **told: Any
-    ) -> Response:
+    def _made(self, request: Request, template: str, tab: str, status: int, headers: Mapping[str, str], **told: Any) -> Response:
         signed = bool(self.keys.keys) and COOKIE in request.cookies
         html = self._templates.get_template(template).render(tab=tab, signed=signed, now=datetime.now(UTC), **told)
         return Response(html, status, {**HEADERS, **headers}, "text/html; charset=utf-8")
@@ -427,13 +451,9 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.0%}"
 
 
-def size(count: float) -> str:
-    """'1.2 MB'."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+def breakable(name: str) -> Markup:
+    """A name of a table or feature that may go on in the next line after a dot or underscore."""
+    return Markup(re.sub(r"(?<=[._])(?=[^._])", "<wbr>", str(escape(name))))
 
 
 def ago(moment: datetime | None, now: datetime) -> str:

@@ -71,12 +71,13 @@ def cohorts(rows: pl.DataFrame) -> list[Cohort]:
     return sorted(found, key=lambda cohort: cohort.month, reverse=True)
 
 
-def band_names(bins: tuple[int, ...], unit: str) -> tuple[str, ...]:
-    """Names of the five bands between whole numbers: (2, 4) -> 'under 2', '2-3', 'from 4'."""
-    between = (f"{low:,}" if high - low == 1 else f"{low:,}–{high - 1:,}" for low, high in zip(bins, bins[1:], strict=False))
-    return tuple(f"{name} {unit}".strip() for name in (f"under {bins[0]:,}", *between, f"{bins[-1]:,} or more"))
+def band_names(bins: tuple[int, ...], least: int) -> tuple[str, ...]:
+    """Names of the bands between whole numbers: (2, 4) from 1 -> '1', '2–3', '4+'."""
+    ends = tuple(zip((least, *bins), bins, strict=False))
+    between = tuple(f"{low:,}" if high - low == 1 else f"{low:,}–{high - 1:,}" for low, high in ends)
+    return (*between, f"{bins[-1]:,}+")
 
 
-FREQUENCY_NAMES = band_names(FREQUENCY_BINS, "")
-MONETARY_NAMES = band_names(MONETARY_BINS, "")
-RECENCY_NAMES = band_names(RECENCY_BINS, "days")
+FREQUENCY_NAMES = band_names(FREQUENCY_BINS, 1)
+MONETARY_NAMES = (f"under {MONETARY_BINS[0]:,}", *band_names(MONETARY_BINS, 0)[1:])
+RECENCY_NAMES = band_names(RECENCY_BINS, 0)

@@ -90,7 +90,8 @@ function follow(section) {
     if (product) query.set("product_id", product);
     if (store) query.set("store_id", store);
     state.textContent = "Connecting…";
-    source = new EventSource(section.dataset.stream + (query.size ? "?" + query : ""));
+    const asked = query.toString();
+    source = new EventSource(section.dataset.stream + (asked ? "?" + asked : ""));
     source.addEventListener("open", () => {
       section.dataset.state = "live";
       state.textContent = "Following. Changes appear here and in the table as they happen.";
