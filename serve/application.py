@@ -52,6 +52,7 @@ class Application:
         self.settings, self.serving = settings, serving
         self.state = State(settings, serving, context, self._on_line)
         self.lookups = Gate("lookup", serving.lookup_threads, serving.lookup_queue)
+        self.asking = Gate("sources", 1, serving.lookup_queue)
         self._began = 0.0
         self.log = AccessLog(Path(settings.home) / "logs" / f"access-{os.getpid()}.jsonl")
         self.inventory = Inventory(self.state, self.lookups)
@@ -177,6 +178,7 @@ class Application:
     def close(self) -> None:
         """End what runs beside the requests, and write what is kept back."""
         self.lookups.close()
+        self.asking.close()
         self.scoring.close()
         self.scores.stop()
         self.watch.stop()
@@ -186,7 +188,7 @@ class Application:
     def asgi(self) -> Starlette:
         """The application. Raises SettingsError."""
         keys = Keys.read(self.serving.keys)
-        page = Page(Lake(self.settings), self.customers, self.inventory, self.fraud, self.lookups, keys)
+        page = Page(Lake(self.settings), self.customers, self.inventory, self.fraud, self.lookups, self.asking, keys)
 
         async def unknown(request: Request, error: Exception) -> Response:
             problem = _unknown(error)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote
 
+import polars as pl
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from starlette.requests import Request
@@ -141,27 +141,39 @@ def kinds(text: str) -> tuple[str, ...]:
 
 def own_path(text: str) -> str:
     """A path of this site, for going there after signing in; anything else: the start."""
-    return text if re.fullmatch(r"/(?:[\w\-.~:%?=&+]+/?)*", text) else "/"
+    return text if re.fullmatch(r"/(?!/)[\w\-.~:%?=&+/]*", text, re.ASCII) else "/"
 
 
 class Page:
     """The page and its routes."""
 
-    def __init__(self, lake: Lake, customers: Customers, inventory: Inventory, fraud: Fraud, gate: Gate, keys: Keys) -> None:
+    def __init__(
+        self, lake: Lake, customers: Customers, inventory: Inventory, fraud: Fraud, gate: Gate, asking: Gate, keys: Keys
+    ) -> None:
+        """`asking` has one thread of its own: a source that does not answer must not hold up look-ups."""
         self.lake, self.customers, self.inventory, self.fraud = lake, customers, inventory, fraud
-        self.gate, self.keys = gate, keys
+        self.gate, self.asking, self.keys = gate, asking, keys
         self.snapshots = customers.snapshots
         self.assets = assets(DIRECTORY / "static")
         self._by_path = {asset.path: asset for asset in self.assets.values()}
         self._statuses: tuple[float, datetime, list[TableStatus]] | None = None
-        self._asking = threading.Lock()
+        self._kept: dict[str, tuple[int | None, pl.DataFrame]] = {}
         self._templates = Environment(
             loader=FileSystemLoader(DIRECTORY), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
         )
         self._templates.filters |= {
-            "moment": in_words, "day": day, "number": number, "money": money, "size": size, "ago": ago, "percent": percent,
-            "condition": condition, "breakable": breakable, "path": lambda text: quote(text, safe=":"),
-        }  # fmt: skip
+            "ago": ago,
+            "breakable": breakable,
+            "condition": condition,
+            "count": count,
+            "day": day,
+            "moment": in_words,
+            "money": money,
+            "number": number,
+            "path": lambda text: quote(text, safe=":"),
+            "percent": percent,
+            "size": size,
+        }
         self._templates.globals |= {
             "assets": {name.replace(".", "_"): asset.path for name, asset in self.assets.items()},
             "charts": charts,
@@ -229,7 +241,7 @@ class Page:
 
     async def freshness(self, asked: Asked) -> Response:
         """GET /freshness"""
-        at, tables = await self.gate.run(self._tables)
+        at, tables = await self.asking.run(self._tables)
         basis, waiting = None, None
         try:
             basis = self.inventory.basis(await self.inventory.line(asked))
@@ -275,18 +287,28 @@ class Page:
         retention = self._all(COHORT_RETENTION, segments.RETENTION_READS)
         spread: Rfm = segments.rfm(people, datetime.now(UTC))
         cohorts: list[Cohort] = segments.cohorts(retention)
-        changed = self.snapshots.of(CUSTOMER_360).at
         return {
-            "q": "", "people": [], "total": 0, "searched": False, "wrong": None, "rfm": spread, "cohorts": cohorts[:COHORTS],
-            "all_cohorts": len(cohorts), "shown": COHORTS, "changed": changed, "without": None,
-        }  # fmt: skip
+            "q": "",
+            "searched": False,
+            "wrong": None,
+            "rfm": spread,
+            "cohorts": cohorts[:COHORTS],
+            "all_cohorts": len(cohorts),
+            "shown": COHORTS,
+            "changed": self.snapshots.of(CUSTOMER_360).at,
+        }
 
-    def _all(self, table: Table, columns: tuple[str, ...]) -> Any:
-        return self.snapshots.of(table).read(columns=columns)
+    def _all(self, table: Table, columns: tuple[str, ...]) -> pl.DataFrame:
+        """A whole table, read again when there is a newer snapshot. Always the same columns of a table."""
+        newest = self.snapshots.of(table)
+        kept = self._kept.get(table.name)
+        if kept is None or kept[0] != newest.snapshot_id:
+            self._kept[table.name] = kept = (newest.snapshot_id, newest.read(columns=columns))
+        return kept[1]
 
     def _found(self, text: str) -> str | dict[str, Any]:
         """The name of the person searched for, or what to show."""
-        told = {**self._spread(), "q": text, "searched": True}
+        told: dict[str, Any] = {"q": text, "searched": True, "people": [], "total": 0, "wrong": None}
         if not text:
             return told | {"wrong": "Type something to look for first."}
         people: dict[str, dict[str, Any]] = {}
@@ -341,11 +363,10 @@ class Page:
         return {"stores": stores, "names": dict(products.iter_rows())}
 
     def _tables(self) -> tuple[datetime, list[TableStatus]]:
-        with self._asking:
-            kept = self._statuses
-            if kept is None or time.monotonic() - kept[0] > STATUS_SECONDS:
-                self._statuses = kept = (time.monotonic(), datetime.now(UTC), statuses(self.lake))
-            return kept[1], kept[2]
+        kept = self._statuses
+        if kept is None or time.monotonic() - kept[0] > STATUS_SECONDS:
+            self._statuses = kept = (time.monotonic(), datetime.now(UTC), statuses(self.lake))
+        return kept[1], kept[2]
 
     def _opens(self, request: Request, scope: Scope) -> bool:
         """Whether this request's key opens something."""
@@ -439,6 +460,11 @@ def day(moment: datetime | date | None) -> str:
 def number(value: float | None, digits: int = 0) -> str:
     """'12,345.6'."""
     return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def count(many: int, what: str) -> str:
+    """'1 order', '1,234 orders'."""
+    return f"{many:,} {what}{'' if many == 1 else 's'}"
 
 
 def money(value: Decimal | None, currency: str | None = None) -> str:

@@ -15,8 +15,8 @@ function figure(value) {
   return value.toLocaleString("en");
 }
 
-function moment(text) {
-  const options = { day: "numeric", month: "short", year: "numeric", hour: "2-digit", minute: "2-digit", hourCycle: "h23", timeZone: "UTC" };
+function moment(text, more) {
+  const options = { ...more, day: "numeric", month: "short", year: "numeric", hour: "2-digit", minute: "2-digit", hourCycle: "h23", timeZone: "UTC" };
   const made = element("time", new Date(text).toLocaleString("en-GB", options));
   made.dateTime = text;
   return made;
@@ -73,7 +73,7 @@ function follow(section) {
 
   function tell(level, asOf) {
     const item = element("li");
-    item.append(moment(asOf));
+    item.append(moment(asOf, { second: "2-digit" }));
     const what = element("span");
     const place = [product ? "" : level.product_id, store ? "" : level.store_id].filter(Boolean).join(", ");
     const figures = `${figure(level.available_to_promise)} can be promised, ${figure(level.on_hand)} on hand${level.low_stock ? ", low" : ""}`;
