@@ -77,6 +77,8 @@ def _served(cpus: int, host: str, port: int, arguments: Mapping[str, object]) ->
         rayserve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port, "request_timeout_s": None})
         rayserve.run(build(arguments), name="shopsphere", route_prefix="/", blocking=False)
         yield
+        # what is under way is answered before anything is taken down
+        rayserve.delete("shopsphere")
     finally:
         rayserve.shutdown()  # type: ignore[no-untyped-call]
         pool.close()

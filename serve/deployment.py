@@ -69,7 +69,9 @@ def environment(home: Path) -> dict[str, str]:
         **FAST_PATH,
         "SHOPSPHERE_HOME": str(home),
         MULTIPROCESS: str(home / "serve" / "metrics"),
+        # frames of a row or two: threads for them cost more than they give
         "OMP_NUM_THREADS": "1",
+        "POLARS_MAX_THREADS": "1",
     }
 
 

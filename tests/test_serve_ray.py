@@ -213,9 +213,16 @@ def test_a_broker_that_stands_still_is_answered_through_and_caught_up_with(serve
     wait_for(lambda: served.ask("/v1/inventory/P0001")[1]["staleness_ms"] < 2_000, 30)
 
 
-def test_it_ends_cleanly(served: Served) -> None:
+def test_it_ends_when_what_is_under_way_is_answered(served: Served) -> None:
     assert served.process.poll() is None
-    served.process.send_signal(signal.SIGTERM)
-    assert served.process.wait(60) == 0
+    with Load(served, threads=2) as load:
+        time.sleep(2)
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(60) == 0
+    assert load.answers
+    # then nothing is there (404), and at last nobody listens
+    gone = min(began for began, (status, _) in load.failures if status == 404)
+    cut = [told for began, told in load.failures if began < gone]
+    assert not cut, cut[:5]
     with pytest.raises(OSError):
         served.ask("/-/healthz", timeout=2)
