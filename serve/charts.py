@@ -115,8 +115,8 @@ def timeline(entries: Sequence[Entry]) -> Markup:
     for moment in _ticks(first, last):
         x = 118 + 586 * (moment - first).total_seconds() / span
         parts.append(Markup('<line x1="{0:.1f}" y1="8" x2="{0:.1f}" y2="{1}" class="tick"/>').format(x, foot - 16))
-        anchor = "end" if x > 688 else "middle"
-        parts.append(Markup('<text x="{:.1f}" y="{}" text-anchor="{}">{}</text>').format(x, foot, anchor, _month(moment)))
+        anchor = "end" if x > 688 else "start" if x < 130 else "middle"
+        parts.append(Markup('<text x="{:.1f}" y="{}" text-anchor="{}">{}</text>').format(x, foot, anchor, _name(moment)))
     for entry in sorted(entries, key=lambda one: one.kind == "chargeback"):
         x = 118 + 586 * (entry.at - first).total_seconds() / span
         channel = channel_of.get(entry.order_id) if entry.kind in ("order", "chargeback") else "account"
@@ -179,14 +179,15 @@ def _mark(entry: Entry, channel: str, x: float, y: float) -> Markup:
 
 
 def _ticks(first: datetime, last: datetime) -> list[datetime]:
-    """Firsts of months between two moments, at most eight of them, evenly apart."""
+    """Firsts of months between two moments, at most eight of them, evenly apart; of a short time its ends."""
     numbers = range(first.year * 12 + first.month, last.year * 12 + last.month)
     step = next((step for step in (1, 2, 3, 6, 12, 24, 60, 120) if len(numbers) / step <= 8), 1_200)
-    return [datetime(number // 12, number % 12 + 1, 1, tzinfo=UTC) for number in numbers if number % step == 0]
+    found = [datetime(number // 12, number % 12 + 1, 1, tzinfo=UTC) for number in numbers if number % step == 0]
+    return found if len(found) > 1 else [first, last]
 
 
-def _month(moment: datetime) -> str:
-    return f"{moment:%b %Y}"
+def _name(moment: datetime) -> str:
+    return f"{moment:%b %Y}" if moment.day == 1 and moment.hour == moment.minute == 0 else f"{moment:%d %b %Y}".lstrip("0")
 
 
 def _clipped(text: str, most: int) -> str:

@@ -179,6 +179,7 @@ class Page:
             "charts": charts,
             "segments": segments,
             "currency": customers.currency,
+            "quarantine": QUARANTINE.name,
         }
 
     # what is shown
@@ -194,7 +195,7 @@ class Page:
         told = await self.gate.run(self._found, text)
         if isinstance(told, str):
             return RedirectResponse(f"/customers/{quote(told, safe=':')}", 303, HEADERS)
-        return self._shown(asked, "customers.html", "customers", 404 if not told["people"] else 200, **told)
+        return self._shown(asked, "customers.html", "customers", **told)
 
     async def of_order(self, asked: Asked) -> Response:
         """GET /orders/{order_id}: the page of whoever placed it."""

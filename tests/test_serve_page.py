@@ -93,7 +93,7 @@ def test_every_entry_is_a_mark_of_the_timeline(entries: list[Entry]) -> None:
     picture = drawn(charts.timeline(entries))
     marks = [one for one in picture.iter() if one.find("title") is not None]
     assert len(marks) == len(entries)
-    assert len([one for one in picture.findall("line") if one.attrib["class"] == "tick"]) <= 9
+    assert 2 <= len([one for one in picture.findall("line") if one.attrib["class"] == "tick"]) <= 9
 
 
 @given(st.lists(st.integers(1, 99), min_size=1, max_size=3))
@@ -325,7 +325,7 @@ def test_a_part_of_a_name_finds_people(client: TestClient, filled: Settings) -> 
 @pytest.mark.parametrize("text", ["nobody@nowhere.example", "000", "Zzyzx Qwfp", "L-does-not-exist", '<b>"&', "x" * 300, "\x00"])
 def test_a_search_without_a_hit_helps(client: TestClient, text: str) -> None:
     response = search(client, text)
-    assert response.status_code == 404
+    assert response.status_code == 200
     assert "No customer found" in read(response.text).text
     assert "<b>" not in response.text
 
@@ -469,7 +469,7 @@ def test_each_key_opens_its_tabs_only(keyed: tuple[TestClient, dict[str, str]], 
         return [client.get(path).status_code for path in paths] + [search(client, "nobody@nowhere.example").status_code]
 
     assert opens() == [401] * 5
-    expected = {"stock": [403, 403, 403, 200, 403], "people": [200, 200, 403, 200, 404], "checkout": [403, 403, 200, 200, 403]}
+    expected = {"stock": [403, 403, 403, 200, 403], "people": [200, 200, 403, 200, 200], "checkout": [403, 403, 200, 200, 403]}
     for name, statuses in expected.items():
         assert signed_in(client, keys[name]).headers["location"] == "/freshness"
         assert opens() == statuses, name
