@@ -162,10 +162,10 @@ class Customer(msgspec.Struct, frozen=True):
 
 
 class Found(msgspec.Struct, frozen=True):
-    """A person found by name."""
+    """A person in a list."""
 
     master_user_id: str
-    name: str
+    name: str | None
     city: str | None
     country: str | None
     orders: int
@@ -238,9 +238,16 @@ class Customers:
 
     def called(self, name: str) -> tuple[list[Found], int]:
         """People of whose name this is a part, at most NAMED of them, by name; and how many there are."""
+        return self._people(pl.col("name").str.to_lowercase().str.contains(name.strip().lower(), literal=True))
+
+    def showing(self, given: Mapping[str, str]) -> tuple[list[Found], int]:
+        """People who show all the identifiers (as for shown_by), likewise."""
+        masters = set.intersection(*(set(self._shown_by(kind, value)) for kind, value in given.items()))
+        return self._people(pl.col("master_user_id").is_in(sorted(masters)))
+
+    def _people(self, predicate: pl.Expr) -> tuple[list[Found], int]:
         columns = ["master_user_id", "name", "city", "country", "orders"]
-        part = pl.col("name").str.to_lowercase().str.contains(name.strip().lower(), literal=True)
-        rows = self.snapshots.of(CUSTOMER_360).read(part, columns).sort("name", "master_user_id")
+        rows = self.snapshots.of(CUSTOMER_360).read(predicate, columns).sort("name", "master_user_id", nulls_last=True)
         return [msgspec.convert(row, Found) for row in rows.head(NAMED).to_dicts()], rows.height
 
     def at_risk(self, most: int) -> tuple[list[AtRisk], int]:

@@ -36,7 +36,7 @@ from pipelines.silver.identity.links import MASTER
 from pipelines.silver.quarantine import QUARANTINE
 from pipelines.tables_status import TableStatus, statuses
 from serve import charts, segments
-from serve.customers import LIMIT, AccountVersion, Customer, Customers
+from serve.customers import LIMIT, AccountVersion, Customer, Customers, Found
 from serve.edges import COOKIE, Asked, Endpoint, Gate, Parameter, authorization
 from serve.fraud import Fraud
 from serve.inventory import Inventory, LowStock, ProductStock, read_id, read_moment
@@ -54,6 +54,10 @@ COHORTS = 24
 LOW = 100
 STATUS_SECONDS = 10.0
 """How long the state of the tables is not asked for again: it asks every source."""
+STALE_MS = 10_000
+"""From how late a state on the page says that it is late."""
+SUGGESTED = 1_000
+"""Products that are suggested while somebody types; of a larger catalogue none are."""
 HEADERS: Mapping[str, str] = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'",
@@ -180,6 +184,7 @@ class Page:
             "segments": segments,
             "currency": customers.currency,
             "quarantine": QUARANTINE.name,
+            "stale_ms": STALE_MS,
         }
 
     # what is shown
@@ -312,22 +317,24 @@ class Page:
         told: dict[str, Any] = {"q": text, "searched": True, "people": [], "total": 0, "wrong": None}
         if not text:
             return told | {"wrong": "Type something to look for first."}
-        people: dict[str, dict[str, Any]] = {}
+        people: dict[str, Found] = {}
         total = 0
         for kind in kinds(text[:200]):
-            if kind == "name":
-                called, total = self.customers.called(text)
-                people |= {one.master_user_id: {"id": one.master_user_id, "of": one} for one in called}
-                continue
             try:
-                found = self.customers.named(text, 1) if kind == "master_user_id" else self.customers.shown_by({kind: text}, 1)
+                if kind == "master_user_id":
+                    return self.customers.named(text, 1).master_user_id
+                if kind != "name":
+                    return self.customers.shown_by({kind: text}, 1).master_user_id
+                found, many = self.customers.called(text)
             except Problem as problem:
                 if problem.status == 409:
-                    people |= {wrong.detail: {"id": wrong.detail, "of": None} for wrong in problem.errors}
-                elif problem.status not in (400, 404):
+                    found, many = self.customers.showing({kind: text})
+                elif problem.status in (400, 404):
+                    continue
+                else:
                     raise
-                continue
-            return found.master_user_id
+            people |= {one.master_user_id: one for one in found}
+            total = max(total, many)
         if len(people) == 1:
             return next(iter(people))
         return told | {"people": list(people.values()), "total": max(total, len(people))}
@@ -361,7 +368,7 @@ class Page:
     def _names(self) -> dict[str, Any]:
         stores = self._all(DIM_STORES, ("store_id", "name", "city")).sort("store_id").to_dicts()
         products = self._all(DIM_PRODUCTS, ("product_id", "name"))
-        return {"stores": stores, "names": dict(products.iter_rows())}
+        return {"stores": stores, "names": dict(products.iter_rows()), "suggested": SUGGESTED}
 
     def _tables(self) -> tuple[datetime, list[TableStatus]]:
         kept = self._statuses
