@@ -19,10 +19,11 @@ import typer
 import typer.core
 
 from app.model_commands import register
-from app.output import Output, size
+from app.output import Output
 from app.serving import register as register_serving
 from lakehouse.errors import ShopSphereError
 from lakehouse.settings import home_directory, load_settings
+from lakehouse.sizes import size
 
 if TYPE_CHECKING:
     from lakehouse.engine import Report
@@ -178,8 +179,8 @@ def replay(
 @app.command()
 def status(json: Json = False) -> None:
     """Per table: rows, snapshot, position, lag behind its source, last run."""
-    from app.tables_status import short_position, statuses
     from lakehouse.iceberg import Lake
+    from ml.tables_status import short_position, statuses
 
     output = Output(json)
     found = statuses(Lake(load_settings()))
@@ -211,9 +212,9 @@ def _clipped(text: str, width: int) -> str:
 @app.command()
 def sql(statement: Annotated[str, typer.Argument(help="One SELECT; tables by layer and name")], json: Json = False) -> None:
     """Run SQL over all tables, e.g. "SELECT * FROM gold.sales_daily FOR TIMESTAMP AS OF '2026-01-31 12:00:00'"."""
-    from app.tables import TABLES
     from lakehouse.iceberg import Lake
     from lakehouse.query import query
+    from ml.tables import TABLES
 
     output = Output(json)
     result = query(Lake(load_settings()), TABLES, statement)
@@ -227,9 +228,9 @@ def sql(statement: Annotated[str, typer.Argument(help="One SELECT; tables by lay
 def digest(tables: Annotated[list[str] | None, typer.Argument(help="Tables; none: all")] = None, json: Json = False) -> None:
     """A digest of each table's business columns: the same whatever the order of rows, the files or the run."""
     from app.passes import table_named
-    from app.tables import TABLES
     from lakehouse.digest import digest as digest_of
     from lakehouse.iceberg import Lake
+    from ml.tables import TABLES
 
     output, lake = Output(json), Lake(load_settings())
     chosen = [table_named(name) for name in tables] if tables else list(TABLES.values())
@@ -249,9 +250,9 @@ def maintain(
 ) -> None:
     """Compact files, expire snapshots, delete orphan files; safe beside a running writer."""
     from app.passes import table_named
-    from app.tables import TABLES
     from lakehouse.iceberg import Lake
     from lakehouse.maintenance import maintain as maintain_table
+    from ml.tables import TABLES
 
     overrides = {
         name: value

@@ -12,16 +12,17 @@ from app import sandbox
 from app.answers import ANSWERS
 from app.command_line import print_pass, teller
 from app.identity_scores import Scores, pairwise_scores
-from app.output import Output, size
+from app.output import Output
 from app.passes import open_engine, run_pass
-from app.tables import TABLES
-from app.tables_status import statuses
 from app.train import DEMO, Trained, as_json, print_trained, train_on
 from lakehouse.errors import SandboxError
 from lakehouse.iceberg import Lake
 from lakehouse.query import query
 from lakehouse.settings import home_directory, load_settings
+from lakehouse.sizes import size
 from ml.registry import Registry
+from ml.tables import TABLES
+from ml.tables_status import statuses
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
 
 

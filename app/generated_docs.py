@@ -11,11 +11,11 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 import pipelines
-from app.tables import DECLARED, MODEL_TABLES, TABLES
 from lakehouse.settings import Section, Settings
 from lakehouse.step import Changes, Gather, Join, Read
 from lakehouse.table import Table
 from ml.features import FEATURES, ORDER, PARTS
+from ml.tables import DECLARED, MODEL_TABLES, TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTE = "<!-- Written by `make docs` from the declarations; edit those. -->\n"

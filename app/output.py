@@ -53,16 +53,6 @@ def text(value: Any) -> str:
     return str(plain(value))
 
 
-def size(count: int) -> str:
-    """Bytes, readable."""
-    amount = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if amount < 1000:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1000
-    return f"{amount:.1f} TB"
-
-
 @dataclass(frozen=True)
 class Output:
     """Where results go: standard output; progress goes to standard error."""

@@ -16,7 +16,6 @@ from typing import Any
 import polars as pl
 
 import pipelines
-from app.tables import MODEL_TABLES, TABLES, rebuild_model_table
 from lakehouse.engine import Engine, Report
 from lakehouse.errors import SettingsError, ShopSphereError, SourceError
 from lakehouse.iceberg import Handle, Lake
@@ -24,6 +23,7 @@ from lakehouse.parallel import Pool
 from lakehouse.settings import Settings
 from lakehouse.step import Changes, Context, Gather, Parsed, Step
 from lakehouse.table import BOOKKEEPING, SEQUENCE, Table
+from ml.tables import MODEL_TABLES, TABLES, rebuild_model_table
 from pipelines.bronze.corrections import corrected
 from pipelines.silver.quarantine import QUARANTINE
 

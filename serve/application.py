@@ -31,6 +31,7 @@ from serve.keys import Keys
 from serve.line import Line
 from serve.models import ModelWatch
 from serve.openapi import describe
+from serve.page import Page
 from serve.problems import Problem, busy
 from serve.scores import ScoreLog
 from serve.settings import ServeSettings
@@ -51,6 +52,7 @@ class Application:
         self.settings, self.serving = settings, serving
         self.state = State(settings, serving, context, self._on_line)
         self.lookups = Gate("lookup", serving.lookup_threads, serving.lookup_queue)
+        self.asking = Gate("sources", 1, serving.lookup_queue)
         self._began = 0.0
         self.log = AccessLog(Path(settings.home) / "logs" / f"access-{os.getpid()}.jsonl")
         self.inventory = Inventory(self.state, self.lookups)
@@ -175,6 +177,7 @@ class Application:
     def close(self) -> None:
         """End what runs beside the requests, and write what is kept back."""
         self.lookups.close()
+        self.asking.close()
         self.scoring.close()
         self.scores.stop()
         self.watch.stop()
@@ -184,14 +187,20 @@ class Application:
     def asgi(self) -> Starlette:
         """The application. Raises SettingsError."""
         keys = Keys.read(self.serving.keys)
+        page = Page(Lake(self.settings), self.customers, self.inventory, self.fraud, self.lookups, self.asking, keys)
+
+        async def unknown(request: Request, error: Exception) -> Response:
+            problem = _unknown(error)
+            return page.problem(request, problem) if "text/html" in request.headers.get("accept", "") else problem.response
+
         return Starlette(
-            routes=[Edge(one, keys, self.log).route for one in self.endpoints],
+            routes=[Edge(one, keys, self.log).route for one in (*self.endpoints, *page.endpoints)],
             lifespan=self.lifespan,
-            exception_handlers={HTTPException: _unknown},
+            exception_handlers={HTTPException: unknown},
         )
 
 
-async def _unknown(request: Request, error: Exception) -> Response:
+def _unknown(error: Exception) -> Problem:
     assert isinstance(error, HTTPException)
     detail = {404: "There is nothing at this path; /openapi.json lists what there is.", 405: "This path has other methods."}
-    return Problem(error.status_code, detail.get(error.status_code, "This cannot be done."), headers=error.headers).response
+    return Problem(error.status_code, detail.get(error.status_code, "This cannot be done."), headers=error.headers)

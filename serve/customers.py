@@ -161,6 +161,27 @@ class Customer(msgspec.Struct, frozen=True):
     snapshots: dict[str, int]
 
 
+class Found(msgspec.Struct, frozen=True):
+    """A person in a list."""
+
+    master_user_id: str
+    name: str | None
+    city: str | None
+    country: str | None
+    orders: int
+
+
+class AtRisk(msgspec.Struct, frozen=True):
+    """A person whom the rules suspect."""
+
+    master_user_id: str
+    risk_score: int
+    risk_band: str
+    reasons: list[str]
+    orders: int
+    last_order_at: datetime | None
+
+
 LIMIT = Parameter(
     "limit",
     f"Entries of the timeline: 1 to {MOST}; 100 when absent.",
@@ -179,29 +200,30 @@ class Customers:
 
     async def by_master(self, asked: Asked) -> Response:
         """GET /v1/customers/{master_user_id}"""
-        return await self.gate.run(self._by_master, asked.path["master_user_id"], asked.query.get("limit", 100))
+        return answer(await self.gate.run(self.named, asked.path["master_user_id"], asked.query.get("limit", 100)))
 
     async def by_identifier(self, asked: Asked) -> Response:
         """GET /v1/customers"""
         given = {name: asked.query[name] for name in IDENTIFIERS if name in asked.query}
         if not given:
             raise Problem(404, f"Nobody is named: give {', '.join(IDENTIFIERS[:-1])} or {IDENTIFIERS[-1]}.")
-        return await self.gate.run(self._by_identifiers, given, asked.query.get("limit", 100))
+        return answer(await self.gate.run(self.shown_by, given, asked.query.get("limit", 100)))
 
-    def _by_master(self, name: str, limit: int) -> Response:
+    def named(self, name: str, limit: int) -> Customer:
+        """The person of a master_user_id, also of one from before a merge. Raises Problem 404."""
         # a master user is named after a record; when persons merge, that record still tells whose it is now
         masters = self._masters(pl.col("record_id") == name.removeprefix(MASTER)) if name.startswith(MASTER) else []
-        return self._answer(masters, limit)
+        return self._only(masters, limit)
 
-    def _by_identifiers(self, given: Mapping[str, str], limit: int) -> Response:
-        """The one whom all the identifiers belong to."""
+    def shown_by(self, given: Mapping[str, str], limit: int) -> Customer:
+        """The one whom all the identifiers (name, one of IDENTIFIERS -> value) belong to. Raises Problem 404, 409."""
         found = [self._shown_by(kind, value) for kind, value in given.items()]
         if not all(found):
             raise Problem(404, "No customer is known by that.")
         common = set(found[0]).intersection(*found[1:])
         if not common:
             raise Problem(409, "The identifiers are of different customers.")
-        return self._answer(sorted(common), limit)
+        return self._only(sorted(common), limit)
 
     def _shown_by(self, kind: str, value: str) -> list[str]:
         """Those who show an identifier."""
@@ -213,6 +235,27 @@ class Customers:
         node = self.node(kind, value)
         linked = self._masters((pl.col("node") == node) & (pl.col("status") == LINKED))
         return linked or self._masters(pl.col("node") == node)
+
+    def called(self, name: str) -> tuple[list[Found], int]:
+        """People of whose name this is a part, at most NAMED of them, by name; and how many there are."""
+        return self._people(pl.col("name").str.to_lowercase().str.contains(name.strip().lower(), literal=True))
+
+    def showing(self, given: Mapping[str, str]) -> tuple[list[Found], int]:
+        """People who show all the identifiers (as for shown_by), likewise."""
+        masters = set.intersection(*(set(self._shown_by(kind, value)) for kind, value in given.items()))
+        return self._people(pl.col("master_user_id").is_in(sorted(masters)))
+
+    def _people(self, predicate: pl.Expr) -> tuple[list[Found], int]:
+        columns = ["master_user_id", "name", "city", "country", "orders"]
+        rows = self.snapshots.of(CUSTOMER_360).read(predicate, columns).sort("name", "master_user_id", nulls_last=True)
+        return [msgspec.convert(row, Found) for row in rows.head(NAMED).to_dicts()], rows.height
+
+    def at_risk(self, most: int) -> tuple[list[AtRisk], int]:
+        """People whom the rules put into the bands high and medium, at most `most` of them, riskiest first; and how many."""
+        columns = ["master_user_id", "risk_score", "risk_band", "reasons", "orders", "last_order_at"]
+        found = self.snapshots.of(USER_RISK_SCORES).read(pl.col("risk_band").is_in(["high", "medium"]), columns)
+        rows = found.sort("risk_score", "master_user_id", descending=[True, False])
+        return [msgspec.convert(row | {"reasons": _reasons(row)}, AtRisk) for row in rows.head(most).to_dicts()], rows.height
 
     def node(self, kind: str, value: str) -> str:
         """The node of the identity graph that an identifier is. Raises Problem 404."""
@@ -231,13 +274,13 @@ class Customers:
         found = self.snapshots.of(IDENTITY_GRAPH).read(predicate, ["master_user_id"])
         return sorted(found["master_user_id"].unique())
 
-    def _answer(self, masters: list[str], limit: int) -> Response:
+    def _only(self, masters: list[str], limit: int) -> Customer:
         if not masters:
             raise Problem(404, "No customer is known by that.")
         if len(masters) > 1:
             named = tuple(Wrong("master_user_id", one) for one in masters[:NAMED])
             raise Problem(409, f"{len(masters)} customers show this; ask for one of them by master_user_id.", errors=named)
-        return answer(self.customer(masters[0], limit))
+        return self.customer(masters[0], limit)
 
     def customer(self, master: str, limit: int) -> Customer:
         """Everything about one person."""
@@ -269,7 +312,7 @@ class Customers:
             risk=Risk(
                 risk.get("risk_score"),
                 risk.get("risk_band"),
-                [text for text in (risk.get("reasons") or "").split("; ") if text],
+                _reasons(risk),
                 risk.get("rule_version"),
                 whole.get("chargebacks", 0),
                 whole.get("fraud_chargebacks", 0),
@@ -319,6 +362,10 @@ class Customers:
                 statuses=(404, 409, 429),
             ),
         )
+
+
+def _reasons(risk: Mapping[str, Any]) -> list[str]:
+    return [text for text in (risk.get("reasons") or "").split("; ") if text]
 
 
 def _ordered(links: list[dict[str, Any]]) -> list[dict[str, Any]]:

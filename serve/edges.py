@@ -30,6 +30,8 @@ from serve.problems import Problem, bad_body, bad_field, busy
 logger = logging.getLogger("shopsphere.serve")
 T = TypeVar("T")
 
+COOKIE = "shopsphere_key"
+
 LATENCY = Histogram(
     "shopsphere_request_seconds",
     "Time from a request's arrival to the end of its answer",
@@ -61,6 +63,9 @@ class Endpoint:
     scope       what a key must open; None: everybody may ask
     body        type of the JSON body; limit: its greatest size in bytes
     statuses    that it can answer besides those of its scope and body
+    keyed       a key is needed, whatever it opens
+    browser     the key may come in the cookie that the page sets: only for what changes nothing
+    problem     how a problem is shown
     """
 
     method: str
@@ -78,6 +83,9 @@ class Endpoint:
     answer_example: Any = None
     media_type: str = "application/json"
     statuses: tuple[int, ...] = ()
+    keyed: bool = False
+    browser: bool = False
+    problem: Callable[[Request, Problem], Response] = lambda request, problem: problem.response
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,12 @@ class Asked:
     path: Mapping[str, str]
     query: Mapping[str, Any]
     body: Any
+
+
+def authorization(request: Request, browser: bool) -> str:
+    """What a request shows to be let in: its Authorization header; of a browser, which cannot set it, the page's cookie."""
+    shown = request.headers.get("authorization", "")
+    return shown or (f"Bearer {request.cookies[COOKIE]}" if browser and COOKIE in request.cookies else "")
 
 
 def answer(content: Any, status: int = 200) -> Response:
@@ -151,13 +165,14 @@ class Edge:
             asked = Asked(request, connection["path_params"], self._query(request), await self._body(request))
             response = await self.endpoint.handler(asked)
         except Problem as problem:
-            response = problem.response
+            response = self.endpoint.problem(request, problem)
         except ClientDisconnect:
             response = Response(status_code=499)
         except Exception:
             number = uuid.uuid4().hex[:12]
             logger.exception("%s %s failed (%s)", self.endpoint.method, self.endpoint.path, number)
-            response = Problem(500, f"Something is wrong here; the log says more under {number}.").response
+            unknown = Problem(500, f"Something is wrong here; the log says more under {number}.")
+            response = self.endpoint.problem(request, unknown)
         status = response.status_code
         try:
             await response(connection, receive, send)
@@ -174,10 +189,10 @@ class Edge:
             )
 
     def _allowed(self, request: Request) -> str:
-        if self.endpoint.scope is None:
+        if self.endpoint.scope is None and not self.endpoint.keyed:
             return ""
         if self.keys.keys:
-            return self.keys.check(request.headers.get("authorization", ""), self.endpoint.scope)
+            return self.keys.check(authorization(request, self.endpoint.browser), self.endpoint.scope)
         # replicas listen on ports of their own: without keys nobody from elsewhere may use those either
         if request.client is not None and not _is_loopback(request.client.host):
             raise Problem(403, "Without API keys only this machine is answered.")

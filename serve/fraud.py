@@ -119,6 +119,10 @@ class Recent:
         found = self._answers.get(order_id)
         return found[1] if found is not None and now - found[0] <= self.same_answer else None
 
+    def answers(self, now: datetime) -> list[tuple[datetime, FraudScore]]:
+        """All that was told within the window, and when; oldest first."""
+        return [found for found in self._answers.values() if now - found[0] <= self.same_answer]
+
     def add(self, row: Row, at: datetime, told: FraudScore) -> None:
         """An order was scored, here or by another replica; the first answer stands, the newer order counts."""
         order_id = row["order_id"]
@@ -249,6 +253,11 @@ class Fraud:
             self.recent.add(row, score.scored_at, told)
             if self.memory is not None:
                 self.memory.online.observe(described.order)
+
+    def answers(self) -> list[tuple[datetime, FraudScore]]:
+        """All that was told within the window, by this replica or another, and when; oldest first."""
+        with self._lock:
+            return self.recent.answers(datetime.now(UTC))
 
     async def score(self, asked: Asked) -> Response:
         """POST /v1/fraud/score"""

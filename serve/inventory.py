@@ -163,8 +163,11 @@ class Inventory:
 
     async def product(self, asked: Asked) -> Response:
         """GET /v1/inventory/{product_id}"""
-        line = await self.line(asked)
-        product, store = asked.path["product_id"], asked.query.get("store_id")
+        return answer(await self.stock_of(asked.path["product_id"], asked))
+
+    async def stock_of(self, product: str, asked: Asked) -> ProductStock:
+        """A product's levels, as the query asks. Raises Problem 404, 429, 503."""
+        line, store = await self.line(asked), asked.query.get("store_id")
         if moment := asked.query.get("as_of"):
             if moment > datetime.now(UTC):
                 raise Problem(404, "as_of: lies in the future", errors=(Wrong("as_of", "lies in the future"),))
@@ -175,7 +178,7 @@ class Inventory:
             levels = [level for level in levels if level.store_id == store]
         if not levels:
             raise Problem(404, "No stock event names this product" + (" in this store." if store else "."))
-        return answer(ProductStock(product_id=product, stores=levels, at=asked.query.get("as_of"), **self.basis(line)))
+        return ProductStock(product_id=product, stores=levels, at=asked.query.get("as_of"), **self.basis(line))
 
     async def lookup(self, asked: Asked) -> Response:
         """POST /v1/inventory/lookup"""
@@ -192,11 +195,15 @@ class Inventory:
 
     async def low_stock(self, asked: Asked) -> Response:
         """GET /v1/inventory/low-stock"""
+        return answer(await self.low(asked))
+
+    async def low(self, asked: Asked) -> LowStock:
+        """What is low, as the query asks. Raises Problem 429, 503."""
         line = await self.line(asked)
         store, limit = asked.query.get("store_id"), asked.query.get("limit", 100)
         found = await self.gate.run(self._low, line, store)
         levels = [self._level(pair, one) for pair, one in found[:limit]]
-        return answer(LowStock(levels=levels, total=len(found), **self.basis(line)))
+        return LowStock(levels=levels, total=len(found), **self.basis(line))
 
     async def stream(self, asked: Asked) -> Response:
         """GET /v1/inventory/stream"""
@@ -315,6 +322,7 @@ class Inventory:
                 (PRODUCT, STORE),
                 media_type="text/event-stream",
                 statuses=(503,),
+                browser=True,
             ),
             Endpoint(
                 "POST",

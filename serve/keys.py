@@ -57,8 +57,11 @@ class Keys:
         beside.replace(file)
         return text
 
-    def check(self, authorization: str, scope: Scope) -> str:
-        """The name of the key that a request shows. Raises Problem 401 or 403. Takes the same time whichever key it is."""
+    def check(self, authorization: str, scope: Scope | None) -> str:
+        """The name of the key that a request shows; any key will do when scope is None. Raises Problem 401 or 403.
+
+        Takes the same time whichever key it is.
+        """
         kind, _, text = authorization.partition(" ")
         shown = hashlib.sha256(text.strip().encode()).hexdigest() if kind.lower() == "bearer" else ""
         found: Key | None = None
@@ -71,6 +74,6 @@ class Keys:
                 "An API key is needed: Authorization: Bearer <key>.",
                 headers={"WWW-Authenticate": 'Bearer realm="shopsphere"'},
             )
-        if scope not in found.scopes:
+        if scope is not None and scope not in found.scopes:
             raise Problem(403, f"The key has no scope '{scope}'.")
         return found.name

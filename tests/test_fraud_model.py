@@ -20,7 +20,6 @@ from app import sandbox
 from app.command_line import main
 from app.output import Output
 from app.passes import open_engine, run_pass
-from app.tables import MODEL_STEPS
 from app.train import DEMO, Trained, as_json, train
 from lakehouse.engine import Engine
 from lakehouse.settings import load_settings
@@ -30,6 +29,7 @@ from ml.leak_check import moved_features
 from ml.lineage import lineage
 from ml.order_features import ORDER_FEATURES, STEPS, history_of, read_orders, refresh
 from ml.registry import Registry
+from ml.tables import MODEL_STEPS
 from ml.user_fraud_scores import USER_FRAUD_SCORES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -11,10 +11,10 @@ from typing import Any
 import polars as pl
 
 import pipelines
-from app.tables import DECLARED, MODEL_TABLES, TABLES
 from lakehouse.errors import OffsetGone, SourceError
 from lakehouse.iceberg import Handle, Lake
 from lakehouse.table import DELETED, Table
+from ml.tables import DECLARED, MODEL_TABLES, TABLES
 
 
 @dataclass(frozen=True)
