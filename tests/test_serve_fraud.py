@@ -242,8 +242,7 @@ def test_another_champion_takes_over_while_orders_are_scored(desk: Desk) -> None
 
 def test_scores_are_kept_as_events_without_an_account(desk: Desk) -> None:
     desk.score(order_id="kept", user_id=4)
-    assert desk.application.scores._producer is not None
-    assert desk.application.scores._producer.flush(10) == 0
+    assert desk.application.scores.flush(10) == 0
     asked = {"bootstrap.servers": desk.settings.kafka.bootstrap_servers, "group.id": "test", "enable.partition.eof": True}
     consumer = Consumer(asked)
     consumer.assign([TopicPartition(TOPIC, number, 0) for number in range(3)])
@@ -356,8 +355,7 @@ def test_what_was_served_is_reproduced_from_the_lakehouse(desk: Desk) -> None:
         response = desk.client.post("/v1/fraud/score", json=body)
         assert response.status_code == 200, response.text
         served[str(order["order_id"])] = response.json()["score"]
-    assert desk.application.scores._producer is not None
-    assert desk.application.scores._producer.flush(10) == 0
+    assert desk.application.scores.flush(10) == 0
     kafka = desk.settings.kafka.model_copy(update={"topics": ("events", TOPIC)})
     settings = desk.settings.model_copy(update={"kafka": kafka})
     with open_engine(settings) as engine:
