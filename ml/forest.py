@@ -63,11 +63,11 @@ class Forest:
 
     def explain(self, row: Floats) -> tuple[float, npt.NDArray[np.float64]]:
         """The probability, and what each feature adds to the log-odds of the average order."""
-        ways = np.empty((self.depth, len(self.roots)), dtype=np.int64)
+        ways = np.empty((self.depth + 1, len(self.roots)), dtype=np.int64)
         leaves = self._leaves(row, ways)
-        after = np.vstack([ways[1:], leaves])
-        steps = self.expected[after] - self.expected[ways]
-        columns = self.feature[self.column[ways]].ravel()
+        expected = self.expected[ways]
+        steps = expected[1:] - expected[:-1]
+        columns = self.feature[self.column[ways[:-1]]].ravel()
         added = np.bincount(columns, weights=steps.ravel(), minlength=self.features).astype(np.float64)
         return _probability(self.base + float(self.expected[leaves].sum())), added
 
@@ -80,8 +80,9 @@ class Forest:
         if len(self.masks):
             # whether the row's category is on the other side; a missing one is not asked
             category = row[self.of]
-            bits = (self.masks >> np.nan_to_num(category).astype(np.int64)) & 1
-            row = np.concatenate([row, np.where(np.isnan(category), category, bits).astype(np.float32)])
+            unknown = np.isnan(category)
+            bits = (self.masks >> np.where(unknown, 0, category).astype(np.int64)) & 1
+            row = np.concatenate([row, np.where(unknown, category, bits).astype(np.float32)])
         absent = np.isnan(row)
         node = self.roots
         for level in range(self.depth):
@@ -90,6 +91,8 @@ class Forest:
             column = self.column[node]
             less = np.where(absent[column], self.missing[node], row[column] < self.threshold[node])
             node = self.children[2 * node + less]
+        if ways is not None:
+            ways[self.depth] = node
         return node
 
 

@@ -130,6 +130,7 @@ class EntityHistory:
         "fraud_times",
         "genuine",
         "ids",
+        "late",
         "met",
         "part",
         "peaks",
@@ -156,6 +157,7 @@ class EntityHistory:
 
     def _begin(self, rows: list[Placed]) -> None:
         self.rows: list[Placed] = []
+        self.late: list[Placed] = []
         self.ids: set[str] = set()
         self.placed: list[int] = []
         self.amounts, self.prices, self.squares = [0], [0], [0]
@@ -179,18 +181,26 @@ class EntityHistory:
     def add(self, row: Placed) -> None:
         """One more order; one with an id that is there takes its place."""
         self.remove(row.order_id)
-        if not self.rows or (self.placed[-1], self.rows[-1].order_id) < (row.placed, row.order_id):
+        if self.late or (self.rows and (self.placed[-1], self.rows[-1].order_id) >= (row.placed, row.order_id)):
+            self.late.append(row)
+            self.ids.add(row.order_id)
+        else:
             self._append(row)
-            return
-        place = self.place_of(row)
-        for one in [row, *self._cut(place)]:
-            self._append(one)
 
     def remove(self, order_id: str) -> None:
         """Leave an order out, if it is there."""
         if order_id in self.ids:
+            self._settle()
             place = next(n for n in range(len(self.rows) - 1, -1, -1) if self.rows[n].order_id == order_id)
             for one in self._cut(place)[1:]:
+                self._append(one)
+
+    def _settle(self) -> None:
+        """Put orders that came late in their places: all at once, when somebody looks."""
+        if self.late:
+            late, self.late = sorted(self.late, key=lambda one: (one.placed, one.order_id)), []
+            rows = [*self._cut(self.place_of(late[0])), *late]
+            for one in sorted(rows, key=lambda one: (one.placed, one.order_id)):
                 self._append(one)
 
     def _cut(self, place: int) -> list[Placed]:
@@ -264,6 +274,7 @@ class EntityHistory:
 
     def features(self, order: Placed, found: list[Value]) -> None:
         """Append the part's features of an order of this entity."""
+        self._settle()
         part, now, placed, amounts = self.part, order.placed, self.placed, self.amounts
         at = self.place_of(order)
         for window in part.windows:
@@ -560,13 +571,15 @@ class OnlineFeatures:
         if device is not None and kind != "visit":
             yield _events_of(device, self._of_device, self._device_events)
 
-    def observe(self, order: Placed) -> None:
-        """An order was placed: it is history to those after it. One with the id of an earlier one takes its place."""
-        self.forget(order.order_id)
+    def observe(self, order: Placed) -> Placed | None:
+        """An order was placed: it is history to those after it. One with the id of an earlier one takes its place; that
+        one is given."""
+        before = self.forget(order.order_id)
         for kind, name in order.entities.items():
             if name is not None:
                 self._history(kind, name).add(order)
         self._observed[order.order_id] = order
+        return before
 
     def forget(self, order_id: str) -> Placed | None:
         """An order does not count any more. Gives what counted, if it did."""
@@ -582,7 +595,8 @@ class OnlineFeatures:
         return known
 
     def features(self, asked: Asked) -> list[Value]:
-        """The features of an order in the order of FEATURES; NaN where `compute` has null."""
+        """The features of an order in the order of FEATURES; NaN where `compute` has null. It may have been observed:
+        an order is no history to itself."""
         order, found = asked.order, self._own(asked)
         for part in PARTS[1:]:
             if part.events:

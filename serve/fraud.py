@@ -303,7 +303,7 @@ class Fraud:
 
     def _score(self, row: Row, models: Models, champion: Scorer, memory: Memory, now: datetime) -> FraudScore:
         described = Described.of(row)
-        before = memory.online.forget(described.order.order_id)
+        before = memory.online.observe(described.order)
         try:
             values = memory.online.features(described)
             if self.serving.reasons:
@@ -312,6 +312,7 @@ class Fraud:
             else:
                 score, reasons = champion.score(values), []
         except Exception as error:
+            memory.online.forget(described.order.order_id)
             if before is not None:
                 memory.online.observe(before)
             if not isinstance(error, TrainingError):
@@ -331,7 +332,6 @@ class Fraud:
             fresh.staleness_ms,
         )
         _decided(CHAMPION, champion.number, decision).inc()
-        memory.online.observe(described.order)
         self.recent.add(row, now, answered)
         shadow = self._shadow(models, values)
         if self.log is not None:

@@ -7,6 +7,7 @@ A score is an event (docs/sources.md) of type `order_scored`, so the lakehouse t
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
 import uuid
@@ -27,6 +28,8 @@ logger = logging.getLogger("shopsphere.serve")
 
 EVENT_TYPE = "order_scored"
 PARTITIONS = 3
+GATHER_SECONDS = 0.005
+"""How long scores are gathered before they are written together."""
 KEPT_MS = 600_000
 """How long a score waits for a broker that is away."""
 
@@ -73,6 +76,8 @@ class ScoreLog:
         self._kafka, self._heard = kafka, heard
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="scores", daemon=True)
+        self._writer = threading.Thread(target=self._write, name="score-writer", daemon=True)
+        self._waiting: queue.SimpleQueue[Score | threading.Event | None] = queue.SimpleQueue()
         self._producer: Producer | None = None
 
     def start(self, since: datetime) -> None:
@@ -93,20 +98,49 @@ class ScoreLog:
         )
         self._since = since
         self._thread.start()
+        self._writer.start()
 
     def stop(self) -> None:
         """Write what waits, and end."""
         self._stopping.set()
         if self._producer is not None:
             self._thread.join(timeout=10)
+            self._waiting.put(None)
+            self._writer.join(timeout=10)
             if left := self._producer.flush(10):
                 UNKEPT.inc(left)
                 logger.error("%d scores could not be written to topic '%s'", left, self.topic)
 
     def write(self, score: Score) -> None:
         """Keep a score: at once in memory, on the broker when it answers."""
+        if self._producer is not None:
+            self._waiting.put(score)
+
+    def flush(self, seconds: float) -> int:
+        """Wait until what was written so far is on the broker. Gives how many scores are not."""
         if self._producer is None:
-            return
+            return 0
+        reached = threading.Event()
+        self._waiting.put(reached)
+        reached.wait(seconds)
+        return int(self._producer.flush(seconds))
+
+    def _write(self) -> None:
+        """A thread of its own, which takes several at once: a request does not wait for the broker's threads."""
+        while (one := self._waiting.get()) is not None:
+            if isinstance(one, threading.Event):
+                one.set()
+                continue
+            try:
+                self._produce(one)
+            except Exception:
+                UNKEPT.inc()
+                logger.exception("a score could not be written to topic '%s'", self.topic)
+            if self._waiting.empty() and not self._stopping.is_set():
+                time.sleep(GATHER_SECONDS)
+
+    def _produce(self, score: Score) -> None:
+        assert self._producer is not None
         event = {
             "event_id": f"score:{score.order_id}:{uuid.uuid4().hex[:16]}",
             "event_type": EVENT_TYPE,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -16,7 +18,7 @@ import numpy as np
 import polars as pl
 import psycopg
 import pytest
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, Producer, TopicPartition
 from starlette.testclient import TestClient
 
 from app import sandbox
@@ -24,8 +26,8 @@ from app.passes import context_of, open_engine, run_pass
 from lakehouse.iceberg import Lake
 from lakehouse.settings import Settings
 from ml.evaluation import ThresholdSettings, choose_threshold, evaluate
-from ml.features import FEATURES, History, compute
-from ml.order_features import ORDER_FEATURES, account_events, refresh
+from ml.features import FEATURES, ORDER_COLUMNS, History, compute
+from ml.order_features import EVENT_READS, ORDER_FEATURES, account_events, refresh
 from ml.registry import Registry, Training
 from ml.training import TrainingSettings, fit_here
 from pipelines.silver.events_clean import EVENTS_CLEAN
@@ -240,10 +242,96 @@ def test_another_champion_takes_over_while_orders_are_scored(desk: Desk) -> None
     assert set(versions) == {before, challenger}
 
 
+def test_account_events_of_the_tail_count(desk: Desk) -> None:
+    memory = desk.application.fraud.memory
+    assert memory is not None
+    moment = datetime.now(UTC) - timedelta(minutes=3)
+    event = {
+        "event_id": f"late{time.time_ns()}",
+        "event_type": "login_failed",
+        "timestamp": moment.isoformat(),
+        "user_id": 7,
+        "metadata": {"device_id": "d-tail"},
+    }
+    producer = Producer({"bootstrap.servers": desk.settings.kafka.bootstrap_servers})
+    heard = len(memory.line.stock.account_events)
+    for outcome in range(3):  # it comes again: once the same, once corrected
+        again = event if outcome < 2 else event | {"timestamp": (moment - timedelta(days=2)).isoformat()}
+        producer.produce("events", json.dumps(again).encode())
+        producer.flush(10)
+        if outcome == 0:
+            wait_for(lambda: len(memory.line.stock.account_events) == heard + 1)
+            desk.score(order_id="after-login", user_id=7)
+    wait_for(lambda: len(memory.line.stock.account_events) == heard + 3)
+    desk.score(order_id="after-correction", user_id=7)
+    assert desk.features("after-login")["account_failed_logins_1h"] == 1
+    assert desk.features("after-correction")["account_failed_logins_1h"] == 0
+    assert desk.features("after-correction")["account_minutes_since_failed_login"] == pytest.approx(2 * 24 * 60 + 3, abs=1)
+
+
+def test_memory_made_anew_knows_what_was_scored(desk: Desk) -> None:
+    """Also what is scored while it is made; what is forgotten counts no more, and is not missed."""
+    card = f"card{time.time_ns()}"
+    fraud = desk.application.fraud
+    before = fraud.memory
+    assert before is not None
+    desk.score(order_id="old", card_fingerprint=card)
+    made_anew = threading.Thread(target=lambda: [fraud._remember(before.known, before.line, before.events) for _ in range(3)])
+    made_anew.start()
+    count = 1
+    while made_anew.is_alive() or count < 5:
+        desk.score(order_id=f"while{count}", card_fingerprint=card)
+        assert desk.features(f"while{count}")["card_orders_1h"] == count
+        count += 1
+    made_anew.join()
+    assert fraud.memory is not before
+    with fraud._lock:
+        memory = fraud.memory
+        assert memory is not None
+        memory.online.forget("old")
+        history = [row for _, row in fraud.recent.scored.values() if row["order_id"] != "old"]
+    desk.score(order_id="last", card_fingerprint=card, user_id=3, device_id="d-last")
+    assert desk.features("last")["card_orders_1h"] == count - 1
+    entity = pl.DataFrame([next(one.entity for one in desk.written if one.order_id == "last")], schema=ORDER_COLUMNS)
+    orders = pl.concat([memory.known.entities, pl.DataFrame(history, schema=ORDER_COLUMNS)])
+    later = account_events(memory.line.stock.later.select(EVENT_READS))
+    events = pl.concat([memory.events, later])
+    (want,) = compute(entity, History(orders, events, memory.known.categories)).drop("order_id", "placed_at").to_dicts()
+    told = desk.features("last")
+    off = {name: (told[name], want[name]) for name in told if told[name] != want[name]}
+    assert off == {}
+
+
+def test_a_model_that_is_no_forest_is_asked_in_its_own_way(desk: Desk) -> None:
+    champion = desk.application.watch.current.champion
+    assert champion is not None
+    desk.score(order_id="both-ways", user_id=5)
+    values = [desk.features("both-ways")[feature.name] for feature in FEATURES]
+    told = [math.nan if value is None else value for value in values]
+    score, added = champion.explain(told)
+    slow_score, slow_added = replace(champion, forest=None).explain(told)
+    assert slow_score == pytest.approx(score, abs=1e-6)
+    assert replace(champion, forest=None).score(told) == slow_score
+    assert slow_added == pytest.approx(added, abs=1e-4)
+
+
+def test_a_score_that_must_wait_keeps_nobody_else_waiting(desk: Desk) -> None:
+    with desk.application.fraud._lock, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(desk.score, order_id="waits")
+        assert desk.client.get("/-/healthz").status_code == 200
+        time.sleep(0.2)
+        assert desk.client.get("/-/healthz").status_code == 200
+        assert not waiting.done()
+        desk.application.fraud._lock.release()
+        try:
+            assert waiting.result(10)["order_id"] == "waits"
+        finally:
+            desk.application.fraud._lock.acquire()
+
+
 def test_scores_are_kept_as_events_without_an_account(desk: Desk) -> None:
     desk.score(order_id="kept", user_id=4)
-    assert desk.application.scores._producer is not None
-    assert desk.application.scores._producer.flush(10) == 0
+    assert desk.application.scores.flush(10) == 0
     asked = {"bootstrap.servers": desk.settings.kafka.bootstrap_servers, "group.id": "test", "enable.partition.eof": True}
     consumer = Consumer(asked)
     consumer.assign([TopicPartition(TOPIC, number, 0) for number in range(3)])
@@ -356,8 +444,7 @@ def test_what_was_served_is_reproduced_from_the_lakehouse(desk: Desk) -> None:
         response = desk.client.post("/v1/fraud/score", json=body)
         assert response.status_code == 200, response.text
         served[str(order["order_id"])] = response.json()["score"]
-    assert desk.application.scores._producer is not None
-    assert desk.application.scores._producer.flush(10) == 0
+    assert desk.application.scores.flush(10) == 0
     kafka = desk.settings.kafka.model_copy(update={"topics": ("events", TOPIC)})
     settings = desk.settings.model_copy(update={"kafka": kafka})
     with open_engine(settings) as engine:
