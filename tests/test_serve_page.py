@@ -35,7 +35,7 @@ from pipelines.gold.customer_360 import CUSTOMER_360
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
 from serve import charts, segments
 from serve.customers import AccountVersion, Channel, Entry, Link
-from serve.edges import COOKIE
+from serve.edges import COOKIE, AccessLog
 from serve.keys import SCOPES, Keys
 from serve.page import DIRECTORY, HEADERS, breakable, changes, kinds, own_path
 
@@ -436,17 +436,23 @@ def test_an_old_state_says_so(filled: Settings, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture
-def champion(filled: Settings) -> int:
-    """A model that reviews about every second order: the shop's own amounts are on both sides of its label's 80."""
-    registry, training = Registry(home=Path(filled.home)), trained(filled, 1)
+def champion(filled: Settings, tmp_path: Path) -> Registry:
+    """A model that reviews about every second order: the shop's own amounts are on both sides of its label's 80.
+
+    In a registry of its own: other tests want the shop without a model.
+    """
+    registry, training = Registry(home=tmp_path), trained(filled, 1)
     training = replace(training, evaluation=replace(training.evaluation, threshold=0.5))
-    return registry.promote(registry.record(training).number).number
+    registry.promote(registry.record(training).number)
+    return registry
 
 
-def test_the_queue_shows_who_waits_with_reasons_and_no_one_else(filled: Settings, champion: int) -> None:
-    with running(replica(filled, scores_topic="")) as client:
+def test_the_queue_shows_who_waits_with_reasons_and_no_one_else(filled: Settings, champion: Registry) -> None:
+    application = replica(filled, scores_topic="")
+    application.watch.registry = champion
+    with running(application) as client:
         until = time.monotonic() + 60
-        while f"version {champion}, reviewed" not in page(client, "/fraud").text:
+        while "version 1, reviewed" not in page(client, "/fraud").text:
             assert time.monotonic() < until
             time.sleep(0.1)
         assert "No order was scored" in page(client, "/fraud").text
@@ -525,13 +531,14 @@ def test_signing_in_goes_wrong_in_words(keyed: tuple[TestClient, dict[str, str]]
 
 
 def test_the_access_log_names_nobody(filled: Settings, merged: str, tmp_path: Path) -> None:
-    application = replica(filled.model_copy(update={"home": tmp_path}) if hasattr(filled, "model_copy") else filled)
+    application = replica(filled)
+    application.log = AccessLog(tmp_path / "access.jsonl")
     client = TestClient(application.asgi(), client=("127.0.0.1", 1))
-    client.get(f"/customers/{merged}")
-    search(client, "siti.hidayat@nowhere.example")
+    assert client.get(f"/customers/{merged}").status_code == 200
+    assert search(client, "siti.hidayat@nowhere.example").status_code == 200
     application.log.flush()
-    written = "".join(file.read_text() for file in (tmp_path / "logs").glob("access-*.jsonl"))
-    assert {json.loads(line)["route"] for line in written.splitlines()} == {"/customers/{master_user_id}", "/customers"}
+    written = (tmp_path / "access.jsonl").read_text()
+    assert [json.loads(line)["route"] for line in written.splitlines()] == ["/customers/{master_user_id}", "/customers"]
     assert merged not in written
     assert "siti" not in written
 
