@@ -468,6 +468,24 @@ def _history(work: Merge, groups: pl.DataFrame, columns: list[str], member: pl.E
     return current, opening.unique(list(target.group), keep="last", maintain_order=True)
 
 
+def changed_rows(read: Whole | Join, handle: Handle, since: int) -> pl.DataFrame:
+    """The rows of a table that changed after a sequence, tombstones too. Of a small table only those that changed in the
+    columns that are read: another price of a product concerns nobody who reads its category."""
+    table = read.table
+    mark = [DELETED] if table.keeps_tombstones else []
+    columns = [n for n in handle.reader.schema.names if n not in (SEQUENCE, GROUP_HASH, DELETED)]
+    new = handle.reader.read(handle.files(since=since), [*columns, *mark], newer(since, ()))
+    before = handle.snapshot_of(since)
+    seen = list(read.columns)
+    if isinstance(read, Join) or before is None or not new.height or not set(table.key) <= set(seen) or not table.key:
+        return new.select(columns)
+    old = handle.reader.read(handle.files(snapshot_id=before), seen, living(table, None))
+    numbered = new.with_row_index("__n")
+    same = numbered.join(old, on=seen, how="semi", nulls_equal=True)["__n"]
+    gone = pl.col(DELETED).fill_null(False) if mark else pl.lit(False)
+    return numbered.filter(gone | ~pl.col("__n").is_in(same.implode())).select(columns)
+
+
 def chunks(files: Sequence[File], rows: int) -> list[tuple[File, ...]]:
     """Files in groups of about `rows` rows."""
     result: list[tuple[File, ...]] = []
@@ -734,8 +752,7 @@ class Engine:
         handle, start = handles[read.table.name], since[read.table.name] or 0
         if handle.data_sequence <= start:
             return nothing
-        columns = [n for n in handle.reader.schema.names if n not in (SEQUENCE, GROUP_HASH, DELETED)]
-        new = handle.reader.read(handle.files(since=start), columns, newer(start, ()))
+        new = changed_rows(read, handle, start)
         if new.height == 0:
             return nothing
         assert read.touch is not None

@@ -375,6 +375,10 @@ class Handle:
         """The sequence of the last commit that changed rows; 0 for none."""
         return int(self.summary(DATA_SEQUENCE) or 0)
 
+    def snapshot_of(self, sequence: int) -> int | None:
+        """The id of the snapshot that a sequence number made; None when it is no longer there."""
+        return next((s.snapshot_id for s in self.loaded.metadata.snapshots if s.sequence_number == sequence), None)
+
     @property
     def position(self) -> dict[str, Any]:
         """What a table downstream remembers of this one: its identity and the last change."""

@@ -24,6 +24,8 @@ Ints = npt.NDArray[np.int64]
 TOLERANCE = 1e-6
 """How far a score may be from XGBoost's own."""
 MOST_CATEGORIES = 63
+PROBES = 128
+"""Made-up rows that a forest is compared with XGBoost on."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def _probability(log_odds: float) -> float:
 
 
 def forest_of(model: FittedModel, rows: Floats | None = None) -> Forest:
-    """The forest of a model. rows: some to check it with against XGBoost's own scores.
+    """The forest of a model, compared with XGBoost's own scores on rows around its thresholds, and on `rows`.
 
     Raises TrainingError for a model that is no such forest, or when a score differs by more than 1e-6.
     """
@@ -113,14 +115,29 @@ def forest_of(model: FittedModel, rows: Floats | None = None) -> Forest:
     trees = learner["gradient_booster"]["model"]["trees"]
     base = float(str(learner["learner_model_param"]["base_score"]).strip("[]"))
     forest = _joined([_Tree.of(tree) for tree in trees], len(model.features), math.log(base / (1.0 - base)))
-    for number, row in enumerate(rows if rows is not None else ()):
-        own = float(model.score_matrix(row[None, :])[0])
+    probes = _probes(forest, model)
+    checked = probes if rows is None else np.concatenate([probes, rows])
+    for number, (row, own) in enumerate(zip(checked, model.score_matrix(checked).tolist(), strict=True)):
         if abs(forest.score(row) - own) > TOLERANCE:
             raise TrainingError(
-                f"Row {number} of the examples scores {forest.score(row):.9f} here and {own:.9f} in XGBoost. "
+                f"Row {number} scores {forest.score(row):.9f} here and {own:.9f} in XGBoost. "
                 "This version of XGBoost stores its trees in another way: see requirements.lock for the one that is known."
             )
     return forest
+
+
+def _probes(forest: Forest, model: FittedModel) -> Floats:
+    """Rows of values at the thresholds and just below, of every category, and of missing ones."""
+    random = np.random.default_rng(0)
+    inner = forest.children[::2] != np.arange(len(forest.column))
+    rows = np.empty((PROBES, forest.features), dtype=np.float32)
+    for number, name in enumerate(model.features):
+        limits = forest.threshold[inner & (forest.column == number)]
+        choice: Floats = np.concatenate([limits, np.nextafter(limits, np.float32(-np.inf)), [np.nan]]).astype(np.float32)
+        if name in model.categories:
+            choice = np.array([*range(len(model.categories[name])), np.nan], dtype=np.float32)
+        rows[:, number] = random.choice(choice, PROBES)
+    return rows
 
 
 @dataclass(frozen=True)

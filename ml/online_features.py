@@ -49,6 +49,8 @@ from ml.features import (
 NAN = math.nan
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
+BLOCK = 128
+"""Orders of which the greatest ratio is kept."""
 ENTITY_PARTS: Mapping[str, Part] = {part.key: part for part in PARTS if part.key in ENTITIES and not part.events}
 EVENT_NOUNS = ("events", "failed_logins", "failed_payments", "changes")
 NOUN_OF = {"login_failed": "failed_logins", "payment_failed": "failed_payments", "account_changed": "changes"}
@@ -130,6 +132,7 @@ class EntityHistory:
         "ids",
         "met",
         "part",
+        "peaks",
         "placed",
         "prices",
         "ratios",
@@ -157,6 +160,7 @@ class EntityHistory:
         self.placed: list[int] = []
         self.amounts, self.prices, self.squares = [0], [0], [0]
         self.ratios: list[float] = []
+        self.peaks: list[float] = []
         self.seen: dict[str, dict[str, int]] = {other: {} for other in self.part.needs if other in ENTITIES}
         self.met: dict[str, list[int]] = {other: [0] for other in self.part.seen_with}
         self.fraud_times: list[int] = []
@@ -174,13 +178,43 @@ class EntityHistory:
 
     def add(self, row: Placed) -> None:
         """One more order; one with an id that is there takes its place."""
-        if row.order_id not in self.ids and (
-            not self.rows or (self.placed[-1], self.rows[-1].order_id) < (row.placed, row.order_id)
-        ):
+        self.remove(row.order_id)
+        if not self.rows or (self.placed[-1], self.rows[-1].order_id) < (row.placed, row.order_id):
             self._append(row)
             return
-        rows = [one for one in self.rows if one.order_id != row.order_id]
-        self._begin(sorted([*rows, row], key=lambda one: (one.placed, one.order_id)))
+        place = self.place_of(row)
+        for one in [row, *self._cut(place)]:
+            self._append(one)
+
+    def remove(self, order_id: str) -> None:
+        """Leave an order out, if it is there."""
+        if order_id in self.ids:
+            place = next(n for n in range(len(self.rows) - 1, -1, -1) if self.rows[n].order_id == order_id)
+            for one in self._cut(place)[1:]:
+                self._append(one)
+
+    def _cut(self, place: int) -> list[Placed]:
+        """Take off the orders from a place on."""
+        rows = self.rows[place:]
+        if any(row.known < NEVER for row in rows):  # the lists of reports are in another order
+            self._begin(self.rows[:place])
+            return rows
+        for values in (self.rows, self.placed, self.ratios, self.run_start):
+            del values[place:]
+        sums = (self.amounts, self.squares, self.prices, self.usual_amounts, self.usual_prices, self.genuine, self.settled)
+        for counts in (*sums, *self.met.values()):
+            del counts[place + 1 :]
+        del self.unusual[bisect_left(self.unusual, place) :]
+        del self.peaks[place // BLOCK :]
+        if place % BLOCK:
+            self.peaks.append(max(self.ratios[place - place % BLOCK :]))
+        self.ids.difference_update(row.order_id for row in rows)
+        for other, firsts in self.seen.items():
+            for row in rows:
+                name = row.entities[other]
+                if name is not None and firsts.get(name, -1) >= place:
+                    del firsts[name]
+        return rows
 
     def _append(self, row: Placed) -> None:
         place, cents = len(self.rows), row.amount or 0
@@ -192,6 +226,10 @@ class EntityHistory:
         self.usual_amounts.append(self.usual_amounts[-1] + (cents if usual else 0))
         self.usual_prices.append(self.usual_prices[-1] + usual)
         self.ratios.append(ratio)
+        if place % BLOCK == 0:
+            self.peaks.append(ratio)
+        elif ratio > self.peaks[-1]:
+            self.peaks[-1] = ratio
         self.genuine.append(self.genuine[-1] if fraud else place)
         self.rows.append(row)
         self.ids.add(row.order_id)
@@ -281,12 +319,20 @@ class EntityHistory:
             found.append(quotient(cents, recent))
         for window in RATIO_WINDOWS:
             start = bisect_left(self.placed, order.placed - WINDOWS[window])
-            greatest = max(self.ratios[start:at], default=-math.inf)
+            greatest = self._greatest(start, at)
             found.append(NAN if greatest == -math.inf else greatest)
         self._outliers(order, at, cents, found)
         for other in ("card", "device", "address"):
             name = order.entities[other]
             found.append(NAN if name is None else float(self.seen[other].get(name, at) >= at))
+
+    def _greatest(self, start: int, stop: int) -> float:
+        """The greatest ratio of the orders start to stop; minus infinity without any."""
+        first, last = -(-start // BLOCK), stop // BLOCK
+        if first >= last:
+            return max(self.ratios[start:stop], default=-math.inf)
+        edges = max((*self.ratios[start : first * BLOCK], *self.ratios[last * BLOCK : stop]), default=-math.inf)
+        return max(edges, *self.peaks[first:last])
 
     def _outliers(self, order: Placed, at: int, cents: float, found: list[Value]) -> None:
         placed, unusual = self.placed, self.unusual
@@ -348,6 +394,9 @@ class Orders:
     entities: Mapping[str, pl.Series]
     rows: Mapping[str, Ints]
     spans: Mapping[str, Mapping[str, tuple[int, int]]]
+    hashes: Ints
+    """Of the ids, sorted; `hashed` are their rows."""
+    hashed: Ints
 
     @staticmethod
     def of(orders: pl.DataFrame) -> Orders:
@@ -356,14 +405,9 @@ class Orders:
         frame = arranged(known.clear(), known)
         rows, spans = {}, {}
         for kind in ENTITIES:
-            grouped = frame.select(kind).with_row_index("row").drop_nulls(kind).sort(kind, "row")
-            rows[kind] = grouped["row"].to_numpy().astype(np.int64)
-            counts = grouped.group_by(kind, maintain_order=True).len()
-            stops = counts["len"].cum_sum()
-            spans[kind] = {
-                name: (stop - count, stop)
-                for name, count, stop in zip(counts[kind].to_list(), counts["len"].to_list(), stops.to_list(), strict=True)
-            }
+            rows[kind], spans[kind] = _grouped(frame[kind])
+        hashes = np.fromiter(map(hash, frame["order_id"]), np.int64, frame.height)
+        hashed = np.argsort(hashes)
         return Orders(
             frame["order_id"],
             microseconds(frame["placed_at"]),
@@ -373,12 +417,27 @@ class Orders:
             {kind: frame[kind] for kind in ENTITIES},
             rows,
             spans,
+            hashes[hashed],
+            hashed,
         )
+
+    def of_id(self, order_id: str) -> Placed | None:
+        """The order of an id."""
+        wanted = hash(order_id)
+        for place in range(int(self.hashes.searchsorted(wanted)), len(self.hashes)):
+            if self.hashes[place] != wanted:
+                break
+            (found,) = self._at(self.hashed[place : place + 1])
+            if found.order_id == order_id:
+                return found
+        return None
 
     def of_entity(self, kind: str, name: str) -> Iterator[Placed]:
         """The orders of an entity, in order."""
         start, stop = self.spans[kind].get(name, (0, 0))
-        rows = self.rows[kind][start:stop]
+        return self._at(self.rows[kind][start:stop])
+
+    def _at(self, rows: Ints) -> Iterator[Placed]:
         columns = [
             self.order_id.gather(rows).to_list(),
             self.placed[rows].tolist(),
@@ -389,6 +448,18 @@ class Orders:
         ]
         for order_id, placed, amount, known, ratio, *names in zip(*columns, strict=True):
             yield Placed(order_id, placed, amount, known, dict(zip(ENTITIES, names, strict=True)), ratio)
+
+
+def _grouped(names: pl.Series) -> tuple[Ints, dict[Any, tuple[int, int]]]:
+    """Rows by name, those of a name in their order, and from where to where each name's are."""
+    frame = names.alias("name").to_frame().with_row_index("row").drop_nulls("name").sort("name", "row")
+    counts = frame.group_by("name", maintain_order=True).len()
+    stops = counts["len"].cum_sum()
+    spans = {
+        name: (stop - count, stop)
+        for name, count, stop in zip(counts["name"].to_list(), counts["len"].to_list(), stops.to_list(), strict=True)
+    }
+    return frame["row"].to_numpy().astype(np.int64), spans
 
 
 @dataclass
@@ -407,6 +478,15 @@ class EventHistory:
                 else:
                     times.append(at)
 
+    def remove(self, kind: str, at: int) -> None:
+        """One event less, if it is there."""
+        for noun in ("events", NOUN_OF.get(kind)):
+            if noun is not None:
+                times = self.times[noun]
+                place = bisect_left(times, at)
+                if place < len(times) and times[place] == at:
+                    del times[place]
+
     def counts(self, noun: str, now: int, windows: tuple[str, ...]) -> Iterator[float]:
         """How many there were in each window before now."""
         times = self.times[noun]
@@ -418,6 +498,29 @@ class EventHistory:
         """Since the last one; NaN when there is none."""
         stop = bisect_left(self.times[noun], now)
         return (now - self.times[noun][stop - 1]) / MINUTE if stop else NAN
+
+
+@dataclass(frozen=True)
+class Events:
+    """Account events as columns, sorted by time, with the rows of every account or device."""
+
+    at: Ints
+    kind: pl.Series
+    rows: Ints
+    spans: Mapping[Any, tuple[int, int]]
+
+    @staticmethod
+    def of(events: pl.DataFrame, key: str) -> Events:
+        """From a frame with EVENT_COLUMNS, sorted by time. key: account or device."""
+        return Events(microseconds(events["occurred_at"]), events["kind"], *_grouped(events[key]))
+
+    def of_name(self, name: int | str) -> EventHistory:
+        """The events of an account or device."""
+        start, stop = self.spans.get(name, (0, 0))
+        rows, found = self.rows[start:stop], EventHistory()
+        for kind, at in zip(self.kind.gather(rows).to_list(), self.at[rows].tolist(), strict=True):
+            found.add(kind, at)
+        return found
 
 
 class OnlineFeatures:
@@ -432,25 +535,51 @@ class OnlineFeatures:
             for category, month, orders, amount in history.categories.select("category", "month", "orders", "amount").iter_rows()
         }
         self._entities: dict[str, dict[str, EntityHistory]] = {kind: {} for kind in ENTITIES}
-        self.by_account: dict[int, EventHistory] = {}
-        self.by_device: dict[str, EventHistory] = {}
+        self._observed: dict[str, Placed] = {}
+        self._left_out: set[str] = set()
+        """Orders of the history that another version took the place of, or that were forgotten."""
+        self._of_account: dict[int | str, EventHistory] = {}
+        self._of_device: dict[int | str, EventHistory] = {}
         events = conform(history.events, EVENT_COLUMNS).drop_nulls("occurred_at").sort("occurred_at")
-        columns = (events["account"].to_list(), events["device"].to_list(), events["kind"].to_list())
-        for account, device, kind, at in zip(*columns, microseconds(events["occurred_at"]).tolist(), strict=True):
-            self.observe_event(account, device, kind, at)
+        self._account_events = Events.of(events, "account")
+        self._device_events = Events.of(events.filter(pl.col("kind") != "visit"), "device")
 
     def observe_event(self, account: int | None, device: str | None, kind: str, at: int) -> None:
         """An account event has happened. kind: one of EVENT_KINDS; at: microseconds since 1970."""
+        for history in self._concerned(account, device, kind):
+            history.add(kind, at)
+
+    def forget_event(self, account: int | None, device: str | None, kind: str, at: int) -> None:
+        """An account event turned out to be another."""
+        for history in self._concerned(account, device, kind):
+            history.remove(kind, at)
+
+    def _concerned(self, account: int | None, device: str | None, kind: str) -> Iterator[EventHistory]:
         if account is not None:
-            self.by_account.setdefault(account, EventHistory()).add(kind, at)
+            yield _events_of(account, self._of_account, self._account_events)
         if device is not None and kind != "visit":
-            self.by_device.setdefault(device, EventHistory()).add(kind, at)
+            yield _events_of(device, self._of_device, self._device_events)
 
     def observe(self, order: Placed) -> None:
         """An order was placed: it is history to those after it. One with the id of an earlier one takes its place."""
+        self.forget(order.order_id)
         for kind, name in order.entities.items():
             if name is not None:
                 self._history(kind, name).add(order)
+        self._observed[order.order_id] = order
+
+    def forget(self, order_id: str) -> Placed | None:
+        """An order does not count any more. Gives what counted, if it did."""
+        known = self._observed.pop(order_id, None)
+        if known is None and order_id not in self._left_out:
+            known = self.orders.of_id(order_id)
+            if known is not None:
+                self._left_out.add(order_id)
+        if known is not None:
+            for kind, name in known.entities.items():
+                if name is not None:
+                    self._history(kind, name).remove(order_id)
+        return known
 
     def features(self, asked: Asked) -> list[Value]:
         """The features of an order in the order of FEATURES; NaN where `compute` has null."""
@@ -469,7 +598,8 @@ class OnlineFeatures:
     def _history(self, kind: str, name: str) -> EntityHistory:
         known = self._entities[kind].get(name)
         if known is None:
-            known = EntityHistory(ENTITY_PARTS[kind], self.delay, self.orders.of_entity(kind, name))
+            rows = (row for row in self.orders.of_entity(kind, name) if row.order_id not in self._left_out)
+            known = EntityHistory(ENTITY_PARTS[kind], self.delay, rows)
             self._entities[kind][name] = known
         return known
 
@@ -495,20 +625,24 @@ class OnlineFeatures:
             found += [NAN] * len(part.features)
             return
         if part.key == "account":
-            history = self.by_account.get(name) or NOTHING  # type: ignore[arg-type]
+            history = _events_of(name, self._of_account, self._account_events)
             found += history.counts("events", now, EVENT_WINDOWS)
             found += history.counts("failed_logins", now, ("1h", "24h"))
             found += history.counts("failed_payments", now, ("1h", "24h"))
             found.append(history.minutes_since("failed_logins", now))
             found.append(history.minutes_since("changes", now))
         else:
-            history = self.by_device.get(name) or NOTHING  # type: ignore[arg-type]
+            history = _events_of(name, self._of_device, self._device_events)
             found += history.counts("failed_logins", now, ("1h", "24h"))
             found += history.counts("failed_payments", now, ("1h", "24h"))
 
 
-NOTHING = EventHistory()
-"""What is known of whom nothing is known. Never added to."""
+def _events_of(name: int | str, met: dict[int | str, EventHistory], events: Events) -> EventHistory:
+    """The events of an account or device, read out when it is first asked about."""
+    found = met.get(name)
+    if found is None:
+        found = met[name] = events.of_name(name)
+    return found
 
 
 def _rank(names: tuple[str, ...], value: str | None) -> str:

@@ -64,6 +64,10 @@ ORDER_COLUMNS = (
     "payment_method",
 )
 
+_SPELLED = pl.col("shipping_address").str.to_lowercase().str.replace_all(r"\W+", " ").str.strip_chars()
+ADDRESS = pl.when(_SPELLED != "").then(_SPELLED).alias("address")
+"""An address in one spelling."""
+
 
 def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
     """The orders with a time, each with its category, account and first fraud report."""
@@ -75,7 +79,6 @@ def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
         .agg(pl.col("reported_at").min().alias("known_at"))
     )
     created = frames["users"].group_by("user_id").agg(pl.col("created_at").min().alias("account_created_at"))
-    address = pl.col("shipping_address").str.to_lowercase().str.replace_all(r"\W+", " ").str.strip_chars()
     return (
         orders.join(main_categories(frames["items"], frames["products"]), on="order_id", how="left")
         .join(reported, left_on="order_id", right_on="order_ref", how="left")
@@ -91,7 +94,7 @@ def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
             ).alias("customer"),
             _text("card_fingerprint").alias("card"),
             _text("device_id").alias("device"),
-            pl.when(address != "").then(address).alias("address"),
+            ADDRESS,
             _text("ip_address").alias("ip"),
             pl.col("master_user_id").alias("person"),
             pl.col("user_id").alias("account"),

@@ -64,8 +64,7 @@ class Application:
 
     def _on_line(self, line: Line) -> None:
         """A newer snapshot is about to answer."""
-        self.fraud.refresh()
-        self.fraud.on_line(line)
+        self.fraud.refresh(line)
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,7 +21,8 @@ from lakehouse.errors import ShopSphereError
 from lakehouse.iceberg import DATA_SEQUENCE, POSITIONS, Handle, Lake
 from lakehouse.step import Gather
 from lakehouse.table import GROUP_HASH, Table
-from pipelines.bronze.kafka import KafkaSource
+from pipelines.bronze.generations import prefix
+from pipelines.bronze.kafka import GENERATIONS, IDS, KafkaSource
 from pipelines.bronze.tables import EVENTS
 from pipelines.gold.inventory_health import INVENTORY_HEALTH
 from pipelines.silver.events_clean import EVENTS_CLEAN
@@ -45,6 +46,7 @@ class Base:
     known    the hashes (`_group_hash`) of the ids of these events, sorted
     incoming the stock_incoming events among them, as the ledger reads them
     at       when it read the topics: what was sent later may be missing
+    prefixes what positions of messages begin with, by topic, where the topic is not in its first generation
     """
 
     snapshots: Mapping[str, int]
@@ -54,6 +56,7 @@ class Base:
     known: npt.NDArray[np.int32]
     incoming: pl.DataFrame
     at: datetime | None
+    prefixes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,17 @@ class Chain:
     @property
     def offsets(self) -> dict[str, int]:
         """By 'topic:partition' the first offset that the lakehouse has not read."""
+        return {name: int(offset) for name, offset in self._read.items() if name not in (IDS, GENERATIONS)}
+
+    @property
+    def prefixes(self) -> dict[str, str]:
+        """What positions of messages begin with, by topic, where the topic is not in its first generation."""
+        return {topic: prefix(number) for topic, number in self._read.get(GENERATIONS, {}).items()}
+
+    @property
+    def _read(self) -> dict[str, Any]:
         read = self.bronze.positions.get(KafkaSource.name)
-        return {name: int(offset) for name, offset in read.items()} if isinstance(read, dict) else {}
+        return read if isinstance(read, dict) else {}
 
 
 def newest_chain(lake: Lake) -> Chain:
@@ -154,4 +166,5 @@ def open_base(chain: Chain) -> Base:
         known=np.sort(hashes.astype(np.int32)),
         incoming=read.read(EVENT_COLUMNS, gathered.always),
         at=datetime.fromtimestamp(taken.timestamp_ms / 1000, UTC) if taken else None,
+        prefixes=chain.prefixes,
     )

@@ -95,6 +95,10 @@ def answer(content: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(content), status, media_type="application/json")
 
 
+LINES = 1_000
+"""Of the access log, kept back at most."""
+
+
 class AccessLog:
     """One JSON line a request: the route's pattern, never the path or query, which may name a person.
 
@@ -102,23 +106,24 @@ class AccessLog:
     """
 
     def __init__(self, file: Path | None) -> None:
-        self.logger: logging.Logger | None = None
+        self._lines: list[str] = []
+        self._file: logging.Handler | None = None
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            target = logging.handlers.RotatingFileHandler(file, maxBytes=64 << 20, backupCount=3)
-            self.memory = logging.handlers.MemoryHandler(1000, target=target)
-            self.logger = logging.Logger("shopsphere.access")
-            self.logger.addHandler(self.memory)
+            self._file = logging.handlers.RotatingFileHandler(file, maxBytes=64 << 20, backupCount=3)
 
     def write(self, **told: Any) -> None:
         """Note a request."""
-        if self.logger is not None:
-            self.logger.info(msgspec.json.encode(told).decode())
+        if self._file is not None:
+            self._lines.append(msgspec.json.encode(told).decode())
+            if len(self._lines) >= LINES:
+                self.flush()
 
     def flush(self) -> None:
         """Write what is kept back."""
-        if self.logger is not None:
-            self.memory.flush()
+        if self._file is not None and self._lines:
+            lines, self._lines = self._lines, []
+            self._file.handle(logging.makeLogRecord({"msg": "\n".join(lines)}))
 
 
 class Edge:
@@ -234,7 +239,7 @@ class Gate:
             raise busy(429, "Too many requests are waiting.")
         self._inside += 1
         try:
-            work = functools.partial(_unpanicked, function, *arguments)
+            work = functools.partial(unpanicked, function, *arguments)
             return await asyncio.get_running_loop().run_in_executor(self._executor, work)
         finally:
             self._inside -= 1
@@ -262,7 +267,7 @@ def _with_whole_numbers(body: bytes | bytearray, kind: Any) -> Any:
         raise bad_field("body", "is nested too deeply") from None
 
 
-def _unpanicked(function: Callable[..., T], *arguments: Any) -> T:
+def unpanicked(function: Callable[..., T], *arguments: Any) -> T:
     """A panic of polars is no Exception: it would end the process's event loop."""
     try:
         return function(*arguments)
@@ -270,6 +275,7 @@ def _unpanicked(function: Callable[..., T], *arguments: Any) -> T:
         raise RuntimeError(f"polars panicked: {error}") from None
 
 
+@functools.lru_cache(maxsize=1024)
 def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 from msgspec import Meta
+from prometheus_client import Counter
 from starlette.responses import Response
 
 from lakehouse.step import Context
-from ml.features import FEATURES, ORDER_COLUMNS, History, compute
+from ml.features import FEATURES, ORDER_COLUMNS, History
+from ml.online_features import Asked as Described
+from ml.online_features import OnlineFeatures, Value
 from ml.order_features import EVENT_READS, account_events
-from ml.registry import CHAMPION, Loaded
+from ml.registry import CHAMPION
 from ml.training import TrainingError
-from serve.edges import DECISIONS, Asked, Endpoint, Gate, answer
+from serve.edges import DECISIONS, Asked, Endpoint, Gate, answer, unpanicked
 from serve.inventory import Inventory
 from serve.line import Line
-from serve.models import Models, ModelWatch
-from serve.orders import Known, Order, entities_of, neighbours, read_known, snapshots_of
+from serve.models import Models, ModelWatch, Scorer
+from serve.orders import Known, Order, read_known, row_of, snapshots_of
 from serve.orders import Line as OrderLine
 from serve.problems import busy
 from serve.scores import Score, ScoreLog
 from serve.settings import ServeSettings
 from serve.snapshots import Snapshots
-from serve.stock import CHUNKS
 
 logger = logging.getLogger("shopsphere.serve")
 
@@ -38,7 +43,9 @@ MOST = 1_000
 """Orders of a batch."""
 SETTLE = timedelta(minutes=10)
 """How long an order may take from the checkout to the lakehouse beyond the lakehouse's own commit."""
-DECLARED = {feature.name: feature for feature in FEATURES}
+Row = Mapping[str, Any]
+"""An order as features take it (ORDER_COLUMNS)."""
+MOMENTS = tuple(name for name, kind in ORDER_COLUMNS.items() if isinstance(kind, pl.Datetime))
 Decision = Literal["approve", "review", "decline"]
 
 
@@ -47,7 +54,9 @@ class Reason(msgspec.Struct, frozen=True):
 
     feature: str
     value: float | str | None
-    contribution: Annotated[float, Meta(description="What it adds to the log-odds of fraud (TreeSHAP).")]
+    contribution: Annotated[
+        float, Meta(description="What it adds to the log-odds of fraud, by the splits on the order's way (Saabas).")
+    ]
     text: str
 
 
@@ -96,48 +105,73 @@ class Recent:
 
     An order counts until the lakehouse has it; or until the lakehouse has read the orders of its time and it is not
     among them: it was never placed.
+
+    scored  by order_id when it was scored, and the order
     """
 
     def __init__(self, same_answer: timedelta) -> None:
         self.same_answer = same_answer
+        self.scored: dict[str, tuple[datetime, Row]] = {}
         self._answers: OrderedDict[str, tuple[datetime, FraudScore]] = OrderedDict()
-        self._scored: dict[str, datetime] = {}
-        self._rows = pl.DataFrame(schema=ORDER_COLUMNS)
-        self._fresh: list[pl.DataFrame] = []
 
     def answered(self, order_id: str, now: datetime) -> FraudScore | None:
         """What this order was told within the window."""
         found = self._answers.get(order_id)
         return found[1] if found is not None and now - found[0] <= self.same_answer else None
 
-    def add(self, order_id: str, at: datetime, entity: pl.DataFrame, told: FraudScore) -> None:
-        """An order was scored, here or by another replica; the first answer stands."""
+    def add(self, row: Row, at: datetime, told: FraudScore) -> None:
+        """An order was scored, here or by another replica; the first answer stands, the newer order counts."""
+        order_id = row["order_id"]
         if self.answered(order_id, at) is None:
             self._answers[order_id] = (at, told)
             self._answers.move_to_end(order_id)
-        if order_id in self._scored:  # scored again after its window: the newer one counts
-            self._rows = self.rows().filter(pl.col("order_id") != order_id)
-        self._scored[order_id] = at
-        self._fresh.append(entity)
+        self.scored[order_id] = (at, row)
 
-    def rows(self) -> pl.DataFrame:
-        """The orders (ORDER_COLUMNS)."""
-        if self._fresh:
-            self._rows = pl.concat([self._rows, *self._fresh], rechunk=self._rows.n_chunks() >= CHUNKS)
-            self._fresh = []
-        return self._rows
+    def forget(self, there: set[str], complete: datetime | None, now: datetime) -> list[str]:
+        """Leave out what the lakehouse has, what was never placed, and answers whose window is over.
 
-    def forget(self, known: Known, now: datetime) -> None:
-        """Leave out what the lakehouse has, what was never placed, and answers whose window is over."""
-        there = set(known.entities["order_id"].filter(known.entities["order_id"].is_in(list(self._scored))))
-        never = known.at - SETTLE if known.at else None
-        for order_id, at in list(self._scored.items()):
-            if order_id in there or (never is not None and at < never and now - at > self.same_answer):
-                del self._scored[order_id]
-        if len(self._scored) < self.rows().height:
-            self._rows = self.rows().filter(pl.col("order_id").is_in(list(self._scored)))
+        there: orders that it has; complete: when its orders were last added to. Gives the orders left out."""
+        never = complete - SETTLE if complete else None
+        gone = [
+            order_id
+            for order_id, (at, _) in self.scored.items()
+            if order_id in there or (never is not None and at < never and now - at > self.same_answer)
+        ]
+        for order_id in gone:
+            del self.scored[order_id]
         while self._answers and now - next(iter(self._answers.values()))[0] > self.same_answer:
             self._answers.popitem(last=False)
+        return gone
+
+
+@dataclass
+class Memory:
+    """What orders are scored from: snapshots of the lakehouse, and what followed. Not for two threads at once.
+
+    events  the account events of the line's snapshot
+    online  the features of an order, with all that was scored and heard
+    heard   how many of the line's later account events are in it
+    """
+
+    known: Known
+    line: Line
+    events: pl.DataFrame
+    online: OnlineFeatures
+    heard: int = 0
+
+    @functools.cached_property
+    def snapshots(self) -> dict[str, int]:
+        """What it was read from."""
+        return {**self.line.base.snapshots, **self.known.snapshots}
+
+    def catch_up(self) -> None:
+        """Take in the account events that the line has read since."""
+        events = self.line.stock.account_events
+        while self.heard < len(events):
+            event = events[self.heard]
+            take = self.online.forget_event if event.gone else self.online.observe_event
+            take(event.account, event.device, event.kind, event.at)
+            self.heard += 1
 
 
 class Fraud:
@@ -160,122 +194,154 @@ class Fraud:
         self.inventory, self.watch, self.gate = inventory, watch, gate
         self.recent = Recent(timedelta(seconds=serving.same_answer_seconds))
         self.log: ScoreLog | None = log
-        self.known: Known | None = None
-        self._events: tuple[Line, pl.DataFrame] | None = None
+        self.memory: Memory | None = None
         self._lock = threading.Lock()
+        self._reading = threading.Lock()
 
-    def on_line(self, line: Line) -> None:
-        """A newer snapshot is about to answer: its account events, those after it follow from the line."""
-        self._events = (line, account_events(line.base.events.read(EVENT_READS)))
+    def refresh(self, line: Line | None = None) -> None:
+        """Take over what the lakehouse says of orders, when that changed. line: a newer one, which is about to answer.
 
-    def refresh(self) -> None:
-        """Take over what the lakehouse says of orders, when that changed."""
-        known = self.known
-        if known is None or known.snapshots != snapshots_of(self.snapshots):
-            known = read_known(self.snapshots, self.context)
+        The new memory is made beside the old one, which goes on scoring."""
+        with self._reading:
+            memory, now = self.memory, datetime.now(UTC)
+            same = memory is not None and memory.known.snapshots == snapshots_of(self.snapshots)
+            if memory is not None and same and line is None:
+                with self._lock:
+                    for order_id in self.recent.forget(set(), memory.known.at, now):
+                        memory.online.forget(order_id)
+                return
+            known = memory.known if memory is not None and same else read_known(self.snapshots, self.context)
+            if line is not None:
+                events = account_events(line.base.events.read(EVENT_READS))
+            elif memory is not None:
+                line, events = memory.line, memory.events
+            else:
+                return
+            self._remember(known, line, events)
+
+    def _remember(self, known: Known, line: Line, events: pl.DataFrame) -> None:
         with self._lock:
-            self.recent.forget(known, datetime.now(UTC))
-            self.known = known
+            scored = dict(self.recent.scored)
+        ids = known.entities["order_id"]
+        there = set(ids.filter(ids.is_in(list(scored))))
+        rows = pl.DataFrame([row for order_id, (_, row) in scored.items() if order_id not in there], schema=ORDER_COLUMNS)
+        history = History(pl.concat([known.entities.select(list(ORDER_COLUMNS)), rows]), events, known.categories)
+        memory = Memory(known, line, events, OnlineFeatures(history))
+        memory.catch_up()
+        with self._lock:
+            for order_id in self.recent.forget(there, known.at, datetime.now(UTC)):
+                if order_id not in there:
+                    memory.online.forget(order_id)
+            for order_id, one in self.recent.scored.items():
+                if scored.get(order_id) is not one:  # while the memory was made
+                    memory.online.observe(Described.of(one[1]).order)
+            self.memory = memory
 
     def heard(self, score: Score) -> None:
         """Another replica, or this one in an earlier life, scored an order."""
-        entity = entity_frame([score.entity])
+        row = {
+            **score.entity,
+            **{name: datetime.fromisoformat(score.entity[name]) for name in MOMENTS if score.entity[name] is not None},
+        }
         told = msgspec.convert(score.answer, FraudScore)
+        described = Described.of(row)
         with self._lock:
-            self.recent.add(score.order_id, score.scored_at, entity, told)
+            self.recent.add(row, score.scored_at, told)
+            if self.memory is not None:
+                self.memory.online.observe(described.order)
 
     async def score(self, asked: Asked) -> Response:
         """POST /v1/fraud/score"""
-        return answer((await self.gate.run(self.scored, [asked.body]))[0])
+        # sooner done than handed to another thread; where it would have to wait, or asks XGBoost, another thread does
+        if self.watch.current.fast and self._lock.acquire(blocking=False):
+            try:
+                return answer(unpanicked(self._scored, [asked.body], [""])[0])
+            finally:
+                self._lock.release()
+        return answer((await self.gate.run(self.scored, [asked.body], [""]))[0])
 
     async def score_batch(self, asked: Asked) -> Response:
         """POST /v1/fraud/score:batch"""
-        return answer(FraudScores(await self.gate.run(self.scored, asked.body.orders)))
+        places = [f"orders[{number}]." for number in range(len(asked.body.orders))]
+        return answer(FraudScores(await self.gate.run(self.scored, asked.body.orders, places)))
 
-    def scored(self, orders: Sequence[Order]) -> list[FraudScore]:
-        """Score orders, in the order given. Raises Problem."""
-        models = self.watch.current
+    def scored(self, orders: Sequence[Order], places: Sequence[str]) -> list[FraudScore]:
+        """Score orders, in the order given. places: what fields are told under. Raises Problem."""
+        with self._lock:
+            return self._scored(orders, places)
+
+    def _scored(self, orders: Sequence[Order], places: Sequence[str]) -> list[FraudScore]:
+        models, memory = self.watch.current, self.memory
         if models.champion is None:
             if self.watch.error is not None:
                 raise busy(503, "No model could be loaded from the registry; the log says why.", 10)
             raise busy(503, "No model serves yet. Train one: python -m app train.", 10)
-        with self._lock:
-            known = self.known
-            if known is None or self._events is None:
-                raise busy(503, "The state is being read.", 2)
-            now = datetime.now(UTC)
-            told = {order.order_id: found for order in orders if (found := self.recent.answered(order.order_id, now))}
-            # an order that is there twice is the same order
-            fresh = list({order.order_id: order for order in reversed(orders) if order.order_id not in told}.values())[::-1]
-            if fresh:
-                for score, entity in self._scored(fresh, models, models.champion, known, now):
-                    told[score.order_id] = msgspec.convert(score.answer, FraudScore)
-                    self.recent.add(score.order_id, now, entity, told[score.order_id])
-                    if self.log is not None:
-                        self.log.write(score)
+        if memory is None:
+            raise busy(503, "The state is being read.", 2)
+        now = datetime.now(UTC)
+        told: dict[str, FraudScore] = {}
+        rows: dict[str, Row] = {}
+        for order, place in zip(orders, places, strict=True):
+            if (found := self.recent.answered(order.order_id, now)) is not None:
+                told[order.order_id] = found
+            elif order.order_id not in rows:  # an order that is there twice is the same order
+                rows[order.order_id] = row_of(order, memory.known, self.context, now, place)
+        memory.catch_up()
+        # each sees those before it, however they are sent
+        for row in sorted(rows.values(), key=lambda row: (row["placed_at"], row["order_id"])):
+            told[row["order_id"]] = self._score(row, models, models.champion, memory, now)
         return [told[order.order_id] for order in orders]
 
-    def _scored(
-        self, orders: Sequence[Order], models: Models, champion: Loaded, known: Known, now: datetime
-    ) -> list[tuple[Score, pl.DataFrame]]:
-        assert self._events is not None
-        line, events = self._events
-        entities = entities_of(orders, known, self.context, now)
-        recent = self.recent.rows()
-        later = account_events(line.stock.later.select(EVENT_READS))
-        accounts, devices = (entities[name].drop_nulls().unique().implode() for name in ("account", "device"))
-        concerned = pl.col("account").is_in(accounts) | pl.col("device").is_in(devices)
-        history = History(
-            pl.concat([neighbours(known.entities, entities), neighbours(recent, entities)]),
-            pl.concat([events.filter(concerned), later.filter(concerned)]),
-            known.categories,
-        )
-        features = compute(entities, history)
+    def _score(self, row: Row, models: Models, champion: Scorer, memory: Memory, now: datetime) -> FraudScore:
+        described = Described.of(row)
+        before = memory.online.forget(described.order.order_id)
         try:
-            scores = champion.model.score(features)
-            reasons = champion.model.contributions(features) if self.serving.reasons else None
-        except TrainingError as error:
+            values = memory.online.features(described)
+            if self.serving.reasons:
+                score, added = champion.explain(values)
+                reasons = self._reasons(champion, values, added)
+            else:
+                score, reasons = champion.score(values), []
+        except Exception as error:
+            if before is not None:
+                memory.online.observe(before)
+            if not isinstance(error, TrainingError):
+                raise
             logger.error("the champion cannot score: %s", error)
             raise busy(503, "The model does not fit the features; the log says more.", 10) from None
-        shadow = self._shadow(models, features)
-        basis = self.inventory.basis(line)
-        as_of = AsOf({**basis["snapshots"], **known.snapshots}, basis["source_offset"])
-        model = ModelName(self.watch.registry.name, champion.version.number, CHAMPION)
-        found = []
-        for number, (row, entity) in enumerate(zip(features.to_dicts(), entities.to_dicts(), strict=True)):
-            score = float(scores[number])
-            decision = self.decision(score, champion.threshold)
-            answered = FraudScore(
-                entity["order_id"],
-                score,
-                decision,
-                champion.threshold,
-                self._reasons(champion, row, reasons[number]) if reasons is not None else [],
-                model,
-                as_of,
-                basis["staleness_ms"],
-            )
-            DECISIONS.labels(CHAMPION, str(model.version), decision).inc()
-            if shadow is not None:
-                second = float(shadow[1][number])
-                other = {"version": shadow[0], "score": second, "decision": self.decision(second, shadow[2])}
-                DECISIONS.labels("challenger", str(shadow[0]), other["decision"]).inc()
-            else:
-                other = None
-            kept = {name: row[name] for name in champion.model.features}
-            found.append((Score(entity["order_id"], now, entity, kept, msgspec.to_builtins(answered), other), entities[number]))
-        return found
+        decision = self.decision(score, champion.threshold)
+        fresh = self.inventory.state.freshness(memory.line)
+        answered = FraudScore(
+            described.order.order_id,
+            score,
+            decision,
+            champion.threshold,
+            reasons,
+            ModelName(self.watch.registry.name, champion.number, CHAMPION),
+            AsOf(memory.snapshots, {name: offset - 1 for name, offset in fresh.offsets.items()}),
+            fresh.staleness_ms,
+        )
+        _decided(CHAMPION, champion.number, decision).inc()
+        memory.online.observe(described.order)
+        self.recent.add(row, now, answered)
+        shadow = self._shadow(models, values)
+        if self.log is not None:
+            self.log.write(Score(answered.order_id, now, row, champion.seen(values), answered, shadow))
+        return answered
 
-    def _shadow(self, models: Models, features: pl.DataFrame) -> tuple[int, np.ndarray, float] | None:
+    def _shadow(self, models: Models, values: Sequence[Value]) -> dict[str, Any] | None:
         """What the challenger says; its troubles are nobody's but its own."""
         challenger = models.challenger
         if challenger is None:
             return None
         try:
-            return challenger.version.number, challenger.model.score(features), challenger.threshold
+            score = challenger.score(values)
         except Exception:
             logger.exception("the challenger cannot score")
             return None
+        decision = self.decision(score, challenger.threshold)
+        _decided("challenger", challenger.number, decision).inc()
+        return {"version": challenger.number, "score": score, "decision": decision}
 
     def decision(self, score: float, threshold: float) -> Decision:
         """Review from the threshold on, decline from `review_share` of the way between it and 1 on."""
@@ -284,15 +350,16 @@ class Fraud:
         share = self.serving.review_share
         return "decline" if share < 1 and score >= threshold + (1 - threshold) * share else "review"
 
-    def _reasons(self, champion: Loaded, row: Mapping[str, Any], contributions: np.ndarray) -> list[Reason]:
-        weights = contributions[:-1]  # the last one is the model's own level
-        strongest = np.argsort(-weights)[: self.serving.reasons]
+    def _reasons(self, champion: Scorer, values: Sequence[Value], added: npt.NDArray[np.floating]) -> list[Reason]:
         found = []
-        for at in strongest:
-            if weights[at] <= 0:
+        for at in np.argsort(-added)[: self.serving.reasons].tolist():
+            contribution = float(added[at])
+            if contribution <= 0:
                 break
-            name = champion.model.features[at]
-            found.append(Reason(name, row[name], float(weights[at]), DECLARED[name].reason(row[name])))
+            feature = FEATURES[champion.places[at]]
+            value = values[champion.places[at]]
+            known = None if value != value else value  # NaN
+            found.append(Reason(feature.name, known, contribution, feature.reason(known)))
         return found
 
     @property
@@ -352,12 +419,6 @@ class Fraud:
         )
 
 
-def entity_frame(rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
-    """Entities as JSON tells them -> ORDER_COLUMNS."""
-    columns: dict[str, pl.Series] = {}
-    for name, kind in ORDER_COLUMNS.items():
-        values = [row[name] for row in rows]
-        if isinstance(kind, pl.Datetime):
-            values = [datetime.fromisoformat(value) if isinstance(value, str) else value for value in values]
-        columns[name] = pl.Series(name, values, dtype=kind)
-    return pl.DataFrame(columns)
+@functools.lru_cache(maxsize=64)
+def _decided(role: str, version: int, decision: str) -> Counter:
+    return DECISIONS.labels(role, str(version), decision)

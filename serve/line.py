@@ -112,7 +112,7 @@ class Line:
                 elif error.code() not in PASSING and error.code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
                     raise StateError(f"Kafka topic '{message.topic()}', partition {message.partition()}: {error.str()}")
             if good:
-                bronze = pl.from_arrow(_rows(good))
+                bronze = pl.from_arrow(_rows(good, self.base.prefixes))
                 assert isinstance(bronze, pl.DataFrame)
                 pairs = self.stock.apply(bronze)
                 self._advance(reached)

@@ -36,8 +36,8 @@ class Score:
     """A scored order.
 
     entity    the order as features take it
-    features  what the model saw
-    answer    what was answered
+    features  what the model saw; NaN (null in the topic): unknown
+    answer    what was answered, a struct; of a score that was heard of what JSON makes of it
     shadow    the challenger's version and score
     """
 
@@ -45,8 +45,22 @@ class Score:
     scored_at: datetime
     entity: Mapping[str, Any]
     features: Mapping[str, Any]
-    answer: Mapping[str, Any]
+    answer: Any
     shadow: Mapping[str, Any] | None
+
+
+class _From(msgspec.Struct):
+    """Who wrote a message, read without the rest of it: most are one's own."""
+
+    replica: str
+
+
+class _Sent(msgspec.Struct):
+    event_type: str
+    metadata: _From
+
+
+SENT = msgspec.json.Decoder(_Sent)
 
 
 class ScoreLog:
@@ -158,15 +172,21 @@ class ScoreLog:
 
     def _partitions(self, consumer: Any) -> list[int]:
         """The topic's partitions; it is made when it is not there."""
-        topics = consumer.list_topics(timeout=10).topics
+        found = consumer.list_topics(timeout=10)
+        topics = found.topics
         if self.topic not in topics:
             admin = AdminClient({**self._kafka.properties, "bootstrap.servers": self._kafka.bootstrap_servers})
-            made = admin.create_topics([NewTopic(self.topic, PARTITIONS)])[self.topic]
-            try:
-                made.result(10)
-            except KafkaException as error:
-                if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:  # another replica was first
-                    raise
+            # brokers before 2.4 have no replication of their own choice
+            for copies in (-1, min(3, len(found.brokers))):
+                try:
+                    admin.create_topics([NewTopic(self.topic, PARTITIONS, copies)])[self.topic].result(10)
+                    break
+                except KafkaException as error:
+                    code = error.args[0].code()
+                    if code == KafkaError.TOPIC_ALREADY_EXISTS:  # another replica was first
+                        break
+                    if code != KafkaError._UNSUPPORTED_FEATURE or copies > 0:
+                        raise
             until = time.monotonic() + 10
             while self.topic not in (topics := consumer.list_topics(timeout=10).topics) and time.monotonic() < until:
                 self._stopping.wait(0.1)
@@ -174,10 +194,11 @@ class ScoreLog:
 
     def _take(self, value: bytes | None) -> None:
         try:
+            sent = SENT.decode(value or b"")
+            if sent.event_type != EVENT_TYPE or sent.metadata.replica == self.replica:
+                return
             event = msgspec.json.decode(value or b"")
             told = event["metadata"]
-            if event["event_type"] != EVENT_TYPE or told["replica"] == self.replica:
-                return
             score = Score(
                 told["order_ref"],
                 datetime.fromisoformat(event["timestamp"]),

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -18,6 +19,7 @@ import polars as pl
 from lakehouse.iceberg import group_hash, polars_schema
 from lakehouse.step import Context
 from lakehouse.table import GROUP_HASH
+from ml.order_features import EVENT_READS, account_events
 from pipelines.silver import events_clean, inventory_snapshots
 from pipelines.silver.events_clean import EVENTS_CLEAN, STOCK_EVENTS
 from pipelines.silver.inventory_snapshots import EVENT_COLUMNS, FIGURES, GROUP, INVENTORY_SNAPSHOTS, ORDER
@@ -55,11 +57,22 @@ class Figures:
         return bool(self.daily_sales) and self.available_to_promise / self.daily_sales < days  # type: ignore[operator]
 
 
+class AccountEvent(NamedTuple):
+    """An account event as features count it. at: microseconds since 1970; gone: it turned out to be another."""
+
+    gone: bool
+    account: int | None
+    device: str | None
+    kind: str
+    at: int
+
+
 class Stock:
     """Figures of all stores and products. One thread applies events, any may look.
 
     by_product   product -> store -> figures
     later        the events after the snapshot as silver would have them, one row per event id
+    account_events  the account events among them, as they came: only added to
     rejected     messages that silver would quarantine
     repeated     events that came again or late, and had a history computed anew
     """
@@ -70,6 +83,7 @@ class Stock:
         for store, product, *figures in base.stock.select(*STOCK, "last_event_at").iter_rows():
             self.by_product.setdefault(product, {})[store] = Figures(*figures)
         self.later = pl.DataFrame(schema=EVENT_TYPES)
+        self.account_events: list[AccountEvent] = []
         self._ids: set[str] = set()
         self._corrected: set[str] = set()
         self.rejected = self.repeated = 0
@@ -102,6 +116,11 @@ class Stock:
         self.later = pl.concat([self.later, fresh], rechunk=self.later.n_chunks() >= CHUNKS)
         self._ids.update(fresh["event_id"], corrected["event_id"])
         self._corrected.update(corrected["event_id"])
+        self.account_events += [
+            *_account_events(former, True),
+            *_account_events(corrected, False),
+            *_account_events(fresh, False),
+        ]
         anew = _pairs(corrected) | _pairs(former)
         began = _first_moments(fresh.filter(IS_STOCK))
         for pair, first in began.items():
@@ -196,6 +215,16 @@ class Stock:
             if self.by_product.get(product, {}).pop(store, None) is not None:
                 changed.add((store, product))
         return changed
+
+
+def _account_events(rows: pl.DataFrame, gone: bool) -> list[AccountEvent]:
+    if rows.is_empty():
+        return []
+    found = (
+        account_events(rows.select(EVENT_READS)).with_columns(pl.col("occurred_at").dt.timestamp("us")).drop_nulls("occurred_at")
+    )
+    counted = found.filter(pl.col("account").is_not_null() | pl.col("device").is_not_null())
+    return [AccountEvent(gone, *row) for row in counted.select("account", "device", "kind", "occurred_at").iter_rows()]
 
 
 def _legs(rows: pl.DataFrame) -> pl.DataFrame:

@@ -589,6 +589,53 @@ def test_finding_a_property_does_not_walk_the_whole_chain_of_snapshots(tmp_path,
     assert len(asked) <= 1
 
 
+def test_a_change_that_a_step_does_not_read_concerns_it_not(tmp_path):
+    engine = make_engine(tmp_path)
+    goods = Table(
+        "bronze.goods",
+        "goods",
+        (*(column(n, pa.string(), n) for n in ("city", "kind", "price", "_op")), column("_source_position", pa.string(), "p")),
+    )
+    kept = Table("silver.goods", "goods", tuple(column(n, pa.string(), n) for n in ("city", "kind", "price")), key=("city",))
+
+    def newest_goods(frames, context):
+        rows = frames["rows"].sort("_source_position").unique("city", keep="last", maintain_order=True)
+        return rows.filter(pl.col("_op") != "d").select("city", "kind", "price")
+
+    keep = Step(kept, {"rows": Gather(goods, ((pl.col("city"),),))}, newest_goods)
+    named = replace(CITIES, columns=(*CITIES.columns, column("kind", pa.string(), "k")))
+    step = Step(
+        named,
+        {
+            "accounts": Gather(ACCOUNTS, ((pl.col("city"),),)),
+            "goods": Whole(
+                kept,
+                columns=("city", "kind"),
+                touch=lambda new: pl.col("city").is_in(new["city"].implode()),
+                touch_columns=("city",),
+            ),
+        },
+        lambda frames, context: fill_cities(frames, context).join(frames["goods"], on="city", how="left"),
+    )
+    append(engine, bronze_rows([(n, n, "xyz"[n % 3], 5, 0, "c") for n in range(9)]))
+    engine.refresh(STEPS[0])
+    number = iter(range(100))
+
+    def change(*rows: tuple[str, str, str, str]) -> tuple[int, dict[str, str | None]]:
+        frame = [(*row, f"{next(number):06d}") for row in rows]
+        append(engine, pl.DataFrame(frame, schema=["city", "kind", "price", "_op", "_source_position"], orient="row"), goods)
+        engine.refresh(keep)
+        report = engine.refresh(step)
+        return report.rows_read, dict(engine.lake.load(named).read(["city", "kind"]).rows())
+
+    assert change(("x", "a", "1", "c"), ("y", "a", "1", "c"))[1] == {"x": "a", "y": "a", "z": None}
+    assert change(("x", "a", "2", "u"), ("y", "a", "2", "u")) == (0, {"x": "a", "y": "a", "z": None})
+    assert change(("x", "b", "2", "u"))[1] == {"x": "b", "y": "a", "z": None}
+    assert change(("y", "a", "2", "d"))[1] == {"x": "b", "y": None, "z": None}
+    assert change(("y", "a", "2", "c"))[1] == {"x": "b", "y": "a", "z": None}
+    assert engine.refresh(step).status == "unchanged"
+
+
 def test_a_commit_of_another_engine_loses_no_position(tmp_path):
     engine = make_engine(tmp_path)
     handle = engine.lake.load(BRONZE)

@@ -79,6 +79,58 @@ def test_a_later_version_of_an_order_takes_its_place():
         assert named(bits(online.features(Asked.of(row))), want) == {}
 
 
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.integers(0, 10_000), st.data())
+def test_what_is_forgotten_never_was(seed, data):
+    """Orders of the history and observed ones; others' versions of them, under other entities; events too."""
+    orders, events, categories = plain_history(80, seed, days=60)
+    events = events.unique(maintain_order=True)
+    cut = data.draw(st.integers(0, orders.height))
+    online = OnlineFeatures(History(orders[:cut], events, categories))
+    if data.draw(st.booleans()):
+        for row in orders.iter_rows(named=True):
+            online.features(Asked.of(row))  # the lists are there already
+    for row in orders[cut:].iter_rows(named=True):
+        online.observe(Asked.of(row).order)
+    other = dict(zip(orders["order_id"], orders.sample(fraction=1, shuffle=True, seed=seed).iter_rows(named=True), strict=True))
+    moved = orders["order_id"].sample(20, seed=seed + 1).to_list()
+    gone = orders["order_id"].sample(20, seed=seed + 2).to_list()
+    for order_id in moved:
+        online.observe(Asked.of({**other[order_id], "order_id": order_id}).order)
+    for order_id in gone:
+        assert online.forget(order_id) is not None
+        assert online.forget(order_id) is None
+    late = events.sample(min(10, events.height), seed=seed)
+    for row in late.iter_rows(named=True):
+        online.forget_event(row["account"], row["device"], row["kind"], moment(row["occurred_at"]))
+    rows = [
+        {**(other if row["order_id"] in moved else {}).get(row["order_id"], row), "order_id": row["order_id"]}
+        for row in orders.iter_rows(named=True)
+    ]
+    left = pl.DataFrame([row for row in rows if row["order_id"] not in gone], schema=orders.schema)
+    stayed = events.join(late, on=events.columns, how="anti", nulls_equal=True)
+    wanted = expected(left, History(events=stayed, categories=categories))
+    for row, want in zip(left.iter_rows(named=True), wanted, strict=True):
+        assert named(bits(online.features(Asked.of(row))), want) == {}
+
+
+def test_a_customer_of_a_thousand_orders():
+    """The greatest ratios of long stretches, also after orders that came late or were forgotten."""
+    rows = [
+        {"order_id": f"{n}", "placed_at": START + timedelta(minutes=7 * n), "amount": (n * 7919) % 5000, "customer": "user:1"}
+        for n in range(1000)
+    ]
+    online = OnlineFeatures(History())
+    for row in [*rows[::2], *rows[1::2][::-1]]:
+        online.observe(Asked.of(row).order)
+    for row in rows[300:600:3]:
+        online.forget(row["order_id"])
+    kept = [row for row in rows if row not in rows[300:600:3]]
+    frame = pl.DataFrame(kept).with_columns(pl.col("placed_at").cast(pl.Datetime("us", "UTC")))
+    for row, want in zip(kept, expected(frame, History()), strict=True):
+        assert named(bits(online.features(Asked.of(row))), want) == {}
+
+
 def test_an_order_without_id_or_time_is_refused():
     with pytest.raises(FeatureError, match="order_id"):
         Asked.of({"placed_at": START})

@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -24,14 +24,14 @@ from app.passes import context_of, open_engine, run_pass
 from lakehouse.iceberg import Lake
 from lakehouse.settings import Settings
 from ml.evaluation import ThresholdSettings, choose_threshold, evaluate
-from ml.features import FEATURES, ORDER_COLUMNS, History, compute, conform
+from ml.features import FEATURES, History, compute
 from ml.order_features import ORDER_FEATURES, account_events, refresh
 from ml.registry import Registry, Training
 from ml.training import TrainingSettings, fit_here
 from pipelines.silver.events_clean import EVENTS_CLEAN
 from serve.application import Application
 from serve.fraud import Recent
-from serve.orders import Known, read_known
+from serve.orders import read_known
 from serve.scores import Score
 from serve.settings import ServeSettings
 from serve.snapshots import Snapshots
@@ -54,7 +54,8 @@ class Desk:
         return response.json()
 
     def features(self, order_id: str) -> Any:
-        return next(one.features for one in self.written if one.order_id == order_id)
+        features = next(one.features for one in self.written if one.order_id == order_id)
+        return {name: None if value != value else value for name, value in features.items()}
 
 
 def made(**order: Any) -> dict[str, Any]:
@@ -145,14 +146,14 @@ def test_a_score_is_the_models_with_its_reasons(desk: Desk) -> None:
     model = desk.application.watch.current.champion
     assert model is not None
     seen = pl.DataFrame([desk.features("first")], schema={one.name: one.dtype for one in FEATURES})
-    assert told["score"] == pytest.approx(float(model.model.score(seen)[0]), abs=1e-12)
+    assert told["score"] == pytest.approx(float(model.model.score(seen)[0]), abs=1e-6)
     assert told["threshold"] == model.threshold
-    assert told["model"] == {"name": "fraud", "version": model.version.number, "alias": "champion"}
+    assert told["model"] == {"name": "fraud", "version": model.number, "alias": "champion"}
     contributions = [one["contribution"] for one in told["reasons"]]
     assert contributions == sorted(contributions, reverse=True)
     assert min(contributions) > 0
-    level = model.model.contributions(seen)[0]
-    assert contributions[0] == pytest.approx(float(level[:-1].max()))
+    added = model.model.contributions_matrix(model.model.matrix(seen), approximate=True)[0]
+    assert contributions == pytest.approx(sorted(added[:-1], reverse=True)[: len(contributions)], abs=1e-5)
     assert all(one["text"] and one["feature"] in seen.columns for one in told["reasons"])
     assert told["as_of"]["snapshots"].keys() >= {"silver.orders_unified", "gold.inventory_health"}
     assert told["as_of"]["offsets"]
@@ -182,14 +183,14 @@ def test_a_batch_is_its_orders_one_after_the_other(desk: Desk) -> None:
 
 
 def test_identifiers_find_the_account(desk: Desk) -> None:
-    known = desk.application.fraud.known
-    assert known is not None
-    once = known.nodes.filter(pl.col("node").str.starts_with("email:") & ~pl.col("node").is_duplicated()).sort("node")
-    node, record = once.row(0)
+    memory = desk.application.fraud.memory
+    assert memory is not None
+    nodes = memory.known.nodes
+    node = min(node for node, account in nodes.items() if node.startswith("email:") and account is not None)
     desk.score(order_id="by-email", email=node.removeprefix("email:").upper())
-    desk.score(order_id="by-id", user_id=int(record.removeprefix("user:")))
+    desk.score(order_id="by-id", user_id=nodes[node])
     entities = {one.order_id: one.entity for one in desk.written}
-    assert entities["by-email"]["customer"] == entities["by-id"]["customer"] == record
+    assert entities["by-email"]["customer"] == entities["by-id"]["customer"] == f"user:{nodes[node]}"
 
 
 def test_replicas_share_orders_and_answers(desk: Desk) -> None:
@@ -309,17 +310,15 @@ def test_an_order_is_forgotten_when_the_lakehouse_has_it_or_should_have() -> Non
     now = datetime(2026, 1, 31, tzinfo=UTC)
     recent = Recent(timedelta(hours=1))
     for name, age in (("placed", 2), ("dropped", 2), ("young", 0.1)):
-        entity = conform(pl.DataFrame({"order_id": [name]}), ORDER_COLUMNS)
-        recent.add(name, now - timedelta(hours=age), entity, name)  # type: ignore[arg-type]
-    known = Known(*[pl.DataFrame({"order_id": ["placed"]})] * 8, {}, now)  # type: ignore[arg-type]
-    recent.forget(known, now)
-    assert recent.rows()["order_id"].to_list() == ["young"]
-    recent.add("young", now, conform(pl.DataFrame({"order_id": ["young"]}), ORDER_COLUMNS), "again")  # type: ignore[arg-type]
-    assert recent.rows().height == 1
+        recent.add({"order_id": name}, now - timedelta(hours=age), name)  # type: ignore[arg-type]
+    assert recent.forget({"placed"}, now, now) == ["placed", "dropped"]
+    assert list(recent.scored) == ["young"]
+    recent.add({"order_id": "young", "amount": 1}, now, "again")  # type: ignore[arg-type]
+    assert recent.scored["young"] == (now, {"order_id": "young", "amount": 1})
     assert recent.answered("young", now) == "young"
     assert recent.answered("placed", now) is None
-    recent.forget(replace(known, at=now - timedelta(hours=3)), now + timedelta(hours=2))
-    assert recent.rows().height == 1
+    assert recent.forget(set(), now - timedelta(hours=3), now + timedelta(hours=2)) == []
+    assert list(recent.scored) == ["young"]
 
 
 def test_what_was_served_is_reproduced_from_the_lakehouse(desk: Desk) -> None:
