@@ -20,9 +20,10 @@ from confluent_kafka import Consumer, TopicPartition
 from starlette.testclient import TestClient
 
 from app import sandbox
-from app.passes import context_of, open_engine, run_pass
+from app.passes import open_engine, run_pass
 from lakehouse.iceberg import Lake
 from lakehouse.settings import Settings
+from lakehouse.step import context_of
 from ml.evaluation import ThresholdSettings, choose_threshold, evaluate
 from ml.features import FEATURES, History, compute
 from ml.order_features import ORDER_FEATURES, account_events, refresh
