@@ -1,4 +1,4 @@
-"""The demo: the whole way on a seeded shop, from its source servers to a fraud model, with what came out."""
+"""The demo: the whole way on a seeded shop, from its source servers to answers over HTTP, with what came out."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from app import sandbox
 from app.answers import ANSWERS
 from app.command_line import print_pass, teller
+from app.demo_requests import as_json as answered_as_json
+from app.demo_requests import ask_live, print_answered, product_to_look_up, requests
 from app.identity_scores import Scores, pairwise_scores
 from app.output import Output
 from app.passes import open_engine, run_pass
@@ -27,7 +30,8 @@ from pipelines.silver.identity_graph import IDENTITY_GRAPH
 
 
 def run_demo(output: Output, *, orders: int, seed: int, keep: bool) -> None:
-    """Start a fresh sandbox in `<home>/demo`, run one pass, train; show the model, tables, identity scores, answers."""
+    """Start a fresh sandbox in `<home>/demo`, run one pass, train; show the model, tables, identity scores, answers; serve,
+    and ask about orders and stock over HTTP."""
     started = time.monotonic()
     home = fresh_home(home_directory() / "demo")
     output.say(f"ShopSphere demo: {orders:,} orders (seed {seed}) in {home}\n")
@@ -53,7 +57,17 @@ def run_demo(output: Output, *, orders: int, seed: int, keep: bool) -> None:
                 trained = train_on(engine, registry, DEMO, show)
             if not output.as_json:
                 print_trained(output, trained)
-        show_results(output, Lake(settings), home, done.seconds, trained, started)
+        lake = Lake(settings)
+        told = show_results(output, lake, home, done.seconds, trained)
+        output.say("\n7. Answers over HTTP, while it happens")
+        asked, product = requests(lake, sandbox.truth(home)["fraud"]), product_to_look_up(lake)
+        with output.progress() as show:
+            answered = ask_live(home, asked, product, model=registry.champion() is not None, show=show)
+        print_answered(output, answered)
+        seconds = time.monotonic() - started
+        if output.as_json:
+            output.json({**told, "serving": answered_as_json(answered), "seconds": seconds})
+        output.say(f"\nDone in {seconds:.0f} s.")
     finally:
         if not keep:
             sandbox.stop(home)
@@ -62,6 +76,10 @@ def run_demo(output: Output, *, orders: int, seed: int, keep: bool) -> None:
     where = f"SHOPSPHERE_HOME={_shown(home)} .venv/bin/python -m app"
     output.say(f'   {where} sql "SELECT * FROM gold.customer_360 ORDER BY net_revenue DESC LIMIT 3"')
     output.say(f"   {where} status")
+    output.say("Serve it yourself (stock follows the topics, so the source servers must run):")
+    if not keep:
+        output.say(f"   {where} sandbox start --orders {orders} --seed {seed}")
+    output.say(f"   {where} serve")
     output.say(f"   {'.venv/bin/' if registry.local else ''}{registry.command}")
 
 
@@ -85,22 +103,19 @@ def identity_scores(lake: Lake, home: Path) -> Scores:
     return pairwise_scores(predicted, truth)
 
 
-def show_results(output: Output, lake: Lake, home: Path, seconds: float, trained: Trained, started: float) -> None:
-    """Tables, identity, answers; one JSON object in JSON mode."""
+def show_results(output: Output, lake: Lake, home: Path, seconds: float, trained: Trained) -> dict[str, Any]:
+    """Tables, identity, answers; gives them as for JSON."""
     found, scores = statuses(lake), identity_scores(lake, home)
     answers = {answer.title: query(lake, TABLES, answer.sql) for answer in ANSWERS}
+    told = {
+        "tables": {s.table: s.rows for s in found},
+        "identity": {"precision": scores.precision, "recall": scores.recall, "f1": scores.f1},
+        "answers": {title: rows.to_pylist() for title, rows in answers.items()},
+        "model": as_json(trained),
+        "pass_seconds": seconds,
+    }
     if output.as_json:
-        output.json(
-            {
-                "tables": {s.table: s.rows for s in found},
-                "identity": {"precision": scores.precision, "recall": scores.recall, "f1": scores.f1},
-                "answers": {title: rows.to_pylist() for title, rows in answers.items()},
-                "model": as_json(trained),
-                "pass_seconds": seconds,
-                "seconds": time.monotonic() - started,
-            }
-        )
-        return
+        return told
     output.say("\n4. What the lakehouse holds")
     output.table(
         ("table", "rows", "files", "size", "what it is"),
@@ -115,7 +130,7 @@ def show_results(output: Output, lake: Lake, home: Path, seconds: float, trained
         rows = answers[answer.title]
         output.table(rows.schema.names, [list(row.values()) for row in rows.to_pylist()], title=answer.title)
         output.say(f"   {answer.reading}")
-    output.say(f"\nDone in {time.monotonic() - started:.0f} s.")
+    return told
 
 
 def _shown(path: Path) -> str:

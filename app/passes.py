@@ -21,7 +21,7 @@ from lakehouse.errors import SettingsError, ShopSphereError, SourceError
 from lakehouse.iceberg import Handle, Lake
 from lakehouse.parallel import Pool
 from lakehouse.settings import Settings
-from lakehouse.step import Changes, Context, Gather, Parsed, Step
+from lakehouse.step import Changes, Gather, Parsed, Step, context_of
 from lakehouse.table import BOOKKEEPING, SEQUENCE, Table
 from ml.tables import MODEL_TABLES, TABLES, rebuild_model_table
 from pipelines.bronze.corrections import corrected
@@ -39,17 +39,6 @@ class Pass:
     errors: tuple[ShopSphereError, ...]
     seconds: float
     cpu_seconds: float
-
-
-def context_of(settings: Settings) -> Context:
-    """The settings that shape results."""
-    return Context(
-        base_currency=settings.base_currency,
-        default_region=settings.default_region,
-        address_crowd=settings.address_crowd,
-        identifier_crowd=settings.identifier_crowd,
-        low_stock_days=float(settings.low_stock_days),
-    )
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
+from lakehouse.settings import Settings
 from lakehouse.table import Table
 
 Lookup = Callable[[Table, Sequence[str], pl.Expr, Sequence[str]], pl.DataFrame]
@@ -114,6 +115,17 @@ class Context:
     address_crowd: int = 12
     identifier_crowd: int = 8
     low_stock_days: float = 7.0
+
+
+def context_of(settings: Settings) -> Context:
+    """The settings that shape results."""
+    return Context(
+        base_currency=settings.base_currency,
+        default_region=settings.default_region,
+        address_crowd=settings.address_crowd,
+        identifier_crowd=settings.identifier_crowd,
+        low_stock_days=float(settings.low_stock_days),
+    )
 
 
 Fill = Callable[[Mapping[str, pl.DataFrame], Context], pl.DataFrame]

@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 
 from lakehouse.errors import SettingsError, ShopSphereError
-from lakehouse.settings import Settings, load_settings
-from lakehouse.step import Context
+from lakehouse.settings import load_settings
+from lakehouse.step import context_of
 from serve.application import MULTIPROCESS, Application
 from serve.keys import Keys
 from serve.settings import PREFIX, ServeSettings, load_serve_settings
@@ -28,17 +28,6 @@ FAST_PATH: Mapping[str, str] = {
 """Must be in the environment before Ray starts. A factor of ten in requests per second; see docs/serving.md."""
 
 BUSY_REQUESTS = 1_000
-
-
-def context_of(settings: Settings) -> Context:
-    """The settings that shape silver's results."""
-    return Context(
-        base_currency=settings.base_currency,
-        default_region=settings.default_region,
-        address_crowd=settings.address_crowd,
-        identifier_crowd=settings.identifier_crowd,
-        low_stock_days=float(settings.low_stock_days),
-    )
 
 
 def check(serving: ServeSettings) -> None:

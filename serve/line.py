@@ -15,7 +15,7 @@ from polars.exceptions import PanicException
 
 from lakehouse.settings import KafkaSettings
 from lakehouse.step import Context
-from pipelines.bronze.kafka import PASSING, _consumer, _rows
+from pipelines.bronze.kafka import PASSING, bronze_rows, open_consumer
 from serve.base import Base, StateError
 from serve.stock import Pair, Stock
 
@@ -75,7 +75,7 @@ class Line:
 
     def _follow(self) -> None:
         try:
-            with _consumer(self._kafka) as consumer:
+            with open_consumer(self._kafka) as consumer:
                 self._read(consumer)
         except StateError as error:
             self.error = error
@@ -112,7 +112,7 @@ class Line:
                 elif error.code() not in PASSING and error.code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
                     raise StateError(f"Kafka topic '{message.topic()}', partition {message.partition()}: {error.str()}")
             if good:
-                bronze = pl.from_arrow(_rows(good, self.base.prefixes))
+                bronze = pl.from_arrow(bronze_rows(good, self.base.prefixes))
                 assert isinstance(bronze, pl.DataFrame)
                 pairs = self.stock.apply(bronze)
                 self._advance(reached)
@@ -136,7 +136,7 @@ class Line:
 
         On a connection of its own: behind the reader's, each answer would wait for a fetch to end.
         """
-        with _consumer(self._kafka) as consumer:
+        with open_consumer(self._kafka) as consumer:
             looked = -LOOK_SECONDS
             while not self._stopping.wait(self._probe_seconds):
                 if self._asked is not None or self._new:

@@ -21,7 +21,7 @@ from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
 
 from lakehouse.settings import KafkaSettings
-from pipelines.bronze.kafka import _consumer
+from pipelines.bronze.kafka import open_consumer
 from serve.edges import UNKEPT
 
 logger = logging.getLogger("shopsphere.serve")
@@ -170,7 +170,7 @@ class ScoreLog:
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
-                with _consumer(self._kafka) as consumer:
+                with open_consumer(self._kafka) as consumer:
                     self._listen(consumer)
             except Exception as error:
                 logger.error("topic '%s' cannot be read: %s", self.topic, " ".join(str(error).split()))

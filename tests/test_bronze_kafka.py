@@ -329,12 +329,12 @@ def test_gaps_and_markers_anywhere_end_as_they_should(present: set[int], end: in
     said.append(end_of_partition(41 if grown else end))
     script = Scripted([said[n : n + chunk] for n in range(0, len(said), chunk)])
     task = RangesTask(KafkaSettings(), (Range("t", 0, 0, end),), silence_seconds=0.2)  # type: ignore[call-arg]
-    original: Callable[..., Any] = kafka._consumer
+    original: Callable[..., Any] = kafka.open_consumer
     try:
-        kafka._consumer = lambda settings: _entered(script)  # type: ignore[assignment]
+        kafka.open_consumer = lambda settings: _entered(script)  # type: ignore[assignment]
         offsets = [row["offset"] for rows in task.read() for row in rows.rows.to_pylist()]  # type: ignore[union-attr]
     finally:
-        kafka._consumer = original  # type: ignore[assignment]
+        kafka.open_consumer = original  # type: ignore[assignment]
     assert offsets == [offset for offset in sorted(present) if offset < end]
 
 

@@ -11,9 +11,9 @@ import polars as pl
 import pytest
 from starlette.testclient import TestClient
 
-from app.passes import context_of
 from lakehouse.iceberg import Lake
 from lakehouse.settings import Settings
+from lakehouse.step import context_of
 from lakehouse.table import Table
 from pipelines.gold.customer_360 import CUSTOMER_360
 from pipelines.gold.user_risk_scores import USER_RISK_SCORES

@@ -22,9 +22,10 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 from starlette.testclient import TestClient
 
 from app import sandbox
-from app.passes import context_of, open_engine, run_pass
+from app.passes import open_engine, run_pass
 from lakehouse.iceberg import Lake
 from lakehouse.settings import Settings
+from lakehouse.step import context_of
 from ml.evaluation import ThresholdSettings, choose_threshold, evaluate
 from ml.features import FEATURES, ORDER_COLUMNS, History, compute
 from ml.order_features import EVENT_READS, ORDER_FEATURES, account_events, refresh

@@ -18,9 +18,9 @@ from serve_world import T0, figures_of, ingest
 from shop_history import make_engine
 from starlette.testclient import TestClient
 
-from app.passes import context_of
 from lakehouse.engine import Engine
 from lakehouse.settings import KafkaSettings, Settings
+from lakehouse.step import context_of
 from pipelines.bronze.kafka import KafkaSource
 from pipelines.bronze.tables import EVENTS
 from pipelines.silver.inventory_snapshots import INVENTORY_SNAPSHOTS

@@ -185,10 +185,10 @@ def test_a_broker_that_stands_still_is_answered_through_and_caught_up_with(serve
     broker.suspend()
     try:
         with Load(served) as load:
-            time.sleep(10)
+            time.sleep(30)
         status, told = served.ask("/v1/inventory/P0001")
         assert status == 200
-        assert told["staleness_ms"] > 8_000
+        assert told["staleness_ms"] > 28_000
     finally:
         broker.resume()
     assert not load.failures, load.failures[:3]

@@ -126,7 +126,7 @@ class KafkaSource:
     def _offsets(self, position: Mapping[str, Any]) -> tuple[list[tuple[str, int, int, int]], dict[str, str]]:
         """(topic, partition, first offset, offset after the last committed message) of every configured partition; and
         the topics' ids, asked first, so that a topic created anew meanwhile is noticed by the next plan."""
-        with _consumer(self.settings) as consumer:
+        with open_consumer(self.settings) as consumer:
             existing = consumer.list_topics(timeout=ANSWER_SECONDS).topics
             for topic in self.settings.topics:
                 if topic not in existing:
@@ -179,7 +179,7 @@ class RangesTask:
 
     def _messages(self) -> Iterator[Rows]:
         ends = {(item.topic, item.partition): item.end for item in self.ranges}
-        with _consumer(self.settings) as consumer:
+        with open_consumer(self.settings) as consumer:
             consumer.assign([TopicPartition(item.topic, item.partition, item.start) for item in self.ranges])
             waiting: list[Any] = []
             short: dict[tuple[str, int], int] = {}
@@ -210,13 +210,13 @@ class RangesTask:
                         consumer.incremental_unassign([TopicPartition(*where)])
                     progress = time.monotonic()
                 if len(waiting) >= BATCH_MESSAGES or size >= BATCH_BYTES:
-                    yield Rows(EVENTS.name, _rows(waiting, self.prefixes))
+                    yield Rows(EVENTS.name, bronze_rows(waiting, self.prefixes))
                     waiting, size = [], 0
                     progress = time.monotonic()
                 if ends and time.monotonic() - progress > self.silence_seconds:
                     raise self._silent(ends, short)
             if waiting:
-                yield Rows(EVENTS.name, _rows(waiting, self.prefixes))
+                yield Rows(EVENTS.name, bronze_rows(waiting, self.prefixes))
 
     def _met(self, error: KafkaError, message: Any) -> None:
         """Raise what an error event means for the range it happened in; passing troubles pass."""
@@ -306,7 +306,7 @@ def _tasks(ranges: Sequence[Range], limit: int) -> list[tuple[Range, ...]]:
     return groups
 
 
-def _rows(messages: Sequence[Any], prefixes: Mapping[str, str]) -> pa.Table:
+def bronze_rows(messages: Sequence[Any], prefixes: Mapping[str, str]) -> pa.Table:
     """Messages as bronze rows."""
     count = len(messages)
     stamps = [message.timestamp() for message in messages]
@@ -371,7 +371,7 @@ def _topic_ids(settings: KafkaSettings) -> dict[str, str]:
 
 
 @contextmanager
-def _consumer(settings: KafkaSettings) -> Iterator[Consumer]:
+def open_consumer(settings: KafkaSettings) -> Iterator[Consumer]:
     """A consumer outside any group, with errors as in `_errors`."""
     with _errors(settings) as troubles:
         consumer = _made(
