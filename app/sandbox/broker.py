@@ -75,7 +75,7 @@ SUPPORTED: dict[int, tuple[int, int]] = {
     OFFSET_FETCH: (1, 3),
     FIND_COORDINATOR: (0, 1),
     API_VERSIONS: (0, 3),
-    CREATE_TOPICS: (0, 3),
+    CREATE_TOPICS: (0, 4),
     DELETE_TOPICS: (0, 1),
     DELETE_RECORDS: (0, 1),
     INIT_PRODUCER_ID: (0, 1),
