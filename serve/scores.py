@@ -20,6 +20,7 @@ import msgspec
 from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
 
+from lakehouse.errors import ShopSphereError
 from lakehouse.settings import KafkaSettings
 from pipelines.bronze.kafka import open_consumer
 from serve.edges import UNKEPT
@@ -241,7 +242,6 @@ class ScoreLog:
                 told["answer"],
                 told["challenger"],
             )
-        except (msgspec.DecodeError, KeyError, TypeError, ValueError):
-            logger.error("topic '%s' holds a message that is no score", self.topic)
-            return
-        self._heard(score)
+            self._heard(score)
+        except (msgspec.DecodeError, ShopSphereError, KeyError, TypeError, ValueError) as error:
+            logger.error("topic '%s' holds a message that is no score (%s)", self.topic, type(error).__name__)
