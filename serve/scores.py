@@ -20,12 +20,12 @@ from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
 
 from lakehouse.settings import KafkaSettings
+from ml.served import ORDER_SCORED
 from pipelines.bronze.kafka import open_consumer
 from serve.edges import UNKEPT
 
 logger = logging.getLogger("shopsphere.serve")
 
-EVENT_TYPE = "order_scored"
 PARTITIONS = 3
 KEPT_MS = 600_000
 """How long a score waits for a broker that is away."""
@@ -109,7 +109,7 @@ class ScoreLog:
             return
         event = {
             "event_id": f"score:{score.order_id}:{uuid.uuid4().hex[:16]}",
-            "event_type": EVENT_TYPE,
+            "event_type": ORDER_SCORED,
             "timestamp": score.scored_at,
             "metadata": {
                 "order_ref": score.order_id,
@@ -195,7 +195,7 @@ class ScoreLog:
     def _take(self, value: bytes | None) -> None:
         try:
             sent = SENT.decode(value or b"")
-            if sent.event_type != EVENT_TYPE or sent.metadata.replica == self.replica:
+            if sent.event_type != ORDER_SCORED or sent.metadata.replica == self.replica:
                 return
             event = msgspec.json.decode(value or b"")
             told = event["metadata"]
