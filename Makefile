@@ -29,7 +29,7 @@ test-slow: $(READY) ## The slow tests: kills, Ray, servers under load, the model
 		tests/test_laws.py tests/test_object_store.py tests/test_online_retail_lakehouse.py
 	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile tests/test_fraud_model.py tests/test_training.py \
 		tests/test_registry.py tests/test_order_features.py
-	@$(BIN)/python -m pytest -m slow tests/test_serve_ray.py tests/test_serve_edges.py
+	@$(BIN)/python -m pytest -m slow tests/test_serve_ray.py tests/test_serve_edges.py tests/test_serve_openapi.py tests/test_demo.py
 
 test-all: $(READY) ## All tests, the slow ones too
 	@$(BIN)/python -m pytest -m ""

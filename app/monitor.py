@@ -18,6 +18,7 @@ from ml.monitor_report import page
 from ml.order_entities import ORDER_ENTITIES
 from ml.order_features import ORDER_FEATURES, refresh
 from ml.registry import CHAMPION, Loaded, Registry
+from ml.served import Served, served
 from ml.training_set import labelled_orders, newest_moment
 
 DRIFTED = 3
@@ -48,11 +49,12 @@ def monitor(output: Output, settings: Settings, options: MonitorSettings | None 
             show("features", 1, 1)
             user_fraud_scores.refresh(engine, champion)
         drift = watched(engine, champion, options)
+        live = served(engine.lake, champion)
     model = f"{champion.version.tags.get('name', 'fraud')} version {champion.version.number}"
     file = report or Path(settings.home) / "reports" / f"monitor-{drift.until:%Y%m%dT%H%M%S}.html"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(page(drift, options.drift, model, _judged_on(champion)), encoding="utf-8")
-    show_drift(output, drift, model, file)
+    file.write_text(page(drift, options.drift, model, _judged_on(champion), live), encoding="utf-8")
+    show_drift(output, drift, model, file, live)
     return DRIFTED if drift.alarms else 0
 
 
@@ -96,10 +98,10 @@ def _judged_on(champion: Loaded) -> str:
     return f"the {told.get('orders', 0):,} orders from {since} to {until} that it was judged on"
 
 
-def show_drift(output: Output, drift: Drift, model: str, file: Path) -> None:
+def show_drift(output: Output, drift: Drift, model: str, file: Path, live: Served) -> None:
     """What was found."""
     if output.as_json:
-        output.json({**_told(drift), "model": model, "report": str(file)})
+        output.json({**_told(drift), "served": asdict(live), "model": model, "report": str(file)})
         return
     output.say(f"{model}: {drift.orders:,} orders from {drift.since:%Y-%m-%d} to {drift.until:%Y-%m-%d}.")
     output.table(
@@ -111,6 +113,12 @@ def show_drift(output: Output, drift: Drift, model: str, file: Path) -> None:
         output.say(
             f"Precision of {realised.reviewed:,} reviewed orders with a known label: {realised.precision:.3f} "
             f"({realised.low:.3f} to {realised.high:.3f}), promised {realised.promised:.3f}: {realised.state}."
+        )
+    output.say(live.in_words)
+    if live.features:
+        output.table(
+            ("served otherwise", "orders", "largest difference", "why"),
+            [(one.name, one.orders, one.largest, one.cause) for one in live.features[:SHOWN]],
         )
     output.say("Drift: " + ", ".join(drift.alarms) + "." if drift.alarms else "No drift.")
     output.say(f"Report: {file}")

@@ -121,6 +121,7 @@ def train_on(engine: Engine, registry: Registry, options: TrainSettings, show: C
                 metrics=recorded_figures(standings, limit),
                 tables={"baselines.md": as_text(standings, limit)},
                 reference=reference_of(data.test, score, FEATURES, evaluation.overall),
+                label_delay=options.split.delay,
             )
         )
         discard(model)

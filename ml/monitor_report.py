@@ -12,11 +12,13 @@ import numpy as np
 
 from ml.drift import Distance, Drift, DriftSettings, Realised
 from ml.plots import FAINT, HUE, INK
+from ml.served import Difference, Served
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SHOWN, DRAWN = 20, 6
+NOTHING = Served()
 ALARM, WARN = "#b3261e", "#b26a00"
 COLOURS = {"steady": HUE, "moved": WARN, "drifted": ALARM}
 STYLE = """
@@ -44,8 +46,9 @@ def pictures_of(drift: Drift, settings: DriftSettings) -> dict[str, bytes]:
     return drawn
 
 
-def page(drift: Drift, settings: DriftSettings, model: str, promised_over: str) -> str:
-    """The whole page. model: the model's name and version; promised_over: the orders that it was judged on, in words."""
+def page(drift: Drift, settings: DriftSettings, model: str, promised_over: str, live: Served = NOTHING) -> str:
+    """The whole page. model: the model's name and version; promised_over: the orders that it was judged on, in words;
+    live: scores as they were served against those of the lakehouse."""
     drawn = pictures_of(drift, settings)
     alarms = drift.alarms
     verdict = (
@@ -72,6 +75,7 @@ def page(drift: Drift, settings: DriftSettings, model: str, promised_over: str) 
     ]
     if "realised.png" in drawn:
         parts.append(_image(drawn["realised.png"], "precision by week"))
+    parts += ["<h2>Scores as they were served</h2>", f"<p>{escape(live.in_words)}</p>", _served(live.features[:SHOWN])]
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Monitoring of {escape(model)}</title>'
         f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
@@ -89,6 +93,18 @@ def _table(distances: tuple[Distance, ...]) -> str:
         for one in distances
     )
     return f'<table><tr><th>feature</th><th class="n">PSI</th><th class="n">by chance up to</th><th>state</th></tr>{rows}</table>'
+
+
+def _served(features: tuple[Difference, ...]) -> str:
+    if not features:
+        return ""
+    rows = "".join(
+        f'<tr><td>{escape(one.name)}</td><td class="n">{one.orders:,}</td>'
+        f'<td class="n">{"" if one.largest is None else f"{one.largest:.6g}"}</td><td>{escape(one.cause)}</td></tr>'
+        for one in features
+    )
+    head = '<th>feature</th><th class="n">orders</th><th class="n">largest difference</th><th>why</th>'
+    return f"<table><tr>{head}</tr>{rows}</table>"
 
 
 def _realised_text(realised: Realised | None) -> str:

@@ -24,7 +24,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ import polars as pl
 from lakehouse.errors import ShopSphereError
 from lakehouse.settings import home_directory
 from ml.evaluation import Evaluation
+from ml.features import LABEL_DELAY
 from ml.search import Trial
 from ml.training import FeatureLike, FittedModel
 
@@ -79,6 +80,8 @@ class Training:
     """Text files to keep with the run, by name: a report, the baselines' table."""
     reference: Mapping[str, Any] = field(default_factory=dict)
     """What monitoring compares live data with; any JSON."""
+    label_delay: timedelta = LABEL_DELAY
+    """How long frauds take to be reported, as its features assume."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ class Loaded:
     features: tuple[Mapping[str, Any], ...]
     """The declarations it was trained with."""
     reference: Mapping[str, Any]
+    label_delay: timedelta = LABEL_DELAY
+    """What its features assume; of a version from before it was recorded the default."""
 
 
 class Registry:
@@ -198,7 +203,8 @@ class Registry:
             rounds=described["rounds"],
             validation_score=described["validation_score"],
         )
-        return Loaded(version, model, described["threshold"], tuple(described["features"]), described["reference"])
+        delay = timedelta(seconds=described.get("label_delay_seconds", LABEL_DELAY.total_seconds()))
+        return Loaded(version, model, described["threshold"], tuple(described["features"]), described["reference"], delay)
 
     # --- writing
 
@@ -406,6 +412,7 @@ class Registry:
             "validation_score": model.validation_score,
             "threshold": training.evaluation.threshold,
             "reference": training.reference,
+            "label_delay_seconds": training.label_delay.total_seconds(),
         }
         info: ModelInfo = mlflow.xgboost.log_model(
             xgboost.Booster(model_file=bytearray(model.booster)),

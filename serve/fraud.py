@@ -20,9 +20,9 @@ from prometheus_client import Counter
 from starlette.responses import Response
 
 from lakehouse.step import Context
-from ml.features import FEATURES, ORDER_COLUMNS, History
+from ml.features import FEATURES, LABEL_DELAY, ORDER_COLUMNS, History
+from ml.online_features import MICROSECOND, OnlineFeatures, Value
 from ml.online_features import Asked as Described
-from ml.online_features import OnlineFeatures, Value
 from ml.order_features import EVENT_READS, account_events
 from ml.registry import CHAMPION
 from ml.training import TrainingError
@@ -209,7 +209,7 @@ class Fraud:
         with self._reading:
             memory, now = self.memory, datetime.now(UTC)
             same = memory is not None and memory.known.snapshots == snapshots_of(self.snapshots)
-            if memory is not None and same and line is None:
+            if memory is not None and same and line is None and memory.online.delay == self._delay // MICROSECOND:
                 with self._lock:
                     for order_id in self.recent.forget(set(), memory.known.at, now):
                         memory.online.forget(order_id)
@@ -223,13 +223,19 @@ class Fraud:
                 return
             self._remember(known, line, events)
 
+    @property
+    def _delay(self) -> timedelta:
+        """The label delay that the champion's features assume."""
+        champion = self.watch.current.champion
+        return champion.loaded.label_delay if champion is not None else LABEL_DELAY
+
     def _remember(self, known: Known, line: Line, events: pl.DataFrame) -> None:
         with self._lock:
             scored = dict(self.recent.scored)
         ids = known.entities["order_id"]
         there = set(ids.filter(ids.is_in(list(scored))))
         rows = pl.DataFrame([row for order_id, (_, row) in scored.items() if order_id not in there], schema=ORDER_COLUMNS)
-        history = History(pl.concat([known.entities.select(list(ORDER_COLUMNS)), rows]), events, known.categories)
+        history = History(pl.concat([known.entities.select(list(ORDER_COLUMNS)), rows]), events, known.categories, self._delay)
         memory = Memory(known, line, events, OnlineFeatures(history))
         memory.catch_up()
         with self._lock:

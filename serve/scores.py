@@ -22,12 +22,12 @@ from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-def
 
 from lakehouse.errors import ShopSphereError
 from lakehouse.settings import KafkaSettings
+from ml.served import ORDER_SCORED
 from pipelines.bronze.kafka import open_consumer
 from serve.edges import UNKEPT
 
 logger = logging.getLogger("shopsphere.serve")
 
-EVENT_TYPE = "order_scored"
 PARTITIONS = 3
 GATHER_SECONDS = 0.005
 """How long scores are gathered before they are written together."""
@@ -144,7 +144,7 @@ class ScoreLog:
         assert self._producer is not None
         event = {
             "event_id": f"score:{score.order_id}:{uuid.uuid4().hex[:16]}",
-            "event_type": EVENT_TYPE,
+            "event_type": ORDER_SCORED,
             "timestamp": score.scored_at,
             "metadata": {
                 "order_ref": score.order_id,
@@ -230,7 +230,7 @@ class ScoreLog:
     def _take(self, value: bytes | None) -> None:
         try:
             sent = SENT.decode(value or b"")
-            if sent.event_type != EVENT_TYPE or sent.metadata.replica == self.replica:
+            if sent.event_type != ORDER_SCORED or sent.metadata.replica == self.replica:
                 return
             event = msgspec.json.decode(value or b"")
             told = event["metadata"]

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def training() -> Training:
         metrics={"baseline_amount_average_precision": 0.1, "unknown": float("nan")},
         tables={"baselines.txt": "amount only .1"},
         reference={"psi": {"amount_ratio": [0.1, 0.2]}},
+        label_delay=timedelta(days=12, hours=6),
     )
 
 
@@ -98,6 +100,7 @@ def test_a_model_comes_back_bit_by_bit(registry: Registry, training: Training) -
     assert loaded.model == training.model
     assert loaded.threshold == training.evaluation.threshold
     assert loaded.reference == training.reference
+    assert loaded.label_delay == timedelta(days=12, hours=6)
     assert loaded.features[0]["doc"] == "A made-up feature."
     assert loaded.model.score(TEST).tolist() == training.model.score(TEST).tolist()
 

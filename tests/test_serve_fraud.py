@@ -27,9 +27,11 @@ from lakehouse.iceberg import Lake
 from lakehouse.settings import Settings
 from lakehouse.step import context_of
 from ml.evaluation import ThresholdSettings, choose_threshold, evaluate
-from ml.features import FEATURES, ORDER_COLUMNS, History, compute
+from ml.features import FEATURES, LABEL_DELAY, ORDER_COLUMNS, History, compute
+from ml.online_features import MICROSECOND
 from ml.order_features import EVENT_READS, ORDER_FEATURES, account_events, refresh
 from ml.registry import Registry, Training
+from ml.served import served as served_scores
 from ml.training import TrainingSettings, fit_here
 from pipelines.silver.events_clean import EVENTS_CLEAN
 from serve.application import Application
@@ -454,6 +456,7 @@ def test_what_was_served_is_reproduced_from_the_lakehouse(desk: Desk) -> None:
         offline = engine.lake.load(ORDER_FEATURES).read(ORDER_FEATURES.schema.names, pl.col("order_id").is_in(list(served)))
         scored = pl.col("event_type") == "order_scored"
         kept = engine.lake.load(EVENTS_CLEAN).read(["metadata", "user_id", "device_id"], scored)
+        seen_by_monitor = served_scores(engine.lake, Registry(home=settings.home).load())
     model = desk.application.watch.current.champion
     assert model is not None
     assert offline.height == len(served) > 20
@@ -465,12 +468,37 @@ def test_what_was_served_is_reproduced_from_the_lakehouse(desk: Desk) -> None:
     again = model.model.score(seen)
     assert [served[one["order_ref"]] for one in mine] == pytest.approx(again.tolist(), abs=1e-6)
     assert kept["user_id"].null_count() == kept["device_id"].null_count() == kept.height
+    # monitor counts the same orders, and explains those that differ
+    assert seen_by_monitor.known == len(served)
+    assert seen_by_monitor.unread == 0
+    assert seen_by_monitor.scored >= seen_by_monitor.known
+    assert 0 < seen_by_monitor.equal <= len(served)
+    assert seen_by_monitor.rescored == len(served)
+    matching = sum(abs(model_again - served[one]) <= 1e-6 for one, model_again in offline_scores(offline, model.model).items())
+    assert seen_by_monitor.same_score == matching
     # and served with what the lakehouse knows by now, it is the score of training's own features
     model_again = dict(zip(offline["order_id"], model.model.score(offline).tolist(), strict=True))
     with running(replica(settings, scores_topic="")) as client:
         wait_for(lambda: client.post("/v1/fraud/score", json=made()).status_code == 200)
         now = client.post("/v1/fraud/score:batch", json={"orders": bodies}).json()["scores"]
     assert {one["order_id"]: one["score"] for one in now} == pytest.approx(model_again, abs=1e-6)
+
+
+def offline_scores(offline: pl.DataFrame, model: Any) -> dict[str, float]:
+    return dict(zip(offline["order_id"], model.score(offline).tolist(), strict=True))
+
+
+def test_the_champions_label_delay_is_served(desk: Desk) -> None:
+    registry = Registry(home=desk.settings.home)
+    fraud, before = desk.application.fraud, registry.champion_number()
+    assert before is not None
+    registry.promote(registry.record(replace(trained(desk.settings, 31), label_delay=timedelta(days=20))).number)
+    try:
+        wait_for(lambda: fraud.memory is not None and fraud.memory.online.delay == timedelta(days=20) // MICROSECOND)
+        assert desk.score()["model"]["version"] != before
+    finally:
+        registry.rollback()
+    wait_for(lambda: fraud.memory is not None and fraud.memory.online.delay == LABEL_DELAY // MICROSECOND)
 
 
 def caught_up(desk: Desk) -> bool:
