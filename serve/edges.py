@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 from polars.exceptions import PanicException
@@ -140,6 +141,9 @@ class AccessLog:
             self._file.handle(logging.makeLogRecord({"msg": "\n".join(lines)}))
 
 
+LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
 class Edge:
     """An endpoint behind its edges, as an ASGI application."""
 
@@ -196,6 +200,10 @@ class Edge:
         # replicas listen on ports of their own: without keys nobody from elsewhere may use those either
         if request.client is not None and not _is_loopback(request.client.host):
             raise Problem(403, "Without API keys only this machine is answered.")
+        # a web page elsewhere can point a name of its own at this machine, and would then be let in by the browser
+        host = request.headers.get("host", "")
+        if host and (urlsplit(f"//{host}").hostname or "") not in LOCAL_NAMES:
+            raise Problem(403, "Without API keys only http://localhost and http://127.0.0.1 are answered.")
         return ""
 
     def _query(self, request: Request) -> dict[str, Any]:

@@ -36,7 +36,9 @@ def settings(filled: Settings) -> Settings:
 def client(settings: Settings) -> TestClient:
     """Customers need no online state, so none is followed: the application is not started."""
     serving = ServeSettings(keys_file=settings.home / "no-keys.json")
-    return TestClient(Application(settings, serving, context_of(settings)).asgi(), client=("127.0.0.1", 1))
+    return TestClient(
+        Application(settings, serving, context_of(settings)).asgi(), client=("127.0.0.1", 1), base_url="http://127.0.0.1"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,7 @@ def replica(settings: Settings, **serving: Any) -> Application:
 
 @contextlib.contextmanager
 def running(application: Application) -> Iterator[TestClient]:
-    with TestClient(application.asgi(), client=("127.0.0.1", 1)) as client:
+    with TestClient(application.asgi(), client=("127.0.0.1", 1), base_url="http://127.0.0.1") as client:
         until = time.monotonic() + 60
         while client.get("/-/readyz").status_code != 200:
             assert time.monotonic() < until, client.get("/-/readyz").text

@@ -91,7 +91,7 @@ def shop(servers: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sho
     for number in range(40):
         shop.send("stock_received", f"P{number % 4}", f"S{number % 3}", quantity=number + 1)
     shop.run()
-    with TestClient(application.asgi(), client=("127.0.0.1", 1)) as client:
+    with TestClient(application.asgi(), client=("127.0.0.1", 1), base_url="http://127.0.0.1") as client:
         shop.client = client
         assert application.state.ready.wait(30), application.state.error
         yield shop
@@ -245,7 +245,7 @@ def test_keys_open_their_scopes_only(shop: Shop, tmp_path: Path) -> None:
     application = Application(shop.settings, ServeSettings(keys_file=file), shop.engine.context)
     application.state = shop.application.state
     application.inventory.state = shop.application.state
-    client = TestClient(application.asgi(), client=("203.0.113.9", 1))
+    client = TestClient(application.asgi(), client=("203.0.113.9", 1), base_url="http://127.0.0.1")
 
     def status(key: str | None) -> int:
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
@@ -256,7 +256,7 @@ def test_keys_open_their_scopes_only(shop: Shop, tmp_path: Path) -> None:
 
 
 def test_without_keys_only_this_machine_is_answered(shop: Shop) -> None:
-    elsewhere = TestClient(shop.application.asgi(), client=("203.0.113.9", 1))
+    elsewhere = TestClient(shop.application.asgi(), client=("203.0.113.9", 1), base_url="http://127.0.0.1")
     assert elsewhere.get("/v1/inventory/P1").status_code == 403
 
 
@@ -292,3 +292,8 @@ def test_without_a_broker_the_snapshot_answers_and_says_how_old_it_is(shop: Shop
         assert state.freshness(state.line).as_of == state.line.base.at.timestamp()  # type: ignore[union-attr]
     finally:
         state.stop()
+
+
+def test_without_keys_a_name_that_a_web_page_points_at_this_machine_is_refused(shop) -> None:
+    for host, status in {"evil.example": 403, "evil.example:8000": 403, "localhost:8000": 200, "[::1]": 200, "": 200}.items():
+        assert shop.client.get("/v1/inventory/low-stock", headers={"host": host}).status_code == status, host

@@ -419,7 +419,7 @@ def test_freshness_names_every_table_and_says_what_is_late(client: TestClient, f
 
 
 def test_without_a_state_it_says_so(filled: Settings) -> None:
-    client = TestClient(replica(filled).asgi(), client=("127.0.0.1", 1))
+    client = TestClient(replica(filled).asgi(), client=("127.0.0.1", 1), base_url="http://127.0.0.1")
     assert "Try again" in page(client, "/stock", 503).text
     assert "no online state yet" in page(client, "/freshness").text
     assert "No model serves yet" in page(client, "/fraud").text
@@ -533,7 +533,7 @@ def test_signing_in_goes_wrong_in_words(keyed: tuple[TestClient, dict[str, str]]
 def test_the_access_log_names_nobody(filled: Settings, merged: str, tmp_path: Path) -> None:
     application = replica(filled)
     application.log = AccessLog(tmp_path / "access.jsonl")
-    client = TestClient(application.asgi(), client=("127.0.0.1", 1))
+    client = TestClient(application.asgi(), client=("127.0.0.1", 1), base_url="http://127.0.0.1")
     assert client.get(f"/customers/{merged}").status_code == 200
     assert search(client, "siti.hidayat@nowhere.example").status_code == 200
     application.log.flush()
