@@ -243,39 +243,48 @@ def measure(home: Path, seconds: int) -> dict[str, Any]:
     }
     results: list[Measured] = []
 
-    def loaded(what: str, url: str, script: str) -> None:
-        wrk(what, url, script, 1, 1)  # warms up
+    def loaded(*stacks: tuple[str, str, str]) -> None:
+        """One right after the other: what is compared must be measured under the same load of the machine."""
+        for stack in stacks:
+            wrk(*stack, 1, 1)  # warms up
         for connections in CONNECTIONS:
-            results.append(wrk(what, url, script, connections, seconds))
-            print(results[-1], file=sys.stderr, flush=True)
+            for stack in stacks:
+                results.append(wrk(*stack, connections, seconds))
+                print(results[-1], f"load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
 
     logs = home / "bench"
     logs.mkdir(exist_ok=True)
     port = free_port()
     base = f"http://127.0.0.1:{port}"
-    with running([sys.executable, __file__, "--bare", str(port)], home, f"{base}/inventory/P0001", logs / "bare.log"):
-        loaded("bare: predict", f"{base}/predict", plain)
-        loaded("bare: stock", f"{base}/inventory/P0001", "")
-    port = free_port()
-    base = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/fraud@champion", "--env-manager", "local"]
     with running([*command, "-p", str(port), "-h", "127.0.0.1"], home, f"{base}/ping", logs / "mlflow.log"):
-        loaded("mlflow models serve", f"{base}/invocations", POST_LUA.replace("BODY", json.dumps(split)))
-    port = free_port()
-    base = f"http://127.0.0.1:{port}"
+        loaded(("mlflow models serve", f"{base}/invocations", POST_LUA.replace("BODY", json.dumps(split))))
+    bare_port, port = free_port(), free_port()
+    beside, base = f"http://127.0.0.1:{bare_port}", f"http://127.0.0.1:{port}"
     served = [sys.executable, "-m", "app", "serve", "--port", str(port)]
-    with running(served, home, f"{base}/-/readyz", logs / "serve.log"):
+    with (
+        running([sys.executable, __file__, "--bare", str(bare_port)], home, f"{beside}/inventory/P0001", logs / "bare.log"),
+        running(served, home, f"{base}/-/readyz", logs / "serve.log"),
+    ):
         with urllib.request.urlopen(f"{base}/v1/inventory/P0001", timeout=10) as response:
             store = json.load(response)["stores"][0]["store_id"]
-        loaded("stock of a product", f"{base}/v1/inventory/P0001?store_id={store}", "")
-        loaded("stock of a product in all its stores", f"{base}/v1/inventory/P0001", "")
-        loaded("score with features and reasons", f"{base}/v1/fraud/score", ORDER_LUA.replace("BODY", json.dumps(order)))
-        stop, statuses = threading.Event(), []
-        beside = threading.Thread(target=score_on, args=(base, json.dumps(order), stop, statuses))
-        beside.start()
+        scoring = ORDER_LUA.replace("BODY", json.dumps(order))
+        loaded(
+            ("bare: predict", f"{beside}/predict", plain),
+            ("score with features and reasons", f"{base}/v1/fraud/score", scoring),
+        )
+        loaded(
+            ("bare: stock", f"{beside}/inventory/P0001", ""),
+            ("stock of a product in all its stores", f"{base}/v1/inventory/P0001", ""),
+            ("stock of a product", f"{base}/v1/inventory/P0001?store_id={store}", ""),
+        )
+        stop = threading.Event()
+        statuses: list[int] = []
+        scorer = threading.Thread(target=score_on, args=(base, json.dumps(order), stop, statuses))
+        scorer.start()
         seen = seen_after(base, settings.kafka.bootstrap_servers, "P0001", store)
         stop.set()
-        beside.join()
+        scorer.join()
     return {
         "stacks": [asdict(one) for one in results],
         "event_seen_ms": {"events": len(seen), "p50": seen[len(seen) // 2], "p99": seen[int(len(seen) * 0.99)], "max": seen[-1]},
