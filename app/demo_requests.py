@@ -34,6 +34,8 @@ PORTS = range(18_000, 19_000)
 READY_SECONDS = 120.0
 STOP_SECONDS = 60.0
 """Beyond the time that requests under way may take."""
+REST_SECONDS = 15.0
+"""For what it started, after its own end."""
 ASK_SECONDS = 15.0
 SHOWN_REASONS, SHOWN_STORES = 3, 3
 LATER = timedelta(minutes=10)
@@ -196,17 +198,20 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     """Let it answer what is under way and end; after that time kill it with all that it started."""
     if process.poll() is not None:
         return
-    with contextlib.suppress(psutil.NoSuchProcess):
+    try:
         family = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            for one in family:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    one.kill()
-            process.kill()
-            process.wait()
+    except psutil.NoSuchProcess:
+        family = []
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    # Ray's own processes end a little after the one that started them
+    for one in psutil.wait_procs(family, REST_SECONDS)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
 
 
 @contextlib.contextmanager
