@@ -22,22 +22,6 @@ from ml.training import FittedModel, TrainingError
 logger = logging.getLogger("shopsphere.serve")
 
 
-EXAMPLES = 64
-"""Rows by which a forest is compared with XGBoost before it scores."""
-
-
-def _examples(model: FittedModel) -> npt.NDArray[np.float32]:
-    """Made-up rows of a model's columns: amounts of all sizes, every category, much that is missing, one of nothing else."""
-    random = np.random.default_rng(0)
-    rows = random.lognormal(2.0, 3.0, (EXAMPLES, len(model.features))) * random.integers(0, 2, (EXAMPLES, len(model.features)))
-    for at, name in enumerate(model.features):
-        if count := len(model.categories.get(name, ())):
-            rows[:, at] = random.integers(0, count, EXAMPLES)
-    rows[random.random(rows.shape) < 0.3] = np.nan
-    rows[0] = np.nan
-    return rows.astype(np.float32)
-
-
 @dataclass(frozen=True)
 class Scorer:
     """A version that scores orders one at a time.
@@ -62,7 +46,7 @@ class Scorer:
         unused: dict[int, dict[Value, float]] = {at: {} for at in range(len(FEATURE_NAMES)) if at not in places}
         forest = None
         try:
-            forest = forest_of(model, _examples(model))
+            forest = forest_of(model)
         except TrainingError as error:
             logger.warning("version %d is scored by XGBoost's own calls, which take longer: %s", loaded.version.number, error)
             # the first score of a model reads its trees
