@@ -165,9 +165,10 @@ def store_corrections(engine: Engine, file: Path) -> int:
     for name, values in by_table.items():
         # nothing is stored of a file with an error in it
         _corrections(engine.lake.load(pipelines.TABLES[name], create=False), values)
-    for name, values in by_table.items():
+    return sum(
         engine.retried(partial(_append_corrections, engine.lake, pipelines.TABLES[name], values))
-    return sum(len(values) for values in by_table.values())
+        for name, values in by_table.items()
+    )
 
 
 def _correction(where: str, line: str) -> tuple[Table, str, bytes]:
@@ -184,13 +185,15 @@ def _correction(where: str, line: str) -> tuple[Table, str, bytes]:
     return table, position, value
 
 
-def _append_corrections(lake: Lake, table: Table, values: Mapping[str, bytes]) -> None:
+def _append_corrections(lake: Lake, table: Table, values: Mapping[str, bytes]) -> int:
+    """Store those that are not there yet; gives how many."""
     handle = lake.load(table, create=False)
     fixes = _corrections(handle, values)
     if fixes.height:
         now = pl.lit(datetime.now(UTC)).cast(pl.Datetime("us", "UTC")).alias("_ingested_at")
         fixes = fixes.with_columns(now, pl.lit(handle.sequence, pl.Int64).alias(SEQUENCE))
         handle.commit(handle.writer.write(fixes), positions=handle.positions)
+    return fixes.height
 
 
 def _corrections(handle: Handle, values: Mapping[str, bytes]) -> pl.DataFrame:

@@ -479,7 +479,10 @@ def changed_rows(read: Whole | Join, handle: Handle, since: int) -> pl.DataFrame
     seen = list(read.columns)
     if isinstance(read, Join) or before is None or not new.height or not set(table.key) <= set(seen) or not table.key:
         return new.select(columns)
-    old = handle.reader.read(handle.files(snapshot_id=before), seen, living(table, None))
+    try:
+        old = handle.reader.read(handle.files(snapshot_id=before), seen, living(table, None))
+    except OSError:
+        return new.select(columns)  # maintenance has just taken that snapshot away: everything new counts
     numbered = new.with_row_index("__n")
     same = numbered.join(old, on=seen, how="semi", nulls_equal=True)["__n"]
     gone = pl.col(DELETED).fill_null(False) if mark else pl.lit(False)

@@ -365,6 +365,19 @@ class Handle:
         return None
 
     @property
+    def telling(self) -> set[int]:
+        """The snapshots from the current one back to the newest of ours: positions are read from them."""
+        found: set[int] = set()
+        snapshot = self.snapshot
+        while snapshot is not None:
+            found.add(snapshot.snapshot_id)
+            if snapshot.summary and POSITIONS in snapshot.summary.additional_properties:
+                break
+            parent = snapshot.parent_snapshot_id
+            snapshot = self.loaded.metadata.snapshot_by_id(parent) if parent is not None else None
+        return found
+
+    @property
     def positions(self) -> dict[str, Any]:
         """How far each upstream has been read, from the current snapshot."""
         stored: dict[str, Any] = json.loads(self.summary(POSITIONS) or "{}")

@@ -98,6 +98,7 @@ def expire(lake: Lake, table: Table, retention_hours: float, now: datetime) -> i
     snapshots = sorted(handle.loaded.metadata.snapshots, key=lambda s: s.sequence_number or 0)
     # what counts is since when a snapshot is not the current one any more: readers and time travel rely on that
     old = [before.snapshot_id for before, after in pairwise(snapshots) if after.timestamp_ms < limit]
+    old = [number for number in old if number not in handle.telling]
     if old:
         from pyiceberg.exceptions import CommitFailedException
 

@@ -50,7 +50,7 @@ def snapshot_of(handle: Handle, mention: Mention) -> int | None:
     before = [s for s in snapshots if s.timestamp_ms <= limit]
     if not before:
         raise QueryError(f"{mention.name} has no snapshot at or before {mention.moment}.")
-    return max(before, key=lambda s: s.timestamp_ms).snapshot_id
+    return max(before, key=lambda s: (s.timestamp_ms, s.sequence_number or 0)).snapshot_id
 
 
 def rows_of(handle: Handle, snapshot_id: int | None, columns: Sequence[str] | None = None) -> pl.DataFrame:
@@ -87,8 +87,11 @@ def without_time_travel(statement: str) -> tuple[str, list[Moment]]:
         words = [token.text.upper() for token in tokens[n : n + 3]]
         if words[0] not in ("VERSION", "TIMESTAMP") or words[1:] != ["AS", "OF"]:
             continue
+        if n and tokens[n - 1].token_type == TokenType.DOT:
+            continue  # a column of that name
         first = n - 1 if n and tokens[n - 1].text.upper() == "FOR" else n
-        name, literal = tokens[first - 1] if first else None, tokens[n + 3]
+        last = n + 4 if words[0] == "TIMESTAMP" and tokens[n + 3].text.upper() == "TIMESTAMP" and n + 4 < len(tokens) else n + 3
+        name, literal = tokens[first - 1] if first else None, tokens[last]
         if name is None or name.token_type not in (TokenType.VAR, TokenType.IDENTIFIER):
             raise QueryError(f"{words[0]} AS OF belongs right behind a table's name: gold.sales_daily FOR {words[0]} AS OF ...")
         if literal.token_type not in (TokenType.STRING, TokenType.NUMBER):

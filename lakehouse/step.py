@@ -75,7 +75,8 @@ class Whole:
 
     touch(changed rows) -> predicate over the columns of `through` (default: the target), named in
     `touch_columns`: the rows for which it holds give the groups to recompute (`touch_keys`: expressions, default:
-    the group columns). None: a change touches nothing by itself.
+    the group columns). None: a change touches nothing by itself. Where `columns` has the key, rows that changed in
+    other columns only are not among the changed ones.
     """
 
     table: Table

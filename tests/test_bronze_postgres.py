@@ -740,3 +740,23 @@ def test_a_server_restored_to_an_earlier_moment_is_noticed(shop):
     shop.add_products(3, 6)
     with pytest.raises(OffsetGone, match=r"restored to an earlier moment.*rebuild .*products"):
         shop.reader.run()
+
+
+def test_a_rebuild_of_all_tables_that_was_cut_between_two_commits_loses_no_history(shop: Shop) -> None:
+    shop.add_products(1, 2)
+    shop("INSERT INTO stores VALUES ('S', 'one', 'store')")
+    shop.reader.run()
+    shop("UPDATE products SET name = 'between' WHERE product_id = 'P1'; UPDATE products SET name = 'now' WHERE product_id = 'P1'")
+    shop("UPDATE stores SET name = 'two' WHERE store_id = 'S'")
+    before = dict(shop.reader.positions)
+    shop.reader.positions = {table: again(position) for table, position in before.items()}
+    plan = shop.reader.plan()
+    rows, positions = shop.reader.read(plan)
+    plan.held.close()
+    # only the stores were committed, and the slot was told nothing
+    shop.reader.rows[STORES].extend(rows[STORES])
+    shop.reader.positions = {**before, STORES: positions[STORES]}
+    found = shop.reader.run()
+    assert [row["name"] for row in found[PRODUCTS]] == ["between", "now"]
+    assert STORES not in found
+    assert shop.reader.latest(STORES, ("store_id",))[("S",)]["name"] == "two"

@@ -10,7 +10,7 @@ import polars as pl
 from lakehouse.iceberg import polars_schema
 from pipelines.bronze.corrections import corrected
 from pipelines.bronze.tables import PRODUCTS, PRODUCTS_KEY
-from pipelines.silver.current_rows import current_rows
+from pipelines.silver.current_rows import current_rows, unreadable_rows
 
 TYPES = polars_schema(PRODUCTS.schema)
 
@@ -34,3 +34,16 @@ def test_a_column_that_the_update_did_not_send_can_be_corrected() -> None:
     later = fix.with_columns(pl.lit(datetime.now(UTC)).cast(TYPES["_ingested_at"]).alias("_ingested_at"))
     now = current_rows(pl.concat([first, update, later]), PRODUCTS_KEY)
     assert now.select("name", "brand", pl.col("list_price").cast(pl.Float64)).rows() == [("right name", "b", 5.0)]
+
+
+def test_a_deleted_row_is_never_in_quarantine_whatever_its_old_values() -> None:
+    """Corrected, it would live again."""
+    rows = [
+        product(product_id="P", name="n", _op=op, _source_position=position, _unreadable=unreadable)
+        for op, position, unreadable in (("u", "1/1", '{"list_price": "NaN"}'), ("d", "1/2", '{"list_price": "NaN"}'))
+    ]
+    judged = unreadable_rows(pl.concat(rows))
+    assert judged.rejected is not None
+    assert judged.rejected["source_position"].to_list() == ["1/1"]
+    assert judged.parsed_positions is not None
+    assert judged.parsed_positions.to_list() == ["1/2"]

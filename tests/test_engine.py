@@ -572,6 +572,9 @@ def test_what_hangs_on_a_table_in_a_statement_stays_and_other_time_travel_is_ref
     assert "amount" in ask("SELECT to_json(t)::VARCHAR AS j FROM silver.accounts t WHERE t.id = 1")[0]["j"]
     assert ask("SELECT count(*) AS n FROM silver.accounts a NATURAL JOIN (SELECT city FROM gold.cities) c") == [{"n": 6}]
     assert ask("SELECT t.b AS city FROM silver.accounts AS t(a, b, c, d) WHERE t.a = 1") == [{"city": "y"}]
+    assert ask("SELECT t.id AS of FROM silver.accounts t WHERE t.id = 1") == [{"of": 1}]
+    later = "FOR TIMESTAMP AS OF TIMESTAMP '2100-01-01'"
+    assert ask(f"SELECT count(*) AS n FROM silver.accounts {later}") == [{"n": 6}]
     for clause in ("FOR SYSTEM_TIME AS OF '2020-01-01'", "AT (VERSION => 1)", "AT (TIMESTAMP => '2020-01-01')"):
         with pytest.raises(QueryError, match=r"FOR VERSION AS OF|cannot be read"):
             ask(f"SELECT count(*) FROM silver.accounts {clause}")
@@ -643,6 +646,10 @@ def test_a_commit_of_another_engine_loses_no_position(tmp_path):
     handle.commit(handle.writer.write(rows), positions={"kafka": {"events:0": 100}})
     engine.lake.load(BRONZE).loaded.append(rows)
     assert engine.lake.load(BRONZE).positions == {"kafka": {"events:0": 100}}
+    # nor does maintenance long after it
+    assert expire(engine.lake, BRONZE, 24, datetime.now(UTC) + timedelta(days=30)) == 0
+    assert engine.lake.load(BRONZE).positions == {"kafka": {"events:0": 100}}
+    assert engine.lake.load(BRONZE).data_sequence > 0
 
 
 def test_expiry_counts_from_when_a_snapshot_was_replaced(tmp_path):

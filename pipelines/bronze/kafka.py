@@ -95,7 +95,8 @@ class KafkaSource:
             position[f"{topic}:{partition}"] = high
             if high > start:
                 ranges.append(Range(topic, partition, start, high))
-        if not ranges and not is_again(known):
+        # a partition seen empty is remembered, so that messages that come and go unread are missed
+        if not ranges and not is_again(known) and (not known or position == known):
             return Plan()
         # of a topic that is empty by now, what is to be remembered is that it was read
         groups = _tasks(ranges, self.settings.batch_messages) or [()]

@@ -169,7 +169,7 @@ class PostgresSource:
                 # what the slot still holds of the tables that are read anew belongs to their history
                 tasks.append(StreamTask(self.settings, start, state.system, {**ended, **known}, planned, frozenset(ended)))
             slot = max(map(_slot_time, (known or read).values()), default=0)
-            slot = slot if known else max(moment, slot + 1)
+            slot = slot if known or ended else max(moment, slot + 1)
         except BaseException:
             holder.close()
             raise

@@ -69,6 +69,8 @@ def unreadable_rows(bronze: pl.DataFrame) -> Parsed:
     `original` is the row as a JSON object, with the value as the source printed it.
     """
     has = pl.col("_unreadable").is_not_null() if "_unreadable" in bronze.columns else pl.lit(False)
+    if "_op" in bronze.columns:
+        has &= pl.col("_op") != "d"  # the values of a deleted row are of no use; corrected, it would live again
     read = bronze.filter(~has)["_source_position"]
     # a position is read when any row there is: a correction, beside the row that it corrects
     bad = bronze.filter(has & ~pl.col("_source_position").is_in(read.implode()))
