@@ -12,7 +12,7 @@ import io as io_module
 import itertools
 import json
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -351,31 +351,29 @@ class Handle:
         """The sequence number that the next commit gets, if nobody else commits first."""
         return self.loaded.metadata.next_sequence_number()
 
-    def summary(self, name: str) -> str | None:
-        """A property of the newest snapshot that has it: another engine's commits (a compaction, say) have none."""
+    def _told_by(self) -> Iterator[Snapshot]:
+        """The snapshots that tell of the table: from the current one back to the newest of ours. Another engine's commits (a
+        compaction, say) have nothing of ours in their summary, and a commit of ours says all there is to say."""
         snapshot = self.snapshot
         while snapshot is not None:
+            yield snapshot
+            if snapshot.summary and POSITIONS in snapshot.summary.additional_properties:
+                return
+            parent = snapshot.parent_snapshot_id
+            snapshot = self.loaded.metadata.snapshot_by_id(parent) if parent is not None else None
+
+    def summary(self, name: str) -> str | None:
+        """A property of the newest snapshot that has it."""
+        for snapshot in self._told_by():
             properties = snapshot.summary.additional_properties if snapshot.summary else {}
             if name in properties:
                 return str(properties[name])
-            if POSITIONS in properties:
-                return None  # a commit of ours says all there is to say
-            parent = snapshot.parent_snapshot_id
-            snapshot = self.loaded.metadata.snapshot_by_id(parent) if parent is not None else None
         return None
 
     @property
-    def telling(self) -> set[int]:
-        """The snapshots from the current one back to the newest of ours: positions are read from them."""
-        found: set[int] = set()
-        snapshot = self.snapshot
-        while snapshot is not None:
-            found.add(snapshot.snapshot_id)
-            if snapshot.summary and POSITIONS in snapshot.summary.additional_properties:
-                break
-            parent = snapshot.parent_snapshot_id
-            snapshot = self.loaded.metadata.snapshot_by_id(parent) if parent is not None else None
-        return found
+    def telling(self) -> frozenset[int]:
+        """The snapshots that positions are read from: maintenance must leave them."""
+        return frozenset(snapshot.snapshot_id for snapshot in self._told_by())
 
     @property
     def positions(self) -> dict[str, Any]:
