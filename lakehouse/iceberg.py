@@ -351,10 +351,11 @@ class Handle:
         """The sequence number that the next commit gets, if nobody else commits first."""
         return self.loaded.metadata.next_sequence_number()
 
-    def _told_by(self) -> Iterator[Snapshot]:
-        """The snapshots that tell of the table: from the current one back to the newest of ours. Another engine's commits (a
-        compaction, say) have nothing of ours in their summary, and a commit of ours says all there is to say."""
-        snapshot = self.snapshot
+    def _told_by(self, snapshot: Snapshot | None) -> Iterator[Snapshot]:
+        """The snapshots that tell of the table as of one of them: from that back to the newest of ours.
+
+        Another engine's commits (a compaction, say) have nothing of ours; a commit of ours says all there is to say.
+        """
         while snapshot is not None:
             yield snapshot
             if snapshot.summary and POSITIONS in snapshot.summary.additional_properties:
@@ -362,9 +363,10 @@ class Handle:
             parent = snapshot.parent_snapshot_id
             snapshot = self.loaded.metadata.snapshot_by_id(parent) if parent is not None else None
 
-    def summary(self, name: str) -> str | None:
-        """A property of the newest snapshot that has it."""
-        for snapshot in self._told_by():
+    def summary(self, name: str, snapshot_id: int | None = None) -> str | None:
+        """A property as of a snapshot (default: the current one): of the newest one up to there that has it."""
+        start = self.snapshot if snapshot_id is None else self.loaded.metadata.snapshot_by_id(snapshot_id)
+        for snapshot in self._told_by(start):
             properties = snapshot.summary.additional_properties if snapshot.summary else {}
             if name in properties:
                 return str(properties[name])
@@ -373,7 +375,7 @@ class Handle:
     @property
     def telling(self) -> frozenset[int]:
         """The snapshots that positions are read from: maintenance must leave them."""
-        return frozenset(snapshot.snapshot_id for snapshot in self._told_by())
+        return frozenset(snapshot.snapshot_id for snapshot in self._told_by(self.snapshot))
 
     @property
     def positions(self) -> dict[str, Any]:

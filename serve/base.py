@@ -75,7 +75,8 @@ class At:
     @property
     def positions(self) -> dict[str, Any]:
         """How far it had read each upstream."""
-        found: dict[str, Any] = json.loads(_told(self.handle, self.snapshot_id, POSITIONS) or "{}")
+        told = self.handle.summary(POSITIONS, self.snapshot_id) if self.snapshot_id is not None else None
+        found: dict[str, Any] = json.loads(told or "{}")
         return found
 
     def above(self, lake: Lake, table: Table) -> At:
@@ -85,7 +86,7 @@ class At:
             return At(handle, None)
         metadata = handle.loaded.metadata
         wanted = str(position["sequence"])
-        same = [one for one in metadata.snapshots if _told(handle, one.snapshot_id, DATA_SEQUENCE) == wanted]
+        same = [one for one in metadata.snapshots if handle.summary(DATA_SEQUENCE, one.snapshot_id) == wanted]
         if str(metadata.table_uuid) != position["table"] or not same:
             raise StateError(
                 f"The snapshot of {table.name} that {self.handle.table.name} was made from is not there any more. "
@@ -98,18 +99,6 @@ def current(lake: Lake, table: Table) -> At:
     """A table as it is now."""
     handle = lake.load(table)
     return At(handle, handle.snapshot.snapshot_id if handle.snapshot else None)
-
-
-def _told(handle: Handle, snapshot_id: int | None, name: str) -> str | None:
-    """A property of a snapshot, or of the newest before it that has it (a compaction has none)."""
-    while snapshot_id is not None:
-        snapshot = handle.loaded.metadata.snapshot_by_id(snapshot_id)
-        if snapshot is None:
-            return None
-        if snapshot.summary and (value := snapshot.summary.additional_properties.get(name)) is not None:
-            return str(value)
-        snapshot_id = snapshot.parent_snapshot_id
-    return None
 
 
 @dataclass(frozen=True)
