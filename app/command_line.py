@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import re
 import signal
 import sys
@@ -22,6 +21,7 @@ from app.model_commands import register
 from app.output import Output
 from app.serving import register as register_serving
 from lakehouse.errors import ShopSphereError
+from lakehouse.outages import outage
 from lakehouse.settings import home_directory, load_settings
 from lakehouse.sizes import size
 
@@ -413,13 +413,7 @@ def usage_error(error: Exception) -> int:
 
 def described(error: BaseException) -> str:
     """An unforeseen error in one line, with a way out."""
-    cause: BaseException | None = error
-    while cause is not None:
-        full = (isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left on device" in str(
-            cause
-        )
-        if full or "database or disk is full" in str(cause):
-            return "The disk is full. Free some space and run again: what was committed is whole, the rest is read again."
-        cause = cause.__cause__ or getattr(cause, "cause", None) or cause.__context__
+    if (failed := outage(error)) is not None:
+        return str(failed)
     first = str(error).splitlines()[0][:300] if str(error) else ""
     return f"{type(error).__name__}: {first}. Run again with --debug to see where, and please report it."

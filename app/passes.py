@@ -19,6 +19,7 @@ import pipelines
 from lakehouse.engine import Engine, Report
 from lakehouse.errors import SettingsError, ShopSphereError, SourceError
 from lakehouse.iceberg import Handle, Lake
+from lakehouse.outages import outage
 from lakehouse.parallel import Pool
 from lakehouse.settings import Settings
 from lakehouse.step import Changes, Gather, Parsed, Step, context_of
@@ -53,7 +54,7 @@ def open_engine(settings: Settings) -> Iterator[Engine]:
 
 def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: False) -> Pass:
     """Read what is new at every source, then bring every table up to date. A source that cannot be read, or a table
-    that cannot be filled, does not keep the others from going on; its error is in the result."""
+    that cannot be filled, does not keep the others from going on, nor does an outage; the errors are in the result."""
     started, cpu = time.monotonic(), time.process_time()
     reports: list[Report] = []
     errors: list[ShopSphereError] = []
@@ -65,8 +66,8 @@ def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: 
             done = engine.ingest(source, pipelines.TABLES)
         except SettingsError:
             raise  # nothing can go on
-        except ShopSphereError as error:
-            errors.append(error)
+        except Exception as error:
+            errors.append(_expected(error))
             continue
         for report in done:
             tell(report.table, report)
@@ -79,13 +80,21 @@ def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: 
             report = engine.refresh(step)
         except SettingsError:
             raise  # nothing can go on
-        except ShopSphereError as error:
-            errors.append(error)
+        except Exception as error:
+            errors.append(_expected(error))
             continue
         tell(step.target.name, report)
         reports.append(report)
     elsewhere = sum(report.worker_cpu_seconds for report in reports)
     return Pass(tuple(reports), tuple(errors), time.monotonic() - started, time.process_time() - cpu + elsewhere)
+
+
+def _expected(error: Exception) -> ShopSphereError:
+    """An error that a pass goes on after; raises any other."""
+    found = error if isinstance(error, ShopSphereError) else outage(error)
+    if found is None:
+        raise error
+    return found
 
 
 def table_named(name: str) -> Table:

@@ -8,6 +8,7 @@ ShopSphereError            anything this project raises on purpose (one line, ex
 |- UnknownColumn           a column was met that the plan did not know (the engine adds it and retries)
 |- CommitConflict          another writer committed first; nothing of ours was written
 |- TableNotFound           no such table
+|- Outage                  the disk, the object store, the catalog or Ray failed; what was committed is whole
 |- QueryError              a SQL statement cannot be run
 |- SandboxError            a sandbox server cannot be started, or is not running
 In ml/: FeatureError, TrainingError, RegistryError, GateRefused
@@ -61,6 +62,10 @@ class CommitConflict(ShopSphereError):
 
 class TableNotFound(ShopSphereError):
     """No such table in the lakehouse."""
+
+
+class Outage(ShopSphereError):
+    """The disk, the object store, the catalog or Ray failed below us, and may work again by itself."""
 
 
 class QueryError(ShopSphereError):

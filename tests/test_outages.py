@@ -1,0 +1,80 @@
+"""Which errors are outages, that pass, and which are mistakes, that do not."""
+
+from __future__ import annotations
+
+import errno
+import sqlite3
+
+import pytest
+from requests.exceptions import ConnectionError as NoConnection
+from sqlalchemy.exc import OperationalError
+
+import app.passes
+import pipelines
+from app.passes import open_engine, run_pass
+from lakehouse.errors import Outage
+from lakehouse.outages import outage
+from lakehouse.settings import KafkaSettings, MongoSettings, PostgresSettings, Settings
+
+
+def caused(error: Exception, by: Exception) -> Exception:
+    error.__cause__ = by
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "The disk is full"),
+        (caused(RuntimeError("task failed"), OSError(errno.EDQUOT, "Disk quota exceeded")), "The disk is full"),
+        (OperationalError("INSERT", {}, sqlite3.OperationalError("database or disk is full")), "The disk is full"),
+        (OperationalError("SELECT", {}, sqlite3.OperationalError("disk I/O error")), "cannot be used"),
+        (OSError("AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 7"), "curlCode: 7"),
+        (caused(ValueError("no metadata"), NoConnection("catalog refused")), "catalog refused"),
+        (ConnectionResetError("reset by peer"), "reset by peer"),
+    ],
+)
+def test_what_fails_below_us_is_an_outage_with_a_way_out(error, said):
+    found = outage(error)
+    assert isinstance(found, Outage)
+    assert said in str(found)
+    assert "un again" in str(found)
+
+
+@pytest.mark.parametrize("error", [ValueError("wrong"), FileNotFoundError("x.parquet"), KeyError("column"), ZeroDivisionError()])
+def test_a_mistake_is_not_an_outage(error):
+    assert outage(error) is None
+
+
+def test_a_lost_ray_node_is_an_outage_and_a_mistake_in_a_task_is_not():
+    from ray.exceptions import NodeDiedError, RayTaskError, WorkerCrashedError
+
+    for lost in (WorkerCrashedError(), NodeDiedError("gone"), caused(RuntimeError("stage failed"), WorkerCrashedError())):
+        assert isinstance(outage(lost), Outage)
+    mistake = RayTaskError("map", "Traceback", ValueError("wrong"))
+    assert outage(mistake) is None
+    assert isinstance(outage(RayTaskError("map", "Traceback", OSError("AWS Error SLOW_DOWN"))), Outage)
+
+
+def test_a_pass_goes_on_after_an_outage_and_stops_at_a_mistake(tmp_path, monkeypatch):
+    settings = Settings(
+        home=tmp_path,
+        postgres=PostgresSettings(enabled=False),
+        mongo=MongoSettings(enabled=False),
+        kafka=KafkaSettings(enabled=False),
+    )
+    with open_engine(settings) as engine:
+        refresh = engine.refresh
+
+        def struck(step, **how):
+            if step.target.name == "gold.dim_date":
+                raise OSError("AWS Error NETWORK_CONNECTION during PutObject")
+            return refresh(step, **how)
+
+        monkeypatch.setattr(engine, "refresh", struck)
+        done = run_pass(engine, lambda name, report: None)
+        assert [type(error) for error in done.errors] == [Outage]
+        assert {report.table for report in done.reports} >= {step.target.name for step in pipelines.STEPS} - {"gold.dim_date"}
+        monkeypatch.setattr(app.passes, "outage", lambda error: None)
+        with pytest.raises(OSError, match="PutObject"):
+            run_pass(engine, lambda name, report: None)
