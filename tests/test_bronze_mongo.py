@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pymongo
@@ -499,3 +504,39 @@ def test_refusals_are_errors_with_a_way_out(code: int, way_out: str) -> None:
     ):
         raise OperationFailure("no: s3cr3tword", code, {"errmsg": "no: s3cr3tword"})
     assert "s3cr3tword" not in str(error.value)
+
+
+def through_another_reader(market: Market, changes: int) -> None:
+    """Our reader rests while documents change and somebody else's reads them, which lets a server forget them."""
+    market.add(1, 10)
+    market.reader.run()
+    other = Reader(MongoSource(market.settings))
+    other.run()
+    for first in range(100, 100 + changes, 500):
+        market.add(first, first + 499)
+        other.run()
+
+
+def test_changes_that_another_reader_has_passed_wait_for_ours(market: Market) -> None:
+    through_another_reader(market, 2500)
+    market.reader.run()
+    assert market.held() == market.there()
+
+
+def test_changes_that_an_imitation_has_forgotten_are_an_error(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    plain = [sys.executable, "-m", "nx_27017.nx_27017", "--host", "127.0.0.1", "--port", str(port)]
+    files = ["--data-dir", str(tmp_path), "--log-file", os.devnull, "--pid-file", str(tmp_path / "pid")]
+    server = subprocess.Popen([*plain, *files], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        market = Market(f"mongodb://127.0.0.1:{port}/?serverSelectionTimeoutMS=30000", "shop")
+        market.client.admin.command("ping")
+        through_another_reader(market, 2500)
+        with pytest.raises(OffsetGone, match=r"forgotten the changes after it.*rebuild"):
+            market.reader.run()
+        market.client.close()
+    finally:
+        server.terminate()
+        server.wait()

@@ -323,7 +323,7 @@ def _postgres_ready(port: int, password: str) -> bool:
 def _mongo_command(directory: Path, port: int) -> list[str]:
     (directory / "mongo").mkdir(exist_ok=True)
     return [
-        *(sys.executable, "-m", "nx_27017.nx_27017", "--host", "127.0.0.1", "--port", str(port)),
+        *(sys.executable, str(Path(__file__).with_name("mongo_server.py")), "--host", "127.0.0.1", "--port", str(port)),
         *("--data-dir", str(directory / "mongo")),
         *("--log-file", os.devnull, "--pid-file", str(directory / "mongo.pid")),
     ]

@@ -511,11 +511,21 @@ def _waiting(collection: Collection[Document], token: Mapping[str, Any]) -> tupl
     with _watching(collection, token) as watch:
         if watch.emulated and _sortable(token) > upto:
             raise _token_gone("the stream ends before it: the server was created anew")
-        count = 0
+        count, first = 0, None
         while count < COUNTED_CHANGES and watch.stream.alive and (change := watch.stream.try_next()) is not None:
             count += 1
+            first = first or change["_id"]
             upto = max(upto, _sortable(change["_id"]))
+        # MongoDB refuses a token that it has forgotten; an imitation begins with the oldest of the 1000 changes it keeps
+        if watch.emulated and first is not None and count == COUNTED_CHANGES and _number(first) > _number(token) + 1:
+            raise _token_gone("the server has forgotten the changes after it")
     return count, upto
+
+
+def _number(token: Mapping[str, Any]) -> int:
+    """The number at the end of an imitation's resume token."""
+    found = re.search(r"\d+$", _sortable(token))
+    return int(found.group()) if found else 0
 
 
 def _first_token(collection: Collection[Document], *, required: bool) -> Mapping[str, Any] | None:
