@@ -1,0 +1,143 @@
+"""An S3-compatible store behind a proxy that can refuse, cut or slow its connections (Toxiproxy, built with Go)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+TOXIPROXY = "github.com/Shopify/toxiproxy/v2/cmd/server@v2.12.0"
+BUILD = Path(__file__).resolve().parents[2] / "build"
+ACCESS_KEY, SECRET_KEY, BUCKET = "fault-tests", "fault-tests-secret", "lake"
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def toxiproxy() -> Path:
+    """Toxiproxy's server, built when it is not there yet."""
+    program = BUILD / "toxiproxy" / "server"
+    if not program.exists():
+        if shutil.which("go") is None:
+            missing("Toxiproxy needs Go to be built: install Go (https://go.dev/dl).")
+        subprocess.run(["go", "install", TOXIPROXY], env={**os.environ, "GOBIN": str(program.parent)}, check=True)
+    return program
+
+
+def missing(why: str) -> None:
+    """Skip the test; in CI fail it."""
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(why)
+
+
+@dataclass
+class ObjectStore:
+    """A bucket of an S3-compatible store; what listens at `endpoint` is the proxy."""
+
+    folder: Path
+    host: str = "127.0.0.1"
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    endpoint: str = ""
+    control: str = ""
+
+    def start(self) -> None:
+        """Start the store and the proxy, and make the bucket."""
+        program = toxiproxy()
+        behind, proxied, control = free_port(self.host), free_port(self.host), free_port()
+        self._run([sys.executable, "-m", "moto.server", "-H", self.host, "-p", str(behind)], "store")
+        self._run([str(program), "-host", "127.0.0.1", "-port", str(control)], "proxy")
+        self.control, self.endpoint = f"http://127.0.0.1:{control}", f"http://{self.host}:{proxied}"
+        proxy = {"name": "store", "listen": f"{self.host}:{proxied}", "upstream": f"{self.host}:{behind}"}
+        eventually(lambda: self._ask("/proxies", proxy))
+        client = boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=ACCESS_KEY,
+            aws_secret_access_key=SECRET_KEY,
+            region_name="us-east-1",
+        )
+        eventually(lambda: client.create_bucket(Bucket=BUCKET))
+
+    def refuse(self) -> None:
+        """Close what is open, accept nothing."""
+        self._ask("/proxies/store", {"enabled": False})
+
+    def slow(self) -> None:
+        """Every answer comes 700 ms later, at 2 MB/s."""
+        self._ask("/proxies/store/toxics", {"type": "latency", "attributes": {"latency": 700}})
+        self._ask("/proxies/store/toxics", {"type": "bandwidth", "attributes": {"rate": 2000}})
+
+    def cut(self) -> None:
+        """Connections are reset after a few kB of the answer."""
+        self._ask("/proxies/store/toxics", {"type": "limit_data", "attributes": {"bytes": 20_000}})
+
+    def heal(self) -> None:
+        """As if nothing had been."""
+        self._ask("/reset", {})
+
+    def stop(self) -> None:
+        """End both."""
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            process.wait()
+
+    def properties(self) -> dict[str, str]:
+        """PyIceberg's properties of the store."""
+        return {
+            "warehouse": f"s3://{BUCKET}/warehouse",
+            "s3.endpoint": self.endpoint,
+            "s3.access-key-id": ACCESS_KEY,
+            "s3.secret-access-key": SECRET_KEY,
+            "s3.region": "us-east-1",
+        }
+
+    def _run(self, command: list[str], name: str) -> None:
+        env = {**os.environ, "LOG_LEVEL": "warn"}
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=env))
+
+    def _ask(self, path: str, body: dict[str, Any]) -> None:
+        request = urllib.request.Request(
+            self.control + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
+        )
+        try:
+            urllib.request.urlopen(request, timeout=10).close()
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"Toxiproxy refused {path}: {error.read().decode()}") from None
+
+
+def eventually(action: Any, seconds: float = 30.0) -> Any:
+    """What `action` gives, tried until it raises nothing."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return action()
+        except Exception:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Wait until the condition holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.1)
