@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -24,8 +25,13 @@ FAST_PATH: Mapping[str, str] = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+    # by default each request's path and query, which may name a person, are sent to whatever listens on UDP 514
+    "RAY_SERVE_HAPROXY_LOG_TARGET": "/dev/null",
 }
 """Must be in the environment before Ray starts. A factor of ten in requests per second; see docs/serving.md."""
+
+OWN_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
+"""Of HAProxy, beside the one that it serves on; by default the same for all that serve on a machine."""
 
 BUSY_REQUESTS = 1_000
 
@@ -42,6 +48,18 @@ def check(serving: ServeSettings) -> None:
             raise ShopSphereError(
                 f"{serving.host}:{serving.port} cannot be listened on ({error.strerror}). Choose another: --port, --host."
             ) from None
+
+
+def node_environment() -> dict[str, str]:
+    """What must be in the environment before Ray starts on a node that serves for itself: FAST_PATH, and free ports, so
+    that others can serve on the same machine."""
+    with contextlib.ExitStack() as probes:
+        ports = []
+        for _ in OWN_PORTS:
+            probe = probes.enter_context(socket.socket())
+            probe.bind(("", 0))
+            ports.append(str(probe.getsockname()[1]))
+    return {**FAST_PATH, **dict(zip(OWN_PORTS, ports, strict=True))}
 
 
 def _no_keys(serving: ServeSettings) -> SettingsError:

@@ -51,13 +51,16 @@ class Served:
     @property
     def replicas(self) -> list[psutil.Process]:
         """The replicas of this serving; others may run on this machine."""
-        family = psutil.Process(self.process.pid).children(recursive=True)
-        return [one for one in family if _is_replica(one)]
+        return self.family("ServeReplica")
+
+    def family(self, named: str) -> list[psutil.Process]:
+        """Processes of this serving with this in their command line."""
+        return [one for one in psutil.Process(self.process.pid).children(recursive=True) if _is(one, named)]
 
 
-def _is_replica(process: psutil.Process) -> bool:
+def _is(process: psutil.Process, named: str) -> bool:
     try:
-        return "ServeReplica" in "".join(process.cmdline())
+        return named in "".join(process.cmdline())
     except psutil.Error:  # it is no more
         return False
 
@@ -139,6 +142,16 @@ def wait_for(true: Any, seconds: float = 60.0) -> None:
     while not true():
         assert time.monotonic() < until
         time.sleep(0.1)
+
+
+def test_others_can_serve_on_the_machine_and_nobody_is_told_of_requests(served: Served) -> None:
+    (proxy,) = served.family("bin/haproxy")
+    ports = {one.laddr.port for one in proxy.net_connections("inet") if one.status == psutil.CONN_LISTEN}
+    assert served.port in ports
+    assert not ports & {8404, 9101}
+    command = proxy.cmdline()
+    config = Path(command[command.index("-f") + 1]).read_text()
+    assert {line.split()[1] for line in config.splitlines() if line.split()[:1] == ["log"]} == {"/dev/null", "global"}
 
 
 def test_a_killed_replica_costs_the_requests_in_flight_at_most(served: Served) -> None:
