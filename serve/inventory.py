@@ -168,6 +168,7 @@ class Inventory:
     async def stock_of(self, product: str, asked: Asked) -> ProductStock:
         """A product's levels, as the query asks. Raises Problem 404, 429, 503."""
         line, store = await self.line(asked), asked.query.get("store_id")
+        basis = self.basis(line)
         if moment := asked.query.get("as_of"):
             if moment > datetime.now(UTC):
                 raise Problem(404, "as_of: lies in the future", errors=(Wrong("as_of", "lies in the future"),))
@@ -178,11 +179,12 @@ class Inventory:
             levels = [level for level in levels if level.store_id == store]
         if not levels:
             raise Problem(404, "No stock event names this product" + (" in this store." if store else "."))
-        return ProductStock(product_id=product, stores=levels, at=asked.query.get("as_of"), **self.basis(line))
+        return ProductStock(product_id=product, stores=levels, at=asked.query.get("as_of"), **basis)
 
     async def lookup(self, asked: Asked) -> Response:
         """POST /v1/inventory/lookup"""
         line, wanted = await self.line(asked), asked.body
+        basis = self.basis(line)
         levels, unknown = [], []
         for product in dict.fromkeys(wanted.product_ids):
             stores = line.stock.by_product.get(product, {})
@@ -191,7 +193,7 @@ class Inventory:
             levels += found
             if not found:
                 unknown.append(product)
-        return answer(Levels(levels=levels, unknown=unknown, **self.basis(line)))
+        return answer(Levels(levels=levels, unknown=unknown, **basis))
 
     async def low_stock(self, asked: Asked) -> Response:
         """GET /v1/inventory/low-stock"""
@@ -200,10 +202,10 @@ class Inventory:
     async def low(self, asked: Asked) -> LowStock:
         """What is low, as the query asks. Raises Problem 429, 503."""
         line = await self.line(asked)
-        store, limit = asked.query.get("store_id"), asked.query.get("limit", 100)
+        basis, store, limit = self.basis(line), asked.query.get("store_id"), asked.query.get("limit", 100)
         found = await self.gate.run(self._low, line, store)
         levels = [self._level(pair, one) for pair, one in found[:limit]]
-        return LowStock(levels=levels, total=len(found), **self.basis(line))
+        return LowStock(levels=levels, total=len(found), **basis)
 
     async def stream(self, asked: Asked) -> Response:
         """GET /v1/inventory/stream"""
@@ -226,7 +228,7 @@ class Inventory:
             raise busy(503, str(error), 5) from None
 
     def basis(self, line: Line) -> dict[str, Any]:
-        """What an answer from this line is based on."""
+        """What an answer from this line is based on. To be asked before the levels: what comes between is in them, not said."""
         now = self.state.freshness(line)
         return {
             "as_of": datetime.fromtimestamp(now.as_of, UTC),
@@ -273,17 +275,15 @@ class Inventory:
                 subscriber.woken.clear()
                 pairs, subscriber.dirty = subscriber.dirty, set()
                 line = self.state.line
-                told = []
+                told, basis = [], self.basis(line)
                 for pair in sorted(pairs):
                     if (product is None or pair[1] == product) and (store is None or pair[0] == store):
                         one = line.stock.of(*pair)
                         level = self._level(pair, one) if one else {"product_id": pair[1], "store_id": pair[0], "on_hand": None}
                         told.append(level)
-                if told:
-                    basis = self.basis(line)
-                    for level in told:
-                        data = msgspec.json.encode({"level": level, **basis})
-                        yield b"event: stock\ndata: " + data + b"\n\n"
+                for level in told:
+                    data = msgspec.json.encode({"level": level, **basis})
+                    yield b"event: stock\ndata: " + data + b"\n\n"
         finally:
             self.state.unsubscribe(subscriber)
 

@@ -113,6 +113,33 @@ def test_what_was_produced_is_seen_by_who_names_its_offset(shop: Shop) -> None:
     assert level(shop, min_offset=again) == after
 
 
+@pytest.mark.parametrize("path", ["/v1/inventory/P2?as_of={now}", "/v1/inventory/low-stock", "/v1/inventory/P2?store_id=S2"])
+def test_an_answer_claims_no_more_than_it_holds(shop: Shop, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes while levels are read may be missing in them: its offset must not be told."""
+    inventory, at = shop.application.inventory, ""
+
+    def meanwhile(inner: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            nonlocal at
+            found = inner(*arguments)
+            if not at:
+                at = shop.send("view_product", "P2")
+                name, _, offset = at.rpartition(":")
+                until = time.monotonic() + 10
+                while shop.application.state.line.offsets[name] <= int(offset):
+                    assert time.monotonic() < until
+                    time.sleep(0.01)
+            return found
+
+        return run
+
+    for name in ("_levels_at", "_low", "_level"):
+        monkeypatch.setattr(inventory, name, meanwhile(getattr(inventory, name)))
+    response = shop.client.get(path.format(now=datetime.now(UTC).isoformat()[:19]))
+    name, _, offset = at.rpartition(":")
+    assert response.json()["source_offset"][name] < int(offset)
+
+
 def test_an_offset_that_does_not_come_is_waited_for_within_bounds(shop: Shop) -> None:
     began = time.monotonic()
     response = shop.client.get("/v1/inventory/P1", params={"min_offset": f"{shop.topic}:0:999999"})
