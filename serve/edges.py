@@ -201,8 +201,7 @@ class Edge:
         if request.client is not None and not _is_loopback(request.client.host):
             raise Problem(403, "Without API keys only this machine is answered.")
         # a web page elsewhere can point a name of its own at this machine, and would then be let in by the browser
-        host = request.headers.get("host", "")
-        if host and (urlsplit(f"//{host}").hostname or "") not in LOCAL_NAMES:
+        if not _is_local_name(request.headers.get("host", "")):
             raise Problem(403, "Without API keys only http://localhost and http://127.0.0.1 are answered.")
         return ""
 
@@ -296,6 +295,14 @@ def unpanicked(function: Callable[..., T], *arguments: Any) -> T:
         return function(*arguments)
     except PanicException as error:
         raise RuntimeError(f"polars panicked: {error}") from None
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_local_name(host: str) -> bool:
+    try:
+        return not host or (urlsplit(f"//{host}").hostname or "") in LOCAL_NAMES
+    except ValueError:  # a bracket too many
+        return False
 
 
 @functools.lru_cache(maxsize=1024)
