@@ -113,6 +113,31 @@ def test_what_was_produced_is_seen_by_who_names_its_offset(shop: Shop) -> None:
     assert level(shop, min_offset=again) == after
 
 
+def test_a_change_in_any_store_is_in_the_answer_for_all_stores(shop: Shop) -> None:
+    for store in ("S0", "S2", "S9", "S0"):
+        before = {one["store_id"]: one["on_hand"] for one in shop.get("/v1/inventory/P1")["stores"]}
+        assert shop.get("/v1/inventory/P1")["stores"] == shop.get("/v1/inventory/P1")["stores"]
+        at = shop.send("stock_received", store=store, quantity=2)
+        told = shop.get("/v1/inventory/P1", min_offset=at)["stores"]
+        assert {one["store_id"]: one["on_hand"] for one in told} == {**before, store: before.get(store, 0) + 2}
+        body = {"product_ids": ["P1"]}
+        assert told == shop.client.post("/v1/inventory/lookup", json=body, params={"min_offset": at}).json()["levels"]
+
+
+def test_what_is_kept_as_json_has_bounds(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    inventory, products = shop.application.inventory, [f"P{number}" for number in range(4)]
+    told = {product: shop.get(f"/v1/inventory/{product}")["stores"] for product in products}
+    monkeypatch.setattr("serve.inventory.ENCODED_BYTES", 2 * max(len(one.levels) for one in inventory._encoded.values()))
+    for _ in range(3):
+        for product in products:
+            shop.send("stock_received", product)
+            at = shop.send("stock_sold", product)
+            assert len(shop.get(f"/v1/inventory/{product}", min_offset=at)["stores"]) == len(told[product])
+            kept = sum(len(one.levels) for one in inventory._encoded.values())
+            assert kept == inventory._encoded_bytes
+            assert len(inventory._encoded) <= 2
+
+
 @pytest.mark.parametrize("path", ["/v1/inventory/P2?as_of={now}", "/v1/inventory/low-stock", "/v1/inventory/P2?store_id=S2"])
 def test_an_answer_claims_no_more_than_it_holds(shop: Shop, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes while levels are read may be missing in them: its offset must not be told."""

@@ -144,6 +144,13 @@ def wait_for(true: Any, seconds: float = 60.0) -> None:
         time.sleep(0.1)
 
 
+def test_answers_do_not_pass_ray_serves_wrapper(served: Served) -> None:
+    """Which adds an id to each: nothing else tells that a release of Ray has changed its way."""
+    for path, wrapped in {"/v1/inventory/P0001": False, "/-/readyz": True}.items():
+        with urllib.request.urlopen(f"http://127.0.0.1:{served.port}{path}", timeout=10) as response:
+            assert ("x-request-id" in response.headers) is wrapped, path
+
+
 def test_others_can_serve_on_the_machine_and_nobody_is_told_of_requests(served: Served) -> None:
     (proxy,) = served.family("bin/haproxy")
     ports = {one.laddr.port for one in proxy.net_connections("inet") if one.status == psutil.CONN_LISTEN}
@@ -152,6 +159,20 @@ def test_others_can_serve_on_the_machine_and_nobody_is_told_of_requests(served: 
     command = proxy.cmdline()
     config = Path(command[command.index("-f") + 1]).read_text()
     assert {line.split()[1] for line in config.splitlines() if line.split()[:1] == ["log"]} == {"/dev/null", "global"}
+
+
+def test_a_reader_who_leaves_the_stream_is_forgotten(served: Served) -> None:
+    def sockets() -> int:
+        return sum(len(one.net_connections("tcp")) for one in served.replicas)
+
+    before = sockets()
+    streams = [urllib.request.urlopen(f"http://127.0.0.1:{served.port}/v1/inventory/stream", timeout=10) for _ in range(20)]
+    for stream in streams:
+        assert stream.readline().startswith(b":")
+    assert sockets() >= before + 15
+    for stream in streams:
+        stream.close()
+    wait_for(lambda: sockets() <= before + 4)
 
 
 def test_a_killed_replica_costs_the_requests_in_flight_at_most(served: Served) -> None:
