@@ -91,7 +91,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 class Direct:
-    """Middleware in a replica's HTTP server, outside of Ray Serve's wrapper: that costs five times what a look-up does.
+    """Middleware in a replica's HTTP server, outside of Ray Serve's wrapper: that costs many times what a look-up does.
 
     What it does for a request (log line, metrics, an id, tasks that await a disconnect), the edges do. Ray Serve still
     starts the server, asks after its health, and drains it: what is under way is answered before the process ends.
