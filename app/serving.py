@@ -31,14 +31,14 @@ def serve(
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text")] = False,
 ) -> None:
     """Answer over HTTP until SIGTERM or Ctrl-C: stock, customers, fraud scores."""
-    from serve.deployment import FAST_PATH, check, clear_metrics
+    from serve.deployment import check, clear_metrics, node_environment
     from serve.settings import load_serve_settings
 
     given = {"host": host or None, "port": port or None, "replicas": replicas or None}
     arguments = {name: value for name, value in given.items() if value is not None}
     serving, settings, output = load_serve_settings(**arguments), load_settings(), Output(json)
     check(serving)
-    for name, value in FAST_PATH.items():
+    for name, value in node_environment().items():
         os.environ.setdefault(name, value)
     clear_metrics(Path(settings.home).absolute())
     stop = threading.Event()

@@ -5,13 +5,15 @@
 - the same model by `mlflow models serve`;
 - how long after it was produced an event is seen, while orders are scored beside it.
 
-Needs wrk (Debian: apt install wrk). Everything runs on this machine, so trust the ratios.
+Needs wrk (Debian: apt install wrk). Everything runs on this machine, so trust the ratios. What is compared is measured in turn,
+in several rounds: the figures are medians over rounds, the ratios medians of each round's.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -26,9 +28,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +47,13 @@ request = function()
 end
 """
 POST_LUA = 'wrk.method = "POST"; wrk.headers["Content-Type"] = "application/json"; wrk.body = [==[BODY]==]'
+STOCK_LUA = """
+local n = 0
+request = function()
+  n = n % 100 + 1
+  return wrk.format("GET", wrk.path .. string.format("P%04d", n))
+end
+"""
 REPORT_LUA = """
 done = function(summary, latency)
   io.write(string.format("RESULT %d %d %d %d %d %d\\n", summary.requests, summary.duration, latency:percentile(50),
@@ -54,10 +64,11 @@ end
 
 @dataclass(frozen=True)
 class Measured:
-    """One stack under one load."""
+    """One stack under one load; of one round, or the median of several."""
 
     what: str
     connections: int
+    round: int
     requests_per_second: float
     p50_ms: float
     p99_ms: float
@@ -119,7 +130,7 @@ def answers(url: str) -> bool:
     return False
 
 
-def wrk(what: str, url: str, script: str, connections: int, seconds: int) -> Measured:
+def wrk(what: str, url: str, script: str, connections: int, round_: int, seconds: int) -> Measured:
     """Load a URL."""
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as file:
         file.write(script + REPORT_LUA)
@@ -127,7 +138,7 @@ def wrk(what: str, url: str, script: str, connections: int, seconds: int) -> Mea
         command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s", "-s", file.name, url]
         told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     requests, duration, p50, p99, statuses, broken = map(int, told.split("RESULT ")[1].split())
-    return Measured(what, connections, requests / (duration / 1e6), p50 / 1000, p99 / 1000, statuses + broken)
+    return Measured(what, connections, round_, requests / (duration / 1e6), p50 / 1000, p99 / 1000, statuses + broken)
 
 
 # --- what it is compared with
@@ -156,6 +167,7 @@ def bare(port: int) -> None:
     async def product(request: Request) -> JSONResponse:
         return JSONResponse(stock[request.path_params["product_id"]])
 
+    model.score_matrix(np.zeros((1, len(model.features))))  # the first takes seconds
     routes = [Route("/predict", predict, methods=["POST"]), Route("/inventory/{product_id}", product)]
     uvicorn.run(Starlette(routes=routes), port=port, log_level="warning", access_log=False)
 
@@ -217,7 +229,7 @@ def score_on(base: str, body: str, stop: threading.Event, statuses: list[int]) -
             statuses.append(error.code)
 
 
-def measure(home: Path, seconds: int) -> dict[str, Any]:
+def measure(home: Path, seconds: int, rounds: int) -> dict[str, Any]:
     """All of it, on a lakehouse with a champion."""
     from lakehouse.settings import load_settings
 
@@ -246,10 +258,12 @@ def measure(home: Path, seconds: int) -> dict[str, Any]:
     def loaded(*stacks: tuple[str, str, str]) -> None:
         """One right after the other: what is compared must be measured under the same load of the machine."""
         for stack in stacks:
-            wrk(*stack, 1, 1)  # warms up
-        for connections in CONNECTIONS:
+            wrk(*stack, 1, 0, 3)  # warms up
+        for connections, number in itertools.product(CONNECTIONS, range(rounds)):
             for stack in stacks:
-                results.append(wrk(*stack, connections, seconds))
+                results.append(wrk(*stack, connections, number, seconds))
+                if not results[-1].requests_per_second:
+                    raise SystemExit(f"{stack[0]}: no request was answered in {seconds} s; is the machine too busy?")
                 print(results[-1], f"load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
 
     logs = home / "bench"
@@ -274,8 +288,8 @@ def measure(home: Path, seconds: int) -> dict[str, Any]:
             ("score with features and reasons", f"{base}/v1/fraud/score", scoring),
         )
         loaded(
-            ("bare: stock", f"{beside}/inventory/P0001", ""),
-            ("stock of a product in all its stores", f"{base}/v1/inventory/P0001", ""),
+            ("bare: stock", f"{beside}/inventory/", STOCK_LUA),
+            ("stock of a product in all its stores", f"{base}/v1/inventory/", STOCK_LUA),
             ("stock of a product", f"{base}/v1/inventory/P0001?store_id={store}", ""),
         )
         stop = threading.Event()
@@ -286,29 +300,43 @@ def measure(home: Path, seconds: int) -> dict[str, Any]:
         stop.set()
         scorer.join()
     return {
-        "stacks": [asdict(one) for one in results],
+        "stacks": medians(results),
         "event_seen_ms": {"events": len(seen), "p50": seen[len(seen) // 2], "p99": seen[int(len(seen) * 0.99)], "max": seen[-1]},
         "scored_beside": len(statuses),
         "ratios": ratios(results),
     }
 
 
-def ratios(results: list[Measured]) -> dict[str, float]:
+def medians(results: list[Measured]) -> list[dict[str, Any]]:
+    """Each stack under each load, over the rounds; failures are those of all rounds."""
+    found = []
+    for what, connections in dict.fromkeys((one.what, one.connections) for one in results):
+        rounds = [one for one in results if (one.what, one.connections) == (what, connections)]
+        middle = {name: median(getattr(one, name) for one in rounds) for name in ("requests_per_second", "p50_ms", "p99_ms")}
+        told = {"what": what, "connections": connections, "rounds": len(rounds), **middle}
+        found.append({**told, "failures": sum(one.failures for one in rounds)})
+    return found
+
+
+def ratios(results: list[Measured]) -> dict[str, dict[str, float]]:
     """The promises, by the number of connections."""
-    by = {(one.what, one.connections): one for one in results}
+
+    def of(what: str, other: str, count: int, figure: str = "requests_per_second") -> dict[str, float]:
+        above, below = (
+            [getattr(one, figure) for one in results if (one.what, one.connections) == (stack, count)] for stack in (what, other)
+        )
+        each = [one / another for one, another in zip(above, below, strict=True)]
+        return {"median": median(each), "lowest": min(each), "highest": max(each)}
+
+    score, plain, stock = "score with features and reasons", "bare: predict", "stock of a product in all its stores"
     told = {}
     for count in CONNECTIONS:
-        score, plain = by["score with features and reasons", count], by["bare: predict", count]
-        told[f"score / bare predict, p50, {count} connections (promised at most 3)"] = score.p50_ms / plain.p50_ms
-        told[f"score / bare predict, req/s, {count} connections (promised at least 0.33)"] = (
-            score.requests_per_second / plain.requests_per_second
+        told[f"score / bare predict, p50, {count} connections (promised at most 3)"] = of(score, plain, count, "p50_ms")
+        told[f"score / bare predict, req/s, {count} connections (promised at least 0.33)"] = of(score, plain, count)
+        told[f"score / mlflow models serve, req/s, {count} connections (promised at least 5)"] = of(
+            score, "mlflow models serve", count
         )
-        told[f"score / mlflow models serve, req/s, {count} connections (promised at least 5)"] = (
-            score.requests_per_second / by["mlflow models serve", count].requests_per_second
-        )
-        told[f"stock / bare stock, req/s, {count} connections (promised at least 0.5)"] = (
-            by["stock of a product in all its stores", count].requests_per_second / by["bare: stock", count].requests_per_second
-        )
+        told[f"stock / bare stock, req/s, {count} connections (promised at least 0.5)"] = of(stock, "bare: stock", count)
     return told
 
 
@@ -325,7 +353,8 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--orders", type=int, default=20_000)
-    parser.add_argument("--seconds", type=int, default=5, help="of each load")
+    parser.add_argument("--seconds", type=int, default=2, help="of each load")
+    parser.add_argument("--rounds", type=int, default=5, help="in which what is compared is measured in turn")
     parser.add_argument("--home", type=Path, help="a SHOPSPHERE_HOME with a running sandbox, a lakehouse and a champion")
     parser.add_argument("--bare", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -335,13 +364,13 @@ def main() -> None:
     if shutil.which("wrk") is None:
         raise SystemExit("wrk is not there. Install it (Debian: apt install wrk).")
     if options.home:
-        print(json.dumps(measure(options.home.absolute(), options.seconds), indent=2))
+        print(json.dumps(measure(options.home.absolute(), options.seconds, options.rounds), indent=2))
         return
     with tempfile.TemporaryDirectory(prefix="bench-serve") as directory:
         home = Path(directory)
         try:
             prepare(home, options.orders)
-            print(json.dumps(measure(home, options.seconds), indent=2))
+            print(json.dumps(measure(home, options.seconds, options.rounds), indent=2))
         finally:
             app(home, "sandbox", "stop")
 

@@ -24,7 +24,7 @@ from ml.registry import Registry
 from pipelines.silver.orders_unified import ORDERS_UNIFIED
 from serve.base import StateError
 from serve.customers import Customers
-from serve.edges import LATER, REJECTED, STALENESS, AccessLog, Asked, Edge, Endpoint, Gate, answer
+from serve.edges import LATER, REJECTED, STALENESS, AccessLog, Asked, Edge, Endpoint, Gate, Routes, answer
 from serve.fraud import SETTLE, Fraud
 from serve.inventory import Inventory
 from serve.keys import Keys
@@ -100,6 +100,7 @@ class Application:
         return PlainTextResponse("ready\n")
 
     async def _metrics(self, asked: Asked) -> Response:
+        self.log.flush()
         registry = REGISTRY
         if MULTIPROCESS in os.environ:
             registry = CollectorRegistry()
@@ -193,8 +194,8 @@ class Application:
             problem = _unknown(error)
             return page.problem(request, problem) if "text/html" in request.headers.get("accept", "") else problem.response
 
-        return Starlette(
-            routes=[Edge(one, keys, self.log).route for one in (*self.endpoints, *page.endpoints)],
+        return Routes(
+            [Edge(one, keys, self.log) for one in (*self.endpoints, *page.endpoints)],
             lifespan=self.lifespan,
             exception_handlers={HTTPException: unknown},
         )

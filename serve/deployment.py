@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import logging
 import os
 import shutil
 import socket
@@ -10,13 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lakehouse.errors import SettingsError, ShopSphereError
 from lakehouse.settings import load_settings
 from lakehouse.step import context_of
 from serve.application import MULTIPROCESS, Application
+from serve.edges import DIRECT
 from serve.keys import Keys
 from serve.settings import PREFIX, ServeSettings, load_serve_settings
+
+logger = logging.getLogger("shopsphere.serve")
 
 FAST_PATH: Mapping[str, str] = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -24,8 +32,13 @@ FAST_PATH: Mapping[str, str] = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+    # by default each request's path and query, which may name a person, are sent to whatever listens on UDP 514
+    "RAY_SERVE_HAPROXY_LOG_TARGET": "/dev/null",
 }
 """Must be in the environment before Ray starts. A factor of ten in requests per second; see docs/serving.md."""
+
+OWN_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
+"""Of HAProxy, beside the one that it serves on; by default the same for all that serve on a machine."""
 
 BUSY_REQUESTS = 1_000
 
@@ -44,6 +57,18 @@ def check(serving: ServeSettings) -> None:
             ) from None
 
 
+def node_environment() -> dict[str, str]:
+    """What must be in the environment before Ray starts on a node that serves for itself: FAST_PATH, and free ports, so
+    that others can serve on the same machine."""
+    with contextlib.ExitStack() as probes:
+        ports = []
+        for _ in OWN_PORTS:
+            probe = probes.enter_context(socket.socket())
+            probe.bind(("", 0))
+            ports.append(str(probe.getsockname()[1]))
+    return {**FAST_PATH, **dict(zip(OWN_PORTS, ports, strict=True))}
+
+
 def _no_keys(serving: ServeSettings) -> SettingsError:
     return SettingsError(
         f"Serving on {serving.host} needs API keys, and {serving.keys} has none. "
@@ -58,10 +83,46 @@ def environment(home: Path) -> dict[str, str]:
         **FAST_PATH,
         "SHOPSPHERE_HOME": str(home),
         MULTIPROCESS: str(home / "serve" / "metrics"),
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}:middlewares",
         # frames of a row or two: threads for them cost more than they give
         "OMP_NUM_THREADS": "1",
         "POLARS_MAX_THREADS": "1",
     }
+
+
+class Direct:
+    """Middleware in a replica's HTTP server, outside of Ray Serve's wrapper: that costs many times what a look-up does.
+
+    What it does for a request (log line, metrics, an id, tasks that await a disconnect), the edges do. Ray Serve still
+    starts the server, asks after its health, and drains it: what is under way is answered before the process ends.
+    """
+
+    def __init__(self, wrapped: ASGIApp) -> None:
+        self.wrapped = wrapped
+
+    @functools.cached_property
+    def application(self) -> ASGIApp:
+        """The application of this process's replica."""
+        from ray import serve as rayserve
+
+        replica: Any = rayserve.get_replica_context().servable_object
+        return replica.app  # type: ignore[no-any-return]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http" or not scope["path"].startswith(DIRECT):
+            await self.wrapped(scope, receive, send)
+            return
+        try:
+            await self.application(scope, receive, send)
+        except Exception:  # while the answer was sent: uvicorn's log is switched off in a replica
+            logger.exception("an answer was cut off")
+            raise
+
+
+def middlewares() -> list[Middleware]:
+    """What Ray Serve puts around its own application in a replica's HTTP server."""
+    return [Middleware(Direct)]
 
 
 class Replica:

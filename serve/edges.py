@@ -9,16 +9,17 @@ import logging
 import logging.handlers
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
 from polars.exceptions import PanicException
 from prometheus_client import Counter, Gauge, Histogram
+from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -110,35 +111,100 @@ def answer(content: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(content), status, media_type="application/json")
 
 
-LINES = 1_000
+LINES = 250
 """Of the access log, kept back at most."""
+
+
+class Answered(NamedTuple):
+    """A request that was answered. at: unix time; seconds: how long it took; key: the name of the key that it showed."""
+
+    at: float
+    method: str
+    route: str
+    status: int
+    seconds: float
+    key: str
 
 
 class AccessLog:
     """One JSON line a request: the route's pattern, never the path or query, which may name a person.
 
-    Lines are kept back and written together: a write for each would cost more than a look-up.
+    Requests are kept back, then written and counted in the metrics together: for each by itself that would cost as much
+    as a look-up.
     """
 
-    def __init__(self, file: Path | None) -> None:
-        self._lines: list[str] = []
-        self._file: logging.Handler | None = None
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self._file = logging.handlers.RotatingFileHandler(file, maxBytes=64 << 20, backupCount=3)
+    def __init__(self, file: Path) -> None:
+        self._answered: list[Answered] = []
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._file = logging.handlers.RotatingFileHandler(file, maxBytes=64 << 20, backupCount=3)
 
-    def write(self, **told: Any) -> None:
+    def write(self, answered: Answered) -> None:
         """Note a request."""
-        if self._file is not None:
-            self._lines.append(msgspec.json.encode(told).decode())
-            if len(self._lines) >= LINES:
-                self.flush()
+        self._answered.append(answered)
+        if len(self._answered) >= LINES:
+            self.flush()
 
     def flush(self) -> None:
-        """Write what is kept back."""
-        if self._file is not None and self._lines:
-            lines, self._lines = self._lines, []
-            self._file.handle(logging.makeLogRecord({"msg": "\n".join(lines)}))
+        """Write and count what is kept back."""
+        if not self._answered:
+            return
+        answered, self._answered = self._answered, []
+        for one in answered:
+            _latency(one.route, one.status).observe(one.seconds)
+        self._file.handle(logging.makeLogRecord({"msg": b"\n".join(map(_line, answered)).decode()}))
+
+
+@functools.lru_cache(maxsize=1024)
+def _latency(route: str, status: int) -> Histogram:
+    return LATENCY.labels(route, str(status))
+
+
+def _line(one: Answered) -> bytes:
+    told = {"at": round(one.at, 3), "method": one.method, "route": one.route, "status": one.status}
+    return msgspec.json.encode({**told, "ms": round(one.seconds * 1000, 2), "key": one.key})
+
+
+DIRECT = "/v1/"
+"""Where what programs ask for is: the paths on which every microsecond counts."""
+
+
+class Routes(Starlette):
+    """Starlette, but a request to an endpoint below /v1/ is found by a look into a dictionary.
+
+    Starlette tries one pattern after the other, behind layers of its own: half of what such a request costs. Whatever is
+    not found here (another method, HEAD, another path) is Starlette's.
+    """
+
+    def __init__(self, edges: Iterable[Edge], **options: Any) -> None:
+        every = tuple(edges)
+        super().__init__(routes=[one.route for one in every], **options)
+        self._whole: dict[tuple[str, str], Edge] = {}
+        self._start: dict[tuple[str, str], tuple[Edge, str]] = {}
+        for edge in every:
+            method, path = edge.endpoint.method, edge.endpoint.path
+            start, _, last = path.rpartition("/")
+            if path.startswith(DIRECT) and "{" not in path:
+                self._whole[method, path] = edge
+            elif path.startswith(DIRECT) and "{" not in start:
+                self._start[method, start] = edge, last.strip("{}")
+
+    async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        edge = self._direct(scope) if scope["type"] == "http" else None
+        await (super().__call__ if edge is None else edge)(scope, receive, send)
+
+    def _direct(self, scope: Connection) -> Edge | None:
+        method, path = scope["method"], scope["path"]
+        edge, parameters = self._whole.get((method, path)), {}
+        if edge is None:
+            start, _, last = path.rpartition("/")
+            edge, name = self._start.get((method, start), (None, ""))
+            parameters = {name: last}
+            if not last:
+                return None
+        if edge is not None:
+            scope["path_params"] = parameters
+        return edge
 
 
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -153,7 +219,6 @@ class Edge:
         if endpoint.body is not None:
             self._decoder = msgspec.json.Decoder(endpoint.body)
         self._parameters = {one.name: one for one in endpoint.parameters}
-        self._ok = LATENCY.labels(endpoint.path, "200")
 
     @property
     def route(self) -> Route:
@@ -182,15 +247,7 @@ class Edge:
             await response(connection, receive, send)
         finally:
             seconds = time.perf_counter() - began
-            (self._ok if status == 200 else LATENCY.labels(self.endpoint.path, str(status))).observe(seconds)
-            self.log.write(
-                at=round(time.time(), 3),
-                method=self.endpoint.method,
-                route=self.endpoint.path,
-                status=status,
-                ms=round(seconds * 1000, 2),
-                key=key,
-            )
+            self.log.write(Answered(time.time(), self.endpoint.method, self.endpoint.path, status, seconds, key))
 
     def _allowed(self, request: Request) -> str:
         if self.endpoint.scope is None and not self.endpoint.keyed:
@@ -198,11 +255,11 @@ class Edge:
         if self.keys.keys:
             return self.keys.check(authorization(request, self.endpoint.browser), self.endpoint.scope)
         # replicas listen on ports of their own: without keys nobody from elsewhere may use those either
-        if request.client is not None and not _is_loopback(request.client.host):
+        client = request.scope.get("client")
+        if client is not None and not _is_loopback(client[0]):
             raise Problem(403, "Without API keys only this machine is answered.")
         # a web page elsewhere can point a name of its own at this machine, and would then be let in by the browser
-        host = request.headers.get("host", "")
-        if host and (urlsplit(f"//{host}").hostname or "") not in LOCAL_NAMES:
+        if not _is_local_name(request.headers.get("host", "")):
             raise Problem(403, "Without API keys only http://localhost and http://127.0.0.1 are answered.")
         return ""
 
@@ -296,6 +353,14 @@ def unpanicked(function: Callable[..., T], *arguments: Any) -> T:
         return function(*arguments)
     except PanicException as error:
         raise RuntimeError(f"polars panicked: {error}") from None
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_local_name(host: str) -> bool:
+    try:
+        return not host or (urlsplit(f"//{host}").hostname or "") in LOCAL_NAMES
+    except ValueError:  # a bracket too many
+        return False
 
 
 @functools.lru_cache(maxsize=1024)

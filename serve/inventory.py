@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 from collections.abc import AsyncIterator, Iterable
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -22,6 +23,8 @@ from serve.stock import Figures, Pair
 MOST = 100
 """Products, and stores, of a look-up."""
 MOST_LISTED = 1_000
+ENCODED_BYTES = 64 << 20
+"""Of levels that are kept as JSON."""
 HEARTBEAT_SECONDS = 15.0
 
 Id = Annotated[str, Meta(min_length=1, max_length=200)]
@@ -154,35 +157,53 @@ AS_OF = Parameter(
 )
 
 
+class Encoded(NamedTuple):
+    """A product's levels in all its stores as JSON, and the figures that they were made from."""
+
+    figures: tuple[Figures, ...]
+    levels: msgspec.Raw
+
+
 class Inventory:
     """The answers about stock."""
 
     def __init__(self, state: State, gate: Gate) -> None:
         self.state, self.gate = state, gate
         self.days = state.context.low_stock_days
+        self._encoded: dict[str, Encoded] = {}
+        self._encoded_bytes = 0
 
     async def product(self, asked: Asked) -> Response:
         """GET /v1/inventory/{product_id}"""
-        return answer(await self.stock_of(asked.path["product_id"], asked))
+        product, query = asked.path["product_id"], asked.query
+        if "store_id" in query or "as_of" in query:
+            return answer(await self.stock_of(product, asked))
+        line = await self.line(asked)
+        basis, levels = self.basis(line), self._levels_encoded(line, product)
+        if levels is None:
+            raise Problem(404, "No stock event names this product.")
+        return answer(ProductStock(product_id=product, stores=levels, **basis))  # type: ignore[arg-type]
 
     async def stock_of(self, product: str, asked: Asked) -> ProductStock:
         """A product's levels, as the query asks. Raises Problem 404, 429, 503."""
         line, store = await self.line(asked), asked.query.get("store_id")
+        basis = self.basis(line)
         if moment := asked.query.get("as_of"):
             if moment > datetime.now(UTC):
                 raise Problem(404, "as_of: lies in the future", errors=(Wrong("as_of", "lies in the future"),))
-            levels = await self.gate.run(self._levels_at, line, product, moment)
+            every = await self.gate.run(self._levels_at, line, product, moment)
+            levels = [level for level in every if store in (None, level.store_id)]
         else:
-            levels = [self._level((name, product), one) for name, one in sorted(line.stock.by_product.get(product, {}).items())]
-        if store is not None:
-            levels = [level for level in levels if level.store_id == store]
+            stores = sorted(line.stock.by_product.get(product, {}).items())
+            levels = [self._level((name, product), one) for name, one in stores if store in (None, name)]
         if not levels:
             raise Problem(404, "No stock event names this product" + (" in this store." if store else "."))
-        return ProductStock(product_id=product, stores=levels, at=asked.query.get("as_of"), **self.basis(line))
+        return ProductStock(product_id=product, stores=levels, at=asked.query.get("as_of"), **basis)
 
     async def lookup(self, asked: Asked) -> Response:
         """POST /v1/inventory/lookup"""
         line, wanted = await self.line(asked), asked.body
+        basis = self.basis(line)
         levels, unknown = [], []
         for product in dict.fromkeys(wanted.product_ids):
             stores = line.stock.by_product.get(product, {})
@@ -191,7 +212,7 @@ class Inventory:
             levels += found
             if not found:
                 unknown.append(product)
-        return answer(Levels(levels=levels, unknown=unknown, **self.basis(line)))
+        return answer(Levels(levels=levels, unknown=unknown, **basis))
 
     async def low_stock(self, asked: Asked) -> Response:
         """GET /v1/inventory/low-stock"""
@@ -200,10 +221,10 @@ class Inventory:
     async def low(self, asked: Asked) -> LowStock:
         """What is low, as the query asks. Raises Problem 429, 503."""
         line = await self.line(asked)
-        store, limit = asked.query.get("store_id"), asked.query.get("limit", 100)
+        basis, store, limit = self.basis(line), asked.query.get("store_id"), asked.query.get("limit", 100)
         found = await self.gate.run(self._low, line, store)
         levels = [self._level(pair, one) for pair, one in found[:limit]]
-        return LowStock(levels=levels, total=len(found), **self.basis(line))
+        return LowStock(levels=levels, total=len(found), **basis)
 
     async def stream(self, asked: Asked) -> Response:
         """GET /v1/inventory/stream"""
@@ -226,7 +247,7 @@ class Inventory:
             raise busy(503, str(error), 5) from None
 
     def basis(self, line: Line) -> dict[str, Any]:
-        """What an answer from this line is based on."""
+        """What an answer from this line is based on. To be asked before the levels: what comes between is in them, not said."""
         now = self.state.freshness(line)
         return {
             "as_of": datetime.fromtimestamp(now.as_of, UTC),
@@ -234,6 +255,23 @@ class Inventory:
             "staleness_ms": now.staleness_ms,
             "snapshots": now.snapshots,
         }
+
+    def _levels_encoded(self, line: Line, product: str) -> msgspec.Raw | None:
+        """A product's levels, encoded again only when one of its figures is another; None where no event ever was."""
+        stores = line.stock.by_product.get(product)
+        if not stores:
+            return None
+        # figures before what is made of them: those that change meanwhile are other ones at the next look
+        figures = tuple(stores.values())
+        known = self._encoded.get(product)
+        if known is None or len(known.figures) != len(figures) or not all(map(operator.is_, known.figures, figures)):
+            levels = [self._level((name, product), one) for name, one in sorted(stores.items())]
+            encoded = msgspec.json.encode(levels)
+            self._encoded_bytes += len(encoded) - (len(known.levels) if known is not None else 0)
+            if self._encoded_bytes > ENCODED_BYTES:
+                self._encoded, self._encoded_bytes = {}, len(encoded)
+            known = self._encoded[product] = Encoded(figures, msgspec.Raw(encoded))
+        return known.levels
 
     def _level(self, pair: Pair, one: Figures) -> Level:
         store, product = pair
@@ -273,17 +311,15 @@ class Inventory:
                 subscriber.woken.clear()
                 pairs, subscriber.dirty = subscriber.dirty, set()
                 line = self.state.line
-                told = []
+                told, basis = [], self.basis(line)
                 for pair in sorted(pairs):
                     if (product is None or pair[1] == product) and (store is None or pair[0] == store):
                         one = line.stock.of(*pair)
                         level = self._level(pair, one) if one else {"product_id": pair[1], "store_id": pair[0], "on_hand": None}
                         told.append(level)
-                if told:
-                    basis = self.basis(line)
-                    for level in told:
-                        data = msgspec.json.encode({"level": level, **basis})
-                        yield b"event: stock\ndata: " + data + b"\n\n"
+                for level in told:
+                    data = msgspec.json.encode({"level": level, **basis})
+                    yield b"event: stock\ndata: " + data + b"\n\n"
         finally:
             self.state.unsubscribe(subscriber)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import itertools
 import json
 import random
 import threading
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 import yaml
 from polars.exceptions import PanicException
+from starlette.applications import Starlette
+from starlette.responses import Response
 from starlette.testclient import TestClient
 from test_serve_fraud import made, replica, running, trained, wait_for
 
@@ -22,7 +25,7 @@ from lakehouse.errors import SettingsError
 from lakehouse.settings import Settings
 from ml.registry import Registry
 from serve.deployment import check
-from serve.edges import Gate
+from serve.edges import AccessLog, Asked, Edge, Endpoint, Gate, Routes, answer
 from serve.keys import Keys
 from serve.problems import Problem
 from serve.settings import ServeSettings, load_serve_settings
@@ -202,6 +205,40 @@ def test_the_deployment_file_is_one_and_names_real_settings() -> None:
     assert callable(getattr(importlib.import_module(module), name))
     serving = load_serve_settings(**application.args)
     assert (serving.host, serving.port) == (told["http_options"]["host"], told["http_options"]["port"])
+
+
+ENDPOINTS = {
+    "/v1/things": "GET",
+    "/v1/things/low": "GET",
+    "/v1/things/look": "POST",
+    "/v1/things/{thing_id}": "GET",
+    "/v1/things/{thing_id}/parts": "GET",
+    "/v1/score:batch": "POST",
+    "/{other}": "GET",
+    "/-/healthz": "GET",
+}
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "OPTIONS"])
+def test_whatever_is_asked_leads_where_starlette_leads(tmp_path: Path, method: str) -> None:
+    def edge(method: str, path: str) -> Edge:
+        async def told(asked: Asked) -> Response:
+            return answer({"method": method, "path": path, "given": asked.path, "query": asked.query})
+
+        return Edge(Endpoint(method, path, path, "", told, dict), Keys(), AccessLog(tmp_path / "access.jsonl"))
+
+    edges = [edge(method, path) for path, method in ENDPOINTS.items()]
+    ours, theirs = TestClient(Routes(edges)), TestClient(Starlette(routes=[one.route for one in edges]))
+    pieces = ["v1", "things", "low", "look", "score:batch", "a", "a b", "%2F", "%C3%BC", "%0A", "..", "", "-", "healthz"]
+    paths = ["/" + "/".join(some) for count in range(1, 5) for some in itertools.product(pieces, repeat=count)]
+    random.Random(1).shuffle(paths)
+    near = [path for path in paths if path.startswith("/v1/things")]
+    statuses = set()
+    for path in {*paths[:300], *near}:
+        one, other = (client.request(method, path, follow_redirects=False) for client in (ours, theirs))
+        assert (one.status_code, one.headers, one.content) == (other.status_code, other.headers, other.content), path
+        statuses.add(one.status_code)
+    assert statuses >= ({200, 404} if method == "GET" else {404, 405})
 
 
 def test_every_setting_is_in_the_documentation() -> None:

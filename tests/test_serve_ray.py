@@ -51,13 +51,16 @@ class Served:
     @property
     def replicas(self) -> list[psutil.Process]:
         """The replicas of this serving; others may run on this machine."""
-        family = psutil.Process(self.process.pid).children(recursive=True)
-        return [one for one in family if _is_replica(one)]
+        return self.family("ServeReplica")
+
+    def family(self, named: str) -> list[psutil.Process]:
+        """Processes of this serving with this in their command line."""
+        return [one for one in psutil.Process(self.process.pid).children(recursive=True) if _is(one, named)]
 
 
-def _is_replica(process: psutil.Process) -> bool:
+def _is(process: psutil.Process, named: str) -> bool:
     try:
-        return "ServeReplica" in "".join(process.cmdline())
+        return named in "".join(process.cmdline())
     except psutil.Error:  # it is no more
         return False
 
@@ -139,6 +142,37 @@ def wait_for(true: Any, seconds: float = 60.0) -> None:
     while not true():
         assert time.monotonic() < until
         time.sleep(0.1)
+
+
+def test_answers_do_not_pass_ray_serves_wrapper(served: Served) -> None:
+    """Which adds an id to each: nothing else tells that a release of Ray has changed its way."""
+    for path, wrapped in {"/v1/inventory/P0001": False, "/-/readyz": True}.items():
+        with urllib.request.urlopen(f"http://127.0.0.1:{served.port}{path}", timeout=10) as response:
+            assert ("x-request-id" in response.headers) is wrapped, path
+
+
+def test_others_can_serve_on_the_machine_and_nobody_is_told_of_requests(served: Served) -> None:
+    (proxy,) = served.family("bin/haproxy")
+    ports = {one.laddr.port for one in proxy.net_connections("inet") if one.status == psutil.CONN_LISTEN}
+    assert served.port in ports
+    assert not ports & {8404, 9101}
+    command = proxy.cmdline()
+    config = Path(command[command.index("-f") + 1]).read_text()
+    assert {line.split()[1] for line in config.splitlines() if line.split()[:1] == ["log"]} == {"/dev/null", "global"}
+
+
+def test_a_reader_who_leaves_the_stream_is_forgotten(served: Served) -> None:
+    def sockets() -> int:
+        return sum(len(one.net_connections("tcp")) for one in served.replicas)
+
+    before = sockets()
+    streams = [urllib.request.urlopen(f"http://127.0.0.1:{served.port}/v1/inventory/stream", timeout=10) for _ in range(20)]
+    for stream in streams:
+        assert stream.readline().startswith(b":")
+    assert sockets() >= before + 15
+    for stream in streams:
+        stream.close()
+    wait_for(lambda: sockets() <= before + 4)
 
 
 def test_a_killed_replica_costs_the_requests_in_flight_at_most(served: Served) -> None:
