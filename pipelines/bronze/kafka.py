@@ -88,9 +88,11 @@ class KafkaSource:
         known = positions.get(EVENTS.name) or {}
         offsets, ids = self._offsets({} if is_again(known) else known)
         position = _anew(known, ids) if is_again(known) else _with_ids(known, ids)
+        # of a topic that was read before, a partition that is not known was added since, and begins at 0
+        read = {name.rpartition(":")[0] for name in position if ":" in name}
         ranges = []
         for topic, partition, low, high in offsets:
-            start = int(position.get(f"{topic}:{partition}", low))
+            start = int(position.get(f"{topic}:{partition}", 0 if topic in read else low))
             _check(topic, partition, start, low, high)
             position[f"{topic}:{partition}"] = high
             if high > start:

@@ -271,6 +271,24 @@ def test_retention_that_overtakes_a_task_is_an_error(topic: Topic) -> None:
         topic.reader.read(plan)
 
 
+def test_retention_within_a_partition_that_was_added_is_an_error(topic: Topic) -> None:
+    """Of a topic that was read before, a new partition begins at 0: what is missing there was never read."""
+    producer = topic.producer(**{"topic.metadata.refresh.interval.ms": 100})
+    topic.send(producer, "a")
+    topic.reader.run()
+    topic.admin.create_partitions([NewPartitions(topic.name, 2)])[topic.name].result(10)
+    wait_for(lambda: len(topic.admin.list_topics(timeout=10).topics[topic.name].partitions) == 2, "no partition is added")
+    later = topic.producer()
+    topic.send(later, "lost 0", "lost 1", partition=1)
+    topic.configure(retention_ms="1")
+    wait_for(lambda: topic.ends(1)[0] == 2, "retention deletes nothing")
+    with pytest.raises(OffsetGone, match=rf"'{topic.name}', partition 1: offsets 0 to 1 were deleted.*rebuild {TABLE}"):
+        topic.reader.plan()
+    topic.reader.positions = {TABLE: again(topic.reader.positions[TABLE])}  # type: ignore[dict-item]
+    topic.reader.run()
+    assert not topic.reader.plan().tasks
+
+
 def test_a_topic_deleted_and_created_anew_is_another(topic: Topic) -> None:
     topic.send(topic.producer(), *(f"a{n}" for n in range(10)))
     topic.reader.run()
