@@ -138,7 +138,7 @@ class Broker:
         cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
         command = ["java", *JAVA, LOG_LEVEL, "-cp", classes, "kafka.tools.StorageTool", "format", "--standalone"]
         done = subprocess.run(
-            [*command, "--cluster-id", cluster, "--config", str(draft)],
+            [*command, f"--cluster-id={cluster}", "--config", str(draft)],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
