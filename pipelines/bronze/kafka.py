@@ -31,7 +31,7 @@ from lakehouse.settings import KafkaSettings
 from lakehouse.source import Plan, Position, Reached, Rows, is_again
 from lakehouse.table import TIMESTAMP
 from pipelines.bronze.generations import prefix
-from pipelines.bronze.tables import EVENTS, row_schema
+from pipelines.bronze.tables import EVENTS, MILLISECONDS, row_schema
 
 SCHEMA = row_schema(EVENTS)
 BATCH_MESSAGES = 50_000
@@ -313,7 +313,11 @@ def bronze_rows(messages: Sequence[Any], prefixes: Mapping[str, str]) -> pa.Tabl
     """Messages as bronze rows."""
     count = len(messages)
     stamps = [message.timestamp() for message in messages]
-    microseconds = [None if kind == TIMESTAMP_NOT_AVAILABLE else stamp * 1000 for kind, stamp in stamps]
+    # producers may send anything, microseconds for milliseconds too
+    first, last = MILLISECONDS
+    microseconds = [
+        stamp * 1000 if kind != TIMESTAMP_NOT_AVAILABLE and first <= stamp <= last else None for kind, stamp in stamps
+    ]
     timestamp = pa.array(microseconds, pa.int64()).cast(TIMESTAMP)
     topics = [message.topic() for message in messages]
     partitions = [message.partition() for message in messages]

@@ -50,7 +50,7 @@ from lakehouse.settings import MongoSettings
 from lakehouse.source import GENERATION, Plan, Position, Reached, Rows, Task, generation, is_again
 from lakehouse.table import TIMESTAMP
 from pipelines.bronze.generations import MarkerTask, prefix
-from pipelines.bronze.tables import MARKETPLACE_ORDERS, row_schema
+from pipelines.bronze.tables import MARKETPLACE_ORDERS, MILLISECONDS, row_schema
 
 TABLE = MARKETPLACE_ORDERS.name
 SCHEMA = row_schema(MARKETPLACE_ORDERS)
@@ -73,8 +73,6 @@ OPERATIONS = {"insert": "c", "update": "u", "replace": "u", "delete": "d", "drop
 WATERMARK, READS = "watermark", "reads"
 """Of a position: the watermark, and how many reads there were after the first one."""
 EARLIEST = datetime(1, 1, 1)
-MILLISECONDS = (-62_135_596_800_000, 253_402_300_799_999)
-"""Years 1 to 9999, since 1970."""
 JSON_OPTIONS = json_util.CANONICAL_JSON_OPTIONS
 CODEC: CodecOptions[dict[str, Any]] = CodecOptions(
     datetime_conversion=DatetimeConversion.DATETIME_MS, unicode_decode_error_handler="backslashreplace"
