@@ -7,92 +7,24 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 from bronze_reading import Reader
-from confluent_kafka import KafkaException, Producer, TopicPartition
+from confluent_kafka import KafkaException
 from confluent_kafka.admin import (
-    AdminClient,
-    AlterConfigOpType,
-    ConfigEntry,
-    ConfigResource,
     NewPartitions,
-    NewTopic,
-    ResourceType,
 )
 from servers.kafka_broker import Broker
+from servers.kafka_topic import Topic
 from servers.programs import wait_for
 
 from lakehouse.errors import OffsetGone, SourceError
-from lakehouse.settings import KafkaSettings
 from lakehouse.source import Reached, Rows, again
-from pipelines.bronze.kafka import KafkaSource, Range, RangesTask, open_consumer
+from pipelines.bronze.kafka import KafkaSource, Range, RangesTask
 from pipelines.bronze.tables import EVENTS
 
 pytestmark = pytest.mark.servers
 TABLE = EVENTS.name
-HOUR_MS = 3_600_000
-
-
-class Topic:
-    """A topic of its own, and a reader of it."""
-
-    def __init__(self, broker: Broker, partitions: int = 1, **config: str) -> None:
-        self.broker, self.name = broker, f"t{time.time_ns():x}"
-        self.admin = AdminClient({"bootstrap.servers": broker.bootstrap, "log_level": 0})
-        self.make(partitions, **config)
-        self.settings = KafkaSettings(bootstrap_servers=broker.bootstrap, topics=(self.name,), batch_messages=400)  # type: ignore[call-arg]
-        self.reader = Reader(KafkaSource(self.settings))
-
-    def make(self, partitions: int, **config: str) -> None:
-        names = {name.replace("_", "."): value for name, value in config.items()}
-
-        def made() -> bool:
-            with suppress(KafkaException):
-                self.admin.create_topics([NewTopic(self.name, partitions, 1, config=names)])[self.name].result(10)
-            found = self.admin.list_topics(timeout=10).topics.get(self.name)
-            return found is not None and len(found.partitions) == partitions
-
-        wait_for(made, f"topic {self.name} is not made")
-
-    def delete(self) -> None:
-        self.admin.delete_topics([self.name])[self.name].result(10)
-        wait_for(lambda: self.name not in self.admin.list_topics(timeout=10).topics, f"topic {self.name} is not deleted")
-
-    def configure(self, **config: str) -> None:
-        entries = [
-            ConfigEntry(name.replace("_", "."), value, incremental_operation=AlterConfigOpType.SET)
-            for name, value in config.items()
-        ]
-        (done,) = self.admin.incremental_alter_configs(
-            [ConfigResource(ResourceType.TOPIC, self.name, incremental_configs=entries)]
-        ).values()
-        done.result(10)
-
-    def producer(self, **options: Any) -> Producer:
-        return Producer({"bootstrap.servers": self.broker.bootstrap, "linger.ms": 5, "log_level": 0, **options})
-
-    def transactional(self, **options: Any) -> Producer:
-        producer = self.producer(**{"transactional.id": f"{self.name}-{time.time_ns():x}", **options})
-        producer.init_transactions(30)
-        return producer
-
-    def send(self, producer: Producer, *values: str, **options: Any) -> None:
-        for value in values:
-            producer.produce(self.name, value.encode(), **({"partition": 0} | options))
-        assert producer.flush(30) == 0
-
-    def ends(self, partition: int = 0) -> tuple[int, int]:
-        with open_consumer(self.settings) as consumer:
-            low, high = consumer.get_watermark_offsets(TopicPartition(self.name, partition), timeout=10)
-        return low, high
-
-    def values(self) -> list[str]:
-        return [row["value"].decode() for row in sorted(self.reader.rows.get(TABLE, []), key=lambda row: row["_source_position"])]
-
-    def position(self, partition: int = 0) -> int:
-        return int(self.reader.positions[TABLE][f"{self.name}:{partition}"])
 
 
 @pytest.fixture
@@ -237,23 +169,15 @@ def test_compacted_topics_are_read_with_their_holes(topic: Topic) -> None:
 # -- what the broker forgot ------------------------------------------------------------------------------------------
 
 
-def forget(topic: Topic) -> None:
-    """Have retention delete what is there."""
-    _, high = topic.ends()
-    topic.configure(retention_ms="1")
-    wait_for(lambda: topic.ends()[0] == high, "retention deletes nothing")
-    topic.configure(retention_ms=str(24 * HOUR_MS))
-
-
 def test_retention_that_overtakes_the_reader_is_an_error_that_names_the_gap(topic: Topic) -> None:
     producer = topic.producer()
     topic.send(producer, *(f"a{n}" for n in range(10)))
     topic.reader.run()
-    forget(topic)
+    topic.forget()
     # what is gone was read: nothing is lost
     assert not topic.reader.plan().tasks
     topic.send(producer, *(f"b{n}" for n in range(10)))
-    forget(topic)
+    topic.forget()
     topic.send(producer, *(f"c{n}" for n in range(10)))
     with pytest.raises(OffsetGone, match=rf"'{topic.name}', partition 0: offsets 10 to 19 were deleted.*rebuild {TABLE}"):
         topic.reader.plan()
@@ -266,7 +190,7 @@ def test_retention_that_overtakes_the_reader_is_an_error_that_names_the_gap(topi
 def test_retention_that_overtakes_a_task_is_an_error(topic: Topic) -> None:
     topic.send(topic.producer(), *(f"a{n}" for n in range(10)))
     plan = topic.reader.plan()
-    forget(topic)
+    topic.forget()
     with pytest.raises(OffsetGone, match=rf"'{topic.name}', partition 0: .* were deleted before they were read.*rebuild"):
         topic.reader.read(plan)
 
