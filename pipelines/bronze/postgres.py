@@ -84,6 +84,7 @@ class SlotState:
 
     upto: int
     system: str
+    timeline: int
     wal_level: str
     published: bool
     slot_exists: bool
@@ -117,6 +118,7 @@ class PostgresSource:
                 _flush(connection)
                 state = _state(connection, self.settings)
             _check_not_restored(state, known, read)
+            _check_timelines(state, self.settings, known, read)
             catalog = _catalog(connection, self.settings)
             _check_published(catalog, self.settings, read)
             planned = {item.table: _planned(item, schemas.get(item.table), self.settings) for item in catalog}
@@ -129,7 +131,7 @@ class PostgresSource:
             if state.upto - state.confirmed < IDLE_WAL and not _decodable(connection, self.settings, state.upto):
                 return Plan()
         return Plan(
-            tasks=(StreamTask(self.settings, state.upto, state.system, known, planned),),
+            tasks=(StreamTask(self.settings, state.upto, state.system, state.timeline, known, planned),),
             schemas=planned,
             rows=(state.upto - state.confirmed) // WAL_PER_ROW,
         )
@@ -167,7 +169,8 @@ class PostgresSource:
                     )
             if (known or ended) and state.confirmed is not None and start > state.confirmed:
                 # what the slot still holds of the tables that are read anew belongs to their history
-                tasks.append(StreamTask(self.settings, start, state.system, {**ended, **known}, planned, frozenset(ended)))
+                everyone = {**ended, **known}
+                tasks.append(StreamTask(self.settings, start, state.system, state.timeline, everyone, planned, frozenset(ended)))
             slot = max(map(_slot_time, (known or read).values()), default=0)
             slot = slot if known or ended else max(moment, slot + 1)
         except BaseException:
@@ -176,7 +179,9 @@ class PostgresSource:
         return Plan(
             tasks=tuple(tasks),
             schemas=planned,
-            positions={item.table: _position(start, state.system, slot, generations[item.table]) for item in reading},
+            positions={
+                item.table: _position(start, state.system, state.timeline, slot, generations[item.table]) for item in reading
+            },
             rows=sum(item.rows for item in reading),
             held=holder,
         )
@@ -286,6 +291,7 @@ class StreamTask:
     settings: PostgresSettings = field(repr=False)
     upto: int
     system: str
+    timeline: int
     positions: Mapping[str, Position]
     schemas: Mapping[str, pa.Schema] = field(repr=False)
     ended: frozenset[str] = frozenset()
@@ -300,7 +306,7 @@ class StreamTask:
                 yield rows
         for table in sorted(filled - self.ended) or sorted(self.positions.keys() - self.ended)[:1]:
             before = self.positions[table]
-            yield Reached(table, _position(self.upto, self.system, _slot_time(before), generation(before)))
+            yield Reached(table, _position(self.upto, self.system, self.timeline, _slot_time(before), generation(before)))
 
     def decode(self, messages: Iterator[bytes]) -> Iterator[Rows]:
         """Rows from the slot's messages."""
@@ -574,6 +580,7 @@ def _state(connection: psycopg.Connection[Any], settings: PostgresSettings) -> S
         SELECT CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_current_wal_flush_lsn() - '0/0'::pg_lsn END,
                CASE WHEN has_function_privilege('pg_control_system()', 'execute')
                     THEN (SELECT system_identifier::text FROM pg_control_system()) ELSE '' END,
+               CASE WHEN pg_is_in_recovery() THEN '0' ELSE left(pg_walfile_name(pg_current_wal_flush_lsn()), 8) END,
                current_setting('wal_level'),
                EXISTS (SELECT FROM pg_publication WHERE pubname = %(publication)s),
                s.slot_name IS NOT NULL, s.plugin, s.database, s.wal_status,
@@ -590,15 +597,16 @@ def _state(connection: psycopg.Connection[Any], settings: PostgresSettings) -> S
     return SlotState(
         upto=int(row[0]),
         system=row[1],
-        wal_level=row[2],
-        published=row[3],
-        slot_exists=row[4],
-        plugin=row[5],
-        database=row[6],
-        wal_status=row[7],
-        confirmed=None if row[8] is None else int(row[8]),
-        this_database=row[9],
-        unwritten=bool(row[10]),
+        timeline=int(row[2], 16),
+        wal_level=row[3],
+        published=row[4],
+        slot_exists=row[5],
+        plugin=row[6],
+        database=row[7],
+        wal_status=row[8],
+        confirmed=None if row[9] is None else int(row[9]),
+        this_database=row[10],
+        unwritten=bool(row[11]),
     )
 
 
@@ -683,6 +691,38 @@ def _check_not_restored(state: SlotState, known: Mapping[str, Position], read: M
         )
 
 
+def _check_timelines(
+    state: SlotState, settings: PostgresSettings, known: Mapping[str, Position], read: Mapping[str, Position]
+) -> None:
+    """Raises OffsetGone when tables were read past the moment at which the server's history left that of the server they
+    were read from: its log has other changes there. A timeline begins with each promotion of a standby."""
+    before = {int(position.get("timeline", state.timeline)) for position in known.values()}
+    if before <= {state.timeline}:
+        return
+    left = _timelines(settings, state.timeline) | {state.timeline: state.upto}
+    for table, lsn in _lsns(known).items():
+        timeline = int(known[table].get("timeline", state.timeline))
+        if lsn > left.get(timeline, -1):
+            where = (
+                f"left timeline {timeline} at {_lsn_text(left[timeline])}" if timeline in left else f"has no timeline {timeline}"
+            )
+            raise OffsetGone(
+                f"PostgreSQL: the server was promoted or restored (timeline {state.timeline}) and {where}, but {table} was read "
+                f"up to {_lsn_text(lsn)} of that: what was read last is not in the server. "
+                f"Read the tables anew: python -m app rebuild {' '.join(sorted(read))}"
+            )
+
+
+def _timelines(settings: PostgresSettings, timeline: int) -> dict[int, int]:
+    """Where the history of a timeline left each one before it."""
+    with _connect(settings, replication="database") as connection:
+        row = connection.execute(sql.SQL("TIMELINE_HISTORY {}").format(sql.Literal(timeline))).fetchone()
+    assert row is not None
+    text = row[1].decode() if isinstance(row[1], bytes) else str(row[1])
+    lines = [line.split("\t") for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return {int(line[0]): _lsn(line[1]) for line in lines}
+
+
 def _still_followed(state: SlotState, read: Mapping[str, Position]) -> dict[str, Position]:
     """The tables that are read anew although the slot holds all that comes next, with the positions they end at."""
     if state.confirmed is None or state.wal_status == "lost":
@@ -751,12 +791,17 @@ def _catalog(connection: psycopg.Connection[Any], settings: PostgresSettings) ->
 
 @contextmanager
 def _snapshot(settings: PostgresSettings, tables: Sequence[str], *, temporary: bool) -> Iterator[tuple[int, str]]:
-    """Create the slot, or a temporary one for tables that joined later; its LSN and the snapshot that it exports."""
-    command = sql.SQL("CREATE_REPLICATION_SLOT {} {} LOGICAL pgoutput (SNAPSHOT 'export')")
+    """Create the slot, or a temporary one for tables that joined later; its LSN and the snapshot that it exports.
+
+    Since PostgreSQL 17 standbys can keep a copy of the slot (sync_replication_slots), if it is made for that.
+    """
     name = f"{settings.slot[:40]}_{time.time_ns():x}" if temporary else settings.slot
     with _connect(settings, replication="database") as connection:
-        kind = sql.SQL("TEMPORARY" if temporary else "")
-        row = connection.execute(command.format(sql.Identifier(name), kind)).fetchone()
+        failover = ", FAILOVER" if connection.info.server_version >= 170_000 and not temporary else ""
+        command = (
+            f"CREATE_REPLICATION_SLOT {{}} {'TEMPORARY' if temporary else ''} LOGICAL pgoutput (SNAPSHOT 'export'{failover})"
+        )
+        row = connection.execute(sql.SQL(command).format(sql.Identifier(name))).fetchone()
         assert row is not None
         yield _lsn(row[1]), row[2]
 
@@ -845,9 +890,9 @@ def _advance(connection: psycopg.Connection[Any], settings: PostgresSettings, up
     _patiently(connection, settings, lambda: connection.execute(query).fetchall())
 
 
-def _position(lsn: int, system: str, slot: int, number: int) -> dict[str, Any]:
+def _position(lsn: int, system: str, timeline: int, slot: int, number: int) -> dict[str, Any]:
     """A position as it is stored. slot: see `_slot_time`. number: of the generation."""
-    position: dict[str, Any] = {"lsn": _lsn_text(lsn), "system": system}
+    position: dict[str, Any] = {"lsn": _lsn_text(lsn), "system": system, "timeline": timeline}
     return position | ({"slot": slot} if slot else {}) | ({GENERATION: number} if number else {})
 
 
