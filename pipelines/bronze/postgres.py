@@ -201,10 +201,14 @@ class PostgresSource:
             published = {item.table for item in _catalog(connection, self.settings)} if state.published else set()
             reached = max(_lsns(known).values(), default=0)
             behind = state.upto - max(reached, state.confirmed or 0)
-            current = state.confirmed is not None and (
-                behind <= 0 or (behind < IDLE_WAL and not _decodable(connection, self.settings, state.upto))
-            )
-        text = "up to date" if current else f"{_size(behind)} of WAL"
+            readable = state.confirmed is not None and state.wal_status != "lost"
+            current = readable and (behind <= 0 or (behind < IDLE_WAL and not _decodable(connection, self.settings, state.upto)))
+        if current:
+            text = "up to date"
+        elif readable:
+            text = f"{_size(behind)} of WAL"
+        else:
+            text = f"replication slot {'lost' if state.slot_exists else 'gone'}"
         return {
             table: "not in the publication" if table not in published else text if table in known else "never read"
             for table in self.tables

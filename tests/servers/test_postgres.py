@@ -205,6 +205,7 @@ def test_a_slot_dropped_while_its_changes_wait_is_an_error_until_all_is_read_aga
     shop.cluster("DELETE FROM products WHERE product_id = 'P1'")
     with pytest.raises(OffsetGone, match="is gone"):
         shop.reader.plan()
+    assert shop.reader.source.lag(shop.reader.positions)[PRODUCTS] == "replication slot gone"
     shop.read_again()
     assert shop.products() == shop.there() == ["P2", "P3"]
 
@@ -232,6 +233,7 @@ def test_a_slot_that_outgrew_its_allowance_is_an_error_until_all_is_read_again(s
         shop.cluster("SELECT pg_reload_conf()")
     with pytest.raises(OffsetGone, match=rf"'shopsphere' is lost: the server dropped WAL .*rebuild {PRODUCTS} {STORES}$"):
         shop.reader.plan()
+    assert shop.reader.source.lag(shop.reader.positions)[PRODUCTS] == "replication slot lost"
     shop.read_again()
     shop.add("P3")
     shop.reader.run()
