@@ -805,7 +805,14 @@ def _snapshot(settings: PostgresSettings, tables: Sequence[str], *, temporary: b
         command = (
             f"CREATE_REPLICATION_SLOT {{}} {'TEMPORARY' if temporary else ''} LOGICAL pgoutput (SNAPSHOT 'export'{failover})"
         )
-        row = connection.execute(sql.SQL(command).format(sql.Identifier(name))).fetchone()
+        try:
+            row = connection.execute(sql.SQL(command).format(sql.Identifier(name))).fetchone()
+        except psycopg.errors.LockNotAvailable:
+            raise SourceError(
+                "PostgreSQL: a slot begins when the transactions of its time are over, and a transaction that is open in some "
+                "session has not ended. See which: SELECT pid, xact_start FROM pg_stat_activity ORDER BY xact_start. Run again "
+                "when it has ended."
+            ) from None
         assert row is not None
         yield _lsn(row[1]), row[2]
 

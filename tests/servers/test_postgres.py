@@ -21,6 +21,7 @@ from servers.programs import wait_for
 from lakehouse.errors import OffsetGone, SchemaConflict, SourceError
 from lakehouse.settings import PostgresSettings
 from lakehouse.source import again
+from pipelines.bronze import postgres
 from pipelines.bronze.postgres import PostgresSource
 from pipelines.bronze.tables import POSTGRES_TABLES
 
@@ -289,6 +290,25 @@ def test_a_transaction_that_is_open_when_the_initial_read_begins_is_waited_for(s
         reading.join(60)
     assert not failures
     assert shop.products() == ["P1", "open", "open too"]
+
+
+def test_a_transaction_that_stays_open_is_named_and_leaves_no_slot(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = postgres._connect
+
+    def impatient(*arguments: Any, **options: Any) -> psycopg.Connection[Any]:
+        connection = connect(*arguments, **options)
+        connection.execute("SET lock_timeout TO '500ms'")
+        return connection
+
+    monkeypatch.setattr(postgres, "_connect", impatient)
+    with psycopg.connect(shop.cluster.dsn) as open_:
+        open_.execute("INSERT INTO products (product_id) VALUES ('open')")
+        with pytest.raises(SourceError, match=r"a transaction that is open .* has not ended"):
+            shop.reader.plan()
+        assert shop.cluster("SELECT slot_name FROM pg_replication_slots") == []
+        open_.commit()
+    shop.reader.run()
+    assert shop.products() == ["open"]
 
 
 # -- types -----------------------------------------------------------------------------------------------------------
