@@ -497,8 +497,11 @@ def _watching(collection: Collection[Document], token: Mapping[str, Any]) -> Ite
 
 
 def _is_emulated(collection: Collection[Document]) -> bool:
-    hello = collection.database.client.admin.command("hello")
-    return "setName" not in hello and hello.get("msg") != "isdbgrid"
+    """Whether the server is neither of a replica set nor in front of some; what the driver has learnt of it, as not every
+    server knows the command `hello`."""
+    client = collection.database.client
+    client.admin.command("ping")
+    return all(server.server_type_name == "Standalone" for server in client.topology_description.server_descriptions().values())
 
 
 def _waiting(collection: Collection[Document], token: Mapping[str, Any]) -> tuple[int, str]:
@@ -525,7 +528,8 @@ def _first_token(collection: Collection[Document], *, required: bool) -> Mapping
             if stream.resume_token is not None:
                 return stream.resume_token
     except OperationFailure as error:
-        if error.code not in NO_CHANGE_STREAMS:
+        # without a code it is the driver that finds the answer useless: nothing in it to resume from
+        if error.code is not None and error.code not in NO_CHANGE_STREAMS:
             raise
     if required:
         raise SourceError(
