@@ -80,8 +80,14 @@ class Catalog:
 
 @dataclass(frozen=True)
 class SlotState:
-    """What the server says about the slot, the publication and itself."""
+    """What the server says about the slot, the publication and itself.
 
+    written  how far its log is written
+    upto     how far it may be read: not beyond what the standbys have received that are to have everything first
+             (synchronized_standby_slots); the server would let us wait for them, without end if one is away
+    """
+
+    written: int
     upto: int
     system: str
     timeline: int
@@ -200,13 +206,18 @@ class PostgresSource:
             state = _state(connection, self.settings)
             published = {item.table for item in _catalog(connection, self.settings)} if state.published else set()
             reached = max(_lsns(known).values(), default=0)
-            behind = state.upto - max(reached, state.confirmed or 0)
+            behind = state.written - max(reached, state.confirmed or 0)
             readable = state.confirmed is not None and state.wal_status != "lost"
-            current = readable and (behind <= 0 or (behind < IDLE_WAL and not _decodable(connection, self.settings, state.upto)))
+            waiting = state.upto < state.written
+            current = (
+                readable
+                and not waiting
+                and (behind <= 0 or (behind < IDLE_WAL and not _decodable(connection, self.settings, state.upto)))
+            )
         if current:
             text = "up to date"
         elif readable:
-            text = f"{_size(behind)} of WAL"
+            text = f"{_size(behind)} of WAL" + (", waiting for standbys" if waiting else "")
         else:
             text = f"replication slot {'lost' if state.slot_exists else 'gone'}"
         return {
@@ -582,6 +593,10 @@ def _state(connection: psycopg.Connection[Any], settings: PostgresSettings) -> S
     row = connection.execute(
         """
         SELECT CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_current_wal_flush_lsn() - '0/0'::pg_lsn END,
+               CASE WHEN to_jsonb(s)->>'failover' = 'true' THEN
+                   (SELECT min(coalesce(p.restart_lsn, '0/0') - '0/0'::pg_lsn)
+                    FROM unnest(string_to_array(current_setting('synchronized_standby_slots', true), ',')) AS named(slot)
+                    LEFT JOIN pg_replication_slots p ON p.slot_name = trim(named.slot)) END,
                CASE WHEN has_function_privilege('pg_control_system()', 'execute')
                     THEN (SELECT system_identifier::text FROM pg_control_system()) ELSE '' END,
                CASE WHEN pg_is_in_recovery() THEN '0' ELSE left(pg_walfile_name(pg_current_wal_flush_lsn()), 8) END,
@@ -598,19 +613,21 @@ def _state(connection: psycopg.Connection[Any], settings: PostgresSettings) -> S
     assert row is not None
     if row[0] is None:
         raise SourceError("PostgreSQL: the server is a standby. Point postgres.dsn (SHOPSPHERE_POSTGRES__DSN) at the primary.")
+    written = int(row[0])
     return SlotState(
-        upto=int(row[0]),
-        system=row[1],
-        timeline=int(row[2], 16),
-        wal_level=row[3],
-        published=row[4],
-        slot_exists=row[5],
-        plugin=row[6],
-        database=row[7],
-        wal_status=row[8],
-        confirmed=None if row[9] is None else int(row[9]),
-        this_database=row[10],
-        unwritten=bool(row[11]),
+        written=written,
+        upto=written if row[1] is None else min(written, int(row[1])),
+        system=row[2],
+        timeline=int(row[3], 16),
+        wal_level=row[4],
+        published=row[5],
+        slot_exists=row[6],
+        plugin=row[7],
+        database=row[8],
+        wal_status=row[9],
+        confirmed=None if row[10] is None else int(row[10]),
+        this_database=row[11],
+        unwritten=bool(row[12]),
     )
 
 
@@ -688,10 +705,10 @@ def _reached(known: Mapping[str, Position], read: Mapping[str, Position]) -> int
 def _check_not_restored(state: SlotState, known: Mapping[str, Position], read: Mapping[str, Position]) -> None:
     """Raises OffsetGone when the server is at an earlier moment than the tables: its log goes on with other changes."""
     reached = _reached(known, read)
-    if reached is not None and reached > state.upto:
+    if reached is not None and reached > state.written:
         raise OffsetGone(
-            f"PostgreSQL: the server is at {_lsn_text(state.upto)}, but its tables were read up to {_lsn_text(reached)}: it was "
-            f"restored to an earlier moment. Read the tables anew: python -m app rebuild {' '.join(sorted(read))}"
+            f"PostgreSQL: the server is at {_lsn_text(state.written)}, but its tables were read up to {_lsn_text(reached)}: "
+            f"it was restored to an earlier moment. Read the tables anew: python -m app rebuild {' '.join(sorted(read))}"
         )
 
 
@@ -703,7 +720,7 @@ def _check_timelines(
     before = {int(position.get("timeline", state.timeline)) for position in known.values()}
     if before <= {state.timeline}:
         return
-    left = _timelines(settings, state.timeline) | {state.timeline: state.upto}
+    left = _timelines(settings, state.timeline) | {state.timeline: state.written}
     for table, lsn in _lsns(known).items():
         timeline = int(known[table].get("timeline", state.timeline))
         if lsn > left.get(timeline, -1):
@@ -735,7 +752,7 @@ def _still_followed(state: SlotState, read: Mapping[str, Position]) -> dict[str,
     current = {table: position for table, position in read.items() if _slot_time(position) == newest}
     same = all(not state.system or position.get("system") in ("", None, state.system) for position in current.values())
     reached = max(_lsns(current).values(), default=-1)
-    if not same or not state.confirmed <= reached <= state.upto:
+    if not same or not state.confirmed <= reached <= state.written:
         return {}
     return {
         table: {name: value for name, value in position.items() if name != AGAIN} | {GENERATION: generation(position) - 1}

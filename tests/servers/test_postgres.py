@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -187,6 +188,46 @@ def test_a_standby_that_had_not_received_what_was_read_is_noticed(tmp_path: Path
         shop.reader.run()
         assert shop.products() == shop.there()
         assert not shop.reader.plan().tasks
+
+
+def test_nothing_is_read_that_the_standbys_have_not_received_when_they_are_to_have_it_first(tmp_path: Path) -> None:
+    """synchronized_standby_slots: no failover loses what was read, and a standby that is away keeps no run waiting."""
+    with pair(tmp_path, synced=True) as (shop, standby):
+
+        def is_read(name: str) -> bool:
+            shop.reader.run()
+            return name in shop.products()
+
+        shop.cluster("ALTER SYSTEM SET synchronized_standby_slots = 'standby'")
+        shop.cluster("SELECT pg_reload_conf()")
+        shop.add("P4")
+        standby.wait_for_replay()
+        wait_for(lambda: is_read("P4"), "what the standby has received is not read")
+        standby.kill()
+        shop.add("P5")
+        started = time.monotonic()
+        assert shop.reader.run() == {}
+        assert time.monotonic() - started < 10
+        assert re.fullmatch(
+            r"\d+ (bytes|kB) of WAL, waiting for standbys", shop.reader.source.lag(shop.reader.positions)[PRODUCTS]
+        )
+        standby.start()
+        standby.wait_for_replay()
+        wait_for(lambda: is_read("P5"), "what the standby has received is not read")
+        standby.kill()
+        shop.add("lost")
+        shop.reader.run()
+        shop.cluster.kill()
+        standby.start()
+        standby.promote()
+        shop.move(standby)
+        # this server has that setting too, from its copy
+        shop.cluster("ALTER SYSTEM RESET synchronized_standby_slots")
+        shop.cluster("SELECT pg_reload_conf()")
+        shop.add("P6")
+        shop.reader.run()
+        assert shop.products() == shop.there() == ["P1", "P2", "P3", "P4", "P5", "P6"]
+        assert not shop.doubled()
 
 
 # -- slots -----------------------------------------------------------------------------------------------------------
