@@ -140,8 +140,8 @@ class KafkaSource:
                     )
                 if (error := existing[topic].error) is not None:
                     raise SourceError(f"Kafka topic '{topic}': {error.str()}. Run again.")
-            ids = _topic_ids(self.settings)
-            _check_ids(position.get(IDS, {}), ids)
+            ids = topic_ids(self.settings)
+            check_ids(position.get(IDS, {}), ids)
             found = []
             for topic in self.settings.topics:
                 for partition in sorted(existing[topic].partitions):
@@ -243,7 +243,7 @@ class RangesTask:
         )
 
 
-def _check_ids(known: Mapping[str, str], ids: Mapping[str, str]) -> None:
+def check_ids(known: Mapping[str, str], ids: Mapping[str, str]) -> None:
     """Raises OffsetGone when a topic is not the one that was read."""
     for topic, identity in ids.items():
         if known.get(topic, identity) != identity:
@@ -359,7 +359,7 @@ def _properties(settings: KafkaSettings, troubles: list[KafkaError]) -> dict[str
     }
 
 
-def _topic_ids(settings: KafkaSettings) -> dict[str, str]:
+def topic_ids(settings: KafkaSettings) -> dict[str, str]:
     """The id of every configured topic, as far as the broker tells."""
     found = {}
     with _errors(settings) as troubles:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -29,6 +30,7 @@ from pipelines.bronze.tables import EVENTS
 from pipelines.silver.events_clean import EVENTS_CLEAN
 from pipelines.silver.inventory_snapshots import INVENTORY_SNAPSHOTS
 from pipelines.silver.quarantine import QUARANTINE
+from serve import line as line_module
 from serve.line import Line
 from serve.scores import Score, ScoreLog
 from serve.settings import ServeSettings
@@ -168,6 +170,32 @@ def test_what_retention_took_is_an_error_and_a_rebuild_is_the_way_out(shop: Shop
     shop.send(producer, 1)
     shop.run()
     assert shop.events()[-1] == "e16"
+
+
+def test_a_topic_created_anew_is_not_followed_at_the_old_offsets(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(line_module, "LOOK_SECONDS", 0.2)
+    for _ in range(5):
+        shop.send(shop.topic.producer(), 1)
+    shop.run()
+    serving = ServeSettings(refresh_seconds=0.3, probe_seconds=0.05)
+    state = State(shop.settings, serving, context_of(shop.settings), lambda line: None)
+    state.start()
+    try:
+        assert state.ready.wait(30), state.error
+        shop.topic.delete()
+        shop.topic.make(1)
+        for _ in range(10):
+            shop.send(shop.topic.producer(), 1)
+        wait_for(lambda: state.error is not None, "serving goes on with another topic's messages")
+        assert re.search(
+            rf"'{shop.topic.name}' was deleted and created anew.*python -m app rebuild {EVENTS.name}", state.error or ""
+        )
+        rebuild(shop.engine, [EVENTS.name])
+        shop.run()
+        wait_for(lambda: state.error is None and on_hand(state.line) == 15, "serving does not go on after the rebuild")
+        assert len(shop.events()) == 15
+    finally:
+        state.stop()
 
 
 def test_scores_are_heard_of_from_a_time_on(broker: Broker) -> None:
