@@ -47,6 +47,7 @@ class Base:
     incoming the stock_incoming events among them, as the ledger reads them
     at       when it read the topics: what was sent later may be missing
     prefixes what positions of messages begin with, by topic, where the topic is not in its first generation
+    ids      by topic its id, as far as the broker told
     """
 
     snapshots: Mapping[str, int]
@@ -57,6 +58,7 @@ class Base:
     incoming: pl.DataFrame
     at: datetime | None
     prefixes: Mapping[str, str] = field(default_factory=dict)
+    ids: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,11 @@ class Chain:
         return {topic: prefix(number) for topic, number in self._read.get(GENERATIONS, {}).items()}
 
     @property
+    def ids(self) -> dict[str, str]:
+        """By topic its id, as far as the broker told."""
+        return dict(self._read.get(IDS, {}))
+
+    @property
     def _read(self) -> dict[str, Any]:
         read = self.bronze.positions.get(KafkaSource.name)
         return read if isinstance(read, dict) else {}
@@ -156,4 +163,5 @@ def open_base(chain: Chain) -> Base:
         incoming=read.read(EVENT_COLUMNS, gathered.always),
         at=datetime.fromtimestamp(taken.timestamp_ms / 1000, UTC) if taken else None,
         prefixes=chain.prefixes,
+        ids=chain.ids,
     )

@@ -6,16 +6,17 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 
 import polars as pl
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
 from polars.exceptions import PanicException
 
+from lakehouse.errors import OffsetGone, SourceError
 from lakehouse.settings import KafkaSettings
 from lakehouse.step import Context
-from pipelines.bronze.kafka import PASSING, bronze_rows, open_consumer
+from pipelines.bronze.kafka import PASSING, bronze_rows, check_ids, open_consumer, topic_ids
 from serve.base import Base, StateError
 from serve.stock import Pair, Stock
 
@@ -26,7 +27,7 @@ POLL_SECONDS = 0.02
 BATCH = 10_000
 ANSWER_SECONDS = 2.0
 LOOK_SECONDS = 10.0
-"""Pause between two looks for new partitions."""
+"""Pause between two looks for new partitions, and for topics that were created anew."""
 GONE = (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE)
 
 Changed = Callable[["Line", set[Pair]], None]
@@ -141,12 +142,14 @@ class Line:
             while not self._stopping.wait(self._probe_seconds):
                 if self._asked is not None or self._new:
                     continue
-                with contextlib.suppress(KafkaException):
+                with contextlib.suppress(KafkaException, SourceError):
                     begun = time.time()
                     if time.monotonic() - looked > LOOK_SECONDS:
                         known = consumer.list_topics(timeout=ANSWER_SECONDS).topics
                         topics = [topic for topic in self._kafka.topics if topic in known]
                         found = [f"{topic}:{number}" for topic in topics for number in known[topic].partitions]
+                        if not self._is_same(topics):
+                            return
                         self._new = tuple(name for name in found if name not in self.offsets)
                         looked = time.monotonic()
                         if self._new:
@@ -156,6 +159,20 @@ class Line:
                         for name in list(self.offsets)
                     }
                     self._asked = (begun, ends)
+
+    def _is_same(self, topics: Sequence[str]) -> bool:
+        """Whether the topics are those of the snapshot; the reader would go on with the messages of others at its offsets.
+        Raises SourceError when the broker does not answer."""
+        known = {topic: identity for topic, identity in self.base.ids.items() if topic in topics}
+        if not known:
+            return True
+        try:
+            check_ids(known, topic_ids(self._kafka))
+        except OffsetGone as error:
+            self.error = StateError(str(error))
+            self._stopping.set()
+            return False
+        return True
 
 
 def _at(name: str, offset: int) -> TopicPartition:

@@ -31,7 +31,7 @@ from lakehouse.settings import KafkaSettings
 from lakehouse.source import Plan, Position, Reached, Rows, is_again
 from lakehouse.table import TIMESTAMP
 from pipelines.bronze.generations import prefix
-from pipelines.bronze.tables import EVENTS, row_schema
+from pipelines.bronze.tables import EVENTS, MILLISECONDS, row_schema
 
 SCHEMA = row_schema(EVENTS)
 BATCH_MESSAGES = 50_000
@@ -88,9 +88,11 @@ class KafkaSource:
         known = positions.get(EVENTS.name) or {}
         offsets, ids = self._offsets({} if is_again(known) else known)
         position = _anew(known, ids) if is_again(known) else _with_ids(known, ids)
+        # of a topic that was read before, a partition that is not known was added since, and begins at 0
+        read = {name.rpartition(":")[0] for name in position if ":" in name}
         ranges = []
         for topic, partition, low, high in offsets:
-            start = int(position.get(f"{topic}:{partition}", low))
+            start = int(position.get(f"{topic}:{partition}", 0 if topic in read else low))
             _check(topic, partition, start, low, high)
             position[f"{topic}:{partition}"] = high
             if high > start:
@@ -138,8 +140,8 @@ class KafkaSource:
                     )
                 if (error := existing[topic].error) is not None:
                     raise SourceError(f"Kafka topic '{topic}': {error.str()}. Run again.")
-            ids = _topic_ids(self.settings)
-            _check_ids(position.get(IDS, {}), ids)
+            ids = topic_ids(self.settings)
+            check_ids(position.get(IDS, {}), ids)
             found = []
             for topic in self.settings.topics:
                 for partition in sorted(existing[topic].partitions):
@@ -241,7 +243,7 @@ class RangesTask:
         )
 
 
-def _check_ids(known: Mapping[str, str], ids: Mapping[str, str]) -> None:
+def check_ids(known: Mapping[str, str], ids: Mapping[str, str]) -> None:
     """Raises OffsetGone when a topic is not the one that was read."""
     for topic, identity in ids.items():
         if known.get(topic, identity) != identity:
@@ -311,7 +313,11 @@ def bronze_rows(messages: Sequence[Any], prefixes: Mapping[str, str]) -> pa.Tabl
     """Messages as bronze rows."""
     count = len(messages)
     stamps = [message.timestamp() for message in messages]
-    microseconds = [None if kind == TIMESTAMP_NOT_AVAILABLE else stamp * 1000 for kind, stamp in stamps]
+    # producers may send anything, microseconds for milliseconds too
+    first, last = MILLISECONDS
+    microseconds = [
+        stamp * 1000 if kind != TIMESTAMP_NOT_AVAILABLE and first <= stamp <= last else None for kind, stamp in stamps
+    ]
     timestamp = pa.array(microseconds, pa.int64()).cast(TIMESTAMP)
     topics = [message.topic() for message in messages]
     partitions = [message.partition() for message in messages]
@@ -353,7 +359,7 @@ def _properties(settings: KafkaSettings, troubles: list[KafkaError]) -> dict[str
     }
 
 
-def _topic_ids(settings: KafkaSettings) -> dict[str, str]:
+def topic_ids(settings: KafkaSettings) -> dict[str, str]:
     """The id of every configured topic, as far as the broker tells."""
     found = {}
     with _errors(settings) as troubles:

@@ -50,7 +50,7 @@ from lakehouse.settings import MongoSettings
 from lakehouse.source import GENERATION, Plan, Position, Reached, Rows, Task, generation, is_again
 from lakehouse.table import TIMESTAMP
 from pipelines.bronze.generations import MarkerTask, prefix
-from pipelines.bronze.tables import MARKETPLACE_ORDERS, row_schema
+from pipelines.bronze.tables import MARKETPLACE_ORDERS, MILLISECONDS, row_schema
 
 TABLE = MARKETPLACE_ORDERS.name
 SCHEMA = row_schema(MARKETPLACE_ORDERS)
@@ -73,8 +73,6 @@ OPERATIONS = {"insert": "c", "update": "u", "replace": "u", "delete": "d", "drop
 WATERMARK, READS = "watermark", "reads"
 """Of a position: the watermark, and how many reads there were after the first one."""
 EARLIEST = datetime(1, 1, 1)
-MILLISECONDS = (-62_135_596_800_000, 253_402_300_799_999)
-"""Years 1 to 9999, since 1970."""
 JSON_OPTIONS = json_util.CANONICAL_JSON_OPTIONS
 CODEC: CodecOptions[dict[str, Any]] = CodecOptions(
     datetime_conversion=DatetimeConversion.DATETIME_MS, unicode_decode_error_handler="backslashreplace"
@@ -499,8 +497,11 @@ def _watching(collection: Collection[Document], token: Mapping[str, Any]) -> Ite
 
 
 def _is_emulated(collection: Collection[Document]) -> bool:
-    hello = collection.database.client.admin.command("hello")
-    return "setName" not in hello and hello.get("msg") != "isdbgrid"
+    """Whether the server is neither of a replica set nor in front of some; what the driver has learnt of it, as not every
+    server knows the command `hello`."""
+    client = collection.database.client
+    client.admin.command("ping")
+    return all(server.server_type_name == "Standalone" for server in client.topology_description.server_descriptions().values())
 
 
 def _waiting(collection: Collection[Document], token: Mapping[str, Any]) -> tuple[int, str]:
@@ -537,7 +538,8 @@ def _first_token(collection: Collection[Document], *, required: bool) -> Mapping
             if stream.resume_token is not None:
                 return stream.resume_token
     except OperationFailure as error:
-        if error.code not in NO_CHANGE_STREAMS:
+        # without a code it is the driver that finds the answer useless: nothing in it to resume from
+        if error.code is not None and error.code not in NO_CHANGE_STREAMS:
             raise
     if required:
         raise SourceError(

@@ -80,10 +80,17 @@ class Catalog:
 
 @dataclass(frozen=True)
 class SlotState:
-    """What the server says about the slot, the publication and itself."""
+    """What the server says about the slot, the publication and itself.
 
+    written  how far its log is written
+    upto     how far it may be read: not beyond what the standbys have received that are to have everything first
+             (synchronized_standby_slots); the server would let us wait for them, without end if one is away
+    """
+
+    written: int
     upto: int
     system: str
+    timeline: int
     wal_level: str
     published: bool
     slot_exists: bool
@@ -117,6 +124,7 @@ class PostgresSource:
                 _flush(connection)
                 state = _state(connection, self.settings)
             _check_not_restored(state, known, read)
+            _check_timelines(state, self.settings, known, read)
             catalog = _catalog(connection, self.settings)
             _check_published(catalog, self.settings, read)
             planned = {item.table: _planned(item, schemas.get(item.table), self.settings) for item in catalog}
@@ -129,7 +137,7 @@ class PostgresSource:
             if state.upto - state.confirmed < IDLE_WAL and not _decodable(connection, self.settings, state.upto):
                 return Plan()
         return Plan(
-            tasks=(StreamTask(self.settings, state.upto, state.system, known, planned),),
+            tasks=(StreamTask(self.settings, state.upto, state.system, state.timeline, known, planned),),
             schemas=planned,
             rows=(state.upto - state.confirmed) // WAL_PER_ROW,
         )
@@ -167,7 +175,8 @@ class PostgresSource:
                     )
             if (known or ended) and state.confirmed is not None and start > state.confirmed:
                 # what the slot still holds of the tables that are read anew belongs to their history
-                tasks.append(StreamTask(self.settings, start, state.system, {**ended, **known}, planned, frozenset(ended)))
+                everyone = {**ended, **known}
+                tasks.append(StreamTask(self.settings, start, state.system, state.timeline, everyone, planned, frozenset(ended)))
             slot = max(map(_slot_time, (known or read).values()), default=0)
             slot = slot if known or ended else max(moment, slot + 1)
         except BaseException:
@@ -176,7 +185,9 @@ class PostgresSource:
         return Plan(
             tasks=tuple(tasks),
             schemas=planned,
-            positions={item.table: _position(start, state.system, slot, generations[item.table]) for item in reading},
+            positions={
+                item.table: _position(start, state.system, state.timeline, slot, generations[item.table]) for item in reading
+            },
             rows=sum(item.rows for item in reading),
             held=holder,
         )
@@ -195,11 +206,20 @@ class PostgresSource:
             state = _state(connection, self.settings)
             published = {item.table for item in _catalog(connection, self.settings)} if state.published else set()
             reached = max(_lsns(known).values(), default=0)
-            behind = state.upto - max(reached, state.confirmed or 0)
-            current = state.confirmed is not None and (
-                behind <= 0 or (behind < IDLE_WAL and not _decodable(connection, self.settings, state.upto))
+            behind = state.written - max(reached, state.confirmed or 0)
+            readable = state.confirmed is not None and state.wal_status != "lost"
+            waiting = state.upto < state.written
+            current = (
+                readable
+                and not waiting
+                and (behind <= 0 or (behind < IDLE_WAL and not _decodable(connection, self.settings, state.upto)))
             )
-        text = "up to date" if current else f"{_size(behind)} of WAL"
+        if current:
+            text = "up to date"
+        elif readable:
+            text = f"{_size(behind)} of WAL" + (", waiting for standbys" if waiting else "")
+        else:
+            text = f"replication slot {'lost' if state.slot_exists else 'gone'}"
         return {
             table: "not in the publication" if table not in published else text if table in known else "never read"
             for table in self.tables
@@ -286,6 +306,7 @@ class StreamTask:
     settings: PostgresSettings = field(repr=False)
     upto: int
     system: str
+    timeline: int
     positions: Mapping[str, Position]
     schemas: Mapping[str, pa.Schema] = field(repr=False)
     ended: frozenset[str] = frozenset()
@@ -300,7 +321,7 @@ class StreamTask:
                 yield rows
         for table in sorted(filled - self.ended) or sorted(self.positions.keys() - self.ended)[:1]:
             before = self.positions[table]
-            yield Reached(table, _position(self.upto, self.system, _slot_time(before), generation(before)))
+            yield Reached(table, _position(self.upto, self.system, self.timeline, _slot_time(before), generation(before)))
 
     def decode(self, messages: Iterator[bytes]) -> Iterator[Rows]:
         """Rows from the slot's messages."""
@@ -572,8 +593,13 @@ def _state(connection: psycopg.Connection[Any], settings: PostgresSettings) -> S
     row = connection.execute(
         """
         SELECT CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_current_wal_flush_lsn() - '0/0'::pg_lsn END,
+               CASE WHEN to_jsonb(s)->>'failover' = 'true' THEN
+                   (SELECT min(coalesce(p.restart_lsn, '0/0') - '0/0'::pg_lsn)
+                    FROM unnest(string_to_array(current_setting('synchronized_standby_slots', true), ',')) AS named(slot)
+                    LEFT JOIN pg_replication_slots p ON p.slot_name = trim(named.slot)) END,
                CASE WHEN has_function_privilege('pg_control_system()', 'execute')
                     THEN (SELECT system_identifier::text FROM pg_control_system()) ELSE '' END,
+               CASE WHEN pg_is_in_recovery() THEN '0' ELSE left(pg_walfile_name(pg_current_wal_flush_lsn()), 8) END,
                current_setting('wal_level'),
                EXISTS (SELECT FROM pg_publication WHERE pubname = %(publication)s),
                s.slot_name IS NOT NULL, s.plugin, s.database, s.wal_status,
@@ -587,18 +613,21 @@ def _state(connection: psycopg.Connection[Any], settings: PostgresSettings) -> S
     assert row is not None
     if row[0] is None:
         raise SourceError("PostgreSQL: the server is a standby. Point postgres.dsn (SHOPSPHERE_POSTGRES__DSN) at the primary.")
+    written = int(row[0])
     return SlotState(
-        upto=int(row[0]),
-        system=row[1],
-        wal_level=row[2],
-        published=row[3],
-        slot_exists=row[4],
-        plugin=row[5],
-        database=row[6],
-        wal_status=row[7],
-        confirmed=None if row[8] is None else int(row[8]),
-        this_database=row[9],
-        unwritten=bool(row[10]),
+        written=written,
+        upto=written if row[1] is None else min(written, int(row[1])),
+        system=row[2],
+        timeline=int(row[3], 16),
+        wal_level=row[4],
+        published=row[5],
+        slot_exists=row[6],
+        plugin=row[7],
+        database=row[8],
+        wal_status=row[9],
+        confirmed=None if row[10] is None else int(row[10]),
+        this_database=row[11],
+        unwritten=bool(row[12]),
     )
 
 
@@ -676,11 +705,43 @@ def _reached(known: Mapping[str, Position], read: Mapping[str, Position]) -> int
 def _check_not_restored(state: SlotState, known: Mapping[str, Position], read: Mapping[str, Position]) -> None:
     """Raises OffsetGone when the server is at an earlier moment than the tables: its log goes on with other changes."""
     reached = _reached(known, read)
-    if reached is not None and reached > state.upto:
+    if reached is not None and reached > state.written:
         raise OffsetGone(
-            f"PostgreSQL: the server is at {_lsn_text(state.upto)}, but its tables were read up to {_lsn_text(reached)}: it was "
-            f"restored to an earlier moment. Read the tables anew: python -m app rebuild {' '.join(sorted(read))}"
+            f"PostgreSQL: the server is at {_lsn_text(state.written)}, but its tables were read up to {_lsn_text(reached)}: "
+            f"it was restored to an earlier moment. Read the tables anew: python -m app rebuild {' '.join(sorted(read))}"
         )
+
+
+def _check_timelines(
+    state: SlotState, settings: PostgresSettings, known: Mapping[str, Position], read: Mapping[str, Position]
+) -> None:
+    """Raises OffsetGone when tables were read past the moment at which the server's history left that of the server they
+    were read from: its log has other changes there. A timeline begins with each promotion of a standby."""
+    before = {int(position.get("timeline", state.timeline)) for position in known.values()}
+    if before <= {state.timeline}:
+        return
+    left = _timelines(settings, state.timeline) | {state.timeline: state.written}
+    for table, lsn in _lsns(known).items():
+        timeline = int(known[table].get("timeline", state.timeline))
+        if lsn > left.get(timeline, -1):
+            where = (
+                f"left timeline {timeline} at {_lsn_text(left[timeline])}" if timeline in left else f"has no timeline {timeline}"
+            )
+            raise OffsetGone(
+                f"PostgreSQL: the server was promoted or restored (timeline {state.timeline}) and {where}, but {table} was read "
+                f"up to {_lsn_text(lsn)} of that: what was read last is not in the server. "
+                f"Read the tables anew: python -m app rebuild {' '.join(sorted(read))}"
+            )
+
+
+def _timelines(settings: PostgresSettings, timeline: int) -> dict[int, int]:
+    """Where the history of a timeline left each one before it."""
+    with _connect(settings, replication="database") as connection:
+        row = connection.execute(sql.SQL("TIMELINE_HISTORY {}").format(sql.Literal(timeline))).fetchone()
+    assert row is not None
+    text = row[1].decode() if isinstance(row[1], bytes) else str(row[1])
+    lines = [line.split("\t") for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return {int(line[0]): _lsn(line[1]) for line in lines}
 
 
 def _still_followed(state: SlotState, read: Mapping[str, Position]) -> dict[str, Position]:
@@ -691,7 +752,7 @@ def _still_followed(state: SlotState, read: Mapping[str, Position]) -> dict[str,
     current = {table: position for table, position in read.items() if _slot_time(position) == newest}
     same = all(not state.system or position.get("system") in ("", None, state.system) for position in current.values())
     reached = max(_lsns(current).values(), default=-1)
-    if not same or not state.confirmed <= reached <= state.upto:
+    if not same or not state.confirmed <= reached <= state.written:
         return {}
     return {
         table: {name: value for name, value in position.items() if name != AGAIN} | {GENERATION: generation(position) - 1}
@@ -751,12 +812,24 @@ def _catalog(connection: psycopg.Connection[Any], settings: PostgresSettings) ->
 
 @contextmanager
 def _snapshot(settings: PostgresSettings, tables: Sequence[str], *, temporary: bool) -> Iterator[tuple[int, str]]:
-    """Create the slot, or a temporary one for tables that joined later; its LSN and the snapshot that it exports."""
-    command = sql.SQL("CREATE_REPLICATION_SLOT {} {} LOGICAL pgoutput (SNAPSHOT 'export')")
+    """Create the slot, or a temporary one for tables that joined later; its LSN and the snapshot that it exports.
+
+    Since PostgreSQL 17 standbys can keep a copy of the slot (sync_replication_slots), if it is made for that.
+    """
     name = f"{settings.slot[:40]}_{time.time_ns():x}" if temporary else settings.slot
     with _connect(settings, replication="database") as connection:
-        kind = sql.SQL("TEMPORARY" if temporary else "")
-        row = connection.execute(command.format(sql.Identifier(name), kind)).fetchone()
+        failover = ", FAILOVER" if connection.info.server_version >= 170_000 and not temporary else ""
+        command = (
+            f"CREATE_REPLICATION_SLOT {{}} {'TEMPORARY' if temporary else ''} LOGICAL pgoutput (SNAPSHOT 'export'{failover})"
+        )
+        try:
+            row = connection.execute(sql.SQL(command).format(sql.Identifier(name))).fetchone()
+        except psycopg.errors.LockNotAvailable:
+            raise SourceError(
+                "PostgreSQL: a slot begins when the transactions of its time are over, and a transaction that is open in some "
+                "session has not ended. See which: SELECT pid, xact_start FROM pg_stat_activity ORDER BY xact_start. Run again "
+                "when it has ended."
+            ) from None
         assert row is not None
         yield _lsn(row[1]), row[2]
 
@@ -845,9 +918,9 @@ def _advance(connection: psycopg.Connection[Any], settings: PostgresSettings, up
     _patiently(connection, settings, lambda: connection.execute(query).fetchall())
 
 
-def _position(lsn: int, system: str, slot: int, number: int) -> dict[str, Any]:
+def _position(lsn: int, system: str, timeline: int, slot: int, number: int) -> dict[str, Any]:
     """A position as it is stored. slot: see `_slot_time`. number: of the generation."""
-    position: dict[str, Any] = {"lsn": _lsn_text(lsn), "system": system}
+    position: dict[str, Any] = {"lsn": _lsn_text(lsn), "system": system, "timeline": timeline}
     return position | ({"slot": slot} if slot else {}) | ({GENERATION: number} if number else {})
 
 

@@ -18,6 +18,9 @@ import pyarrow as pa
 
 from lakehouse.table import TIMESTAMP, Column, Table, column
 
+MILLISECONDS = (-62_135_596_800_000, 253_402_300_799_999)
+"""The years 1 to 9999, since 1970: what times that are stored lie between."""
+
 OP = column("_op", pa.string(), "What happened: r, c, u, d, t or fix", required=True)
 SOURCE_POSITION = column("_source_position", pa.string(), "Where the source had it; sorts in the source's order", required=True)
 SOURCE_TIME = column("_source_time", TIMESTAMP, "When it happened, by the source's clock")
@@ -185,7 +188,7 @@ EVENTS = Table(
         column("key", pa.binary(), "Key, as received"),
         column("value", pa.binary(), "Value, as received"),
         column("headers", pa.string(), "JSON list of [name, base64 of the value], repeated names kept; null without headers"),
-        column("timestamp", TIMESTAMP, "The broker's timestamp of the message"),
+        column("timestamp", TIMESTAMP, "The broker's timestamp of the message; null outside the years 1-9999"),
         OP,
         SOURCE_POSITION,
         SOURCE_TIME,

@@ -1,0 +1,82 @@
+"""Servers that speak MongoDB's protocol: FerretDB (without change streams) and mongo-java-server (with them, in memory)."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from abc import ABC, abstractmethod
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pymongo
+from pymongo.errors import PyMongoError
+from servers.programs import HERE, end, ferretdb, free_port, jars, wait_for
+
+
+class MongoWire(ABC):
+    """One server; a context manager that starts it and stops it in the end."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.port = directory, free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def uri(self) -> str:
+        """How to connect."""
+        return f"mongodb://127.0.0.1:{self.port}"
+
+    @abstractmethod
+    def command(self) -> list[str]:
+        """The program and its arguments."""
+
+    def start(self) -> Self:
+        """Start, on the data that are there if the server keeps any, and wait until it answers."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        log, command = self.directory / "mongo.log", self.command()
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=self.directory)
+        try:
+            wait_for(self._answers, f"{type(self).__name__} does not start", self.process, log)
+        except BaseException:
+            end(self.process, signal.SIGKILL)
+            raise
+        return self
+
+    def kill(self) -> None:
+        """End it as a crash does."""
+        if self.process is not None:
+            end(self.process, signal.SIGKILL)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.kill()
+
+    def _answers(self) -> bool:
+        try:
+            with pymongo.MongoClient[dict[str, Any]](self.uri, serverSelectionTimeoutMS=500) as client:
+                client.admin.command("ping")
+                return True
+        except PyMongoError:
+            return False
+
+
+class FerretDB(MongoWire):
+    """FerretDB on SQLite files: no change streams, no Decimal128. Data stay."""
+
+    def command(self) -> list[str]:
+        """See MongoWire."""
+        data = self.directory / "data"
+        data.mkdir(exist_ok=True)
+        return [str(ferretdb()), f"127.0.0.1:{self.port}", str(data)]
+
+
+class MongoJava(MongoWire):
+    """mongo-java-server with its oplog. In memory: a restart is a new, empty server."""
+
+    def command(self) -> list[str]:
+        """See MongoWire."""
+        options = ("-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn")
+        return ["java", *options, "-cp", f"{jars()}/*", str(HERE / "MongoServer.java"), str(self.port)]

@@ -1,0 +1,144 @@
+"""PostgreSQL servers of a test's own: a primary, and standbys that follow it and can be promoted."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psycopg
+from servers.programs import end, free_port, wait_for
+
+from app.sandbox.servers import _as_server_user, _environment, _postgres_programs, _server_user
+
+ROLE = DATABASE = "shopsphere"
+SETTINGS = {
+    "listen_addresses": "127.0.0.1",
+    "unix_socket_directories": "",
+    "wal_level": "logical",
+    "shared_buffers": "32MB",
+    "max_connections": "60",
+    "timezone": "UTC",
+    "wal_receiver_timeout": "5s",
+    "wal_retrieve_retry_interval": "200ms",
+}
+
+
+class Cluster:
+    """One server; a context manager that starts it, with database 'shopsphere', and stops it in the end.
+
+    settings    more of postgresql.conf
+    upstream    the server that it is a standby of
+    """
+
+    def __init__(self, directory: Path, settings: Mapping[str, str] | None = None, upstream: Cluster | None = None) -> None:
+        self.directory, self.port, self.upstream = directory, free_port(), upstream
+        self._settings = {**SETTINGS, **(settings or {})}
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def dsn(self) -> str:
+        """How to connect."""
+        return f"postgresql://{ROLE}@127.0.0.1:{self.port}/{DATABASE}"
+
+    def __call__(self, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        """Run statements on a connection of their own."""
+        with psycopg.connect(self.dsn, autocommit=True) as connection:
+            cursor = connection.execute(query, parameters or None)  # type: ignore[call-overload]
+            while cursor.nextset():
+                pass
+            return cursor.fetchall() if cursor.description else []
+
+    def start(self) -> Self:
+        """Start, on the data that are there or on none, and wait until it answers."""
+        data = self.directory / "data"
+        if not data.exists():
+            self._make(data)
+        settings = self._settings | {"port": str(self.port)}
+        arguments = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+        log = self.directory / "postgres.log"
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                _as_server_user([str(_postgres_programs() / "postgres"), "-D", str(data), *arguments]),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd="/",
+                env=_environment(),
+            )
+        try:
+            wait_for(self._answers, "PostgreSQL does not start", self.process, log)
+        except BaseException:
+            end(self.process, signal.SIGQUIT)
+            raise
+        return self
+
+    def stop(self) -> None:
+        """End it as its operators do: sessions are ended, standbys get all there is."""
+        if self.process is not None:
+            end(self.process, signal.SIGINT)
+
+    def kill(self) -> None:
+        """End it as a crash does."""
+        if self.process is not None:
+            end(self.process, signal.SIGQUIT)
+
+    def promote(self) -> None:
+        """Make a standby a primary, on a timeline of its own."""
+        assert self("SELECT pg_promote(true, 60)") == [(True,)]
+
+    def wait_for_replay(self) -> None:
+        """Wait until this standby has replayed all that its upstream has written."""
+        assert self.upstream is not None
+        (written,) = self.upstream("SELECT pg_current_wal_flush_lsn()")[0]
+        wait_for(lambda: self("SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn", written) == [(True,)], "the standby stays behind")
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.kill()
+
+    def _make(self, data: Path) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        data.mkdir(mode=0o700)
+        if user := _server_user():
+            os.chown(data, *user)
+        if self.upstream is None:
+            command = ["initdb", "-D", str(data), "--username", ROLE, "--auth", "trust", "--encoding", "UTF8", "--locale", "C"]
+            command.append("--no-sync")
+        else:
+            # --slot with --create-slot: the primary keeps what the standby has not got yet
+            source = f"host=127.0.0.1 port={self.upstream.port} user={ROLE} dbname={DATABASE}"
+            command = ["pg_basebackup", "-D", str(data), "-d", source, "--write-recovery-conf", "--create-slot", "--no-sync"]
+            command += ["--slot", "standby", "--checkpoint", "fast"]
+        program, *arguments = command
+        done = subprocess.run(
+            _as_server_user([str(_postgres_programs() / program), *arguments]),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            cwd="/",
+            env=_environment(),
+            check=False,
+        )
+        if done.returncode:
+            shutil.rmtree(data, ignore_errors=True)
+            raise AssertionError(done.stdout + done.stderr)
+
+    def _answers(self) -> bool:
+        try:
+            with psycopg.connect(self.dsn, dbname="postgres", connect_timeout=2, autocommit=True) as connection:
+                if (
+                    self.upstream is None
+                    and not connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [DATABASE]).fetchone()
+                ):
+                    connection.execute(f"CREATE DATABASE {DATABASE}")
+                return True
+        except psycopg.OperationalError:
+            return False

@@ -1,0 +1,180 @@
+"""The MongoDB connector against FerretDB and mongo-java-server: servers whose changes are read by their dates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from random import Random
+from typing import Any
+
+import pymongo
+import pytest
+from bronze_reading import Reader, living
+from bson import Binary, Decimal128, Int64, ObjectId, json_util
+from servers.mongo_servers import FerretDB, MongoWire
+
+from lakehouse.errors import SourceError
+from lakehouse.settings import MongoSettings
+from lakehouse.source import again
+from pipelines.bronze import mongo
+from pipelines.bronze.mongo import MongoSource
+from pipelines.bronze.tables import MARKETPLACE_ORDERS
+
+pytestmark = pytest.mark.servers
+TABLE = MARKETPLACE_ORDERS.name
+START = datetime(2026, 1, 1)
+SERVERS = ("ferretdb", "mongo_java")
+
+
+class Market:
+    """A collection of its own, and a reader of it."""
+
+    def __init__(self, server: MongoWire) -> None:
+        self.server = server
+        self.client: pymongo.MongoClient[dict[str, Any]] = pymongo.MongoClient(server.uri)
+        name = f"m{time.time_ns():x}"
+        self.collection = self.client[name].marketplace_orders
+        self.settings = MongoSettings(uri=server.uri, database=name)  # type: ignore[arg-type, call-arg]
+        self.reader = Reader(MongoSource(self.settings))
+
+    def add(self, *numbers: int) -> None:
+        self.collection.insert_many([{"mp_order_id": f"O{n}", "updated_at": START + timedelta(seconds=n // 3)} for n in numbers])
+
+    def held(self) -> dict[str, Any]:
+        rows = living(self.reader.rows.get(TABLE, []), ("document_id",))
+        return {key[0]: json_util.loads(row["document"]) for key, row in rows.items()}
+
+    def there(self) -> dict[str, Any]:
+        return {mongo._identity_text(one["_id"]): one for one in json_util.loads(json_util.dumps(list(self.collection.find())))}
+
+
+@pytest.fixture(params=SERVERS)
+def market(request: pytest.FixtureRequest) -> Iterator[Market]:
+    market = Market(request.getfixturevalue(request.param))
+    yield market
+    market.client.drop_database(market.settings.database)
+    market.client.close()
+
+
+def test_documents_of_every_type_are_stored_without_loss(market: Market) -> None:
+    document: dict[str, Any] = {
+        "_id": ObjectId(),
+        "int": 5,
+        "long": Int64(5),
+        "large": 2**62,
+        "double": 350000.0,
+        "tiny": 5e-324,
+        "text": "Rp 350.000 \u00e9\u4e16\U0001f6d2",
+        "empty": "",
+        "nothing": None,
+        "yes": True,
+        "at": START,
+        "long ago": datetime(1, 1, 1),
+        "bytes": Binary(b"\x00\xff"),
+        "items": [{"variant": {"size": "42"}, "quantity": 1}, {}],
+    }
+    if not isinstance(market.server, FerretDB):
+        document["nested"] = [[], [1, [2]]]
+        document["amount"] = Decimal128("350000.10")
+        document["huge"] = Decimal128("9.999999999999999999999999999999999E+6144")
+    market.collection.insert_one(document)
+    (row,) = market.reader.run()[TABLE]
+    assert json_util.loads(row["document"], json_options=mongo.JSON_OPTIONS) == json_util.loads(
+        json_util.dumps(document, json_options=mongo.JSON_OPTIONS), json_options=mongo.JSON_OPTIONS
+    )
+    assert '{"$numberLong": "5"}' in row["document"]
+    assert market.reader.positions[TABLE]["mode"] == "watermark"
+
+
+def test_without_change_streams_the_dates_tell_what_is_new(market: Market) -> None:
+    market.add(*range(30))
+    assert len(market.reader.run()[TABLE]) == 30
+    assert market.reader.source.lag(market.reader.positions) == {TABLE: "0 changes"}
+    assert not market.reader.plan().tasks
+    # within the second of the newest one, and after it
+    market.add(29, 30, 31)
+    market.collection.update_one({"mp_order_id": "O3"}, {"$set": {"status": "paid", "updated_at": START + timedelta(hours=1)}})
+    market.collection.insert_one({"mp_order_id": "undated"})
+    assert market.reader.source.lag(market.reader.positions) == {TABLE: "5 changes"}
+    rows = market.reader.run()[TABLE]
+    assert sorted(row["mp_order_id"] for row in rows) == ["O29", "O3", "O30", "O31", "undated"]
+    assert market.held() == market.there()
+    assert not market.reader.plan().tasks
+
+
+def test_a_delete_is_found_by_reading_anew(market: Market) -> None:
+    market.add(*range(10))
+    market.reader.run()
+    market.collection.delete_many({"mp_order_id": {"$in": ["O3", "O4"]}})
+    assert market.reader.run() == {}
+    market.reader.positions = {TABLE: again(market.reader.positions[TABLE])}  # type: ignore[dict-item]
+    market.reader.run()
+    assert market.held() == market.there()
+    assert len(market.held()) == 8
+    market.add(10)
+    market.reader.run()
+    assert market.held() == market.there()
+
+
+def test_change_streams_that_are_asked_for_and_not_there_are_an_error(market: Market) -> None:
+    market.add(1)
+    source = MongoSource(market.settings.model_copy(update={"mode": "change_stream"}))
+    with pytest.raises(SourceError, match=r'gives no change streams .*--replSet, or set mongo\.mode = "watermark"'):
+        source.plan({}, {})
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_split_into_runs_gives_the_same_documents(market: Market, seed: int) -> None:
+    """Writers with a good clock; _ids of several types, so that some compare only in Python."""
+    random, moment, identities = Random(seed), START, []
+    made: list[Any] = []
+    for step in range(120):
+        if random.random() < 0.7:
+            moment += timedelta(milliseconds=random.choice([0, 1, 1000]))
+        if identities and random.random() < 0.4:
+            identity = random.choice(identities)
+            # what changes gets a date of its own, later than all before
+            moment += timedelta(milliseconds=1)
+            market.collection.replace_one({"_id": identity}, {"_id": identity, "step": step, "updated_at": moment})
+        else:
+            greatest = len(made)
+            made.append(None)
+            identity = random.choice([ObjectId(f"{greatest:024x}"), greatest, f"id{greatest:05d}", float(greatest) + 0.5])
+            identities.append(identity)
+            market.collection.insert_one({"_id": identity, "step": step, "updated_at": moment})
+        if random.random() < 0.15:
+            market.reader.run()
+    market.reader.run()
+    assert market.held() == market.there()
+    assert len(market.held()) == len(identities)
+    assert not market.reader.plan().tasks
+
+
+def test_many_documents_come_in_batches(market: Market, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mongo, "BATCH_DOCUMENTS", 500)
+    market.add(*range(4000))
+    market.reader.run()
+    assert len(market.held()) == 4000
+    market.add(*range(4000, 6000))
+    market.reader.run()
+    assert market.held() == market.there()
+
+
+def test_a_server_that_was_killed_is_an_error_until_it_is_back(ferretdb: FerretDB, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mongo, "SERVER_SECONDS", 1)
+    market = Market(ferretdb)
+    market.add(*range(10))
+    market.reader.run()
+    market.add(*range(10, 20))
+    plan = market.reader.plan()
+    ferretdb.kill()
+    with pytest.raises(SourceError, match=r"MongoDB: no server answered at 127\.0\.0\.1:\d+ within 1 s"):
+        market.reader.read(plan)
+    with pytest.raises(SourceError, match="no server answered"):
+        market.reader.plan()
+    ferretdb.start()
+    market.reader.run()
+    assert market.held() == market.there()
+    assert len(market.held()) == 20
+    market.client.close()

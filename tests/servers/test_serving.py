@@ -1,0 +1,233 @@
+"""Serving's tail of the topics, its scores, and `rebuild` after a loss, with Apache Kafka behind them."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from confluent_kafka import KafkaException, Producer
+from serve_world import figures_of, figures_online, ingest
+from servers.kafka_broker import Broker
+from servers.kafka_topic import Topic
+from servers.programs import wait_for
+
+from app.passes import rebuild
+from lakehouse.engine import Engine
+from lakehouse.errors import OffsetGone
+from lakehouse.iceberg import Lake
+from lakehouse.parallel import Pool
+from lakehouse.settings import KafkaSettings, MongoSettings, PostgresSettings, RaySettings, Settings
+from lakehouse.step import context_of
+from pipelines.bronze.kafka import KafkaSource
+from pipelines.bronze.tables import EVENTS
+from pipelines.silver.events_clean import EVENTS_CLEAN
+from pipelines.silver.inventory_snapshots import INVENTORY_SNAPSHOTS
+from pipelines.silver.quarantine import QUARANTINE
+from serve import line as line_module
+from serve.line import Line
+from serve.scores import Score, ScoreLog
+from serve.settings import ServeSettings
+from serve.state import State
+
+pytestmark = pytest.mark.servers
+
+
+@dataclass
+class Shop:
+    """A lakehouse and its topic."""
+
+    topic: Topic
+    engine: Engine
+    settings: Settings
+    sent: int = 0
+
+    def send(self, producer: Producer, quantity: int) -> None:
+        self.sent += 1
+        event = {
+            "event_id": f"e{self.sent}",
+            "event_type": "stock_received",
+            "timestamp": datetime.now(UTC).isoformat(),
+            "metadata": {"store_id": "S1", "product_id": "P1", "quantity": quantity},
+        }
+        self.topic.send(producer, json.dumps(event))
+
+    def run(self) -> None:
+        """What `run` does with the topic."""
+        self.engine.ingest(KafkaSource(self.settings.kafka), {EVENTS.name: EVENTS})
+        ingest(self.engine, [])
+
+    def state(self, lines: list[Line]) -> State:
+        serving = ServeSettings(refresh_seconds=60, probe_seconds=0.05)
+        return State(self.settings, serving, context_of(self.settings), lines.append)
+
+    def events(self) -> list[str]:
+        frame = self.engine.lake.load(EVENTS_CLEAN)
+        return sorted(frame.reader.read(frame.files(), ["event_id"])["event_id"].to_list(), key=lambda name: int(name[1:]))
+
+
+@pytest.fixture
+def shop(broker: Broker, tmp_path: Path) -> Iterator[Shop]:
+    topic = Topic(broker)
+    settings = Settings(
+        home=tmp_path,
+        kafka=topic.settings,
+        postgres=PostgresSettings(enabled=False),  # type: ignore[call-arg]
+        mongo=MongoSettings(enabled=False),  # type: ignore[call-arg]
+    )
+    made = settings.model_copy(update={"ray": RaySettings(inline_rows=10**9)})  # type: ignore[call-arg]
+    yield Shop(topic, Engine(Lake(made), Pool(made.ray), context_of(made), QUARANTINE), made)
+    with suppress(KafkaException):
+        topic.admin.delete_topics([topic.name])[topic.name].result(10)
+
+
+def on_hand(line: Line) -> int:
+    return int(figures_online(line.stock)["S1", "P1"][0])
+
+
+def test_serving_sees_what_was_committed_alone(shop: Shop) -> None:
+    plain, writer = shop.topic.producer(), shop.topic.transactional()
+    shop.send(plain, 1)
+    writer.begin_transaction()
+    shop.send(writer, 1000)
+    writer.abort_transaction(30)
+    shop.run()
+    # the snapshot ends at a marker; so does the topic, more than once
+    state = shop.state([])
+    state.start()
+    try:
+        assert state.ready.wait(30), state.error
+        line = state.line
+        assert on_hand(line) == 1
+        for quantity, kept in ((10, True), (2000, False), (100, True), (3000, False)):
+            writer.begin_transaction()
+            shop.send(writer, quantity)
+            writer.commit_transaction(30) if kept else writer.abort_transaction(30)
+        end = shop.topic.ends()[1]
+        wait_for(lambda: line.has({f"{shop.topic.name}:0": end}), "the tail does not come to the end")
+        assert on_hand(line) == 111
+        # nothing is missing although the last record is nobody's: it says so
+        now = time.time()
+        wait_for(lambda: line.fresh_at > now, "serving thinks that it is behind")
+        writer.begin_transaction()
+        shop.send(writer, 10_000)
+        shop.send(plain, 1_000_000)
+        now = time.time()
+        wait_for(lambda: line.fresh_at > now, "serving thinks that it is behind")
+        assert on_hand(line) == 111
+        writer.commit_transaction(30)
+        wait_for(lambda: on_hand(line) == 1_010_111, "what an open transaction held back is not seen")
+        shop.run()
+        ledger = shop.engine.lake.load(INVENTORY_SNAPSHOTS)
+        assert figures_of(ledger.reader.read(ledger.files(), ledger.reader.schema.names)) == figures_online(line.stock)
+        assert line.error is None
+    finally:
+        state.stop()
+
+
+def test_serving_goes_on_after_a_crash_of_the_broker(shop: Shop) -> None:
+    shop.send(shop.topic.producer(), 1)
+    shop.run()
+    state = shop.state([])
+    state.start()
+    try:
+        assert state.ready.wait(30), state.error
+        line = state.line
+        shop.topic.broker.kill()
+        shop.topic.broker.start()
+        shop.send(shop.topic.producer(), 10)
+        wait_for(lambda: on_hand(line) == 11, "serving does not go on")
+        now = time.time()
+        wait_for(lambda: line.fresh_at > now, "serving thinks that it is behind")
+        assert line.error is None
+    finally:
+        state.stop()
+
+
+def test_what_retention_took_is_an_error_and_a_rebuild_is_the_way_out(shop: Shop) -> None:
+    producer = shop.topic.producer()
+    for _ in range(5):
+        shop.send(producer, 1)
+    shop.run()
+    for _ in range(5):
+        shop.send(producer, 1)
+    shop.topic.forget()
+    for _ in range(5):
+        shop.send(producer, 1)
+    with pytest.raises(OffsetGone, match=r"offsets 5 to 9 were deleted .*python -m app rebuild bronze.bronze_k"):
+        shop.run()
+    assert shop.events() == [f"e{n}" for n in range(1, 6)]
+    rebuild(shop.engine, [EVENTS.name])
+    shop.run()
+    # what was read before stays, though the topic has it no more
+    assert shop.events() == [f"e{n}" for n in (1, 2, 3, 4, 5, 11, 12, 13, 14, 15)]
+    shop.send(producer, 1)
+    shop.run()
+    assert shop.events()[-1] == "e16"
+
+
+def test_a_topic_created_anew_is_not_followed_at_the_old_offsets(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(line_module, "LOOK_SECONDS", 0.2)
+    for _ in range(5):
+        shop.send(shop.topic.producer(), 1)
+    shop.run()
+    serving = ServeSettings(refresh_seconds=0.3, probe_seconds=0.05)
+    state = State(shop.settings, serving, context_of(shop.settings), lambda line: None)
+    state.start()
+    try:
+        assert state.ready.wait(30), state.error
+        shop.topic.delete()
+        shop.topic.make(1)
+        for _ in range(10):
+            shop.send(shop.topic.producer(), 1)
+        wait_for(lambda: state.error is not None, "serving goes on with another topic's messages")
+        assert re.search(
+            rf"'{shop.topic.name}' was deleted and created anew.*python -m app rebuild {EVENTS.name}", state.error or ""
+        )
+        rebuild(shop.engine, [EVENTS.name])
+        shop.run()
+        wait_for(lambda: state.error is None and on_hand(state.line) == 15, "serving does not go on after the rebuild")
+        assert len(shop.events()) == 15
+    finally:
+        state.stop()
+
+
+def test_scores_are_heard_of_from_a_time_on(broker: Broker) -> None:
+    """The topic is made by serving; where to begin is looked up by time."""
+    topic, kafka = f"scores{time.time_ns():x}", KafkaSettings(bootstrap_servers=broker.bootstrap)  # type: ignore[call-arg]
+    heard: list[Score] = []
+    first = ScoreLog(kafka, topic, lambda score: None)
+    first.start(datetime.now(UTC))
+
+    def score(name: str) -> Score:
+        return Score(name, datetime.now(UTC), {"order_id": name}, {"f": 1.0}, {"score": 0.5}, None)
+
+    try:
+        assert first.caught_up.wait(30)
+        first.write(score("early"))
+        assert first.flush(20) == 0
+        time.sleep(0.05)
+        since = datetime.now(UTC)
+        time.sleep(0.05)
+        for number in range(20):
+            first.write(score(f"o{number}"))
+        assert first.flush(20) == 0
+        second = ScoreLog(kafka, topic, heard.append)
+        second.start(since)
+        try:
+            assert second.caught_up.wait(30)
+            assert sorted(one.order_id for one in heard) == sorted(f"o{number}" for number in range(20))
+            broker.kill()
+            broker.start()
+            first.write(score("after"))
+            wait_for(lambda: heard[-1].order_id == "after", "scores are not heard of after a crash")
+        finally:
+            second.stop()
+    finally:
+        first.stop()

@@ -1,0 +1,102 @@
+"""The sandbox's shop on genuine servers: the same tables as on the sandbox's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from servers.kafka_broker import Broker
+from servers.mongo_servers import FerretDB, MongoJava, MongoWire
+from servers.postgres_cluster import Cluster
+
+import pipelines
+from app import sandbox
+from app.passes import open_engine, rebuild, run_pass
+from app.sandbox import filling
+from app.sandbox.schema import create_sources
+from app.sandbox.servers import Addresses
+from lakehouse.digest import business_columns, digest
+from lakehouse.iceberg import Lake, living
+from lakehouse.settings import KafkaSettings, MongoSettings, PostgresSettings, RaySettings, Settings
+
+pytestmark = [pytest.mark.servers, pytest.mark.timeout(600)]
+ORDERS, SEED, STEPS = 200, 11, (15, 25)
+
+
+def run(settings: Settings) -> None:
+    with open_engine(settings) as engine:
+        assert run_pass(engine, lambda name, report: None).errors == ()
+
+
+def tables(settings: Settings) -> dict[str, Any]:
+    """Digests of all silver and gold tables; of accounts over time the rows, without the time of a delete: the source has
+    none but its server's clock."""
+    lake, found = Lake(settings), {}
+    for step in pipelines.STEPS:
+        handle = lake.load(step.target)
+        found[step.target.name] = digest(handle)
+        if step.target.name in ("silver.users_scd", "gold.dim_users"):
+            frame = handle.reader.read(handle.files(), business_columns(handle), living(handle.table, None))
+            timeless = pl.when(pl.col("closed_by").ne_missing("delete")).then("valid_to").alias("valid_to")
+            found[step.target.name] = sorted(frame.with_columns(timeless).iter_rows(), key=repr)
+    return found
+
+
+def configured(home: Path, addresses: Addresses) -> Settings:
+    return Settings(
+        home=home,
+        postgres=PostgresSettings(dsn=addresses.postgres_dsn),  # type: ignore[arg-type, call-arg]
+        mongo=MongoSettings(uri=addresses.mongo_uri),  # type: ignore[arg-type, call-arg]
+        kafka=KafkaSettings(bootstrap_servers=addresses.kafka_bootstrap),  # type: ignore[call-arg]
+        ray=RaySettings(inline_rows=10**9),  # type: ignore[call-arg]
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """The tables as they are over the sandbox's own servers."""
+    home = tmp_path_factory.mktemp("sandbox")
+    addresses = sandbox.start(home, orders=ORDERS, seed=SEED)
+    try:
+        settings = configured(home, addresses)
+        run(settings)
+        for orders in STEPS:
+            sandbox.step(home, orders)
+            run(settings)
+        yield tables(settings)
+    finally:
+        sandbox.stop(home)
+
+
+@contextmanager
+def genuine(directory: Path, mongo: MongoWire) -> Iterator[Addresses]:
+    # the shop's messages are of long ago: a broker would forget them at once
+    with Broker(directory / "kafka", {"log.retention.ms": "-1"}) as broker, Cluster(directory / "postgres") as postgres, mongo:
+        yield Addresses(postgres.dsn, mongo.uri, broker.bootstrap)
+
+
+@pytest.mark.parametrize("kind", [FerretDB, MongoJava])
+def test_the_shop_on_genuine_servers_gives_the_same_tables(
+    tmp_path: Path, kind: type[MongoWire], expected: dict[str, Any]
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    with genuine(tmp_path, kind(tmp_path / "mongo")) as addresses:
+        settings = configured(home, addresses)
+        create_sources(addresses)
+        filling.fill(addresses, home, ORDERS, SEED, "USD", None)
+        run(settings)
+        for orders in STEPS:
+            filling.go_on(addresses, home, orders, None)
+            run(settings)
+        found = tables(settings)
+        assert {name for name in found if found[name] != expected[name]} == set()
+        bronze = [name for source in pipelines.sources(settings) for name in source.tables]
+        with open_engine(settings) as engine:
+            rebuild(engine, [*bronze, *(step.target.name for step in pipelines.STEPS)])
+        again = tables(settings)
+        assert {name for name in found if found[name] != again[name]} == set()
