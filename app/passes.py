@@ -17,7 +17,7 @@ import polars as pl
 
 import pipelines
 from lakehouse.engine import Engine, Report
-from lakehouse.errors import SettingsError, ShopSphereError, SourceError
+from lakehouse.errors import CatalogUnreachable, SettingsError, ShopSphereError, SourceError
 from lakehouse.iceberg import Handle, Lake
 from lakehouse.parallel import Pool
 from lakehouse.settings import Settings
@@ -67,6 +67,8 @@ def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: 
             raise  # nothing can go on
         except ShopSphereError as error:
             errors.append(error)
+            if isinstance(error, CatalogUnreachable):
+                break
             continue
         for report in done:
             tell(report.table, report)
@@ -81,6 +83,8 @@ def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: 
             raise  # nothing can go on
         except ShopSphereError as error:
             errors.append(error)
+            if isinstance(error, CatalogUnreachable):
+                break
             continue
         tell(step.target.name, report)
         reports.append(report)

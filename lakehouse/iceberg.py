@@ -24,7 +24,6 @@ import pyarrow.parquet as pq
 from pyiceberg.catalog import Catalog, load_catalog
 from pyiceberg.exceptions import (
     CommitFailedException,
-    CommitStateUnknownException,
     NamespaceAlreadyExistsError,
     NoSuchTableError,
     TableAlreadyExistsError,
@@ -43,8 +42,8 @@ from pyiceberg.transforms import DayTransform, IdentityTransform, MonthTransform
 from pyiceberg.typedef import Record
 from pyiceberg.types import DecimalType, DoubleType, FloatType, IcebergType, IntegerType, LongType, NestedField
 from pyiceberg_core import transform as iceberg_transform
-from sqlalchemy.exc import SQLAlchemyError
 
+from lakehouse.catalog_errors import REFUSALS, UNANSWERED, catalog_errors, refused
 from lakehouse.errors import CommitConflict, SchemaConflict, SettingsError, ShopSphereError, TableNotFound
 from lakehouse.row_delta import RowDelta
 from lakehouse.settings import Settings
@@ -471,7 +470,11 @@ class Handle:
         changes_rows: bool = True,
         properties: Mapping[str, str] | None = None,
     ) -> int:
-        """Commit once: files and positions together. Gives the snapshot id. Raises CommitConflict if anyone was first."""
+        """Commit once: files and positions together. Gives the snapshot id.
+
+        Raises CommitConflict if anyone was first or the catalog's answer was lost: then the commit may have arrived, which
+        the positions of the table tell when it is loaded again.
+        """
         transaction = self._transaction or self.loaded.transaction()
         kept = {SHAPE: shape} if (shape := self.summary(SHAPE)) is not None else {}
         summary = {
@@ -484,17 +487,20 @@ class Handle:
         try:
             delta.commit()
             transaction.commit_transaction()
-        except (CommitFailedException, CommitStateUnknownException, NoSuchTableError) as error:
+        except (CommitFailedException, NoSuchTableError) as error:
             raise CommitConflict(
                 f"{self.table.name}: another writer committed first ({type(error).__name__}). Run again."
             ) from error
-        except SQLAlchemyError as error:
+        except REFUSALS as error:
+            raise refused(self.table.name, error) from error
+        except UNANSWERED as error:
             if "full" in (cause := str(getattr(error, "orig", None) or "")):
                 raise ShopSphereError(
                     f"{self.table.name}: the catalog cannot be written: {cause}. Make room and run again; nothing is lost."
                 ) from error
             raise CommitConflict(
-                f"{self.table.name}: the catalog is busy or unreachable ({type(error).__name__}). Run again."
+                f"{self.table.name}: the catalog is busy or unreachable, and whether the commit arrived is not known "
+                f"({type(error).__name__}). Run again: nothing is lost or doubled."
             ) from error
         return delta.snapshot_id
 
@@ -582,9 +588,15 @@ class Lake:
 
         A declared column that the stored table lacks is added. evolve: for who fills the table from others. A column
         whose declared type grew is promoted; a table that Iceberg cannot evolve to its declaration is made anew, empty.
+        Raises CatalogUnreachable.
         """
+        catalog = self.catalog
+        with catalog_errors(table.name):
+            return self._load(catalog, table, create=create, evolve=evolve)
+
+    def _load(self, catalog: Catalog, table: Table, *, create: bool, evolve: bool) -> Handle:
         try:
-            handle = Handle(table, self.catalog.load_table(table.name))
+            handle = Handle(table, catalog.load_table(table.name))
         except NoSuchTableError:
             if not create:
                 raise TableNotFound(
@@ -597,21 +609,23 @@ class Lake:
                 handle.widen(pa.schema([f for f in declared_types(table) if evolve or f.name not in stored]))
                 return handle
             with contextlib.suppress(NoSuchTableError):
-                self.catalog.drop_table(table.name)
+                catalog.drop_table(table.name)
         with contextlib.suppress(NamespaceAlreadyExistsError):
-            self.catalog.create_namespace(table.layer)
+            catalog.create_namespace(table.layer)
         schema = iceberg_schema(table)
         try:
-            loaded = self.catalog.create_table(
+            loaded = catalog.create_table(
                 table.name,
                 schema,
                 partition_spec=partition_spec(table, schema),
                 properties={**TABLE_PROPERTIES, "comment": table.doc, "owner": table.owner},
             )
         except TableAlreadyExistsError:
-            loaded = self.catalog.load_table(table.name)
+            loaded = catalog.load_table(table.name)
         return Handle(table, loaded)
 
     def exists(self, table: Table) -> bool:
         """Whether the table has been made."""
-        return self.catalog.table_exists(table.name)
+        catalog = self.catalog
+        with catalog_errors(table.name):
+            return catalog.table_exists(table.name)
