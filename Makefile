@@ -31,6 +31,13 @@ test-slow: $(READY) ## The slow tests: kills, Ray, servers under load, the model
 		tests/test_registry.py tests/test_order_features.py
 	@$(BIN)/python -m pytest -m slow tests/test_serve_ray.py tests/test_serve_edges.py tests/test_serve_openapi.py tests/test_demo.py
 
+build/iceberg-rest/.ready: tests/servers/iceberg-pom.xml
+	@mvn -q -B -f $< dependency:copy-dependencies -DoutputDirectory=$(CURDIR)/build/iceberg-rest
+	@touch $@
+
+test-servers: $(READY) build/iceberg-rest/.ready ## The tests with the servers that people run; needs Java 17 and Maven
+	@$(BIN)/python -m pytest -m servers tests/servers
+
 test-all: $(READY) ## All tests, the slow ones too
 	@$(BIN)/python -m pytest -m ""
 
@@ -55,6 +62,6 @@ lock: ## Pin the packages anew (universal, no addresses)
 	$(BIN)/uv pip compile --quiet --universal --no-header --no-emit-index-url --no-annotate --group dev pyproject.toml -o requirements.lock
 
 clean: ## Remove the virtual environment and everything local
-	rm -rf $(VENV) .shopsphere
+	rm -rf $(VENV) .shopsphere build
 
-.PHONY: help setup demo test test-slow test-all lint docs bench bench-serve lock clean
+.PHONY: help setup demo test test-slow test-servers test-all lint docs bench bench-serve lock clean
