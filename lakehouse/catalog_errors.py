@@ -7,11 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pydantic import ValidationError
-from pyiceberg.exceptions import ForbiddenError, OAuthError, RESTError, UnauthorizedError
+from pyiceberg.exceptions import (
+    CommitFailedException,
+    ForbiddenError,
+    NoSuchTableError,
+    OAuthError,
+    RESTError,
+    UnauthorizedError,
+)
 from requests.exceptions import RequestException
 from sqlalchemy.exc import SQLAlchemyError
 
-from lakehouse.errors import CatalogUnreachable, ShopSphereError
+from lakehouse.errors import CatalogUnreachable, CommitConflict, ShopSphereError
 
 try:
     from botocore.exceptions import BotoCoreError, ClientError
@@ -38,6 +45,27 @@ def catalog_errors(name: str) -> Iterator[None]:
         raise CatalogUnreachable(
             f"{name}: the catalog cannot be reached ({type(error).__name__}; --debug shows more). "
             "Run again when it answers; nothing is lost."
+        ) from error
+
+
+@contextmanager
+def committing(name: str) -> Iterator[None]:
+    """Around a commit to a table. Raises CommitConflict if anyone was first or the answer was lost, and ShopSphereError for a
+    refusal or a full disk."""
+    try:
+        yield
+    except (CommitFailedException, NoSuchTableError) as error:
+        raise CommitConflict(f"{name}: another writer committed first ({type(error).__name__}). Run again.") from error
+    except REFUSALS as error:
+        raise refused(name, error) from error
+    except UNANSWERED as error:
+        if "full" in (cause := str(getattr(error, "orig", None) or "")):
+            raise ShopSphereError(
+                f"{name}: the catalog cannot be written: {cause}. Make room and run again; nothing is lost."
+            ) from error
+        raise CommitConflict(
+            f"{name}: the catalog is busy or unreachable, and whether the commit arrived is not known "
+            f"({type(error).__name__}). Run again: nothing is lost or doubled."
         ) from error
 
 

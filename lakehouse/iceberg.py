@@ -23,7 +23,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyiceberg.catalog import Catalog, load_catalog
 from pyiceberg.exceptions import (
-    CommitFailedException,
     NamespaceAlreadyExistsError,
     NoSuchTableError,
     TableAlreadyExistsError,
@@ -43,8 +42,8 @@ from pyiceberg.typedef import Record
 from pyiceberg.types import DecimalType, DoubleType, FloatType, IcebergType, IntegerType, LongType, NestedField
 from pyiceberg_core import transform as iceberg_transform
 
-from lakehouse.catalog_errors import REFUSALS, UNANSWERED, catalog_errors, refused
-from lakehouse.errors import CommitConflict, SchemaConflict, SettingsError, ShopSphereError, TableNotFound
+from lakehouse.catalog_errors import catalog_errors, committing
+from lakehouse.errors import SchemaConflict, SettingsError, TableNotFound
 from lakehouse.row_delta import RowDelta
 from lakehouse.settings import Settings
 from lakehouse.table import DELETED, GROUP_HASH, SEQUENCE, Table
@@ -484,24 +483,9 @@ class Handle:
             **(properties or {}),
         }
         delta = RowDelta(transaction, self.loaded.io, added=added, removed_paths=removed_paths, properties=summary)
-        try:
+        with committing(self.table.name):
             delta.commit()
             transaction.commit_transaction()
-        except (CommitFailedException, NoSuchTableError) as error:
-            raise CommitConflict(
-                f"{self.table.name}: another writer committed first ({type(error).__name__}). Run again."
-            ) from error
-        except REFUSALS as error:
-            raise refused(self.table.name, error) from error
-        except UNANSWERED as error:
-            if "full" in (cause := str(getattr(error, "orig", None) or "")):
-                raise ShopSphereError(
-                    f"{self.table.name}: the catalog cannot be written: {cause}. Make room and run again; nothing is lost."
-                ) from error
-            raise CommitConflict(
-                f"{self.table.name}: the catalog is busy or unreachable, and whether the commit arrived is not known "
-                f"({type(error).__name__}). Run again: nothing is lost or doubled."
-            ) from error
         return delta.snapshot_id
 
 
