@@ -111,10 +111,11 @@ def iceberg_schema(table: Table) -> Schema:
     assert isinstance(converted, Schema)
     docs = {name: doc for name, _, doc, _ in stored_columns(table)}
     fields = [
-        NestedField(field_id=number, name=f.name, field_type=f.field_type, required=False, doc=docs[f.name])
+        NestedField(field_id=number, name=f.name, field_type=f.field_type, required=f.name in table.identifier, doc=docs[f.name])
         for number, f in enumerate(converted.fields, start=1)
     ]
-    return assign_fresh_schema_ids(Schema(*fields))
+    identifier = [f.field_id for f in fields if f.name in table.identifier]
+    return assign_fresh_schema_ids(Schema(*fields, identifier_field_ids=identifier))
 
 
 @cache
@@ -460,6 +461,32 @@ class Handle:
             for name, target in promoted:
                 update.update_column(name, target)
 
+    def describe(self) -> None:
+        """Prepare what people read of the table as it is declared now (comments, owner, identifier); committed with the data."""
+        schema, table = self.metadata.schema(), self.table
+        told = {"comment": table.doc, "owner": table.owner}
+        docs = [
+            (name, doc)
+            for name, _, doc, _ in stored_columns(table)
+            if name in schema.column_names and schema.find_field(name).doc != doc
+        ]
+        identified = schema.identifier_field_names() == set(table.identifier)
+        untold = {name: text for name, text in told.items() if self.metadata.properties.get(name) != text}
+        if not docs and identified and not untold:
+            return
+        if self._transaction is None:
+            self._transaction = self.loaded.transaction()
+        if untold:
+            self._transaction.set_properties(untold)
+        # a column that the engine never leaves empty may be declared so, which Iceberg cannot know
+        with self._transaction.update_schema(allow_incompatible_changes=True) as update:
+            for name, doc in docs:
+                update.update_column(name, doc=doc)
+            if not identified:
+                for name in table.identifier:
+                    update.update_column(name, required=True)
+                update.set_identifier_fields(*table.identifier)
+
     def commit(
         self,
         added: Iterable[DataFile] = (),
@@ -591,6 +618,7 @@ class Lake:
             if not evolve or evolves(handle):
                 stored = handle.arrow_schema.names
                 handle.widen(pa.schema([f for f in declared_types(table) if evolve or f.name not in stored]))
+                handle.describe()
                 return handle
             with contextlib.suppress(NoSuchTableError):
                 catalog.drop_table(table.name)
