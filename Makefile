@@ -35,7 +35,16 @@ build/iceberg-rest/.ready: tests/servers/iceberg-pom.xml
 	@mvn -q -B -f $< dependency:copy-dependencies -DoutputDirectory=$(CURDIR)/build/iceberg-rest
 	@touch $@
 
-test-servers: $(READY) build/iceberg-rest/.ready ## The tests with the servers that people run; needs Java 17 and Maven
+build/iceberg-spark/.ready: Makefile
+	@mvn -q -B dependency:copy -Dartifact=org.apache.iceberg:iceberg-spark-runtime-4.0_2.13:1.10.0 -DoutputDirectory=$(CURDIR)/build/iceberg-spark
+	@touch $@
+
+build/engines/.ready: pyproject.toml
+	@test -x build/engines/bin/python || $(PYTHON) -m venv build/engines
+	@$(BIN)/uv pip install --quiet --python build/engines/bin/python --group pyproject.toml:engines
+	@touch $@
+
+test-servers: $(READY) build/iceberg-rest/.ready build/iceberg-spark/.ready build/engines/.ready ## The tests with the servers that people run; needs Java 17 and Maven
 	@$(BIN)/python -m pytest -m servers tests/servers
 
 test-all: $(READY) ## All tests, the slow ones too
@@ -48,7 +57,7 @@ lint: $(READY) ## Style, types, import direction, generated docs
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m app docs --check
 
-docs: $(READY) ## Write docs/tables.md, features.md and settings.md from the declarations
+docs: $(READY) ## Write docs/tables.md, star-schema.md, features.md and settings.md from the declarations
 	@$(BIN)/python -m app docs
 
 bench: $(READY) ## What a change costs against the full build; the training set against a plain script
