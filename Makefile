@@ -31,7 +31,20 @@ test-slow: $(READY) ## The slow tests: kills, Ray, servers under load, the model
 		tests/test_registry.py tests/test_order_features.py
 	@$(BIN)/python -m pytest -m slow tests/test_serve_ray.py tests/test_serve_edges.py tests/test_serve_openapi.py tests/test_demo.py
 
-test-servers: $(READY) ## The connectors against genuine servers; needs Java 17, Maven and Go
+build/iceberg-rest/.ready: tests/servers/iceberg-pom.xml
+	@mvn -q -B -f $< dependency:copy-dependencies -DoutputDirectory=$(CURDIR)/build/iceberg-rest
+	@touch $@
+
+build/iceberg-spark/.ready: Makefile
+	@mvn -q -B dependency:copy -Dartifact=org.apache.iceberg:iceberg-spark-runtime-4.0_2.13:1.10.0 -DoutputDirectory=$(CURDIR)/build/iceberg-spark
+	@touch $@
+
+build/engines/.ready: pyproject.toml
+	@test -x build/engines/bin/python || $(PYTHON) -m venv build/engines
+	@$(BIN)/uv pip install --quiet --python build/engines/bin/python --group pyproject.toml:engines
+	@touch $@
+
+test-servers: $(READY) build/iceberg-rest/.ready build/iceberg-spark/.ready build/engines/.ready ## Genuine servers, catalogs and engines; needs Java 17, Maven and Go
 	@$(BIN)/python -m pytest -m servers --durations 10 tests/servers
 
 test-all: $(READY) ## All tests, the slow ones too
@@ -44,7 +57,7 @@ lint: $(READY) ## Style, types, import direction, generated docs
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m app docs --check
 
-docs: $(READY) ## Write docs/tables.md, features.md and settings.md from the declarations
+docs: $(READY) ## Write docs/tables.md, star-schema.md, features.md and settings.md from the declarations
 	@$(BIN)/python -m app docs
 
 bench: $(READY) ## What a change costs against the full build; the training set against a plain script
@@ -58,6 +71,6 @@ lock: ## Pin the packages anew (universal, no addresses)
 	$(BIN)/uv pip compile --quiet --universal --no-header --no-emit-index-url --no-annotate --group dev pyproject.toml -o requirements.lock
 
 clean: ## Remove the virtual environment and everything local
-	rm -rf $(VENV) .shopsphere
+	rm -rf $(VENV) .shopsphere build
 
 .PHONY: help setup demo test test-slow test-servers test-all lint docs bench bench-serve lock clean

@@ -363,7 +363,7 @@ def demo(
 
 @app.command()
 def docs(check: Annotated[bool, typer.Option("--check", help="Only tell whether the pages are up to date")] = False) -> None:
-    """Write docs/tables.md, docs/features.md and docs/settings.md from the declarations."""
+    """Write docs/tables.md, star-schema.md, features.md and settings.md from the declarations."""
     from app.generated_docs import stale_pages, write_pages
 
     if not check:

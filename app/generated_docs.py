@@ -1,4 +1,4 @@
-"""Documentation that is written from declarations: docs/tables.md, docs/features.md and docs/settings.md."""
+"""Documentation that is written from declarations: docs/tables.md, star-schema.md, features.md and settings.md."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ def table_section(table: Table) -> list[str]:
     if table.name in MODEL_TABLES:
         facts.append(("filled by", "`train` and `monitor`; `run` leaves it as it is"))
     lines += [f"- {name}: {value}" for name, value in facts if value]
+    lines += [f"- `{r.column}` refers to `{r.table.name}.{r.to}`" for r in table.references]
     if step:
         lines += [f"- reads `{read.table.name}`: {read_name(read)}" for read in step.reads.values()]
     lines += ["", "| column | type | meaning |", "|---|---|---|"]
@@ -74,6 +75,51 @@ def graph() -> list[str]:
             f"  {name.replace('.', '_')} --> {step.target.name.replace('.', '_')}" for name in sorted(pipelines.upstream(step))
         ]
     return [*lines, "```", ""]
+
+
+def star_page() -> str:
+    """docs/star-schema.md."""
+    pointing = [table for table in TABLES.values() if table.references]
+    pointed = {reference.table.name: reference.table for table in pointing for reference in table.references}
+    drawn = {table.name: table for table in (*pointing, *pointed.values())}
+    lines = [
+        NOTE,
+        "# The star schema of gold",
+        "",
+        "What to join by, for people and for BI tools ([how](bi.md)). A key is null where nothing is known, and a store",
+        "or product that its source deleted is in no dimension any more: join `LEFT`.",
+        "",
+        "```mermaid",
+        "erDiagram",
+    ]
+    for table in drawn.values():
+        keys = list(dict.fromkeys([*table.key, *(r.column for r in table.references), *_pointed_at(table, pointing)]))
+        lines.append(f"  {table.short_name} {{")
+        types = {c.name: type_name(c.type).split(" ")[0].replace("(", "_").replace(", ", "_").rstrip(")") for c in table.columns}
+        for name in keys:
+            marks = [
+                mark for mark, holds in (("PK", name in table.key), ("FK", name in {r.column for r in table.references})) if holds
+            ]
+            lines.append(f"    {types[name]} {name} {', '.join(marks) or 'UK'}")
+        lines.append("  }")
+    for table in pointing:
+        for reference in table.references:
+            optional = not next(c for c in table.columns if c.name == reference.column).required
+            many, one = "o{", "o|" if optional else "||"
+            lines.append(f"  {reference.table.short_name} {one}--{many} {table.short_name} : {reference.column}")
+    lines += ["```", "", "| table | column | refers to | may be null |", "|---|---|---|---|"]
+    for table in pointing:
+        required = {c.name for c in table.columns if c.required}
+        lines += [
+            f"| `{table.name}` | `{r.column}` | `{r.table.name}.{r.to}` | {'no' if r.column in required else 'yes'} |"
+            for r in table.references
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _pointed_at(table: Table, pointing: list[Table]) -> list[str]:
+    """The columns of a table that others refer to."""
+    return [r.to for other in pointing for r in other.references if r.table.name == table.name]
 
 
 def tables_page() -> str:
@@ -150,7 +196,12 @@ def features_page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-PAGES = {"docs/tables.md": tables_page, "docs/features.md": features_page, "docs/settings.md": settings_page}
+PAGES = {
+    "docs/tables.md": tables_page,
+    "docs/star-schema.md": star_page,
+    "docs/features.md": features_page,
+    "docs/settings.md": settings_page,
+}
 
 
 def write_pages() -> list[str]:

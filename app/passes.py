@@ -17,7 +17,7 @@ import polars as pl
 
 import pipelines
 from lakehouse.engine import Engine, Report
-from lakehouse.errors import SettingsError, ShopSphereError, SourceError
+from lakehouse.errors import CatalogUnreachable, SettingsError, ShopSphereError, SourceError
 from lakehouse.iceberg import Handle, Lake
 from lakehouse.outages import outage
 from lakehouse.parallel import Pool
@@ -68,6 +68,8 @@ def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: 
             raise  # nothing can go on
         except Exception as error:
             errors.append(_expected(error))
+            if isinstance(errors[-1], CatalogUnreachable):
+                break
             continue
         for report in done:
             tell(report.table, report)
@@ -82,6 +84,8 @@ def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: 
             raise  # nothing can go on
         except Exception as error:
             errors.append(_expected(error))
+            if isinstance(errors[-1], CatalogUnreachable):
+                break
             continue
         tell(step.target.name, report)
         reports.append(report)

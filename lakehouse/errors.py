@@ -6,7 +6,8 @@ ShopSphereError            anything this project raises on purpose (one line, ex
 |  |- OffsetGone           records were deleted at the source before they were read
 |- SchemaConflict          a source changed the type of a column incompatibly
 |- UnknownColumn           a column was met that the plan did not know (the engine adds it and retries)
-|- CommitConflict          another writer committed first; nothing of ours was written
+|- CommitConflict          another writer committed first, or the answer to a commit was lost: to be tried again
+|  |- CatalogUnreachable   the catalog does not answer
 |- TableNotFound           no such table
 |- Outage                  the disk, the object store, the catalog or Ray failed; what was committed is whole
 |- QueryError              a SQL statement cannot be run
@@ -57,7 +58,12 @@ class UnknownColumn(ShopSphereError):
 
 
 class CommitConflict(ShopSphereError):
-    """Another writer committed to the table first; nothing of this attempt was written."""
+    """Another writer committed to the table first, or the answer to a commit was lost. Trying again begins with loading the
+    table, whose positions tell whether the commit arrived."""
+
+
+class CatalogUnreachable(CommitConflict):
+    """The catalog does not answer. A CommitConflict, so that what is under way is tried again."""
 
 
 class TableNotFound(ShopSphereError):

@@ -23,8 +23,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyiceberg.catalog import Catalog, load_catalog
 from pyiceberg.exceptions import (
-    CommitFailedException,
-    CommitStateUnknownException,
     NamespaceAlreadyExistsError,
     NoSuchTableError,
     TableAlreadyExistsError,
@@ -43,9 +41,9 @@ from pyiceberg.transforms import DayTransform, IdentityTransform, MonthTransform
 from pyiceberg.typedef import Record
 from pyiceberg.types import DecimalType, DoubleType, FloatType, IcebergType, IntegerType, LongType, NestedField
 from pyiceberg_core import transform as iceberg_transform
-from sqlalchemy.exc import SQLAlchemyError
 
-from lakehouse.errors import CommitConflict, SchemaConflict, SettingsError, ShopSphereError, TableNotFound
+from lakehouse.catalog_errors import catalog_errors, committing
+from lakehouse.errors import SchemaConflict, SettingsError, TableNotFound
 from lakehouse.row_delta import RowDelta
 from lakehouse.settings import Settings
 from lakehouse.table import DELETED, GROUP_HASH, SEQUENCE, Table
@@ -113,10 +111,11 @@ def iceberg_schema(table: Table) -> Schema:
     assert isinstance(converted, Schema)
     docs = {name: doc for name, _, doc, _ in stored_columns(table)}
     fields = [
-        NestedField(field_id=number, name=f.name, field_type=f.field_type, required=False, doc=docs[f.name])
+        NestedField(field_id=number, name=f.name, field_type=f.field_type, required=f.name in table.identifier, doc=docs[f.name])
         for number, f in enumerate(converted.fields, start=1)
     ]
-    return assign_fresh_schema_ids(Schema(*fields))
+    identifier = [f.field_id for f in fields if f.name in table.identifier]
+    return assign_fresh_schema_ids(Schema(*fields, identifier_field_ids=identifier))
 
 
 @cache
@@ -462,6 +461,32 @@ class Handle:
             for name, target in promoted:
                 update.update_column(name, target)
 
+    def describe(self) -> None:
+        """Prepare what people read of the table as it is declared now (comments, owner, identifier); committed with the data."""
+        schema, table = self.metadata.schema(), self.table
+        told = {"comment": table.doc, "owner": table.owner}
+        docs = [
+            (name, doc)
+            for name, _, doc, _ in stored_columns(table)
+            if name in schema.column_names and schema.find_field(name).doc != doc
+        ]
+        identified = schema.identifier_field_names() == set(table.identifier)
+        untold = {name: text for name, text in told.items() if self.metadata.properties.get(name) != text}
+        if not docs and identified and not untold:
+            return
+        if self._transaction is None:
+            self._transaction = self.loaded.transaction()
+        if untold:
+            self._transaction.set_properties(untold)
+        # a column that the engine never leaves empty may be declared so, which Iceberg cannot know
+        with self._transaction.update_schema(allow_incompatible_changes=True) as update:
+            for name, doc in docs:
+                update.update_column(name, doc=doc)
+            if not identified:
+                for name in table.identifier:
+                    update.update_column(name, required=True)
+                update.set_identifier_fields(*table.identifier)
+
     def commit(
         self,
         added: Iterable[DataFile] = (),
@@ -471,7 +496,11 @@ class Handle:
         changes_rows: bool = True,
         properties: Mapping[str, str] | None = None,
     ) -> int:
-        """Commit once: files and positions together. Gives the snapshot id. Raises CommitConflict if anyone was first."""
+        """Commit once: files and positions together. Gives the snapshot id.
+
+        Raises CommitConflict if anyone was first or the catalog's answer was lost: then the commit may have arrived, which
+        the positions of the table tell when it is loaded again.
+        """
         transaction = self._transaction or self.loaded.transaction()
         kept = {SHAPE: shape} if (shape := self.summary(SHAPE)) is not None else {}
         summary = {
@@ -481,21 +510,9 @@ class Handle:
             **(properties or {}),
         }
         delta = RowDelta(transaction, self.loaded.io, added=added, removed_paths=removed_paths, properties=summary)
-        try:
+        with committing(self.table.name):
             delta.commit()
             transaction.commit_transaction()
-        except (CommitFailedException, CommitStateUnknownException, NoSuchTableError) as error:
-            raise CommitConflict(
-                f"{self.table.name}: another writer committed first ({type(error).__name__}). Run again."
-            ) from error
-        except SQLAlchemyError as error:
-            if "full" in (cause := str(getattr(error, "orig", None) or "")):
-                raise ShopSphereError(
-                    f"{self.table.name}: the catalog cannot be written: {cause}. Make room and run again; nothing is lost."
-                ) from error
-            raise CommitConflict(
-                f"{self.table.name}: the catalog is busy or unreachable ({type(error).__name__}). Run again."
-            ) from error
         return delta.snapshot_id
 
 
@@ -582,9 +599,15 @@ class Lake:
 
         A declared column that the stored table lacks is added. evolve: for who fills the table from others. A column
         whose declared type grew is promoted; a table that Iceberg cannot evolve to its declaration is made anew, empty.
+        Raises CatalogUnreachable.
         """
+        catalog = self.catalog
+        with catalog_errors(table.name):
+            return self._load(catalog, table, create=create, evolve=evolve)
+
+    def _load(self, catalog: Catalog, table: Table, *, create: bool, evolve: bool) -> Handle:
         try:
-            handle = Handle(table, self.catalog.load_table(table.name))
+            handle = Handle(table, catalog.load_table(table.name))
         except NoSuchTableError:
             if not create:
                 raise TableNotFound(
@@ -595,23 +618,26 @@ class Lake:
             if not evolve or evolves(handle):
                 stored = handle.arrow_schema.names
                 handle.widen(pa.schema([f for f in declared_types(table) if evolve or f.name not in stored]))
+                handle.describe()
                 return handle
             with contextlib.suppress(NoSuchTableError):
-                self.catalog.drop_table(table.name)
+                catalog.drop_table(table.name)
         with contextlib.suppress(NamespaceAlreadyExistsError):
-            self.catalog.create_namespace(table.layer)
+            catalog.create_namespace(table.layer)
         schema = iceberg_schema(table)
         try:
-            loaded = self.catalog.create_table(
+            loaded = catalog.create_table(
                 table.name,
                 schema,
                 partition_spec=partition_spec(table, schema),
                 properties={**TABLE_PROPERTIES, "comment": table.doc, "owner": table.owner},
             )
         except TableAlreadyExistsError:
-            loaded = self.catalog.load_table(table.name)
+            loaded = catalog.load_table(table.name)
         return Handle(table, loaded)
 
     def exists(self, table: Table) -> bool:
         """Whether the table has been made."""
-        return self.catalog.table_exists(table.name)
+        catalog = self.catalog
+        with catalog_errors(table.name):
+            return catalog.table_exists(table.name)

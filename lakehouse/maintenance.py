@@ -17,6 +17,7 @@ from pyarrow.fs import FileSelector, FileType
 from pyiceberg.io.pyarrow import PyArrowFileIO
 from pyiceberg.manifest import DataFile
 
+from lakehouse.catalog_errors import catalog_errors
 from lakehouse.errors import CommitConflict
 from lakehouse.iceberg import File, Handle, Lake
 from lakehouse.table import Table
@@ -103,7 +104,8 @@ def expire(lake: Lake, table: Table, retention_hours: float, now: datetime) -> i
         from pyiceberg.exceptions import CommitFailedException
 
         try:
-            handle.loaded.maintenance.expire_snapshots().by_ids(old).commit()
+            with catalog_errors(table.name):
+                handle.loaded.maintenance.expire_snapshots().by_ids(old).commit()
         except CommitFailedException as error:
             raise CommitConflict(
                 f"{table.name}: another writer committed while snapshots were being expired. Run again."

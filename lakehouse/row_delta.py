@@ -67,6 +67,10 @@ class RowDelta(_SnapshotProducer["RowDelta"]):
     def _validate_concurrency(self) -> None:
         """Nothing to check: a commit in between fails this one (retries are off)."""
 
+    def _clean_all_uncommitted(self) -> None:
+        """Delete nothing: a commit that is said to have failed may have arrived, where a proxy or the catalog's client asks
+        again when an answer is lost. What nobody refers to goes with the orphans."""
+
     def _parent_manifests(self) -> list[ManifestFile]:
         if self._parent_snapshot_id is None:
             return []

@@ -35,6 +35,7 @@ class CatalogSettings(Section):
     name: str = Field("shopsphere", description="Name of the catalog")
     properties: dict[str, str] = Field(
         default_factory=dict,
+        repr=False,  # credentials are among them
         description="PyIceberg catalog properties (type, uri, warehouse, s3.endpoint ...); "
         "empty: SQLite and a local warehouse under SHOPSPHERE_HOME",
     )
@@ -74,7 +75,7 @@ class KafkaSettings(Section):
     bootstrap_servers: str = Field("", description="host:port, comma separated")
     topics: Annotated[tuple[str, ...], NoDecode] = Field(("events",), description="Topics to read, comma separated")
     properties: dict[str, str] = Field(
-        default_factory=dict, description="More librdkafka properties (security.protocol, sasl.*, ...)"
+        default_factory=dict, repr=False, description="More librdkafka properties (security.protocol, sasl.*, ...)"
     )
 
     @field_validator("topics", mode="before")

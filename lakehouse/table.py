@@ -49,6 +49,20 @@ def year(column_name: str) -> Partition:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """A foreign key: a column whose values, where there is one, are those of a column of another table."""
+
+    column: str
+    table: Table
+    to: str
+
+
+def references(column_name: str, table: Table, to: str = "") -> Reference:
+    """Declare a foreign key; `to`: the column there, when it has another name."""
+    return Reference(column_name, table, to or column_name)
+
+
+@dataclass(frozen=True)
 class Table:
     """A table of the lakehouse.
 
@@ -58,6 +72,7 @@ class Table:
     traced       columns whose old value downstream tables must hear of: when one changes, the row with the old
                  value stays as a tombstone
     sort_by      order of rows within a data file
+    references   foreign keys: what people join by; null where nothing is known
     """
 
     name: str
@@ -68,13 +83,18 @@ class Table:
     traced: tuple[str, ...] = ()
     partition_by: tuple[Partition, ...] = ()
     sort_by: tuple[str, ...] = ()
+    references: tuple[Reference, ...] = ()
     owner: str = "data platform"
 
     def __post_init__(self) -> None:
         known = {item.name for item in self.columns}
         partitioned = tuple(item.column for item in self.partition_by)
-        if missing := [name for name in (*self.key, *self.group, *self.traced, *partitioned, *self.sort_by) if name not in known]:
+        pointing = tuple(item.column for item in self.references)
+        named = (*self.key, *self.group, *self.traced, *partitioned, *self.sort_by, *pointing)
+        if missing := [name for name in named if name not in known]:
             raise ValueError(f"{self.name}: no column {missing}. Existing columns: {sorted(known)}")
+        if absent := [f"{item.table.name}.{item.to}" for item in self.references if item.to not in item.table.schema.names]:
+            raise ValueError(f"{self.name}: no column {absent} to refer to.")
         if not self.group:
             object.__setattr__(self, "group", self.key)
 
@@ -92,6 +112,12 @@ class Table:
     def keeps_tombstones(self) -> bool:
         """Silver keeps deleted rows as tombstones, so that gold hears of them."""
         return self.layer == "silver"
+
+    @property
+    def identifier(self) -> tuple[str, ...]:
+        """What identifies a row for readers: the key of a gold table, if it is never null; else nothing."""
+        never_null = {item.name for item in self.columns if item.required}
+        return self.key if self.layer == "gold" and never_null.issuperset(self.key) else ()
 
     @property
     def schema(self) -> pa.Schema:

@@ -15,11 +15,12 @@ import pyarrow as pa
 from lakehouse.engine import Engine, Report
 from lakehouse.errors import ShopSphereError
 from lakehouse.step import Context, Gather, Join, Step
-from lakehouse.table import TIMESTAMP, Table, column
+from lakehouse.table import TIMESTAMP, Table, column, references
 from ml.features import FEATURE_NAMES
 from ml.order_entities import ORDER_ENTITIES
 from ml.order_features import ORDER_FEATURES
 from ml.registry import Loaded
+from pipelines.gold.customer_360 import CUSTOMER_360
 
 RECENT = timedelta(days=30)
 
@@ -43,6 +44,7 @@ USER_FRAUD_SCORES = Table(
         column("model_version", pa.int32(), "Version of the registered model.", required=True),
     ),
     key=("master_user_id",),
+    references=(references("master_user_id", CUSTOMER_360),),
     owner="risk",
 )
 

@@ -32,7 +32,7 @@ from ml.tables_status import TableStatus, statuses
 from pipelines.gold.cohort_retention import COHORT_RETENTION
 from pipelines.gold.customer_360 import CUSTOMER_360
 from pipelines.gold.dim_products import DIM_PRODUCTS
-from pipelines.gold.dim_stores import DIM_STORES
+from pipelines.gold.dim_stores import DIM_STORES, NO_STORE
 from pipelines.silver.identity.links import MASTER
 from pipelines.silver.quarantine import QUARANTINE
 from serve import charts, segments
@@ -366,7 +366,9 @@ class Page:
         )  # fmt: skip
 
     def _names(self) -> dict[str, Any]:
-        stores = self._all(DIM_STORES, ("store_id", "name", "city")).sort("store_id").to_dicts()
+        stores = (
+            self._all(DIM_STORES, ("store_id", "name", "city")).filter(pl.col("store_id") != NO_STORE).sort("store_id").to_dicts()
+        )
         products = self._all(DIM_PRODUCTS, ("product_id", "name"))
         return {"stores": stores, "names": dict(products.iter_rows()), "suggested": SUGGESTED}
 

@@ -24,6 +24,7 @@ from pipelines.gold import (
     sales_daily,
     user_risk_scores,
 )
+from pipelines.gold.dim_stores import NO_STORE
 from pipelines.silver import chargebacks
 
 STEPS: tuple[Step, ...] = tuple(
@@ -256,8 +257,9 @@ class TestDimensions:
         assert rows[0]["list_price"] == money("1.50")
 
     def test_stores(self) -> None:
-        (row,) = run(dim_stores.STEP, stores=[{"store_id": "S1", "kind": "warehouse"}])
+        row, member = run(dim_stores.STEP, stores=[{"store_id": "S1", "kind": "warehouse"}])
         assert (row["store_id"], row["kind"], row["country"]) == ("S1", "warehouse", None)
+        assert (member["store_id"], member["kind"], member["city"]) == (NO_STORE, "none", None)
 
     def test_the_calendar_has_the_whole_year(self) -> None:
         rows = run(dim_date.STEP, orders=[{"order_date": date(2024, 12, 31)}, {"order_date": date(2024, 1, 3)}])

@@ -11,13 +11,16 @@ from lakehouse.step import Context, Gather, Step
 from lakehouse.table import TIMESTAMP, Table, column
 from pipelines.silver.stores import STORES
 
+NO_STORE = "none"
+"""The member for sales of no store, such as a marketplace's."""
+
 DIM_STORES = Table(
     "gold.dim_stores",
-    doc="Stores, warehouses and online shops as they are now.",
+    doc=f"Stores, warehouses and online shops as they are now, and '{NO_STORE}' for what belongs to no store.",
     columns=(
         column("store_id", pa.string(), "Store.", required=True),
         column("name", pa.string(), "Name."),
-        column("kind", pa.string(), "store, warehouse, online."),
+        column("kind", pa.string(), f"store, warehouse, online; {NO_STORE}."),
         column("city", pa.string(), "City."),
         column("country", pa.string(), "Country, ISO 3166-1 alpha-2."),
         column("updated_at", TIMESTAMP, "When the source last changed the row."),
@@ -28,12 +31,18 @@ DIM_STORES = Table(
 
 
 def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
-    """The touched stores."""
-    return frames["stores"].select(DIM_STORES.schema.names).sort("store_id")
+    """The touched stores, and, where there are any, the member for no store."""
+    member = pl.DataFrame({"store_id": [NO_STORE], "name": ["No store"], "kind": [NO_STORE]})
+    stores = frames["stores"].filter(pl.col("store_id") != NO_STORE).select(DIM_STORES.schema.names)
+    return pl.concat([stores, member.head(stores.height)], how="diagonal").sort("store_id")
 
+
+_MEMBER = pl.when(pl.col("store_id").is_not_null()).then(pl.lit(NO_STORE))
+"""Any change of a store touches the member for no store too, so that it is there as soon as there are stores."""
 
 STEP = Step(
     target=DIM_STORES,
-    reads={"stores": Gather(STORES, keys=((pl.col("store_id"),),), columns=tuple(DIM_STORES.schema.names))},
+    reads={"stores": Gather(STORES, keys=((pl.col("store_id"),), (_MEMBER,)), columns=tuple(DIM_STORES.schema.names))},
     fill=fill,
+    shaped_by=(("member for no store", NO_STORE),),
 )

@@ -8,7 +8,8 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.step import Context, Gather, Step
-from lakehouse.table import TIMESTAMP, Table, column
+from lakehouse.table import TIMESTAMP, Table, column, references
+from pipelines.gold.customer_360 import CUSTOMER_360
 from pipelines.silver.users_scd import USERS_SCD
 
 DIM_USERS = Table(
@@ -38,6 +39,7 @@ DIM_USERS = Table(
     ),
     key=("user_id", "valid_from"),
     group=("user_id",),
+    references=(references("master_user_id", CUSTOMER_360),),
     owner="customer",
 )
 

@@ -8,9 +8,11 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.step import Context, Gather, Join, Step
-from lakehouse.table import MONEY, TIMESTAMP, Table, column, year
-from pipelines.gold.dim_date import date_key
-from pipelines.gold.dim_users import user_key
+from lakehouse.table import MONEY, TIMESTAMP, Table, column, references, year
+from pipelines.gold.customer_360 import CUSTOMER_360
+from pipelines.gold.dim_date import DIM_DATE, date_key
+from pipelines.gold.dim_stores import DIM_STORES
+from pipelines.gold.dim_users import DIM_USERS, user_key
 from pipelines.gold.revenue import NOTHING, is_cancelled, line_revenue
 from pipelines.gold.touched import rows_with
 from pipelines.silver.chargebacks import CHARGEBACKS
@@ -62,6 +64,12 @@ FACT_ORDERS = Table(
     key=("order_id",),
     partition_by=(year("order_date"),),
     sort_by=("order_date", "order_id"),
+    references=(
+        references("date_key", DIM_DATE),
+        references("store_id", DIM_STORES),
+        references("user_key", DIM_USERS),
+        references("master_user_id", CUSTOMER_360),
+    ),
     owner="commerce",
 )
 

@@ -8,7 +8,9 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.step import Context, Gather, Step
-from lakehouse.table import TIMESTAMP, Table, column
+from lakehouse.table import TIMESTAMP, Table, column, references
+from pipelines.gold.dim_products import DIM_PRODUCTS
+from pipelines.gold.dim_stores import DIM_STORES
 from pipelines.silver.inventory_snapshots import GROUP, INVENTORY_SNAPSHOTS, ORDER
 
 SALES_DAYS = 28
@@ -43,6 +45,10 @@ INVENTORY_HEALTH = Table(
     ),
     key=("store_id", "product_id"),
     sort_by=("store_id", "product_id"),
+    references=(
+        references("store_id", DIM_STORES),
+        references("product_id", DIM_PRODUCTS),
+    ),
     owner="supply chain",
 )
 

@@ -8,7 +8,9 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.step import Context, Gather, Step, Whole
-from lakehouse.table import MONEY, TIMESTAMP, Table, column
+from lakehouse.table import MONEY, TIMESTAMP, Table, column, references
+from pipelines.gold.dim_products import DIM_PRODUCTS
+from pipelines.gold.dim_stores import DIM_STORES
 from pipelines.gold.touched import rows_with
 from pipelines.silver.amounts import line_amounts, to_base
 from pipelines.silver.exchange_rates import EXCHANGE_RATES, with_rates
@@ -36,6 +38,10 @@ INVENTORY_SHRINKAGE = Table(
     key=("store_id", "product_id", "counted_at", "event_id"),
     group=("store_id", "product_id"),
     sort_by=("store_id", "product_id", "counted_at"),
+    references=(
+        references("store_id", DIM_STORES),
+        references("product_id", DIM_PRODUCTS),
+    ),
     owner="supply chain",
 )
 

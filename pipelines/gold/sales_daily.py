@@ -8,14 +8,15 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.step import Context, Gather, Step, Whole
-from lakehouse.table import MONEY, Table, column, year
+from lakehouse.table import MONEY, Table, column, references, year
+from pipelines.gold.dim_date import DIM_DATE
 from pipelines.gold.dim_products import UNCATEGORISED
+from pipelines.gold.dim_stores import DIM_STORES, NO_STORE
 from pipelines.gold.revenue import line_revenue
 from pipelines.gold.touched import rows_with
 from pipelines.silver.order_items_unified import ORDER_ITEMS_UNIFIED
 from pipelines.silver.products import PRODUCTS
 
-NO_STORE = "none"
 NO_COUNTRY = "ZZ"
 
 SALES_DAILY = Table(
@@ -53,6 +54,10 @@ SALES_DAILY = Table(
     group=("order_date",),
     partition_by=(year("order_date"),),
     sort_by=("order_date",),
+    references=(
+        references("order_date", DIM_DATE, to="date"),
+        references("store_id", DIM_STORES),
+    ),
     owner="commerce",
 )
 

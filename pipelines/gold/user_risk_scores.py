@@ -14,7 +14,8 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.step import Context, Gather, Join, Step
-from lakehouse.table import TIMESTAMP, Table, column
+from lakehouse.table import TIMESTAMP, Table, column, references
+from pipelines.gold.customer_360 import CUSTOMER_360
 from pipelines.gold.revenue import is_cancelled
 from pipelines.gold.touched import rows_with
 from pipelines.silver.chargebacks import CHARGEBACKS
@@ -104,6 +105,7 @@ USER_RISK_SCORES = Table(
         ),
     ),
     key=("master_user_id",),
+    references=(references("master_user_id", CUSTOMER_360),),
     owner="risk",
 )
 

@@ -1,0 +1,43 @@
+"""An S3-compatible store and a Glue catalog, started for a test."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import boto3
+from botocore.exceptions import BotoCoreError
+from rest_catalog import free_port
+
+BUCKET = "lake"
+STARTS_WITHIN = 60.0
+
+
+@contextmanager
+def aws_server(key: str = "k", secret: str = "s") -> Iterator[dict[str, str]]:
+    """PyIceberg's properties of a store with the bucket `lake`; its address is also that of a Glue catalog."""
+    port = free_port()
+    endpoint = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    given = {"s3.endpoint": endpoint, "s3.access-key-id": key, "s3.secret-access-key": secret, "s3.region": "us-east-1"}
+    client = boto3.client(
+        "s3", endpoint_url=endpoint, aws_access_key_id=key, aws_secret_access_key=secret, region_name=given["s3.region"]
+    )
+    last = time.monotonic() + STARTS_WITHIN
+    try:
+        while True:
+            try:
+                client.create_bucket(Bucket=BUCKET)
+                break
+            except BotoCoreError:
+                if server.poll() is not None or time.monotonic() > last:
+                    raise
+                time.sleep(0.1)
+        yield given
+    finally:
+        server.terminate()
+        server.wait()

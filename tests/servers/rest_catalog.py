@@ -1,0 +1,87 @@
+"""Apache Iceberg's own REST catalog, started for a test: the reference server on SQLite, one warehouse."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+BUILD = Path(__file__).resolve().parents[2] / "build"
+JARS = BUILD / "iceberg-rest"
+STARTS_WITHIN = 60.0
+"""Seconds a JVM may take on a busy machine."""
+
+
+def needed(path: Path) -> Path:
+    """A file or folder that `make test-servers` lays ready; without it the test is skipped, and fails where CI is set."""
+    if not path.exists():
+        message = f"{path.name} is missing: run `make test-servers`, which needs Java 17 and Maven"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return path
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def rest_catalog(folder: Path, warehouse: str, store: Mapping[str, str] | None = None) -> Iterator[str]:
+    """The address of a REST catalog with its database and log in `folder`.
+
+    store    PyIceberg's S3 properties of the warehouse's store; None: a local folder
+    """
+    jars = needed(JARS)
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    given = {
+        "catalog-impl": "org.apache.iceberg.jdbc.JdbcCatalog",
+        "uri": f"jdbc:sqlite:file:{folder / 'catalog.db'}",
+        "jdbc.schema-version": "V1",
+        "clients": "1",  # SQLite takes one writer at a time
+        "warehouse": warehouse,
+        "rest.port": str(port),
+    }
+    environment = dict(os.environ)
+    if store is not None:
+        given |= {
+            "io-impl": "org.apache.iceberg.aws.s3.S3FileIO",
+            "s3.endpoint": store["s3.endpoint"],
+            "s3.path-style-access": "true",
+            "client.region": store["s3.region"],
+        }
+        environment |= {"AWS_ACCESS_KEY_ID": store["s3.access-key-id"], "AWS_SECRET_ACCESS_KEY": store["s3.secret-access-key"]}
+    environment |= {f"CATALOG_{name.replace('-', '__').replace('.', '_').upper()}": value for name, value in given.items()}
+    command = ["java", "-Xmx512m", "-cp", f"{jars}/*", "org.apache.iceberg.rest.RESTCatalogServer"]
+    address = f"http://127.0.0.1:{port}"
+    with (folder / "catalog.log").open("wb") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        _wait(server, address, folder / "catalog.log")
+        yield address
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _wait(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    last = time.monotonic() + STARTS_WITHIN
+    while True:
+        try:
+            urllib.request.urlopen(f"{address}/v1/config", timeout=10).close()
+            return
+        except OSError:
+            if server.poll() is not None or time.monotonic() > last:
+                raise AssertionError(f"the REST catalog did not start:\n{log.read_text()[-2000:]}") from None
+            time.sleep(0.1)

@@ -1,0 +1,83 @@
+"""Credentials of the catalog and the store never reach what people read: output, errors, logs, table metadata."""
+
+from __future__ import annotations
+
+import json
+import logging
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from aws_server import BUCKET, aws_server
+from rest_catalog import free_port, rest_catalog
+
+from app.command_line import main
+from lakehouse.iceberg import Lake
+from lakehouse.settings import load_settings
+from pipelines.gold.dim_stores import DIM_STORES
+
+pytestmark = [pytest.mark.servers, pytest.mark.timeout(200)]
+SECRETS = {"s3": "s3-Secret-4711", "oauth": "oauth-Secret-4712", "user": "user-Secret-4713"}
+COMMANDS = (
+    ["status"],
+    ["status", "--json"],
+    ["sql", "SELECT count(*) FROM gold.dim_stores"],
+    ["digest", "gold.dim_stores"],
+    ["maintain"],
+    ["run"],
+)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
+    """A REST catalog over an S3-compatible store, and the store's properties."""
+    with (
+        aws_server(secret=SECRETS["s3"]) as store,
+        rest_catalog(tmp_path_factory.mktemp("rest"), f"s3://{BUCKET}/w", store) as address,
+    ):
+        yield address, store
+
+
+def catalog_properties(address: str, store: dict[str, str]) -> dict[str, str]:
+    return {
+        "type": "rest",
+        "uri": address.replace("http://", f"http://someone:{SECRETS['user']}@"),
+        "credential": f"shop:{SECRETS['oauth']}",
+        **store,
+    }
+
+
+def said(capfd, caplog, monkeypatch, home: Path, properties: dict[str, str], *, debug: bool) -> str:
+    """All that the commands write with these properties."""
+    monkeypatch.setenv("SHOPSPHERE_HOME", str(home))
+    monkeypatch.setenv("SHOPSPHERE_CATALOG__PROPERTIES", json.dumps(properties))
+    for source in ("POSTGRES", "MONGO", "KAFKA"):
+        monkeypatch.setenv(f"SHOPSPHERE_{source}__ENABLED", "false")
+    written = [repr(load_settings())]
+    for command in COMMANDS:
+        try:
+            main([*(["--debug"] if debug else []), *command])
+        except Exception:
+            written.append(traceback.format_exc())
+    out, err = capfd.readouterr()
+    return "\n".join([*written, out, err, caplog.text])
+
+
+@pytest.mark.parametrize(("broken", "debug"), [("nothing", False), ("catalog", False), ("catalog", True), ("store", True)])
+@pytest.mark.filterwarnings("ignore")
+def test_no_secret_is_written(places, tmp_path, capfd, caplog, monkeypatch, broken, debug):
+    address, store = places
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    properties = catalog_properties(nowhere if broken == "catalog" else address, store)
+    if broken == "store":
+        properties["s3.endpoint"] = nowhere
+    caplog.set_level(logging.INFO)
+    text = said(capfd, caplog, monkeypatch, tmp_path, properties, debug=debug)
+    if broken == "nothing":
+        assert "gold.dim_stores" in text
+    found = [name for name, secret in SECRETS.items() if secret in text]
+    assert not found, [line for line in text.splitlines() if any(secret in line for secret in SECRETS.values())][:5]
+    if broken == "nothing":
+        metadata = Lake(load_settings()).load(DIM_STORES).loaded.metadata.model_dump_json()
+        assert not [name for name, secret in SECRETS.items() if secret in metadata]
