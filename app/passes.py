@@ -18,6 +18,7 @@ import polars as pl
 import pipelines
 from lakehouse.engine import Engine, Report
 from lakehouse.errors import SettingsError, ShopSphereError, SourceError
+from lakehouse.history import History, Run
 from lakehouse.iceberg import Handle, Lake
 from lakehouse.parallel import Pool
 from lakehouse.settings import Settings
@@ -51,9 +52,11 @@ def open_engine(settings: Settings) -> Iterator[Engine]:
         pool.close()
 
 
-def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: False) -> Pass:
+def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: False, history: History | None = None) -> Pass:
     """Read what is new at every source, then bring every table up to date. A source that cannot be read, or a table
-    that cannot be filled, does not keep the others from going on; its error is in the result."""
+    that cannot be filled, does not keep the others from going on; its error is in the result. What the pass did goes to
+    `history` (default: a new one)."""
+    run = Run("run")
     started, cpu = time.monotonic(), time.process_time()
     reports: list[Report] = []
     errors: list[ShopSphereError] = []
@@ -84,6 +87,10 @@ def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: 
             continue
         tell(step.target.name, report)
         reports.append(report)
+    try:
+        (history or History(engine.lake)).note(engine, run, reports, errors)
+    except ShopSphereError as error:
+        errors.append(error)
     elsewhere = sum(report.worker_cpu_seconds for report in reports)
     return Pass(tuple(reports), tuple(errors), time.monotonic() - started, time.process_time() - cpu + elsewhere)
 
@@ -100,6 +107,7 @@ def rebuild(engine: Engine, names: Sequence[str]) -> list[Report]:
     """Fill tables again from everything upstream; bronze tables: read their source again from the beginning, those of
     one source all at once. Bronze first, then each table after those that it reads."""
     tables = {table_named(name).name: None for name in names}
+    run = Run("rebuild")
     known = pipelines.sources(engine.lake.settings)
     bronze = {name for name in tables if TABLES[name].layer == "bronze"}
     if off := sorted(bronze - {name for source in known for name in source.tables}):
@@ -110,10 +118,20 @@ def rebuild(engine: Engine, names: Sequence[str]) -> list[Report]:
             done = engine.ingest(source, pipelines.TABLES, again=frozenset(chosen))
             reports += [report for report in done if report.table in chosen]
     for step in pipelines.STEPS:
-        if step.target.name in tables or (QUARANTINE.name in tables and _bronze_reads(step)):
+        if step.target.name in tables or (QUARANTINE.name in tables and (_bronze_reads(step) or step.target.holds_back)):
             reports.append(engine.refresh(step, rebuild=True))
     reports += [rebuild_model_table(engine, TABLES[name]) for name in TABLES if name in tables and name in MODEL_TABLES]
+    History(engine.lake).note(engine, run, reports)
     return reports
+
+
+def publish(engine: Engine, name: str) -> int:
+    """Publish the build of a table that its expectations have refused; gives the snapshot. Raises ShopSphereError."""
+    table = table_named(name)
+    handle = engine.lake.load(table, create=False)
+    if handle.build is None:
+        raise ShopSphereError(f"{table.name} has no build that waits: its readers have the newest. See `python -m app status`.")
+    return handle.publish()
 
 
 def _bronze_reads(step: Step) -> set[str]:
@@ -135,15 +153,18 @@ class Replay:
 
 def replay(engine: Engine, fixes: Path | None) -> Replay:
     """Store corrections, read the quarantined rows again, and take those that can be read now out of quarantine."""
+    run = Run("replay")
     corrections = store_corrections(engine, fixes) if fixes else 0
     quarantined = _quarantined(engine.lake)
     positions: dict[str, tuple[str, ...]] = {
         table: tuple(quarantined.filter(pl.col("source_table") == table)["source_position"].to_list())
         for table in quarantined["source_table"].unique().sort()
+        if TABLES[table].layer == "bronze"  # what breaks an expectation leaves when its table is filled anew
     }
     reports = tuple(
         engine.refresh(step, replay=positions if _bronze_reads(step) & positions.keys() else None) for step in pipelines.STEPS
     )
+    History(engine.lake).note(engine, run, reports)
     return Replay(corrections, quarantined.height, _quarantined(engine.lake).height, reports)
 
 

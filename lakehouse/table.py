@@ -7,6 +7,8 @@ from typing import Literal
 
 import pyarrow as pa
 
+from lakehouse.expectations import Expectation, mistake, not_null, unique
+
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 MONEY = pa.decimal128(20, 4)
 
@@ -58,6 +60,9 @@ class Table:
     traced       columns whose old value downstream tables must hear of: when one changes, the row with the old
                  value stays as a tombstone
     sort_by      order of rows within a data file
+    expectations what its rows must be like, beside what columns and key say by themselves: a required column is never
+                 null, a key is unique
+    named_by     columns of the key that messages may show (default: all of it); none that holds personal data
     """
 
     name: str
@@ -69,6 +74,8 @@ class Table:
     partition_by: tuple[Partition, ...] = ()
     sort_by: tuple[str, ...] = ()
     owner: str = "data platform"
+    expectations: tuple[Expectation, ...] = ()
+    named_by: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         known = {item.name for item in self.columns}
@@ -77,16 +84,31 @@ class Table:
             raise ValueError(f"{self.name}: no column {missing}. Existing columns: {sorted(known)}")
         if not self.group:
             object.__setattr__(self, "group", self.key)
+        if wrong := [text for rule in self.rules if (text := mistake(rule, self.group, known))]:
+            raise ValueError(f"{self.name}: {wrong[0]}")
 
     @property
     def layer(self) -> str:
-        """The Iceberg namespace: bronze, silver or gold."""
+        """The Iceberg namespace: bronze, silver or gold; operations for what the lakehouse notes of itself."""
         return self.name.split(".")[0]
 
     @property
     def short_name(self) -> str:
         """The name without its layer."""
         return self.name.split(".")[1]
+
+    @property
+    def rules(self) -> tuple[Expectation, ...]:
+        """All expectations: those that required columns and the key imply, then the declared ones."""
+        required = tuple(item.name for item in self.columns if item.required)
+        by_key = bool(self.key) and set(self.group) <= set(self.key)
+        implied = (*((not_null(*required),) if required else ()), *((unique(*self.key),) if by_key else ()))
+        return tuple(dict.fromkeys((*implied, *self.expectations)))
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether rows that break an expectation go to quarantine."""
+        return any(rule.severity == "quarantine" for rule in self.rules)
 
     @property
     def keeps_tombstones(self) -> bool:
