@@ -131,7 +131,9 @@ def publish(engine: Engine, name: str) -> int:
     handle = engine.lake.load(table, create=False)
     if handle.build is None:
         raise ShopSphereError(f"{table.name} has no build that waits: its readers have the newest. See `python -m app status`.")
-    return handle.publish()
+    run, snapshot = Run("publish"), handle.publish()
+    History(engine.lake).note(engine, run, [Report(table.name, "published", snapshot=snapshot)])
+    return snapshot
 
 
 def _bronze_reads(step: Step) -> set[str]:

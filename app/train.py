@@ -16,6 +16,7 @@ from app import sandbox
 from app.output import Output
 from app.passes import open_engine
 from lakehouse.engine import Engine
+from lakehouse.history import History, Run
 from lakehouse.settings import Settings
 from ml import user_fraud_scores
 from ml.baselines import Ceiling, Standing, as_text, baselines, ceiling, standing
@@ -90,9 +91,9 @@ def train(output: Output, settings: Settings, options: TrainSettings | None = No
 def train_on(engine: Engine, registry: Registry, options: TrainSettings, show: Callable[[str, int, int], None]) -> Trained:
     """The same on an engine that is open, without printing."""
     started, cpu = time.monotonic(), time.process_time()
-    elsewhere = 0.0
+    run = Run("train")
     with _stage(show, "features"):
-        elsewhere += sum(report.worker_cpu_seconds for report in refresh(engine, delay=options.split.delay))
+        reports = refresh(engine, delay=options.split.delay)
         data = training_set(engine.lake, engine.pool, options.cutoff, options.split)
     with _stage(show, "parameter search"):
         found = search(
@@ -136,7 +137,9 @@ def train_on(engine: Engine, registry: Registry, options: TrainSettings, show: C
         )
     with _stage(show, "scores"):
         if registry.champion() is not None:
-            elsewhere += user_fraud_scores.refresh(engine, registry.load()).worker_cpu_seconds
+            reports.append(user_fraud_scores.refresh(engine, registry.load()))
+    History(engine.lake).note(engine, run, reports)
+    elsewhere = sum(report.worker_cpu_seconds for report in reports)
     return Trained(
         version=registry.version(version.number),
         evaluation=evaluation,

@@ -1,4 +1,4 @@
-"""What runs did and how expectations came out, as tables of the lakehouse: `operations.runs` and `operations.expectation_results`.
+"""What runs did and how expectations came out, as tables: `operations.runs` and `operations.expectation_results`.
 
 Each run appends once to each, at its end, and only when it did or found something new: a run that goes on for ever
 (`run --every 5s`) does not fill them with what it has said before. `maintain` drops days beyond the retention.
@@ -26,11 +26,11 @@ RUNS = Table(
     doc="What each run did: one row a table that it changed or read for, and one an error.",
     columns=(
         column("run_id", pa.string(), "The run; also in OpenLineage events.", required=True),
-        column("kind", pa.string(), "run, rebuild, replay, train, monitor.", required=True),
+        column("kind", pa.string(), "run, rebuild, replay, publish, train, monitor.", required=True),
         column("started_at", TIMESTAMP, "When the run began.", required=True),
         column("ended_at", TIMESTAMP, "When it ended.", required=True),
         column("table", pa.string(), "Table; null for an error that is about none."),
-        column("status", pa.string(), "changed, rebuilt, read (nothing to change), failed.", required=True),
+        column("status", pa.string(), "changed, rebuilt, published, read (nothing to change), failed.", required=True),
         column("rows_read", pa.int64(), "Rows read."),
         column("rows_written", pa.int64(), "Rows written, tombstones too."),
         column("rows_deleted", pa.int64(), "Rows deleted or replaced."),
@@ -217,7 +217,7 @@ def past_runs(lake: Lake, limit: int) -> list[PastRun]:
         runs.group_by("run_id", "kind", "started_at")
         .agg(
             (pl.col("ended_at").max() - pl.col("started_at").first()).dt.total_milliseconds().alias("ms"),
-            pl.col("status").is_in(["changed", "rebuilt"]).sum().alias("tables"),
+            pl.col("status").is_in(["changed", "rebuilt", "published"]).sum().alias("tables"),
             pl.col("rows_written").sum(),
             pl.col("error").drop_nulls().sort().alias("errors"),
         )

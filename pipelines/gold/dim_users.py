@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import row_count_drift
 from lakehouse.step import Context, Gather, Step
 from lakehouse.table import TIMESTAMP, Table, column
 from pipelines.silver.users_scd import USERS_SCD
@@ -39,6 +40,7 @@ DIM_USERS = Table(
     key=("user_id", "valid_from"),
     group=("user_id",),
     owner="customer",
+    expectations=(row_count_drift(0.5),),
 )
 
 

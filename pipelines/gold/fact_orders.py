@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import accepted, fresh, row_count_drift, within
 from lakehouse.step import Context, Gather, Join, Step
 from lakehouse.table import MONEY, TIMESTAMP, Table, column, year
 from pipelines.gold.dim_date import date_key
@@ -63,6 +64,14 @@ FACT_ORDERS = Table(
     partition_by=(year("order_date"),),
     sort_by=("order_date", "order_id"),
     owner="commerce",
+    expectations=(
+        within("items", 0, None),
+        within("gross_revenue", 0, None),
+        within("returns_revenue", 0, None),
+        accepted("channel", {"web", "pos", "marketplace"}, severity="warn"),
+        fresh("placed_at", hours=24),
+        row_count_drift(0.5),
+    ),
 )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import within
 from lakehouse.step import Context, Gather, Step
 from lakehouse.table import TIMESTAMP, Table, column
 from pipelines.silver.inventory_snapshots import GROUP, INVENTORY_SNAPSHOTS, ORDER
@@ -44,6 +45,10 @@ INVENTORY_HEALTH = Table(
     key=("store_id", "product_id"),
     sort_by=("store_id", "product_id"),
     owner="supply chain",
+    expectations=(
+        within("sold_28d", 0, None, severity="warn"),
+        within("days_of_cover", 0, None),
+    ),
 )
 
 

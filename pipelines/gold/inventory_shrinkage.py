@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import row_count_drift, within
 from lakehouse.step import Context, Gather, Step, Whole
 from lakehouse.table import MONEY, TIMESTAMP, Table, column
 from pipelines.gold.touched import rows_with
@@ -37,6 +38,10 @@ INVENTORY_SHRINKAGE = Table(
     group=("store_id", "product_id"),
     sort_by=("store_id", "product_id", "counted_at"),
     owner="supply chain",
+    expectations=(
+        within("counted_units", 0, None, severity="warn"),
+        row_count_drift(0.5),
+    ),
 )
 
 

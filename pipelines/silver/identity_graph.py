@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import accepted, row_count_drift
 from lakehouse.step import Context, Gather, Join, Lookup, Step
 from lakehouse.table import TIMESTAMP, Table, column
 from pipelines.bronze.tables import MARKETPLACE_ORDERS, ORDERS, USERS
@@ -67,6 +68,12 @@ IDENTITY_GRAPH = Table(
     group=("record_id",),
     traced=("master_user_id",),
     sort_by=("master_user_id", "record_id"),
+    expectations=(
+        accepted("kind", {"loyalty", "email", "phone", "device", "address", "self", "match"}),
+        accepted("status", {"linked", "crowded", "weak"}),
+        row_count_drift(0.5),
+    ),
+    named_by=("record_id",),
 )
 DEFAULTS = Context()
 
