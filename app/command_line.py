@@ -243,7 +243,8 @@ def status(
 def print_results(output: Output, results: list[Any]) -> None:
     """How every expectation came out when it was judged last."""
     rows = [
-        (r.table, r.expectation, r.severity, r.outcome, r.rows, r.violations, r.detail or "; ".join(r.examples)) for r in results
+        (r.table, _clipped(r.expectation, 60), r.severity, r.outcome, r.rows, r.violations, r.detail or "; ".join(r.examples))
+        for r in results
     ]
     output.table(("table", "expectation", "severity", "outcome", "rows", "violations", "what was found"), rows)
 

@@ -20,10 +20,12 @@ from lakehouse.engine import Engine, Report
 from lakehouse.errors import SettingsError, ShopSphereError, SourceError
 from lakehouse.history import History, Run
 from lakehouse.iceberg import Handle, Lake
+from lakehouse.lineage import Events, reported
 from lakehouse.parallel import Pool
 from lakehouse.settings import Settings
 from lakehouse.step import Changes, Gather, Parsed, Step, context_of
 from lakehouse.table import BOOKKEEPING, SEQUENCE, Table
+from ml.registry import code_version
 from ml.tables import MODEL_TABLES, TABLES, rebuild_model_table
 from pipelines.bronze.corrections import corrected
 from pipelines.silver.quarantine import QUARANTINE
@@ -58,6 +60,19 @@ def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: 
     `history` (default: a new one)."""
     run = Run("run")
     started, cpu = time.monotonic(), time.process_time()
+    with reported(engine, run, code_version) as events:
+        reports, errors = _pass(engine, tell, stopping, events)
+    try:
+        (history or History(engine.lake)).note(engine, run, reports, errors)
+    except ShopSphereError as error:
+        errors.append(error)
+    elsewhere = sum(report.worker_cpu_seconds for report in reports)
+    return Pass(tuple(reports), tuple(errors), time.monotonic() - started, time.process_time() - cpu + elsewhere)
+
+
+def _pass(
+    engine: Engine, tell: Tell, stopping: Callable[[], bool], events: Events | None
+) -> tuple[list[Report], list[ShopSphereError]]:
     reports: list[Report] = []
     errors: list[ShopSphereError] = []
     for source in pipelines.sources(engine.lake.settings):
@@ -73,6 +88,8 @@ def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: 
             continue
         for report in done:
             tell(report.table, report)
+            if events:
+                events.received(source.name, report, pipelines.TABLES[report.table])
         reports += done
     for step in pipelines.STEPS:
         if stopping():
@@ -84,15 +101,14 @@ def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: 
             raise  # nothing can go on
         except ShopSphereError as error:
             errors.append(error)
+            if events:
+                events.fail(step.target.name, error)
             continue
         tell(step.target.name, report)
+        if events:
+            events.complete(report)
         reports.append(report)
-    try:
-        (history or History(engine.lake)).note(engine, run, reports, errors)
-    except ShopSphereError as error:
-        errors.append(error)
-    elsewhere = sum(report.worker_cpu_seconds for report in reports)
-    return Pass(tuple(reports), tuple(errors), time.monotonic() - started, time.process_time() - cpu + elsewhere)
+    return reports, errors
 
 
 def table_named(name: str) -> Table:
@@ -108,6 +124,15 @@ def rebuild(engine: Engine, names: Sequence[str]) -> list[Report]:
     one source all at once. Bronze first, then each table after those that it reads."""
     tables = {table_named(name).name: None for name in names}
     run = Run("rebuild")
+    with reported(engine, run, code_version) as events:
+        reports = _rebuilt(engine, tables)
+        for report in reports if events else ():
+            events.complete(report)
+    History(engine.lake).note(engine, run, reports)
+    return reports
+
+
+def _rebuilt(engine: Engine, tables: Mapping[str, None]) -> list[Report]:
     known = pipelines.sources(engine.lake.settings)
     bronze = {name for name in tables if TABLES[name].layer == "bronze"}
     if off := sorted(bronze - {name for source in known for name in source.tables}):
@@ -121,7 +146,6 @@ def rebuild(engine: Engine, names: Sequence[str]) -> list[Report]:
         if step.target.name in tables or (QUARANTINE.name in tables and (_bronze_reads(step) or step.target.holds_back)):
             reports.append(engine.refresh(step, rebuild=True))
     reports += [rebuild_model_table(engine, TABLES[name]) for name in TABLES if name in tables and name in MODEL_TABLES]
-    History(engine.lake).note(engine, run, reports)
     return reports
 
 

@@ -219,7 +219,9 @@ def judge(
     for rule, mark, count in zip(rules, marks, counts, strict=True):
         violations = int(count or 0)
         # the smallest keys, so that any order of rows names the same
-        examples = rows.filter(broken[mark]).select(named_by).sort(named_by).head(EXAMPLES) if violations else rows.clear()
+        examples = (
+            rows.filter(broken[mark]).select(named_by).unique().sort(named_by).head(EXAMPLES) if violations else rows.clear()
+        )
         shown = tuple(", ".join(f"{name}={value}" for name, value in row.items()) for row in examples.to_dicts())
         outcome = rule.severity if violations else "pass"
         results.append(Result(table, str(rule), rule.severity, outcome, rows.height, violations, shown))
@@ -257,7 +259,7 @@ def drift(table: str, rule: RowCountDrift, before: int | None, after: int) -> Re
     """Judge a number of rows against the one before; a table that had none, or few, has nothing to be compared with."""
     share = abs(after - before) / before if before else 0.0
     bad = before is not None and max(before, after) >= rule.at_least and share > rule.share
-    told = f"{after:,} rows" if before is None else f"{before:,} rows before, {after:,} now ({share:.0%} changed)"
+    told = f"{after:,} rows" if not before else f"{before:,} rows before, {after:,} now ({share:.0%} changed)"
     return Result(table, str(rule), rule.severity, rule.severity if bad else "pass", after, int(bad), (), told)
 
 

@@ -42,7 +42,8 @@ IDENTITY_GRAPH = Table(
         column(
             "kind",
             pa.string(),
-            "loyalty, email, phone, device, address; 'self' of the record itself; 'match' of a probabilistic link",
+            "loyalty, email, phone, device, address; 'place', 'block': an address, or a close spelling of one, without a name; "
+            "'self' of the record itself; 'match' of a probabilistic link",
             required=True,
         ),
         column(
@@ -69,7 +70,7 @@ IDENTITY_GRAPH = Table(
     traced=("master_user_id",),
     sort_by=("master_user_id", "record_id"),
     expectations=(
-        accepted("kind", {"loyalty", "email", "phone", "device", "address", "self", "match"}),
+        accepted("kind", {"block", "loyalty", "email", "phone", "device", "address", "place", "self", "match"}),
         accepted("status", {"linked", "crowded", "weak"}),
         row_count_drift(0.5),
     ),
