@@ -9,6 +9,7 @@ ShopSphereError            anything this project raises on purpose (one line, ex
 |- CommitConflict          another writer committed first; nothing of ours was written
 |- TableNotFound           no such table
 |- QueryError              a SQL statement cannot be run
+|- ExpectationsFailed      a build broke an expectation and was not published (lakehouse/expectations.py)
 |- SandboxError            a sandbox server cannot be started, or is not running
 In ml/: FeatureError, TrainingError, RegistryError, GateRefused
 """
