@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from app.output import Output
-from app.passes import open_engine
+from app.passes import open_engine, recorded
 from lakehouse.engine import Engine
-from lakehouse.history import History, Run
 from lakehouse.settings import Settings
 from ml import user_fraud_scores
 from ml.drift import Drift, DriftSettings, MonitorError, compare, realise
@@ -43,14 +42,13 @@ def monitor(output: Output, settings: Settings, options: MonitorSettings | None 
     """Compare, write the report page, print what was found. Gives the exit code: 0, or 3 on drift."""
     options = options or MonitorSettings()
     champion = champion_of(Registry(home=settings.home))
-    run = Run("monitor")
     with open_engine(settings) as engine:
         with output.progress() as show:
             show("features", 0, 1)
-            reports = refresh(engine, delay=options.delay)
-            show("features", 1, 1)
-            reports.append(user_fraud_scores.refresh(engine, champion))
-            History(engine.lake).note(engine, run, reports)
+            with recorded(engine, "monitor") as reports:
+                reports += refresh(engine, delay=options.delay)
+                show("features", 1, 1)
+                reports.append(user_fraud_scores.refresh(engine, champion))
         drift = watched(engine, champion, options)
         live = served(engine.lake, champion)
     model = f"{champion.version.tags.get('name', 'fraud')} version {champion.version.number}"

@@ -54,6 +54,24 @@ def open_engine(settings: Settings) -> Iterator[Engine]:
         pool.close()
 
 
+@contextmanager
+def recorded(engine: Engine, kind: str) -> Iterator[list[Report]]:
+    """A run that is not a pass: the reports put into the list it gives are noted and sent as lineage, and so is an error."""
+    run, reports = Run(kind), list[Report]()
+    with reported(engine, run, code_version) as events:
+        try:
+            yield reports
+        except ShopSphereError as error:
+            if events:
+                events.fail(str(getattr(error, "table", "")), error)
+            History(engine.lake).note(engine, run, reports, [error])
+            raise
+        finally:
+            for report in reports if events else ():
+                events.complete(report)
+    History(engine.lake).note(engine, run, reports)
+
+
 def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: False, history: History | None = None) -> Pass:
     """Read what is new at every source, then bring every table up to date. A source that cannot be read, or a table
     that cannot be filled, does not keep the others from going on; its error is in the result. What the pass did goes to
@@ -123,30 +141,25 @@ def rebuild(engine: Engine, names: Sequence[str]) -> list[Report]:
     """Fill tables again from everything upstream; bronze tables: read their source again from the beginning, those of
     one source all at once. Bronze first, then each table after those that it reads."""
     tables = {table_named(name).name: None for name in names}
-    run = Run("rebuild")
-    with reported(engine, run, code_version) as events:
-        reports = _rebuilt(engine, tables)
-        for report in reports if events else ():
-            events.complete(report)
-    History(engine.lake).note(engine, run, reports)
+    with recorded(engine, "rebuild") as reports:
+        for report in _rebuilt(engine, tables):
+            reports.append(report)
     return reports
 
 
-def _rebuilt(engine: Engine, tables: Mapping[str, None]) -> list[Report]:
+def _rebuilt(engine: Engine, tables: Mapping[str, None]) -> Iterator[Report]:
     known = pipelines.sources(engine.lake.settings)
     bronze = {name for name in tables if TABLES[name].layer == "bronze"}
     if off := sorted(bronze - {name for source in known for name in source.tables}):
         raise SourceError(f"The source of {off[0]} is switched off. Switch it on in the settings.")
-    reports: list[Report] = []
     for source in known:
         if chosen := bronze.intersection(source.tables):
             done = engine.ingest(source, pipelines.TABLES, again=frozenset(chosen))
-            reports += [report for report in done if report.table in chosen]
+            yield from (report for report in done if report.table in chosen)
     for step in pipelines.STEPS:
         if step.target.name in tables or (QUARANTINE.name in tables and (_bronze_reads(step) or step.target.holds_back)):
-            reports.append(engine.refresh(step, rebuild=True))
-    reports += [rebuild_model_table(engine, TABLES[name]) for name in TABLES if name in tables and name in MODEL_TABLES]
-    return reports
+            yield engine.refresh(step, rebuild=True)
+    yield from (rebuild_model_table(engine, TABLES[name]) for name in TABLES if name in tables and name in MODEL_TABLES)
 
 
 def publish(engine: Engine, name: str) -> int:
@@ -155,8 +168,9 @@ def publish(engine: Engine, name: str) -> int:
     handle = engine.lake.load(table, create=False)
     if handle.build is None:
         raise ShopSphereError(f"{table.name} has no build that waits: its readers have the newest. See `python -m app status`.")
-    run, snapshot = Run("publish"), handle.publish()
-    History(engine.lake).note(engine, run, [Report(table.name, "published", snapshot=snapshot)])
+    with recorded(engine, "publish") as reports:
+        snapshot = handle.publish()
+        reports.append(Report(table.name, "published", snapshot=snapshot))
     return snapshot
 
 
@@ -179,7 +193,6 @@ class Replay:
 
 def replay(engine: Engine, fixes: Path | None) -> Replay:
     """Store corrections, read the quarantined rows again, and take those that can be read now out of quarantine."""
-    run = Run("replay")
     corrections = store_corrections(engine, fixes) if fixes else 0
     quarantined = _quarantined(engine.lake)
     positions: dict[str, tuple[str, ...]] = {
@@ -187,11 +200,10 @@ def replay(engine: Engine, fixes: Path | None) -> Replay:
         for table in quarantined["source_table"].unique().sort()
         if TABLES[table].layer == "bronze"  # what breaks an expectation leaves when its table is filled anew
     }
-    reports = tuple(
-        engine.refresh(step, replay=positions if _bronze_reads(step) & positions.keys() else None) for step in pipelines.STEPS
-    )
-    History(engine.lake).note(engine, run, reports)
-    return Replay(corrections, quarantined.height, _quarantined(engine.lake).height, reports)
+    with recorded(engine, "replay") as reports:
+        for step in pipelines.STEPS:
+            reports.append(engine.refresh(step, replay=positions if _bronze_reads(step) & positions.keys() else None))
+    return Replay(corrections, quarantined.height, _quarantined(engine.lake).height, tuple(reports))
 
 
 def _quarantined(lake: Lake) -> pl.DataFrame:

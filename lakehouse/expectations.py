@@ -7,13 +7,14 @@ they are in memory; what of tables (row count, freshness) on what the snapshot s
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, Literal
 
 import polars as pl
+import pyarrow as pa
 
 from lakehouse.errors import ShopSphereError
 
@@ -155,10 +156,12 @@ def row_count_drift(share: float, *, at_least: int = 1_000, severity: Severity =
     return RowCountDrift(share, at_least, severity)
 
 
-def mistake(expectation: Expectation, group: Sequence[str], known: Iterable[str]) -> str:
-    """What is wrong with a declaration; '' when nothing is."""
-    if missing := [name for name in expectation.columns if name not in set(known)]:
-        return f"{expectation}: no column {missing}. Existing columns: {sorted(known)}"
+def mistake(expectation: Expectation, group: Sequence[str], types: Mapping[str, pa.DataType]) -> str:
+    """What is wrong with a declaration; '' when nothing is. types: of the table's columns."""
+    if missing := [name for name in expectation.columns if name not in types]:
+        return f"{expectation}: no column {missing}. Existing columns: {sorted(types)}"
+    if isinstance(expectation, Fresh) and not pa.types.is_temporal(types[expectation.columns[0]]):
+        return f"{expectation}: {expectation.columns[0]} is {types[expectation.columns[0]]}; give a date or timestamp column"
     if isinstance(expectation, Unique) and not set(group) <= set(expectation.columns):
         return (
             f"{expectation}: rows are judged by group, so the group's columns {list(group)} must be among those that are unique"

@@ -84,7 +84,8 @@ class Table:
             raise ValueError(f"{self.name}: no column {missing}. Existing columns: {sorted(known)}")
         if not self.group:
             object.__setattr__(self, "group", self.key)
-        if wrong := [text for rule in self.rules if (text := mistake(rule, self.group, known))]:
+        types = {item.name: item.type for item in self.columns}
+        if wrong := [text for rule in self.rules if (text := mistake(rule, self.group, types))]:
             raise ValueError(f"{self.name}: {wrong[0]}")
 
     @property

@@ -161,6 +161,7 @@ def test_required_columns_and_the_key_imply_expectations():
     [
         (not_null("nowhere"), "no column \\['nowhere'\\]"),
         (unique("shop"), "judged by group"),
+        (fresh("amount", hours=1), "give a date or timestamp column"),
         (row_count_drift(0.5, severity="quarantine"), "cannot be quarantined"),
     ],
 )
