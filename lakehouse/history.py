@@ -18,7 +18,7 @@ import pyarrow as pa
 from lakehouse.engine import Engine, Report
 from lakehouse.errors import ShopSphereError
 from lakehouse.expectations import ExpectationsFailed, Result
-from lakehouse.iceberg import Lake, polars_schema
+from lakehouse.iceberg import Lake, committing, polars_schema
 from lakehouse.table import SEQUENCE, TIMESTAMP, Partition, Table, column
 
 RUNS = Table(
@@ -105,7 +105,8 @@ class History:
 
     def _append(self, engine: Engine, table: Table, rows: list[dict[str, Any]]) -> None:
         def attempt() -> None:
-            handle = self.lake.load(table)
+            with committing(table):
+                handle = self.lake.load(table)
             frame = pl.DataFrame(rows, schema=polars_schema(table.schema)).sort(table.sort_by)
             stamped = frame.with_columns(pl.lit(handle.sequence, pl.Int64).alias(SEQUENCE))
             handle.commit(handle.writer.write(stamped), positions={})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -84,13 +84,11 @@ def test_a_run_that_goes_on_for_ever_notes_what_is_new(engine):
 
 def test_two_runs_at_once_are_both_noted(engine, tmp_path):
     receive(engine, (1, "north", 10))
-    engines = [make_engine(tmp_path) for _ in range(3)]
+    noted(engine)
     report = Report(SALES.name, "changed", rows_written=1)
-    threads = [threading.Thread(target=History(one.lake).note, args=(one, Run("run"), [report])) for one in engines]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        engines = [make_engine(tmp_path) for _ in range(2)]
+        list(pool.map(lambda one: History(one.lake).note(one, Run("run"), [report]), engines))
     assert len(past_runs(engine.lake, 10)) == 3
 
 
