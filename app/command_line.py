@@ -53,6 +53,7 @@ def run(
 ) -> None:
     """Read what is new at the sources and bring every table up to date."""
     from app.passes import open_engine, run_pass
+    from lakehouse.history import History
 
     output, pause = Output(json), seconds_of(every) if every else None
     settings = load_settings()
@@ -67,10 +68,11 @@ def run(
     failed = False
     try:
         with open_engine(settings) as engine:
+            history = History(engine.lake)
             while True:
                 begun = time.monotonic()
                 with output.progress() as show:
-                    done = run_pass(engine, teller(show), stop.is_set)
+                    done = run_pass(engine, teller(show), stop.is_set, history)
                 print_pass(output, done)
                 failed = bool(done.errors)
                 for error in done.errors:
@@ -117,6 +119,8 @@ def print_pass(output: Output, done: Any) -> None:
         )
         return
     print_reports(output, done.reports)
+    for result in [result for report in done.reports for result in report.results if result.outcome != "pass"]:
+        output.say(f"{result.outcome}: {result.table}: {result}")
     changed = sum(report.snapshot is not None and report.status != "unchanged" for report in done.reports)
     output.say(f"{changed} of {len(done.reports)} tables changed, in {done.seconds:.1f} s ({done.cpu_seconds:.1f} CPU s).")
 
@@ -177,24 +181,55 @@ def replay(
 
 
 @app.command()
-def status(json: Json = False) -> None:
-    """Per table: rows, snapshot, position, lag behind its source, last run."""
+def publish(table: Annotated[str, typer.Argument(help="Table, e.g. gold.sales_daily")], json: Json = False) -> None:
+    """Publish the build of a gold table that its expectations have refused, after a look at it."""
+    from app import passes
+
+    output = Output(json)
+    with passes.open_engine(load_settings()) as engine:
+        snapshot = passes.publish(engine, table)
+    if json:
+        output.json({"table": table, "snapshot": snapshot})
+    else:
+        output.say(f"Published. Readers of {table} have snapshot {snapshot} now.")
+
+
+@app.command()
+def status(
+    expectations: Annotated[bool, typer.Option("--expectations", help="How every expectation came out last")] = False,
+    runs: Annotated[int, typer.Option(help="So many of the newest runs that did or found something")] = 0,
+    json: Json = False,
+) -> None:
+    """Per table: rows, snapshot, position, lag behind its source, last run, how its expectations came out."""
+    from lakehouse.history import last_results, past_runs
     from lakehouse.iceberg import Lake
     from ml.tables_status import short_position, statuses
 
     output = Output(json)
+    if expectations or runs:
+        lake = Lake(load_settings())
+        results, past = last_results(lake) if expectations else [], past_runs(lake, runs) if runs else []
+        if json:
+            output.json({"expectations": [asdict(item) for item in results], "runs": [asdict(item) for item in past]})
+            return
+        if expectations:
+            print_results(output, results)
+        if runs:
+            print_runs(output, past)
+        return
     found = statuses(Lake(load_settings()))
     if json:
         output.json([asdict(item) for item in found])
         return
     output.table(
-        ("table", "rows", "snapshot", "lag", "last run", "files", "size", "position"),
+        ("table", "rows", "snapshot", "lag", "expectations", "last run", "files", "size", "position"),
         [
             (
                 s.table,
                 s.rows,
                 str(s.snapshot or ""),
                 s.lag,
+                s.expectations,
                 s.last_run,
                 s.files,
                 size(s.bytes),
@@ -205,6 +240,26 @@ def status(json: Json = False) -> None:
     )
 
 
+def print_results(output: Output, results: list[Any]) -> None:
+    """How every expectation came out when it was judged last."""
+    rows = [
+        (r.table, _clipped(r.expectation, 60), r.severity, r.outcome, r.rows, r.violations, r.detail or "; ".join(r.examples))
+        for r in results
+    ]
+    output.table(("table", "expectation", "severity", "outcome", "rows", "violations", "what was found"), rows)
+
+
+def print_runs(output: Output, runs: list[Any]) -> None:
+    """The newest runs, and their errors."""
+    output.table(
+        ("run", "kind", "started", "seconds", "tables changed", "rows written", "broken expectations", "errors"),
+        [(r.run_id, r.kind, r.started_at, r.seconds, r.tables, r.rows_written, r.warnings, len(r.errors)) for r in runs],
+    )
+    for run in runs:
+        for error in run.errors:
+            output.say(f"{run.run_id}: {error}")
+
+
 def _clipped(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
@@ -212,12 +267,13 @@ def _clipped(text: str, width: int) -> str:
 @app.command()
 def sql(statement: Annotated[str, typer.Argument(help="One SELECT; tables by layer and name")], json: Json = False) -> None:
     """Run SQL over all tables, e.g. "SELECT * FROM gold.sales_daily FOR TIMESTAMP AS OF '2026-01-31 12:00:00'"."""
+    from lakehouse.history import OPERATIONS
     from lakehouse.iceberg import Lake
     from lakehouse.query import query
     from ml.tables import TABLES
 
     output = Output(json)
-    result = query(Lake(load_settings()), TABLES, statement)
+    result = query(Lake(load_settings()), {**TABLES, **OPERATIONS}, statement)
     if json:
         output.json(result.to_pylist())
     else:
@@ -250,6 +306,7 @@ def maintain(
 ) -> None:
     """Compact files, expire snapshots, delete orphan files; safe beside a running writer."""
     from app.passes import table_named
+    from lakehouse.history import OPERATIONS, forget
     from lakehouse.iceberg import Lake
     from lakehouse.maintenance import maintain as maintain_table
     from ml.tables import TABLES
@@ -260,7 +317,10 @@ def maintain(
         if value is not None
     }
     output, lake = Output(json), Lake(load_settings(**overrides))
-    chosen = [table_named(name) for name in tables] if tables else [t for t in TABLES.values() if lake.exists(t)]
+    every = (*TABLES.values(), *OPERATIONS.values())
+    chosen = [OPERATIONS.get(name) or table_named(name) for name in tables] if tables else [t for t in every if lake.exists(t)]
+    if any(table.name in OPERATIONS for table in chosen):
+        forget(lake, lake.settings.history_days, datetime.now(UTC))
     done = []
     with output.progress() as show:
         for number, table in enumerate(chosen):

@@ -56,6 +56,8 @@ def table_section(table: Table) -> list[str]:
         facts.append(("filled by", "`train` and `monitor`; `run` leaves it as it is"))
     lines += [f"- {name}: {value}" for name, value in facts if value]
     lines += [f"- `{r.column}` refers to `{r.table.name}.{r.to}`" for r in table.references]
+    if rules := [f"`{rule}` ({rule.severity})" for rule in table.rules if table.layer != "bronze"]:
+        lines.append(f"- expectations: {', '.join(rules)}")
     if step:
         lines += [f"- reads `{read.table.name}`: {read_name(read)}" for read in step.reads.values()]
     lines += ["", "| column | type | meaning |", "|---|---|---|"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from app.output import Output
-from app.passes import open_engine
+from app.passes import open_engine, recorded
 from lakehouse.engine import Engine
 from lakehouse.settings import Settings
 from ml import user_fraud_scores
@@ -45,9 +45,10 @@ def monitor(output: Output, settings: Settings, options: MonitorSettings | None 
     with open_engine(settings) as engine:
         with output.progress() as show:
             show("features", 0, 1)
-            refresh(engine, delay=options.delay)
-            show("features", 1, 1)
-            user_fraud_scores.refresh(engine, champion)
+            with recorded(engine, "monitor") as reports:
+                reports += refresh(engine, delay=options.delay)
+                show("features", 1, 1)
+                reports.append(user_fraud_scores.refresh(engine, champion))
         drift = watched(engine, champion, options)
         live = served(engine.lake, champion)
     model = f"{champion.version.tags.get('name', 'fraud')} version {champion.version.number}"

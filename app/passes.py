@@ -18,12 +18,15 @@ import polars as pl
 import pipelines
 from lakehouse.engine import Engine, Report
 from lakehouse.errors import CatalogUnreachable, SettingsError, ShopSphereError, SourceError
+from lakehouse.history import History, Run
 from lakehouse.iceberg import Handle, Lake
+from lakehouse.lineage import Events, reported
 from lakehouse.outages import outage
 from lakehouse.parallel import Pool
 from lakehouse.settings import Settings
 from lakehouse.step import Changes, Gather, Parsed, Step, context_of
 from lakehouse.table import BOOKKEEPING, SEQUENCE, Table
+from ml.registry import code_version
 from ml.tables import MODEL_TABLES, TABLES, rebuild_model_table
 from pipelines.bronze.corrections import corrected
 from pipelines.silver.quarantine import QUARANTINE
@@ -52,10 +55,43 @@ def open_engine(settings: Settings) -> Iterator[Engine]:
         pool.close()
 
 
-def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: False) -> Pass:
+@contextmanager
+def recorded(engine: Engine, kind: str) -> Iterator[list[Report]]:
+    """A run that is not a pass: the reports put into the list it gives are noted and sent as lineage, and so is an error."""
+    run, reports = Run(kind), list[Report]()
+    with reported(engine, run, code_version) as events:
+        try:
+            yield reports
+        except ShopSphereError as error:
+            if events:
+                events.fail(str(getattr(error, "table", "")), error)
+            History(engine.lake).note(engine, run, reports, [error])
+            raise
+        finally:
+            for report in reports if events else ():
+                events.complete(report)
+    History(engine.lake).note(engine, run, reports)
+
+
+def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: False, history: History | None = None) -> Pass:
     """Read what is new at every source, then bring every table up to date. A source that cannot be read, or a table
-    that cannot be filled, does not keep the others from going on, nor does an outage; the errors are in the result."""
+    that cannot be filled, does not keep the others from going on, nor does an outage; the errors are in the result. What the
+    pass did goes to `history` (default: a new one)."""
+    run = Run("run")
     started, cpu = time.monotonic(), time.process_time()
+    with reported(engine, run, code_version) as events:
+        reports, errors = _pass(engine, tell, stopping, events)
+    try:
+        (history or History(engine.lake)).note(engine, run, reports, errors)
+    except Exception as error:
+        errors.append(_expected(error))
+    elsewhere = sum(report.worker_cpu_seconds for report in reports)
+    return Pass(tuple(reports), tuple(errors), time.monotonic() - started, time.process_time() - cpu + elsewhere)
+
+
+def _pass(
+    engine: Engine, tell: Tell, stopping: Callable[[], bool], events: Events | None
+) -> tuple[list[Report], list[ShopSphereError]]:
     reports: list[Report] = []
     errors: list[ShopSphereError] = []
     for source in pipelines.sources(engine.lake.settings):
@@ -73,6 +109,8 @@ def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: 
             continue
         for report in done:
             tell(report.table, report)
+            if events:
+                events.received(source.name, report, pipelines.TABLES[report.table])
         reports += done
     for step in pipelines.STEPS:
         if stopping():
@@ -84,13 +122,16 @@ def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: 
             raise  # nothing can go on
         except Exception as error:
             errors.append(_expected(error))
+            if events:
+                events.fail(step.target.name, errors[-1])
             if isinstance(errors[-1], CatalogUnreachable):
                 break
             continue
         tell(step.target.name, report)
+        if events:
+            events.complete(report)
         reports.append(report)
-    elsewhere = sum(report.worker_cpu_seconds for report in reports)
-    return Pass(tuple(reports), tuple(errors), time.monotonic() - started, time.process_time() - cpu + elsewhere)
+    return reports, errors
 
 
 def _expected(error: Exception) -> ShopSphereError:
@@ -113,20 +154,37 @@ def rebuild(engine: Engine, names: Sequence[str]) -> list[Report]:
     """Fill tables again from everything upstream; bronze tables: read their source again from the beginning, those of
     one source all at once. Bronze first, then each table after those that it reads."""
     tables = {table_named(name).name: None for name in names}
+    with recorded(engine, "rebuild") as reports:
+        for report in _rebuilt(engine, tables):
+            reports.append(report)
+    return reports
+
+
+def _rebuilt(engine: Engine, tables: Mapping[str, None]) -> Iterator[Report]:
     known = pipelines.sources(engine.lake.settings)
     bronze = {name for name in tables if TABLES[name].layer == "bronze"}
     if off := sorted(bronze - {name for source in known for name in source.tables}):
         raise SourceError(f"The source of {off[0]} is switched off. Switch it on in the settings.")
-    reports: list[Report] = []
     for source in known:
         if chosen := bronze.intersection(source.tables):
             done = engine.ingest(source, pipelines.TABLES, again=frozenset(chosen))
-            reports += [report for report in done if report.table in chosen]
+            yield from (report for report in done if report.table in chosen)
     for step in pipelines.STEPS:
-        if step.target.name in tables or (QUARANTINE.name in tables and _bronze_reads(step)):
-            reports.append(engine.refresh(step, rebuild=True))
-    reports += [rebuild_model_table(engine, TABLES[name]) for name in TABLES if name in tables and name in MODEL_TABLES]
-    return reports
+        if step.target.name in tables or (QUARANTINE.name in tables and (_bronze_reads(step) or step.target.holds_back)):
+            yield engine.refresh(step, rebuild=True)
+    yield from (rebuild_model_table(engine, TABLES[name]) for name in TABLES if name in tables and name in MODEL_TABLES)
+
+
+def publish(engine: Engine, name: str) -> int:
+    """Publish the build of a table that its expectations have refused; gives the snapshot. Raises ShopSphereError."""
+    table = table_named(name)
+    handle = engine.lake.load(table, create=False)
+    if handle.build is None:
+        raise ShopSphereError(f"{table.name} has no build that waits: its readers have the newest. See `python -m app status`.")
+    with recorded(engine, "publish") as reports:
+        snapshot = handle.publish()
+        reports.append(Report(table.name, "published", snapshot=snapshot))
+    return snapshot
 
 
 def _bronze_reads(step: Step) -> set[str]:
@@ -153,11 +211,12 @@ def replay(engine: Engine, fixes: Path | None) -> Replay:
     positions: dict[str, tuple[str, ...]] = {
         table: tuple(quarantined.filter(pl.col("source_table") == table)["source_position"].to_list())
         for table in quarantined["source_table"].unique().sort()
+        if TABLES[table].layer == "bronze"  # what breaks an expectation leaves when its table is filled anew
     }
-    reports = tuple(
-        engine.refresh(step, replay=positions if _bronze_reads(step) & positions.keys() else None) for step in pipelines.STEPS
-    )
-    return Replay(corrections, quarantined.height, _quarantined(engine.lake).height, reports)
+    with recorded(engine, "replay") as reports:
+        for step in pipelines.STEPS:
+            reports.append(engine.refresh(step, replay=positions if _bronze_reads(step) & positions.keys() else None))
+    return Replay(corrections, quarantined.height, _quarantined(engine.lake).height, tuple(reports))
 
 
 def _quarantined(lake: Lake) -> pl.DataFrame:

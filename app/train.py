@@ -14,8 +14,8 @@ import polars as pl
 
 from app import sandbox
 from app.output import Output
-from app.passes import open_engine
-from lakehouse.engine import Engine
+from app.passes import open_engine, recorded
+from lakehouse.engine import Engine, Report
 from lakehouse.settings import Settings
 from ml import user_fraud_scores
 from ml.baselines import Ceiling, Standing, as_text, baselines, ceiling, standing
@@ -90,9 +90,8 @@ def train(output: Output, settings: Settings, options: TrainSettings | None = No
 def train_on(engine: Engine, registry: Registry, options: TrainSettings, show: Callable[[str, int, int], None]) -> Trained:
     """The same on an engine that is open, without printing."""
     started, cpu = time.monotonic(), time.process_time()
-    elsewhere = 0.0
-    with _stage(show, "features"):
-        elsewhere += sum(report.worker_cpu_seconds for report in refresh(engine, delay=options.split.delay))
+    with _stage(show, "features"), recorded(engine, "train") as features:
+        features += refresh(engine, delay=options.split.delay)
         data = training_set(engine.lake, engine.pool, options.cutoff, options.split)
     with _stage(show, "parameter search"):
         found = search(
@@ -134,9 +133,12 @@ def train_on(engine: Engine, registry: Registry, options: TrainSettings, show: C
             options.gate,
             leak=lambda: moved_features(engine.lake, moment, delay=options.split.delay, seed=options.training.seed),
         )
+    scores: list[Report] = []
     with _stage(show, "scores"):
         if registry.champion() is not None:
-            elsewhere += user_fraud_scores.refresh(engine, registry.load()).worker_cpu_seconds
+            with recorded(engine, "train") as scores:
+                scores.append(user_fraud_scores.refresh(engine, registry.load()))
+    elsewhere = sum(report.worker_cpu_seconds for report in (*features, *scores))
     return Trained(
         version=registry.version(version.number),
         evaluation=evaluation,

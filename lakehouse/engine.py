@@ -6,12 +6,14 @@ A refresh of a step:
 3. extract: the keys that new rows touch (everything is touched when the target was never filled, or on rebuild);
 4. merge, bucket by bucket of keys: gather all rows of the touched groups, `fill`, compare with what is there,
    write data files and position deletes;
-5. commit once, with the positions.
+5. commit once, with the positions. A gold table's commit goes to a branch, is audited there, and published
+   when its expectations hold.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,9 +28,27 @@ from pyiceberg.manifest import DataFile
 
 from lakehouse.difference import Difference, difference
 from lakehouse.errors import CommitConflict, UnknownColumn
+from lakehouse.expectations import (
+    ExpectationsFailed,
+    Fresh,
+    OfRows,
+    Result,
+    RowCountDrift,
+    Unique,
+    as_text,
+    drift,
+    freshness,
+    from_text,
+    joined,
+    judge,
+)
 from lakehouse.iceberg import (
+    AUDIT_BRANCH,
+    EXPECTATIONS,
     FILE,
     POS,
+    POSITIONS,
+    ROWS,
     SHAPE,
     File,
     FileReader,
@@ -74,6 +94,8 @@ class Report:
     worker_cpu_seconds: float = 0.0
     parallel: bool = False
     snapshot: int | None = None
+    results: tuple[Result, ...] = ()
+    """How the table's expectations came out; empty where nothing was judged."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +155,39 @@ class Merged:
     rows_read: int = 0
     rows_written: int = 0
     rows_deleted: int = 0
+    results: tuple[Result, ...] = ()
+    rows: int = 0
+    """Living rows of these groups now."""
+    rows_before: int = 0
+    held: pl.DataFrame | None = None
+    """Rows for quarantine; None for a table that holds none back."""
+    groups: pl.DataFrame | None = None
+    """The groups that were judged, where rows may be held back."""
+
+
+def living_after(before: int | None, merged: Sequence[Merged], full: bool) -> int | None:
+    """Living rows of a table after its groups were merged; None when nobody knows how many there were."""
+    now = sum(part.rows for part in merged)
+    return now if full else None if before is None else before + now - sum(part.rows_before for part in merged)
+
+
+def waits(target: Handle, positions: Mapping[str, Any], shape: str) -> bool:
+    """Whether a build with these positions waits to be published, and continues the table as it is."""
+    build, main = target.build, target.snapshot
+    if build is None or build.parent_snapshot_id != (main.snapshot_id if main else None):
+        return False
+    told = build.summary.additional_properties if build.summary else {}
+    return told.get(POSITIONS) == json.dumps(dict(positions), sort_keys=True) and told.get(SHAPE) == shape
+
+
+def of_groups(positions: pl.Series, table: Table, groups: Sequence[pl.DataFrame]) -> pl.Series:
+    """Those of the positions (keys as JSON) that belong to one of the groups."""
+    if not positions.len() or not groups:
+        return positions.clear()
+    types = pl.Struct(dict.fromkeys(table.group, pl.String))
+    decoded = pl.DataFrame({"key": positions}).with_columns(pl.col("key").str.json_decode(types).alias("group")).unnest("group")
+    touched = pl.concat(groups).select(pl.col(name).cast(pl.String) for name in table.group)
+    return decoded.join(touched, on=list(table.group), how="semi", nulls_equal=True)["key"]
 
 
 def key_frame(frame: pl.DataFrame, keys: tuple[pl.Expr, ...], target: Table) -> pl.DataFrame:
@@ -357,18 +412,54 @@ def merge(work: Merge, pieces: Pieces) -> Merged:
         frames["opening"] = opening.select(declared) if opening is not None else alive.select(declared).clear()
     wanted = conform(step.fill(frames, work.context), target)
     wanted = wanted.join(groups, on=list(target.group), how="semi", nulls_equal=True)
-    change = difference(target, old, wanted)
+    judged = judge(target.name, target.rules, wanted, target.named_by or target.key)
+    done = Merged(
+        rows_read=rows_read,
+        results=judged.results,
+        rows=judged.kept.height,
+        rows_before=alive.height,
+        held=held_back(target, judged.held) if target.holds_back else None,
+        groups=groups.select(target.group) if target.holds_back else None,
+    )
+    if judged.failed and not may_be_looked_at(target, judged.results):
+        return done
+    change = difference(target, old, judged.kept)
     if work.regrouped:
         change = rehashed(change, old, target)
     if change.empty:
-        return Merged(rows_read=rows_read)
+        return done
     stamped = stamp(target, change.written, work.sequence)
-    return Merged(
-        (*work.writer.write(stamped), *work.writer.write_deletes(work.old.files, change.deleted)),
-        rows_read,
-        change.written.height,
-        change.deleted.height,
+    return replace(
+        done,
+        files=(*work.writer.write(stamped), *work.writer.write_deletes(work.old.files, change.deleted)),
+        rows_written=change.written.height,
+        rows_deleted=change.deleted.height,
     )
+
+
+def may_be_looked_at(table: Table, results: Iterable[Result]) -> bool:
+    """Whether a build that breaks its expectations can be written at all: to a branch, and with one row a key."""
+    twice = str(Unique(table.key))
+    return table.layer == "gold" and not any(r.outcome == "fail" and r.expectation == twice for r in results)
+
+
+def held_back(table: Table, rows: pl.DataFrame) -> pl.DataFrame:
+    """Rows that break an expectation as quarantine has them: the key as JSON for a position, the row as JSON."""
+    declared = [column.name for column in table.columns]
+    found = rows.select(
+        pl.lit(table.name).alias("source_table"),
+        "reason",
+        in_json(table.key).alias("source_position"),
+        in_json(declared).cast(pl.Binary).alias("original"),
+        pl.lit(None, pl.Datetime("us", "UTC")).alias("_source_time"),
+    )
+    # two rows of one key: one of them stands for both
+    return found.sort("source_position", "original").unique("source_position", keep="first", maintain_order=True)
+
+
+def in_json(columns: Sequence[str]) -> pl.Expr:
+    """The columns as one JSON object of texts."""
+    return pl.struct(pl.col(name).cast(pl.String) for name in columns).struct.json_encode()
 
 
 def rehashed(change: Difference, old: pl.DataFrame, table: Table) -> Difference:
@@ -510,6 +601,8 @@ class Engine:
     context: Context
     quarantine: Table
     clock: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
+    begun: Callable[[Step, Handle, Mapping[str, Handle]], None] = field(default=lambda step, target, upstream: None)
+    """Called when a step has something to do, before it does it."""
 
     def refresh(self, step: Step, *, rebuild: bool = False, replay: Mapping[str, tuple[str, ...]] | None = None) -> Report:
         """Bring a step's table up to date; `replay`: by bronze table, source positions to read again."""
@@ -558,7 +651,7 @@ class Engine:
             same = known is not None and known["table"] == handle.position["table"]
             made_anew |= known is not None and not same
             since[name] = known["sequence"] if known is not None and same else None
-        if any(isinstance(read, Gather | Changes) and read.parse for read in step.reads.values()):
+        if step.target.holds_back or any(isinstance(r, Gather | Changes) and r.parse for r in step.reads.values()):
             judged = {"table": str(kept.metadata.table_uuid), "sequence": 0}
             made_anew |= stored.get(self.quarantine.name, judged) != judged
         else:
@@ -578,24 +671,57 @@ class Engine:
             return Report(
                 step.target.name, "unchanged", seconds=time.monotonic() - started, cpu_seconds=time.process_time() - cpu
             )
-        merged, changed, elsewhere, parallel, pieces = self._rows(step, target, handles, since, full, replay, reshaped)
-        if not full and any(True for _ in pieces.of("truncated")):
-            merged, changed, elsewhere, parallel, pieces = self._rows(step, target, handles, since, True, replay, reshaped)
-        self._quarantine(step, handles, pieces, kept, again=full or replayed)
-        files = [file for part in merged for file in part.files]
         positions = {name: handle.position for name, handle in handles.items()}
         if judged is not None:
             positions[self.quarantine.name] = judged
+        if not rebuild and not replayed and waits(target, positions, shape):
+            # what an audit has refused, or a run left when it was killed: nothing has come since, so it is not built again
+            results = self.audited(target)
+            return Report(
+                step.target.name,
+                "changed",
+                seconds=time.monotonic() - started,
+                cpu_seconds=time.process_time() - cpu,
+                snapshot=target.publish(),
+                results=results,
+            )
+        self.begun(step, target, handles)
+        if target.snapshot is None and step.target.layer == "gold":
+            # a branch begins at a snapshot: readers of a first build that is refused have an empty table
+            target.commit(positions={}, changes_rows=False, properties={ROWS: "0"})
+        merged, changed, elsewhere, parallel, pieces = self._rows(step, target, handles, since, full, replay, reshaped)
+        if not full and any(True for _ in pieces.of("truncated")):
+            full = True
+            merged, changed, elsewhere, parallel, pieces = self._rows(step, target, handles, since, True, replay, reshaped)
+        results = joined(result for part in merged for result in part.results)
+        files = [file for part in merged for file in part.files]
         rows_written = sum(part.rows_written for part in merged)
         rows_deleted = sum(part.rows_deleted for part in merged)
+        before = int(told) if (told := target.summary(ROWS)) is not None else 0 if target.snapshot is None else None
+        rows = living_after(before, merged, full)
+        if not may_be_looked_at(step.target, results):
+            results = self.settled(step.target, results, before, rows)
+        self._quarantine(step, handles, pieces, kept, full or replayed, merged, full)
         snapshot = target.snapshot.snapshot_id if target.snapshot else None
         if files or positions != stored or target.summary(SHAPE) != shape:
+            properties = {"shopsphere.rows-changed": str(rows_written), SHAPE: shape}
+            if rows is not None:
+                properties[ROWS] = str(rows)
+            # rows that break a new expectation may be there already: then the build is one without files
+            refused = any(result.outcome == "fail" for result in results)
+            if audits := (bool(files) or refused) and step.target.layer == "gold":
+                properties[EXPECTATIONS] = as_text(results)
             snapshot = target.commit(
                 files,
                 positions=positions,
                 changes_rows=bool(files),
-                properties={"shopsphere.rows-changed": str(rows_written), SHAPE: shape},
+                properties=properties,
+                branch=AUDIT_BRANCH if audits else None,
             )
+            if audits:
+                results = self.audited(target)
+                target.publish()
+        results = (*results, *self.freshnesses(target))
         return Report(
             step.target.name,
             "rebuilt" if rebuild else "changed" if files else "read",
@@ -609,13 +735,45 @@ class Engine:
             worker_cpu_seconds=elsewhere,
             parallel=parallel,
             snapshot=snapshot,
+            results=results,
         )
+
+    def audited(self, target: Handle) -> tuple[Result, ...]:
+        """Audit the build that waits on the table's branch, by what its snapshot says of itself: results of all its
+        expectations but freshness. Raises ExpectationsFailed."""
+        build, main = target.build, target.snapshot
+        assert build is not None
+        rows = target.summary(ROWS, build.snapshot_id)
+        before = target.summary(ROWS, main.snapshot_id) if main else None
+        of_rows = from_text(target.summary(EXPECTATIONS, build.snapshot_id))
+        return self.settled(
+            target.table, of_rows, int(before) if before else None, int(rows) if rows else None, branch=AUDIT_BRANCH
+        )
+
+    def settled(
+        self, table: Table, of_rows: Sequence[Result], before: int | None, rows: int | None, *, branch: str = ""
+    ) -> tuple[Result, ...]:
+        """The results of rows, and those of their number. Raises ExpectationsFailed."""
+        drifts = [rule for rule in table.rules if isinstance(rule, RowCountDrift)] if of_rows else []
+        results = (*of_rows, *(drift(table.name, rule, before, rows) for rule in drifts if rows is not None))
+        if any(result.outcome == "fail" for result in results):
+            raise ExpectationsFailed(table.name, results, branch)
+        return results
+
+    def freshnesses(self, target: Handle) -> tuple[Result, ...]:
+        """How fresh the table is by now."""
+        if not self.lake.settings.freshness:
+            return ()
+        rules = [rule for rule in target.table.rules if isinstance(rule, Fresh)]
+        return tuple(freshness(target.table.name, rule, target.newest(rule.columns[0]), self.clock()) for rule in rules)
 
     def shape(self, step: Step) -> str:
         """What shapes a table beside its rows upstream: settings and columns. Another shape: everything is recomputed."""
         columns = [(column.name, str(column.type)) for column in step.target.columns]
         layout = [step.target.key, step.target.group, step.target.traced]
-        own = [step.shaped_by] if step.shaped_by else []
+        own: list[Any] = [step.shaped_by] if step.shaped_by else []
+        # what rows must be like shapes them too, and a new expectation is to be judged on all of them
+        own += [str((rule, rule.severity)) for rule in step.target.rules if isinstance(rule, OfRows)]
         return hashlib.sha256(repr((asdict(self.context), columns, layout, *own)).encode()).hexdigest()[:16]
 
     def _upstream_handles(self, step: Step) -> dict[str, Handle]:
@@ -779,11 +937,21 @@ class Engine:
 
         return lookup
 
-    def _quarantine(self, step: Step, handles: Mapping[str, Handle], pieces: Pieces, kept: Handle, again: bool) -> None:
-        """Keep the rows that cannot be read, and let go of those that now can.
+    def _quarantine(
+        self,
+        step: Step,
+        handles: Mapping[str, Handle],
+        pieces: Pieces,
+        kept: Handle,
+        again: bool,
+        merged: Sequence[Merged],
+        full: bool,
+    ) -> None:
+        """Keep the rows that cannot be read or break an expectation, and let go of those that now can, or keep them.
 
         Before the target's own commit, so that a crash in between repeats it; through a handle loaded before the read,
         so that a slow copy of the job cannot bring back what another has released. again: judge anew what is there.
+        full: every group of the table was judged.
         """
         member, wanted = pl.lit(False), [conform(pl.DataFrame(schema=REJECTED), self.quarantine)]
         for name, read in step.reads.items():
@@ -799,6 +967,20 @@ class Engine:
             if positions:
                 wanted.append(self._unreadable(read.parse, handles[read.table.name], sorted(positions)))
                 member |= source & pl.col("source_position").is_in(sorted(positions))
+        if step.target.holds_back:
+            held = pl.concat(
+                [
+                    conform(pl.DataFrame(schema=REJECTED), self.quarantine),
+                    *(conform(m.held, self.quarantine) for m in merged if m.held is not None),
+                ]
+            )
+            own = pl.col("source_table") == step.target.name
+            there = kept.read(["source_position"], own)["source_position"]
+            concerned = there if full else of_groups(there, step.target, [m.groups for m in merged if m.groups is not None])
+            positions = {*concerned.to_list(), *held["source_position"].to_list()}
+            if positions:
+                wanted.append(held)
+                member |= own & pl.col("source_position").is_in(sorted(positions))
         files = kept.files()
         old = kept.reader.read(files, [*(c.name for c in self.quarantine.columns), DELETED], member, positions=True)
         change = difference(self.quarantine, old, pl.concat(wanted))

@@ -11,6 +11,7 @@ ShopSphereError            anything this project raises on purpose (one line, ex
 |- TableNotFound           no such table
 |- Outage                  the disk, the object store, the catalog or Ray failed; what was committed is whole
 |- QueryError              a SQL statement cannot be run
+|- ExpectationsFailed      a build broke an expectation and was not published (lakehouse/expectations.py)
 |- SandboxError            a sandbox server cannot be started, or is not running
 In ml/: FeatureError, TrainingError, RegistryError, GateRefused
 """

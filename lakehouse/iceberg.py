@@ -14,6 +14,7 @@ import json
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyiceberg.catalog import Catalog, load_catalog
+from pyiceberg.conversions import from_bytes
 from pyiceberg.exceptions import (
     NamespaceAlreadyExistsError,
     NoSuchTableError,
@@ -36,14 +38,32 @@ from pyiceberg.schema import Schema
 from pyiceberg.table import Table as IcebergTable
 from pyiceberg.table import Transaction
 from pyiceberg.table.metadata import TableMetadata
+from pyiceberg.table.refs import MAIN_BRANCH, SnapshotRefType
 from pyiceberg.table.snapshots import Snapshot
+from pyiceberg.table.update import (
+    AssertRefSnapshotId,
+    AssertTableUUID,
+    RemoveSnapshotRefUpdate,
+    RemoveSnapshotsUpdate,
+    SetSnapshotRefUpdate,
+)
 from pyiceberg.transforms import DayTransform, IdentityTransform, MonthTransform, Transform, YearTransform
 from pyiceberg.typedef import Record
-from pyiceberg.types import DecimalType, DoubleType, FloatType, IcebergType, IntegerType, LongType, NestedField
+from pyiceberg.types import (
+    DateType,
+    DecimalType,
+    DoubleType,
+    FloatType,
+    IcebergType,
+    IntegerType,
+    LongType,
+    NestedField,
+    TimestamptzType,
+)
 from pyiceberg_core import transform as iceberg_transform
 
 from lakehouse.catalog_errors import catalog_errors, committing
-from lakehouse.errors import SchemaConflict, SettingsError, TableNotFound
+from lakehouse.errors import CommitConflict, SchemaConflict, SettingsError, TableNotFound
 from lakehouse.row_delta import RowDelta
 from lakehouse.settings import Settings
 from lakehouse.table import DELETED, GROUP_HASH, SEQUENCE, Table
@@ -51,6 +71,10 @@ from lakehouse.table import DELETED, GROUP_HASH, SEQUENCE, Table
 POSITIONS = "shopsphere.positions"
 DATA_SEQUENCE = "shopsphere.data-sequence"
 SHAPE = "shopsphere.shape"
+ROWS = "shopsphere.rows"
+EXPECTATIONS = "shopsphere.expectations"
+AUDIT_BRANCH = "audit"
+"""Where a build of a gold table waits until it is published."""
 PATH_FIELD, POS_FIELD = 2147483546, 2147483545
 """Reserved field ids of a position delete file (Iceberg spec, 'Reserved Field IDs')."""
 
@@ -350,6 +374,12 @@ class Handle:
         """The sequence number that the next commit gets, if nobody else commits first."""
         return self.loaded.metadata.next_sequence_number()
 
+    @property
+    def history(self) -> list[Snapshot]:
+        """The snapshots that readers have seen: all but a build that waits to be published."""
+        waiting = self.loaded.metadata.refs.get(AUDIT_BRANCH)
+        return [s for s in self.loaded.metadata.snapshots if waiting is None or s.snapshot_id != waiting.snapshot_id]
+
     def _told_by(self, snapshot: Snapshot | None) -> Iterator[Snapshot]:
         """The snapshots that tell of the table as of one of them: from that back to the newest of ours.
 
@@ -495,25 +525,97 @@ class Handle:
         removed_paths: frozenset[str] = frozenset(),
         changes_rows: bool = True,
         properties: Mapping[str, str] | None = None,
+        branch: str | None = None,
     ) -> int:
         """Commit once: files and positions together. Gives the snapshot id.
 
         Raises CommitConflict if anyone was first or the catalog's answer was lost: then the commit may have arrived, which
         the positions of the table tell when it is loaded again.
+
+        branch: AUDIT_BRANCH (default: main) leaves the table as it is for its readers until `publish`.
         """
         transaction = self._transaction or self.loaded.transaction()
-        kept = {SHAPE: shape} if (shape := self.summary(SHAPE)) is not None else {}
+        kept = {name: told for name in (SHAPE, ROWS) if (told := self.summary(name)) is not None}
         summary = {
             **kept,
             POSITIONS: json.dumps(dict(positions), sort_keys=True),
             DATA_SEQUENCE: str(self.sequence if changes_rows else self.data_sequence),
             **(properties or {}),
         }
-        delta = RowDelta(transaction, self.loaded.io, added=added, removed_paths=removed_paths, properties=summary)
+        delta = RowDelta(
+            transaction,
+            self.loaded.io,
+            added=added,
+            removed_paths=removed_paths,
+            properties=summary,
+            branch=branch or MAIN_BRANCH,
+        )
         with committing(self.table.name):
             delta.commit()
             transaction.commit_transaction()
+        self._transaction = None
         return delta.snapshot_id
+
+    @property
+    def build(self) -> Snapshot | None:
+        """The build that waits to be published; None when there is none."""
+        ref = self.loaded.metadata.refs.get(AUDIT_BRANCH)
+        return self.loaded.metadata.snapshot_by_id(ref.snapshot_id) if ref else None
+
+    def publish(self) -> int:
+        """Make the waiting build the table: main goes forward to it and the branch ends, in one commit. Gives its id.
+
+        Raises CommitConflict when the build does not continue main as it was loaded, or either has moved since.
+        """
+        build, main = self.build, self.snapshot
+        if build is None or (main is not None and build.parent_snapshot_id != main.snapshot_id):
+            raise CommitConflict(f"{self.table.name}: the build on '{AUDIT_BRANCH}' does not continue the table. Run again.")
+        self._move(
+            (
+                SetSnapshotRefUpdate(
+                    ref_name=MAIN_BRANCH,
+                    type=SnapshotRefType.BRANCH,
+                    snapshot_id=build.snapshot_id,
+                    max_ref_age_ms=None,
+                    max_snapshot_age_ms=None,
+                    min_snapshots_to_keep=None,
+                ),
+                RemoveSnapshotRefUpdate(ref_name=AUDIT_BRANCH),
+            ),
+            build,
+        )
+        return build.snapshot_id
+
+    def discard(self) -> None:
+        """Forget the waiting build, if there is one. Raises CommitConflict when it has moved since."""
+        if (build := self.build) is not None:
+            self._move((RemoveSnapshotsUpdate(snapshot_ids=[build.snapshot_id]),), build)
+
+    def _move(self, updates: tuple[Any, ...], build: Snapshot) -> None:
+        main = self.snapshot
+        requirements = (
+            AssertTableUUID(uuid=self.loaded.metadata.table_uuid),
+            AssertRefSnapshotId(ref=MAIN_BRANCH, snapshot_id=main.snapshot_id if main else None),
+            AssertRefSnapshotId(ref=AUDIT_BRANCH, snapshot_id=build.snapshot_id),
+        )
+        with committing(self.table.name):
+            done = self.loaded.catalog.commit_table(self.loaded, requirements, updates)
+        self.loaded.metadata, self.loaded.metadata_location = done.metadata, done.metadata_location
+
+    def newest(self, column: str) -> datetime | None:
+        """The newest value of a date or time column as the statistics of its files have it; rows that were deleted since
+        count until their file is compacted."""
+        if self.snapshot is None:
+            return None
+        f = self.loaded.metadata.schema().find_field(column)
+        assert isinstance(f.field_type, DateType | TimestamptzType)
+        bounds = [(task.file.upper_bounds or {}).get(f.field_id) for task in self.loaded.scan().plan_files()]
+        values: list[Any] = [from_bytes(f.field_type, bound) for bound in bounds if bound is not None]
+        if not values:
+            return None
+        # microseconds, or days, since 1970
+        unit = timedelta(days=1) if isinstance(f.field_type, DateType) else timedelta(microseconds=1)
+        return datetime(1970, 1, 1, tzinfo=UTC) + int(max(values)) * unit
 
 
 later: Any = GreaterThan

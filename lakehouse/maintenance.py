@@ -93,13 +93,19 @@ def _batches(files: list[File]) -> list[list[File]]:
 
 
 def expire(lake: Lake, table: Table, retention_hours: float, now: datetime) -> int:
-    """Forget snapshots that were replaced longer ago than the retention; the current one always stays."""
+    """Forget snapshots that were replaced longer ago than the retention, and a build that has waited that long to be
+    published; the current one always stays, and so do the heads of branches and tags that others have made."""
     handle = lake.load(table, create=False)
     limit = (now - timedelta(hours=retention_hours)).timestamp() * 1000
-    snapshots = sorted(handle.loaded.metadata.snapshots, key=lambda s: s.sequence_number or 0)
+    refused = 0
+    if (build := handle.build) is not None and build.timestamp_ms < limit:
+        handle.discard()
+        handle, refused = lake.load(table, create=False), 1
+    snapshots = sorted(handle.history, key=lambda s: s.sequence_number or 0)
+    named = {ref.snapshot_id for ref in handle.loaded.metadata.refs.values()}
     # what counts is since when a snapshot is not the current one any more: readers and time travel rely on that
     old = [before.snapshot_id for before, after in pairwise(snapshots) if after.timestamp_ms < limit]
-    old = [number for number in old if number not in handle.telling]
+    old = [number for number in old if number not in handle.telling and number not in named]
     if old:
         from pyiceberg.exceptions import CommitFailedException
 
@@ -110,7 +116,7 @@ def expire(lake: Lake, table: Table, retention_hours: float, now: datetime) -> i
             raise CommitConflict(
                 f"{table.name}: another writer committed while snapshots were being expired. Run again."
             ) from error
-    return len(old)
+    return len(old) + refused
 
 
 def referenced(handle: Handle) -> set[str]:

@@ -1,6 +1,7 @@
 """SQL over all tables by layer and name, time travel included, on DuckDB.
 
-Time travel: `gold.sales_daily FOR VERSION AS OF <snapshot id>` or `FOR TIMESTAMP AS OF '<time>'`.
+Time travel: `gold.sales_daily FOR VERSION AS OF <snapshot id>` or `FOR TIMESTAMP AS OF '<time>'`. A version may also be
+the name of a branch or tag: `FOR VERSION AS OF 'audit'` is the build that waits to be published.
 """
 
 from __future__ import annotations
@@ -34,12 +35,15 @@ def snapshot_of(handle: Handle, mention: Mention) -> int | None:
     """The snapshot that a mention means; None: the current one. Raises QueryError when there is none."""
     if not mention.kind:
         return None
-    snapshots = list(handle.loaded.metadata.snapshots)
+    snapshots = handle.history
     if mention.kind == "VERSION":
-        known = [s.snapshot_id for s in snapshots]
+        if (ref := handle.loaded.metadata.refs.get(mention.moment)) is not None:
+            return ref.snapshot_id
+        known = [s.snapshot_id for s in handle.loaded.metadata.snapshots]
         if not mention.moment.isdigit() or int(mention.moment) not in known:
             raise QueryError(
-                f"{mention.name} has no snapshot {mention.moment}. Snapshots: {', '.join(map(str, known[-10:])) or 'none'}."
+                f"{mention.name} has no snapshot or branch {mention.moment}. "
+                f"Snapshots: {', '.join(map(str, known[-10:])) or 'none'}."
             )
         return int(mention.moment)
     try:

@@ -3,6 +3,9 @@
 PyIceberg 0.12 has no row delta and no merge-on-read write; this module is the whole of what this project adds to
 its private snapshot producer. There are no conflict checks: it is safe only with commit retries off, from a
 handle loaded before the read, so that any commit in between makes it fail.
+
+A build that is to be audited first goes to a branch: its snapshot continues main, but main does not move. There is at
+most one build a table that main has not taken over; the next one takes its place, snapshot and all.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from pyiceberg.manifest import (
     ManifestWriterV2,
 )
 from pyiceberg.table import TableProperties
+from pyiceberg.table.refs import MAIN_BRANCH
 from pyiceberg.table.snapshots import Operation, SnapshotSummaryCollector, Summary, update_snapshot_summaries
+from pyiceberg.table.update import AssertRefSnapshotId, RemoveSnapshotsUpdate, UpdatesAndRequirements
 from pyiceberg.table.update.snapshot import _ManifestMergeManager, _SnapshotProducer
 from pyiceberg.utils.properties import property_as_bool, property_as_int
 
@@ -52,17 +57,32 @@ class RowDelta(_SnapshotProducer["RowDelta"]):
         added: Iterable[DataFile] = (),
         removed_paths: frozenset[str] = frozenset(),
         properties: dict[str, str],
+        branch: str = MAIN_BRANCH,
     ) -> None:
         added = tuple(added)
         deletes = [file for file in added if file.content != DataFileContent.DATA]
         operation = Operation.OVERWRITE if deletes or removed_paths else Operation.APPEND
-        super().__init__(operation, transaction, io, snapshot_properties=properties)
+        super().__init__(operation, transaction, io, snapshot_properties=properties, branch=branch)
         for file in added:
             if file.content == DataFileContent.DATA:
                 self.append_data_file(file)
         self._added_delete_files = deletes
         self._removed_paths = removed_paths
         self._removed_files: list[DataFile] = []
+
+    def _current_branch_head_id(self) -> int | None:
+        """Main's: a build continues main, whatever an earlier one has left on its branch."""
+        return self._transaction.table_metadata.current_snapshot_id
+
+    def _commit(self) -> UpdatesAndRequirements:
+        updates, requirements = super()._commit()
+        if self._target_branch == MAIN_BRANCH:
+            return updates, requirements
+        metadata = self._transaction.table_metadata
+        earlier = metadata.refs.get(str(self._target_branch))
+        dropped = (RemoveSnapshotsUpdate(snapshot_ids=[earlier.snapshot_id]),) if earlier else ()
+        unmoved = AssertRefSnapshotId(ref=MAIN_BRANCH, snapshot_id=metadata.current_snapshot_id)
+        return (*dropped, *updates), (*requirements, unmoved)
 
     def _validate_concurrency(self) -> None:
         """Nothing to check: a commit in between fails this one (retries are off)."""

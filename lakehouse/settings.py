@@ -116,6 +116,10 @@ class Settings(BaseSettings):
     orphan_retention_hours: float = Field(
         24.0, ge=1, description="`maintain` deletes unreferenced files older than this; no run may last as long"
     )
+    history_days: float = Field(90, ge=1, description="`maintain` drops older days of operations.runs and expectation_results")
+    freshness: bool = Field(
+        True, description="Judge freshness against the clock; off where the shop's time is not ours, as in the sandbox"
+    )
     catalog: CatalogSettings = CatalogSettings()
     postgres: PostgresSettings = PostgresSettings()
     mongo: MongoSettings = MongoSettings()

@@ -154,3 +154,10 @@ class Step:
     expand: Callable[[pl.DataFrame, Lookup, Context], pl.DataFrame] | None = None
     ordered_by: str = ""
     shaped_by: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.target.holds_back and (self.ordered_by or any(isinstance(read, Changes) for read in self.reads.values())):
+            raise ValueError(
+                f"{self.target.name}: a step that builds on the table's own rows cannot hold some of them back: its rows would "
+                "depend on the order of arrival. Use the severity warn or fail, or reject rows where they are parsed."
+            )

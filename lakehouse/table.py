@@ -7,6 +7,8 @@ from typing import Literal
 
 import pyarrow as pa
 
+from lakehouse.expectations import Expectation, mistake, not_null, unique
+
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 MONEY = pa.decimal128(20, 4)
 
@@ -73,6 +75,9 @@ class Table:
                  value stays as a tombstone
     sort_by      order of rows within a data file
     references   foreign keys: what people join by; null where nothing is known
+    expectations what its rows must be like, beside what columns and key say by themselves: a required column is never
+                 null, a key is unique
+    named_by     columns of the key that messages may show (default: all of it); none that holds personal data
     """
 
     name: str
@@ -85,6 +90,8 @@ class Table:
     sort_by: tuple[str, ...] = ()
     references: tuple[Reference, ...] = ()
     owner: str = "data platform"
+    expectations: tuple[Expectation, ...] = ()
+    named_by: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         known = {item.name for item in self.columns}
@@ -97,16 +104,32 @@ class Table:
             raise ValueError(f"{self.name}: no column {absent} to refer to.")
         if not self.group:
             object.__setattr__(self, "group", self.key)
+        types = {item.name: item.type for item in self.columns}
+        if wrong := [text for rule in self.rules if (text := mistake(rule, self.group, types))]:
+            raise ValueError(f"{self.name}: {wrong[0]}")
 
     @property
     def layer(self) -> str:
-        """The Iceberg namespace: bronze, silver or gold."""
+        """The Iceberg namespace: bronze, silver or gold; operations for what the lakehouse notes of itself."""
         return self.name.split(".")[0]
 
     @property
     def short_name(self) -> str:
         """The name without its layer."""
         return self.name.split(".")[1]
+
+    @property
+    def rules(self) -> tuple[Expectation, ...]:
+        """All expectations: those that required columns and the key imply, then the declared ones."""
+        required = tuple(item.name for item in self.columns if item.required)
+        by_key = bool(self.key) and set(self.group) <= set(self.key)
+        implied = (*((not_null(*required),) if required else ()), *((unique(*self.key),) if by_key else ()))
+        return tuple(dict.fromkeys((*implied, *self.expectations)))
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether rows that break an expectation go to quarantine."""
+        return any(rule.severity == "quarantine" for rule in self.rules)
 
     @property
     def keeps_tombstones(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import within
 from lakehouse.step import Context, Gather, Step
 from lakehouse.table import Table, column
 from ml.order_entities import ORDER_ENTITIES
@@ -23,6 +24,7 @@ CATEGORY_AMOUNTS = Table(
     ),
     key=("category", "month"),
     owner="risk",
+    expectations=(within("orders", 0, None),),
 )
 
 MONTH = pl.col("placed_at").dt.month_start().dt.date()

@@ -21,7 +21,8 @@ from typing import Any
 import polars as pl
 
 from lakehouse.engine import Engine, Report, Upstream, chunks, conform, stamp
-from lakehouse.iceberg import SHAPE, FileWriter, Handle, group_hash
+from lakehouse.expectations import Result, joined, judge
+from lakehouse.iceberg import ROWS, SHAPE, FileWriter, Handle, group_hash
 from lakehouse.parallel import Piece, Pieces
 from lakehouse.step import Read, Step
 from lakehouse.table import DELETED, Table
@@ -66,6 +67,7 @@ class Written:
     files: tuple[Any, ...]
     """Iceberg data files, as FileWriter gives them."""
     rows: int
+    results: tuple[Result, ...]
 
 
 def must_be_built(engine: Engine, step: Step) -> bool:
@@ -103,14 +105,17 @@ def _build(engine: Engine, step: Step, delay: timedelta) -> Report:
     writing = Assembly(target.writer, target.sequence)
     written, elsewhere = engine.pool.map(writing, [block.number for block in blocks if not block.events], both, parallel=parallel)
     files = [file for item in written for file in item.files]
+    count = sum(item.rows for item in written)
+    before = target.summary(ROWS)
+    of_rows = joined(result for item in written for result in item.results)
+    results = engine.settled(step.target, of_rows, int(before) if before else None, count)
     snapshot = target.commit(
         files,
         positions={name: handle.position for name, handle in handles.items()},
         removed_paths=frozenset(file.path for file in target.files()),
-        properties={SHAPE: engine.shape(step)},
+        properties={SHAPE: engine.shape(step), ROWS: str(count)},
     )
     elsewhere += spread.cpu_seconds + parts.cpu_seconds
-    count = sum(item.rows for item in written)
     return Report(
         step.target.name,
         "rebuilt" if target.snapshot else "changed",
@@ -123,6 +128,7 @@ def _build(engine: Engine, step: Step, delay: timedelta) -> Report:
         worker_cpu_seconds=elsewhere,
         parallel=parallel,
         snapshot=snapshot,
+        results=results,
     )
 
 
@@ -208,8 +214,10 @@ class Assembly:
         own = _frame(pieces, ORDER.name, block)
         assert own is not None
         columns = [own, *(_placed(part, _frame(pieces, part.name, block), own.height) for part in ENTITY_PARTS)]
-        rows = conform(pl.concat(columns, how="horizontal"), ORDER_FEATURES).with_columns(pl.lit(False).alias(DELETED))
-        return Written(tuple(self.writer.write(stamp(ORDER_FEATURES, rows, self.sequence))), rows.height)
+        rows = conform(pl.concat(columns, how="horizontal"), ORDER_FEATURES)
+        judged = judge(ORDER_FEATURES.name, ORDER_FEATURES.rules, rows, ORDER_FEATURES.key)
+        marked = rows.with_columns(pl.lit(False).alias(DELETED))
+        return Written(tuple(self.writer.write(stamp(ORDER_FEATURES, marked, self.sequence))), rows.height, judged.results)
 
 
 def _placed(part: Part, values: pl.DataFrame | None, height: int) -> pl.DataFrame:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import within
 from lakehouse.step import Context, Gather, Step
 from lakehouse.table import TIMESTAMP, Table, column
 from ml.features import with_ratios
@@ -30,6 +31,8 @@ FRAUD_RATIOS = Table(
     group=("customer",),
     traced=("device", "known_at"),
     owner="risk",
+    expectations=(within("ratio", 0, None, severity="warn"),),
+    named_by=("order_id",),
 )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import accepted, row_count_drift
 from lakehouse.step import Context, Gather, Join, Step, Whole
 from lakehouse.table import TIMESTAMP, Table, column
 from pipelines.silver.chargebacks import CHARGEBACKS
@@ -45,6 +46,10 @@ ORDER_ENTITIES = Table(
     traced=("placed_at", "customer", "card", "device", "address", "ip", "person", "account", "category", "known_at"),
     sort_by=("placed_at", "order_id"),
     owner="risk",
+    expectations=(
+        accepted("channel", {"web", "pos", "marketplace"}, severity="warn"),
+        row_count_drift(0.5),
+    ),
 )
 
 ORDER_COLUMNS = (

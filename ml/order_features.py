@@ -16,6 +16,7 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.engine import Engine, Report
+from lakehouse.expectations import row_count_drift
 from lakehouse.iceberg import Lake
 from lakehouse.step import Context, Gather, Join, Step, Whole
 from lakehouse.table import TIMESTAMP, Table, column
@@ -42,6 +43,7 @@ ORDER_FEATURES = Table(
     key=("order_id",),
     sort_by=("placed_at", "order_id"),
     owner="risk",
+    expectations=(row_count_drift(0.5),),
 )
 
 EVENT_READS = ("event_type", "occurred_at", "user_id", "device_id", "outcome")

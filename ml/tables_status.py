@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,6 +12,8 @@ import polars as pl
 
 import pipelines
 from lakehouse.errors import OffsetGone, SourceError
+from lakehouse.expectations import Fresh, Result, freshness
+from lakehouse.history import last_results
 from lakehouse.iceberg import Handle, Lake
 from lakehouse.table import DELETED, Table
 from ml.tables import DECLARED, MODEL_TABLES, TABLES
@@ -29,13 +31,39 @@ class TableStatus:
     last_run: datetime | None
     files: int
     bytes: int
+    expectations: str = ""
+    """'5 hold', or what does not; '' where none was judged."""
+    broken: tuple[str, ...] = ()
+    """The expectations that do not hold, with what was found."""
 
 
 def statuses(lake: Lake) -> list[TableStatus]:
     """The state of every table, bronze first. A source that cannot be reached shows as such in `lag`."""
     handles = {name: lake.load(table) if lake.exists(table) else None for name, table in TABLES.items()}
     lags = {**_source_lags(lake, handles), **_step_lags(handles)}
-    return [_status(TABLES[name], handle, lags.get(name, "")) for name, handle in handles.items()]
+    judged: dict[str, list[Result]] = {}
+    for result in last_results(lake):
+        judged.setdefault(result.table, []).append(result)
+    now = datetime.now(UTC)
+    return [
+        replace(_status(TABLES[name], handle, lags.get(name, "")), **_expectations(lake, handle, judged.get(name, []), now))
+        for name, handle in handles.items()
+    ]
+
+
+def _expectations(lake: Lake, handle: Handle | None, results: list[Result], now: datetime) -> dict[str, Any]:
+    """How a table's expectations came out last; freshness is judged now. Of rules that are no longer declared nothing."""
+    if handle is None or not results:
+        return {}
+    rules = {str(rule): rule for rule in handle.table.rules}
+    found = [result for result in results if result.expectation in rules and not isinstance(rules[result.expectation], Fresh)]
+    if lake.settings.freshness:
+        fresh = [rule for rule in rules.values() if isinstance(rule, Fresh)]
+        found += [freshness(handle.table.name, rule, handle.newest(rule.columns[0]), now) for rule in fresh]
+    broken = [result for result in found if result.outcome != "pass"]
+    counts = [(word, sum(result.outcome == word for result in broken)) for word in ("fail", "quarantine", "warn")]
+    text = ", ".join(f"{count} {word}" for word, count in counts if count) or f"{len(found)} hold"
+    return {"expectations": text, "broken": tuple(f"{result.outcome}: {result}" for result in broken)}
 
 
 def _source_lags(lake: Lake, handles: Mapping[str, Handle | None]) -> dict[str, str]:

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from lakehouse.engine import Engine, Report
 from lakehouse.errors import ShopSphereError
+from lakehouse.expectations import within
 from lakehouse.step import Context, Gather, Join, Step
 from lakehouse.table import TIMESTAMP, Table, column, references
 from ml.features import FEATURE_NAMES
@@ -46,6 +47,11 @@ USER_FRAUD_SCORES = Table(
     key=("master_user_id",),
     references=(references("master_user_id", CUSTOMER_360),),
     owner="risk",
+    expectations=(
+        within("fraud_score", 0, 1),
+        within("highest_score", 0, 1),
+        within("orders", 1, None),
+    ),
 )
 
 

@@ -25,6 +25,7 @@ from markupsafe import Markup, escape
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
+from lakehouse.history import PastRun, past_runs
 from lakehouse.iceberg import Lake
 from lakehouse.sizes import size
 from lakehouse.table import Table
@@ -52,6 +53,8 @@ AT_RISK = 50
 COHORTS = 24
 """Cohorts, and months after them, shown at once."""
 LOW = 100
+RUNS = 10
+"""Runs shown at once."""
 STATUS_SECONDS = 10.0
 """How long the state of the tables is not asked for again: it asks every source."""
 STALE_MS = 10_000
@@ -108,6 +111,11 @@ def condition(table: TableStatus) -> Condition:
     return Condition(table.lag, table.lag in UP_TO_DATE)
 
 
+def quality(table: TableStatus) -> str:
+    """The colour of how a table's expectations came out."""
+    return "good" if not table.broken else "high" if any(what.startswith("fail") for what in table.broken) else "medium"
+
+
 def assets(directory: Path) -> dict[str, Asset]:
     """The files of a directory by name."""
     found = {}
@@ -160,7 +168,7 @@ class Page:
         self.snapshots = customers.snapshots
         self.assets = assets(DIRECTORY / "static")
         self._by_path = {asset.path: asset for asset in self.assets.values()}
-        self._statuses: tuple[float, datetime, list[TableStatus]] | None = None
+        self._statuses: tuple[float, tuple[datetime, list[TableStatus], list[PastRun]]] | None = None
         self._kept: dict[str, tuple[int | None, pl.DataFrame]] = {}
         self._templates = Environment(
             loader=FileSystemLoader(DIRECTORY), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -176,6 +184,7 @@ class Page:
             "number": number,
             "path": lambda text: quote(text, safe=":"),
             "percent": percent,
+            "quality": quality,
             "size": size,
         }
         self._templates.globals |= {
@@ -247,13 +256,13 @@ class Page:
 
     async def freshness(self, asked: Asked) -> Response:
         """GET /freshness"""
-        at, tables = await self.asking.run(self._tables)
+        at, tables, runs = await self.asking.run(self._tables)
         basis, waiting = None, None
         try:
             basis = self.inventory.basis(await self.inventory.line(asked))
         except Problem as problem:
             waiting = problem.detail
-        return self._shown(asked, "freshness.html", "freshness", at=at, tables=tables, basis=basis, waiting=waiting)
+        return self._shown(asked, "freshness.html", "freshness", at=at, tables=tables, runs=runs, basis=basis, waiting=waiting)
 
     async def sign_in(self, asked: Asked) -> Response:
         """POST /sign-in: the key goes into a cookie."""
@@ -372,11 +381,12 @@ class Page:
         products = self._all(DIM_PRODUCTS, ("product_id", "name"))
         return {"stores": stores, "names": dict(products.iter_rows()), "suggested": SUGGESTED}
 
-    def _tables(self) -> tuple[datetime, list[TableStatus]]:
+    def _tables(self) -> tuple[datetime, list[TableStatus], list[PastRun]]:
         kept = self._statuses
         if kept is None or time.monotonic() - kept[0] > STATUS_SECONDS:
-            self._statuses = kept = (time.monotonic(), datetime.now(UTC), statuses(self.lake))
-        return kept[1], kept[2]
+            told = (datetime.now(UTC), statuses(self.lake), past_runs(self.lake, RUNS))
+            self._statuses = kept = (time.monotonic(), told)
+        return kept[1]
 
     def _opens(self, request: Request, scope: Scope) -> bool:
         """Whether this request's key opens something."""

@@ -418,6 +418,26 @@ def test_freshness_names_every_table_and_says_what_is_late(client: TestClient, f
     assert "events:0" in text
 
 
+def test_freshness_tells_what_is_expected_and_does_not_hold(filled: Settings) -> None:
+    from app.passes import open_engine
+    from lakehouse.engine import Report
+    from lakehouse.expectations import ExpectationsFailed, Result
+    from lakehouse.history import History, Run
+    from pipelines.gold.sales_daily import SALES_DAILY
+
+    rule = next(str(rule) for rule in SALES_DAILY.rules if "gross_revenue >=" in str(rule))
+    with open_engine(filled) as engine:
+        kept = Result(SALES_DAILY.name, rule, "fail", "fail", 10, 3, ("order_date=2026-01-01, channel=<web>",))
+        error = ExpectationsFailed(SALES_DAILY.name, [kept], "audit")
+        History(engine.lake).note(engine, Run("run"), [Report("gold.dim_date", "changed")], [error])
+    with running(replica(filled, scores_topic="")) as client:
+        text = page(client, "/freshness").text
+    assert "1 fail" in text
+    assert "3 of 10 rows break it" in text.replace("<wbr>", "")
+    assert "channel=<web>" in text, "text, not a tag"
+    assert "Tables changed" in text
+
+
 def test_without_a_state_it_says_so(filled: Settings) -> None:
     client = TestClient(replica(filled).asgi(), client=("127.0.0.1", 1), base_url="http://127.0.0.1")
     assert "Try again" in page(client, "/stock", 503).text

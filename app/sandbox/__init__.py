@@ -144,6 +144,8 @@ def write_settings(home: Path, addresses: Addresses, base_currency: str) -> Path
     except tomllib.TOMLDecodeError as error:
         raise SandboxError(f"{file} is not valid TOML ({error}); correct it, or remove it.") from None
     content["base_currency"] = base_currency
+    # the shop's last day is long ago
+    content.setdefault("freshness", False)
     content["postgres"] = content.get("postgres", {}) | {"dsn": addresses.postgres_dsn}
     content["mongo"] = content.get("mongo", {}) | {"uri": addresses.mongo_uri}
     content["kafka"] = content.get("kafka", {}) | {"bootstrap_servers": addresses.kafka_bootstrap}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import within
 from lakehouse.step import Context, Gather, Step
 from lakehouse.table import MONEY as MONEY_TYPE
 from lakehouse.table import Table, column
@@ -46,6 +47,10 @@ COHORT_RETENTION = Table(
     key=("scope", "cohort_month", "months_since"),
     group=("scope",),
     owner="customer",
+    expectations=(
+        within("months_since", 0, None),
+        within("retention", 0, 1),
+    ),
 )
 
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import accepted, row_count_drift, within
 from lakehouse.step import Context, Gather, Join, Step
 from lakehouse.table import MONEY as MONEY_TYPE
 from lakehouse.table import TIMESTAMP, Table, column
@@ -132,6 +133,13 @@ CUSTOMER_360 = Table(
     ),
     key=("master_user_id",),
     owner="customer",
+    expectations=(
+        within("orders", 0, None),
+        within("gross_revenue", 0, None),
+        within("returns_revenue", 0, None),
+        accepted("favourite_channel", CHANNELS),
+        row_count_drift(0.5),
+    ),
 )
 
 COUNTS = tuple(item.name for item in CUSTOMER_360.columns if item.required and item.type == pa.int32())

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import within
 from lakehouse.step import Context, Gather, Step
 from lakehouse.table import Table, column
 from pipelines.silver.orders_unified import ORDERS_UNIFIED
@@ -33,6 +34,12 @@ DIM_DATE = Table(
     key=("year", "date"),
     group=("year",),
     owner="data platform",
+    expectations=(
+        within("month", 1, 12),
+        within("day_of_month", 1, 31),
+        within("day_of_week", 1, 7),
+        within("iso_week", 1, 53),
+    ),
 )
 
 MONTHS = (

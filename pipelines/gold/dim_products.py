@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import row_count_drift, within
 from lakehouse.step import Context, Gather, Step
 from lakehouse.table import TIMESTAMP, Table, column
 from pipelines.silver.products import PRODUCTS
@@ -29,6 +30,10 @@ DIM_PRODUCTS = Table(
     ),
     key=("product_id",),
     owner="commerce",
+    expectations=(
+        within("list_price", 0, None, severity="warn"),
+        row_count_drift(0.5),
+    ),
 )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import row_count_drift
 from lakehouse.step import Context, Gather, Step
 from lakehouse.table import TIMESTAMP, Table, column
 from pipelines.silver.stores import STORES
@@ -27,6 +28,7 @@ DIM_STORES = Table(
     ),
     key=("store_id",),
     owner="commerce",
+    expectations=(row_count_drift(0.5, at_least=20),),
 )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import row_count_drift
 from lakehouse.step import Context, Gather, Step
 from lakehouse.table import TIMESTAMP, Table, column, references
 from pipelines.gold.customer_360 import CUSTOMER_360
@@ -41,6 +42,7 @@ DIM_USERS = Table(
     group=("user_id",),
     references=(references("master_user_id", CUSTOMER_360),),
     owner="customer",
+    expectations=(row_count_drift(0.5),),
 )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import accepted, fresh, row_count_drift, within
 from lakehouse.step import Context, Gather, Join, Step
 from lakehouse.table import MONEY, TIMESTAMP, Table, column, references, year
 from pipelines.gold.customer_360 import CUSTOMER_360
@@ -71,6 +72,14 @@ FACT_ORDERS = Table(
         references("master_user_id", CUSTOMER_360),
     ),
     owner="commerce",
+    expectations=(
+        within("items", 0, None),
+        within("gross_revenue", 0, None),
+        within("returns_revenue", 0, None),
+        accepted("channel", {"web", "pos", "marketplace"}, severity="warn"),
+        fresh("placed_at", hours=24),
+        row_count_drift(0.5),
+    ),
 )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import within
 from lakehouse.step import Context, Gather, Step
 from lakehouse.table import TIMESTAMP, Table, column, references
 from pipelines.gold.dim_products import DIM_PRODUCTS
@@ -50,6 +51,10 @@ INVENTORY_HEALTH = Table(
         references("product_id", DIM_PRODUCTS),
     ),
     owner="supply chain",
+    expectations=(
+        within("sold_28d", 0, None, severity="warn"),
+        within("days_of_cover", 0, None),
+    ),
 )
 
 

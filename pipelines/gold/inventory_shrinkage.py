@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import row_count_drift, within
 from lakehouse.step import Context, Gather, Step, Whole
 from lakehouse.table import MONEY, TIMESTAMP, Table, column, references
 from pipelines.gold.dim_products import DIM_PRODUCTS
@@ -43,6 +44,10 @@ INVENTORY_SHRINKAGE = Table(
         references("product_id", DIM_PRODUCTS),
     ),
     owner="supply chain",
+    expectations=(
+        within("counted_units", 0, None, severity="warn"),
+        row_count_drift(0.5),
+    ),
 )
 
 

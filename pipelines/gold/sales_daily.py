@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import accepted, fresh, row_count_drift, within
 from lakehouse.step import Context, Gather, Step, Whole
 from lakehouse.table import MONEY, Table, column, references, year
 from pipelines.gold.dim_date import DIM_DATE
@@ -59,6 +60,14 @@ SALES_DAILY = Table(
         references("store_id", DIM_STORES),
     ),
     owner="commerce",
+    expectations=(
+        within("orders", 0, None),
+        within("gross_revenue", 0, None),
+        within("returns_revenue", 0, None),
+        accepted("channel", {"web", "pos", "marketplace"}, severity="warn"),
+        fresh("order_date", hours=48),
+        row_count_drift(0.5),
+    ),
 )
 
 

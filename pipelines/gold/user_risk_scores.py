@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import accepted, within
 from lakehouse.step import Context, Gather, Join, Step
 from lakehouse.table import TIMESTAMP, Table, column, references
 from pipelines.gold.customer_360 import CUSTOMER_360
@@ -107,6 +108,10 @@ USER_RISK_SCORES = Table(
     key=("master_user_id",),
     references=(references("master_user_id", CUSTOMER_360),),
     owner="risk",
+    expectations=(
+        within("risk_score", 0, 100),
+        accepted("risk_band", {"low", "medium", "high"}),
+    ),
 )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import accepted, not_null
 from lakehouse.step import Context, Gather, Step
 from lakehouse.table import TIMESTAMP, Table, column
 from pipelines.bronze.tables import CHARGEBACKS as BRONZE_CHARGEBACKS
@@ -25,6 +26,10 @@ CHARGEBACKS = Table(
     key=("chargeback_id",),
     traced=("order_ref",),
     owner="risk",
+    expectations=(
+        not_null("order_ref", "reported_at", severity="warn"),
+        accepted("reason", {"fraud", "not_received", "not_as_described", "other"}, severity="warn"),
+    ),
 )
 
 

@@ -12,6 +12,7 @@ import msgspec
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import fresh, row_count_drift
 from lakehouse.step import Changes, Context, Parsed, Step
 from lakehouse.table import TIMESTAMP, Table, column, year
 from pipelines.bronze.tables import EVENTS
@@ -48,6 +49,10 @@ EVENTS_CLEAN = Table(
     partition_by=(year("occurred_at"),),
     sort_by=("occurred_at",),
     owner="data platform",
+    expectations=(
+        fresh("occurred_at", hours=24),
+        row_count_drift(0.5),
+    ),
 )
 
 TEXTS = ("event_id", "event_type", "timestamp", "session_id", "device_id", "ip_address", "channel")

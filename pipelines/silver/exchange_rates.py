@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from decimal import Decimal
 
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import within
 from lakehouse.step import Context, Gather, Step
 from lakehouse.table import Table, column
 from pipelines.bronze.tables import EXCHANGE_RATES as BRONZE_EXCHANGE_RATES
@@ -23,6 +25,7 @@ EXCHANGE_RATES = Table(
     ),
     key=EXCHANGE_RATES_KEY,
     owner="finance",
+    expectations=(within("to_base", Decimal("0.00000001"), None, severity="quarantine"),),
 )
 
 RATE = pl.Decimal(18, 8)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import accepted, row_count_drift
 from lakehouse.step import Context, Gather, Join, Lookup, Step
 from lakehouse.table import TIMESTAMP, Table, column
 from pipelines.bronze.tables import MARKETPLACE_ORDERS, ORDERS, USERS
@@ -41,7 +42,8 @@ IDENTITY_GRAPH = Table(
         column(
             "kind",
             pa.string(),
-            "loyalty, email, phone, device, address; 'self' of the record itself; 'match' of a probabilistic link",
+            "loyalty, email, phone, device, address; 'place', 'block': an address, or a close spelling of one, without a name; "
+            "'self' of the record itself; 'match' of a probabilistic link",
             required=True,
         ),
         column(
@@ -67,6 +69,12 @@ IDENTITY_GRAPH = Table(
     group=("record_id",),
     traced=("master_user_id",),
     sort_by=("master_user_id", "record_id"),
+    expectations=(
+        accepted("kind", {"block", "loyalty", "email", "phone", "device", "address", "place", "self", "match"}),
+        accepted("status", {"linked", "crowded", "weak"}),
+        row_count_drift(0.5),
+    ),
+    named_by=("record_id",),
 )
 DEFAULTS = Context()
 

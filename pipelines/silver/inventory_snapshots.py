@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import accepted, row_count_drift, within
 from lakehouse.step import Context, Gather, Step
 from lakehouse.table import TIMESTAMP, Table, column
 from pipelines.silver.events_clean import EVENTS_CLEAN, STOCK_EVENTS
@@ -38,6 +39,11 @@ INVENTORY_SNAPSHOTS = Table(
     traced=("event_type",),
     sort_by=("store_id", "product_id", "occurred_at"),
     owner="supply chain",
+    expectations=(
+        accepted("leg", {0, 1}),
+        within("safety_stock", 0, None, severity="warn"),
+        row_count_drift(0.5),
+    ),
 )
 
 GROUP = ["store_id", "product_id"]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import not_null, row_count_drift
 from lakehouse.step import Context, Gather, Step
 from lakehouse.table import MONEY, TIMESTAMP, Table, column
 from pipelines.bronze.tables import MARKETPLACE_ORDERS, ORDER_ITEMS, ORDER_ITEMS_KEY
@@ -45,6 +46,10 @@ ORDER_ITEMS_UNIFIED = Table(
     traced=("order_date", "product_id"),
     sort_by=("platform", "order_date", "order_id", "line_no"),
     owner="commerce",
+    expectations=(
+        not_null("quantity", "unit_price", severity="warn"),
+        row_count_drift(0.5),
+    ),
 )
 
 _OF_LINE = ("order_id", "line_no", "product_id", "product_name", "quantity", "unit_price", "variant")

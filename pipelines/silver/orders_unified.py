@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import accepted, fresh, not_null, row_count_drift
 from lakehouse.step import Context, Gather, Join, Step, Whole
 from lakehouse.table import MONEY, TIMESTAMP, Table, column
 from pipelines.bronze.tables import MARKETPLACE_ORDERS, ORDERS, ORDERS_KEY
@@ -55,6 +56,12 @@ ORDERS_UNIFIED = Table(
     # neighbours in time are neighbours in id within one platform: a file's ranges of both stay narrow
     sort_by=("platform", "order_date", "order_id"),
     owner="commerce",
+    expectations=(
+        not_null("placed_at", "currency", "total_amount", severity="warn"),
+        accepted("channel", {"web", "pos", "marketplace"}, severity="warn"),
+        fresh("placed_at", hours=24),
+        row_count_drift(0.5),
+    ),
 )
 
 MARKETPLACE_KEY = pl.col("platform") + ":" + pl.col("mp_order_id")

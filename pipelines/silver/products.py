@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import within
 from lakehouse.step import Context, Gather, Step
 from lakehouse.table import TIMESTAMP, Table, column
 from pipelines.bronze.tables import PRODUCTS as BRONZE_PRODUCTS
@@ -28,6 +29,7 @@ PRODUCTS = Table(
     key=PRODUCTS_KEY,
     traced=("category",),
     owner="merchandising",
+    expectations=(within("list_price", 0, None, severity="warn"),),
 )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import row_count_drift
 from lakehouse.step import Context, Gather, Step
 from lakehouse.table import TIMESTAMP, Table, column
 from pipelines.bronze.tables import STORES as BRONZE_STORES
@@ -26,6 +27,7 @@ STORES = Table(
     ),
     key=STORES_KEY,
     owner="retail operations",
+    expectations=(row_count_drift(0.5, at_least=20),),
 )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import polars as pl
 import pyarrow as pa
 
+from lakehouse.expectations import row_count_drift
 from lakehouse.step import Context, Gather, Join, Step
 from lakehouse.table import TIMESTAMP, Table, column
 from pipelines.bronze.tables import USERS
@@ -42,6 +43,7 @@ USERS_SCD = Table(
     group=("user_id",),
     traced=("master_user_id",),
     owner="customer",
+    expectations=(row_count_drift(0.5),),
 )
 
 ATTRIBUTES = (

@@ -1,0 +1,132 @@
+"""What runs did, as tables: noted once, shown by `status`, kept in bounds by `maintain`."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from test_expectations import SALES, SALES_STEP, TOTALS, TOTALS_STEP, make_engine, receive
+
+from lakehouse.engine import Engine, Report
+from lakehouse.errors import ShopSphereError, SourceError
+from lakehouse.expectations import ExpectationsFailed
+from lakehouse.history import OPERATIONS, RESULTS, RUNS, History, Run, forget, last_results, past_runs
+from lakehouse.maintenance import maintain
+from lakehouse.query import query
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Engine:
+    return make_engine(tmp_path)
+
+
+def noted(engine: Engine, history: History | None = None, *more: ShopSphereError, kind: str = "run") -> Run:
+    """Both steps as one run, noted."""
+    one, reports, errors = Run(kind), [], list(more)
+    for step in (SALES_STEP, TOTALS_STEP):
+        try:
+            reports.append(engine.refresh(step))
+        except ExpectationsFailed as error:
+            errors.append(error)
+    (history or History(engine.lake)).note(engine, one, reports, errors)
+    return one
+
+
+def counts(engine: Engine) -> tuple[int, int]:
+    lake = engine.lake
+    return tuple(lake.load(table).read(["run_id"]).height if lake.exists(table) else 0 for table in (RUNS, RESULTS))
+
+
+def test_a_run_is_a_row_a_table_and_a_result_an_expectation(engine):
+    receive(engine, (1, "north", 10), (2, "moon", 20))
+    one = noted(engine)
+    assert counts(engine) == (2, 4 + 5)
+    assert len(engine.lake.load(RUNS).loaded.metadata.snapshots) == 1, "one commit a run"
+    (past,) = past_runs(engine.lake, 10)
+    assert (past.run_id, past.kind, past.tables, past.rows_written, past.warnings, past.errors) == (one.id, "run", 2, 4, 1, ())
+    worst = next(result for result in last_results(engine.lake) if result.table == SALES.name)
+    assert (worst.expectation, worst.outcome, worst.violations) == ("accepted(shop: east, north, south)", "warn", 1)
+    seen = query(
+        engine.lake, OPERATIONS, "SELECT examples FROM operations.expectation_results WHERE outcome = 'warn'"
+    ).to_pylist()
+    assert seen == [{"examples": "id=2"}]
+
+
+def test_a_run_that_did_and_found_nothing_is_not_noted(engine):
+    receive(engine, (1, "north", 10))
+    noted(engine)
+    before = {name: engine.lake.load(table).snapshot for name, table in OPERATIONS.items()}
+    noted(engine)
+    assert {name: engine.lake.load(table).snapshot for name, table in OPERATIONS.items()} == before
+
+
+def test_a_run_that_goes_on_for_ever_notes_what_is_new(engine):
+    history = History(engine.lake)
+    receive(engine, (1, "north", 10))
+    noted(engine, history)
+    runs, results = counts(engine)
+    receive(engine, (2, "north", 5), position="2")
+    noted(engine, history)
+    assert counts(engine) == (runs + 2, results), "outcomes are as they were"
+    for _ in range(3):
+        noted(engine, history, SourceError("the source is away"))
+    assert counts(engine) == (runs + 3, results)
+    receive(engine, (3, "north", -900), position="3")
+    for _ in range(3):
+        noted(engine, history)
+    assert counts(engine) == (runs + 3 + 2, results + 1), "one expectation came out otherwise, one error, one table of silver"
+    assert past_runs(engine.lake, 1)[0].errors[0].startswith(f"{TOTALS.name}: not published")
+    assert next(r for r in last_results(engine.lake) if r.table == TOTALS.name).outcome == "fail"
+
+
+def test_two_runs_at_once_are_both_noted(engine, tmp_path):
+    receive(engine, (1, "north", 10))
+    noted(engine)
+    report = Report(SALES.name, "changed", rows_written=1)
+    with ThreadPoolExecutor(2) as pool:
+        engines = [make_engine(tmp_path) for _ in range(2)]
+        list(pool.map(lambda one: History(one.lake).note(one, Run("run"), [report]), engines))
+    assert len(past_runs(engine.lake, 10)) == 3
+
+
+def test_old_days_are_dropped_and_young_ones_stay(engine):
+    for days in (200, 100, 3):
+        long_ago = Run("run", started_at=datetime.now(UTC) - timedelta(days=days))
+        History(engine.lake).note(engine, long_ago, [Report(SALES.name, "changed")])
+    assert forget(engine.lake, 120, datetime.now(UTC)) == 1
+    assert len(past_runs(engine.lake, 10)) == 2
+    for table in OPERATIONS.values():
+        if engine.lake.exists(table):
+            maintain(engine.lake, table, datetime.now(UTC))
+    assert len(past_runs(engine.lake, 10)) == 2
+
+
+def test_status_and_publish_on_the_command_line(tmp_path, monkeypatch, capsys):
+    from app.command_line import main
+    from app.passes import open_engine
+    from lakehouse.settings import Settings
+    from pipelines.gold import dim_date
+    from pipelines.silver.orders_unified import ORDERS_UNIFIED
+
+    monkeypatch.setenv("SHOPSPHERE_HOME", str(tmp_path))
+    for source in ("POSTGRES", "MONGO", "KAFKA"):
+        monkeypatch.setenv(f"SHOPSPHERE_{source}__ENABLED", "false")
+    assert main(["status", "--expectations", "--runs", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"expectations": [], "runs": []}
+    assert main(["run"]) == 0
+    assert main(["publish", "gold.dim_date"]) == 1
+    assert "dim_date" in capsys.readouterr().err
+    with open_engine(Settings(home=tmp_path)) as engine:
+        handle = engine.lake.load(dim_date.DIM_DATE)
+        handle.commit(positions={})
+        handle.commit(positions=handle.positions, branch="audit")
+        assert engine.lake.load(ORDERS_UNIFIED) is not None
+    assert main(["publish", "gold.dim_date", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["table"] == "gold.dim_date"
+    assert main(["status", "--runs", "3"]) == 0
+    assert "publish" in capsys.readouterr().out
+    assert main(["publish", "dim_date"]) == 1
+    assert "no build that waits" in capsys.readouterr().err
