@@ -42,7 +42,7 @@ def snapshot_of(handle: Handle, mention: Mention) -> int | None:
         known = [s.snapshot_id for s in handle.loaded.metadata.snapshots]
         if not mention.moment.isdigit() or int(mention.moment) not in known:
             raise QueryError(
-                f"{mention.name} has no snapshot or branch {mention.moment}. "
+                f"{mention.name} has no snapshot {mention.moment}, nor a branch of that name. "
                 f"Snapshots: {', '.join(map(str, known[-10:])) or 'none'}."
             )
         return int(mention.moment)

@@ -349,7 +349,7 @@ def test_a_refused_build_waits_on_its_branch_for_a_look(engine):
     assert query(engine.lake, tables, f"SELECT amount FROM gold.totals FOR TIMESTAMP AS OF '{later}'").to_pylist() == [
         {"amount": 10}
     ]
-    with pytest.raises(QueryError, match="no snapshot or branch nothing"):
+    with pytest.raises(QueryError, match="no snapshot nothing, nor a branch"):
         query(engine.lake, tables, "SELECT amount FROM gold.totals FOR VERSION AS OF 'nothing'")
 
 
