@@ -118,13 +118,29 @@ class KafkaSource:
         """Nothing to say: Kafka forgets by age and size alone."""
 
     def lag(self, positions: Mapping[str, Position | None]) -> Mapping[str, str]:
-        """Messages between the position and the end of the topics."""
+        """Messages between the position and the end of the topics; apart from them those that no reader may see yet."""
         position = positions.get(EVENTS.name)
+        written = self._written()
+        offsets, _ = self._offsets(position or {})
         behind = sum(
-            high - min(int((position or {}).get(f"{topic}:{partition}", low)), high)
-            for topic, partition, low, high in self._offsets(position or {})[0]
+            high - min(int((position or {}).get(f"{topic}:{partition}", low)), high) for topic, partition, low, high in offsets
         )
-        return {EVENTS.name: f"{behind} message{'' if behind == 1 else 's'}"}
+        # asked for before the others, so that what was sent meanwhile does not look held back
+        held = sum(max(0, written.get((topic, partition), high) - high) for topic, partition, _, high in offsets)
+        text = f"{behind} message{'' if behind == 1 else 's'}"
+        return {EVENTS.name: text + (f", {held} held back by an open transaction" if held else "")}
+
+    def _written(self) -> dict[tuple[str, int], int]:
+        """By topic and partition the offset after the last message, committed or not."""
+        properties = {**self.settings.properties, "isolation.level": "read_uncommitted"}
+        with open_consumer(self.settings.model_copy(update={"properties": properties})) as consumer:
+            topics = consumer.list_topics(timeout=ANSWER_SECONDS).topics
+            return {
+                (topic, partition): consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=ANSWER_SECONDS)[1]
+                for topic in self.settings.topics
+                if topic in topics
+                for partition in topics[topic].partitions
+            }
 
     def _offsets(self, position: Mapping[str, Any]) -> tuple[list[tuple[str, int, int, int]], dict[str, str]]:
         """(topic, partition, first offset, offset after the last committed message) of every configured partition; and

@@ -3,7 +3,10 @@ import de.bwaldvogel.mongo.MongoVersion;
 import de.bwaldvogel.mongo.backend.memory.MemoryBackend;
 import java.util.List;
 
-/** mongo-java-server with its oplog, so with change streams; in memory. Its one argument is the port on 127.0.0.1. */
+/**
+ * mongo-java-server in memory, with its oplog: its change streams name no place to resume from, which today's drivers ask
+ * for. Its one argument is the port on 127.0.0.1.
+ */
 class Main {
     /** What today's drivers ask for; the server itself knows names up to 5.0, and gives them the wire version of 4.2. */
     record Version(List<Integer> getVersionArray, int getWireVersion) implements MongoVersion {}

@@ -1,4 +1,5 @@
-"""Servers that speak MongoDB's protocol: FerretDB (without change streams) and mongo-java-server (with them, in memory)."""
+"""Servers that speak MongoDB's protocol: FerretDB (without change streams) and mongo-java-server (in memory; it has change
+streams, but none that today's drivers can resume)."""
 
 from __future__ import annotations
 
@@ -74,7 +75,7 @@ class FerretDB(MongoWire):
 
 
 class MongoJava(MongoWire):
-    """mongo-java-server with its oplog. In memory: a restart is a new, empty server."""
+    """mongo-java-server, which has Decimal128. In memory: a restart is a new, empty server."""
 
     def command(self) -> list[str]:
         """See MongoWire."""

@@ -84,6 +84,7 @@ def test_an_open_transaction_holds_back_what_is_behind_it_and_loses_nothing(topi
     topic.reader.run()
     assert topic.values() == ["before"]
     assert topic.position() == 1
+    assert topic.reader.source.lag(topic.reader.positions) == {TABLE: "0 messages, 2 held back by an open transaction"}
     topic.reader.run()
     assert topic.position() == 1
     topic.send(writer, "open too")
@@ -91,6 +92,7 @@ def test_an_open_transaction_holds_back_what_is_behind_it_and_loses_nothing(topi
     topic.reader.run()
     assert topic.values() == ["before", "open", "behind", "open too"]
     assert topic.position() == 5
+    assert topic.reader.source.lag(topic.reader.positions) == {TABLE: "0 messages"}
 
 
 def test_a_transaction_whose_producer_died_is_aborted_by_the_broker(topic: Topic) -> None:
