@@ -179,6 +179,7 @@ def fit(
     pool: Pool | None = None,
 ) -> FittedModel:
     """Train on Ray Train. Frames have the features' columns and `label`; without validation orders all rounds count.
+    With a column `weight`, a training order counts so many times; validation orders count once each.
 
     Raises TrainingError when the data cannot train a model, or when workers keep dying."""
     settings = settings or TrainingSettings()
@@ -227,16 +228,22 @@ class Prepared:
     features: tuple[str, ...]
     feature_types: tuple[str, ...]
     categories: Mapping[str, tuple[str, ...]]
+    weight: Floats | None = None
+    """How many times each training order counts; None: once each."""
 
     def stripe(self, number: int, of: int) -> Prepared:
         """Every `of`-th training order: one worker's part. All validation orders stay."""
-        return replace(self, columns=np.ascontiguousarray(self.columns[number::of]), label=self.label[number::of])
+        part = slice(number, None, of)
+        weight = None if self.weight is None else self.weight[part]
+        return replace(self, columns=np.ascontiguousarray(self.columns[part]), label=self.label[part], weight=weight)
 
     def digest(self) -> str:
         """SHA-256 over the data and its declaration."""
         hashed = hashlib.sha256(json.dumps([self.features, self.feature_types, dict(self.categories)]).encode())
         for array in (self.columns, self.label, self.validation_columns, self.validation_label):
             hashed.update(b"-" if array is None else np.ascontiguousarray(array).data)
+        if self.weight is not None:
+            hashed.update(np.ascontiguousarray(self.weight).data)
         return hashed.hexdigest()
 
 
@@ -260,6 +267,7 @@ def prepare(train: pl.DataFrame, validation: pl.DataFrame | None, features: Sequ
         features=names,
         feature_types=types,
         categories=categories,
+        weight=_checked_weight(train),
     )
 
 
@@ -319,6 +327,15 @@ def _checked_label(frame: pl.DataFrame, which: str) -> Labels:
             "Take a longer window, or a cut-off at which more chargebacks were reported."
         )
     return label.cast(pl.Int8).to_numpy()
+
+
+def _checked_weight(frame: pl.DataFrame) -> Floats | None:
+    if "weight" not in frame.columns:
+        return None
+    weight = frame.get_column("weight").cast(pl.Float32).fill_null(float("nan")).to_numpy()
+    if not bool(np.all(np.isfinite(weight) & (weight > 0))):
+        raise TrainingError("A weight of the training orders is no positive number. Leave out orders that are not to count.")
+    return weight
 
 
 def _dmatrix(columns: Floats, label: Labels | None, names: Sequence[str], types: Sequence[str]) -> xgboost.DMatrix:
@@ -381,6 +398,7 @@ def boost(
     train = xgboost.QuantileDMatrix(
         data.columns,
         label=data.label,
+        weight=data.weight,
         feature_names=list(data.features),
         feature_types=list(data.feature_types),
         enable_categorical="c" in data.feature_types,

@@ -11,7 +11,7 @@ import pytest
 from ml import handbook
 from ml.features import Feature, with_ratios
 from ml.gate import Verdict
-from ml.handbook import DELAY, PUBLISHED, Figures, HandbookError, Outcome, Week, as_orders, featured, training_rows
+from ml.handbook import DELAY, KEPT, PUBLISHED, Figures, HandbookError, Outcome, Week, as_orders, featured, training_rows
 from ml.training import FittedModel, TrainingSettings, fit_here
 
 START = date(2018, 8, 8)
@@ -75,6 +75,14 @@ def test_a_fraud_is_known_a_delay_after_it_happened():
     assert orders["amount"].min() >= 2000
 
 
+def test_orders_of_which_nothing_tells_count_less_whatever_they_were():
+    quiet = {"amount": 200.0, "customer_ratio": 1.9, "device_unexplained_28d": 0.0}
+    told = ({"amount": 221.0}, {"customer_ratio": 2.0}, {"device_unexplained_28d": 1.0})
+    rows = [{**quiet, **change, "label": label} for change in ({}, {"customer_ratio": None}, *told) for label in (0, 1)]
+    weight = handbook.weighed(pl.DataFrame(rows))["weight"].to_list()
+    assert weight == [handbook.QUIET_WEIGHT] * 4 + [1.0] * 6
+
+
 def test_the_protocol_from_end_to_end(tmp_path):
     transactions().write_parquet(tmp_path / "handbook.parquet")
 
@@ -96,8 +104,8 @@ def test_the_protocol_from_end_to_end(tmp_path):
 def test_no_feature_is_the_label(tmp_path):
     frame, features = featured(with_ratios(as_orders(transactions())))
     assert "label" not in {f.name for f in features}
-    assert {"amount", "customer_ratio", "device_risk_7d"} <= {f.name for f in features}
-    assert not {f.name for f in features} & {"card_orders_ever", "account_minutes"}
+    assert {"amount", "customer_ratio", "device_risk_28d"} <= {f.name for f in features}
+    assert {f.name for f in features} == KEPT
     assert frame.height == 2400
 
 

@@ -116,6 +116,28 @@ def test_wrong_data_is_named(parts: tuple[pl.DataFrame, ...]) -> None:
         TrainingSettings(rounds=0)
 
 
+def test_an_order_that_counts_twice_is_two_orders(parts: tuple[pl.DataFrame, ...]) -> None:
+    # no sampling, and bins that hold every value: only the sums of the histograms are left to differ
+    exact = {"subsample": 1.0, "colsample_bytree": 1.0, "max_bin": 4096}
+    settings = TrainingSettings(rounds=5, patience=0).with_parameters(**exact)
+    plain = parts[0].drop("placed_at", "order_id", strict=False)
+    frauds = plain.filter(pl.col("label") == 1)
+    weighted = plain.with_columns(weight=1.0 + pl.col("label"))
+    twice, heavy = (fit_here(data, None, FEATURES, settings) for data in (pl.concat([plain, frauds]), weighted))
+    once = fit_here(plain, None, FEATURES, settings)
+    assert np.allclose(twice.score(plain), heavy.score(plain), atol=1e-4)
+    assert not np.allclose(once.score(plain), heavy.score(plain), atol=1e-2)
+    assert fit_here(weighted, None, FEATURES, settings).digest == heavy.digest
+    assert prepare(weighted, None, FEATURES).digest() != prepare(plain, None, FEATURES).digest()
+
+
+def test_weights_are_positive(parts: tuple[pl.DataFrame, ...]) -> None:
+    for wrong in (0.0, -1.0, None, float("nan"), float("inf")):
+        frame = parts[0].with_columns(weight=pl.Series([wrong] + [1.0] * (len(parts[0]) - 1), dtype=pl.Float64))
+        with pytest.raises(TrainingError, match="weight"):
+            prepare(frame, None, FEATURES)
+
+
 def test_stripes_hold_every_order_once(parts: tuple[pl.DataFrame, ...]) -> None:
     data = prepare(parts[0], parts[1], FEATURES)
     stripes = [data.stripe(number, 3) for number in range(3)]
