@@ -292,6 +292,9 @@ def sandbox_start(
     seed: Annotated[int, typer.Option(help="Seed: the same seed gives the same shop")] = 7,
     source_file: Annotated[Path | None, typer.Option("--from", help="Parquet file with the columns of UCI Online Retail")] = None,
     empty: Annotated[bool, typer.Option("--empty", help="Schema only: somebody else fills it")] = False,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; others than loopback: for a network of your own")
+    ] = "127.0.0.1",
     json: Json = False,
 ) -> None:
     """Start PostgreSQL, MongoDB and Kafka servers here, fill them, write the settings, print the addresses."""
@@ -307,6 +310,7 @@ def sandbox_start(
             source_file=source_file,
             empty=empty,
             base_currency=settings.base_currency,
+            host=host,
             progress=show,
         )
     print_addresses(output, home, asdict(addresses))
