@@ -18,7 +18,7 @@ import polars as pl
 import pipelines
 from lakehouse.engine import Engine, Report
 from lakehouse.errors import SettingsError, ShopSphereError, SourceError
-from lakehouse.iceberg import Handle, Lake
+from lakehouse.iceberg import Handle, Lake, tables_on_disk
 from lakehouse.parallel import Pool
 from lakehouse.settings import Settings
 from lakehouse.step import Changes, Gather, Parsed, Step, context_of
@@ -44,7 +44,7 @@ class Pass:
 @contextmanager
 def open_engine(settings: Settings) -> Iterator[Engine]:
     """An engine on the lake of the settings; stops Ray at the end if it was started."""
-    pool = Pool(settings.ray)
+    pool = Pool(settings.ray, on_disk=tables_on_disk(settings))
     try:
         yield Engine(Lake(settings), pool, context_of(settings), QUARANTINE)
     finally:
