@@ -31,6 +31,9 @@ test-slow: $(READY) ## The slow tests: kills, Ray, servers under load, the model
 		tests/test_registry.py tests/test_order_features.py
 	@$(BIN)/python -m pytest -m slow tests/test_serve_ray.py tests/test_serve_edges.py tests/test_serve_openapi.py tests/test_demo.py
 
+test-cluster: $(READY) ## Ray jobs on a cluster of several nodes, nodes killed; deployment files against their schemas
+	@$(BIN)/python -m pytest -m cluster tests/cluster tests/test_deploy.py
+
 test-all: $(READY) ## All tests, the slow ones too
 	@$(BIN)/python -m pytest -m ""
 
@@ -57,4 +60,4 @@ lock: ## Pin the packages anew (universal, no addresses)
 clean: ## Remove the virtual environment and everything local
 	rm -rf $(VENV) .shopsphere
 
-.PHONY: help setup demo test test-slow test-all lint docs bench bench-serve lock clean
+.PHONY: help setup demo test test-slow test-cluster test-all lint docs bench bench-serve lock clean
