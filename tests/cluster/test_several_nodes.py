@@ -21,6 +21,7 @@ from nodes import Cluster, wait_for
 from shop import NODE_HOME, Shop, opened
 
 from app import sandbox
+from lakehouse.parallel import IN_A_JOB
 from ml.registry import Registry
 from serve.keys import Keys
 
@@ -203,8 +204,8 @@ def test_a_job_that_is_stopped_leaves_the_tables_whole(world: World) -> None:
     cluster.stop_job("stopped")
     wait_for(lambda: cluster.ask("/api/jobs/stopped")["status"] == "STOPPED", 60, "the job is stopped")
     stopped.communicate(timeout=60)
-    # the submitter is interrupted: the job goes on
-    left = cluster.submission("python", "-m", "app", "run", job="left")
+    # its submitter is interrupted, and it goes on; as if nobody had submitted it, it has to send the code itself
+    left = cluster.submission("env", "-u", IN_A_JOB, "SHOPSPHERE_RAY__ADDRESS=auto", "python", "-m", "app", "run", job="left")
     at_work(world, left)
     left.send_signal(signal.SIGINT)
     left.communicate(timeout=60)
@@ -222,12 +223,17 @@ def at_work(world: World, job: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-def test_the_exit_code_is_the_jobs_and_a_token_is_asked_for(world: World) -> None:
+def test_what_is_wrong_is_said_and_a_token_is_asked_for(world: World) -> None:
     cluster = world.cluster
     done = cluster.submit("python", "-m", "app", "rebuild", "gold.nothing", job="wrong")
     assert "error: There is no table 'gold.nothing'" in done.stdout
     assert done.returncode == 1
     assert cluster.ask("/api/jobs/wrong")["driver_exit_code"] == 1
+    # tables on the disk of the head, which the workers have not got
+    local = ("SHOPSPHERE_CATALOG__PROPERTIES={}", "SHOPSPHERE_POSTGRES__SLOT=local")
+    done = cluster.submit("env", *local, "python", "-m", "app", "run", job="local")
+    assert "machines, but /tmp/shopsphere/warehouse is on the disk of this one" in done.stdout
+    assert done.returncode == 1
     for path in ("/api/jobs/", "/api/version"):
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(cluster.dashboard + path, timeout=10)
