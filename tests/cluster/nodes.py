@@ -188,6 +188,10 @@ class Cluster:
         head = self._start_node(head_cpus)
         wait_for(self._listens, START_SECONDS, f"the control store of the head (see {head.log})")
         for _ in range(workers):
+            if self.kind == "loopback":
+                # nodes that share a directory take each other's file names when they start at the same moment
+                wait_for(self._answers, START_SECONDS, f"the dashboard of the head (see {head.log})")
+                self._wait_until_known()
             self._start_node(cpus)
         wait_for(self._answers, START_SECONDS, f"the dashboard of the head (see {head.log})")
         self._wait_until_known()

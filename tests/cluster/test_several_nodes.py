@@ -70,7 +70,7 @@ def strike_while(world: World, job: subprocess.Popen[str], *doing: str) -> str:
         for node in world.cluster.workers:
             hit = [process for name in doing for process in node.processes(f"ray::{name}")]
             if hit:
-                told = f"{node.name} while it did {', '.join(' '.join(process.cmdline()) for process in hit)}"
+                told = f"{node.name} while it did {', '.join(' '.join(process.cmdline()).strip() for process in hit)}"
                 world.cluster.kill(node)
                 world.cluster.add()
                 return told
