@@ -47,6 +47,9 @@ build/engines/.ready: pyproject.toml
 test-servers: $(READY) build/iceberg-rest/.ready build/iceberg-spark/.ready build/engines/.ready ## Genuine servers, catalogs and engines; needs Java 17, Maven and Go
 	@$(BIN)/python -m pytest -m servers --durations 10 tests/servers
 
+test-cluster: $(READY) ## Ray jobs on a cluster of several nodes, nodes killed; deployment files against their schemas
+	@$(BIN)/python -m pytest -m cluster --durations 10 tests/cluster tests/test_deploy.py
+
 test-all: $(READY) ## All tests, the slow ones too
 	@$(BIN)/python -m pytest -m ""
 
@@ -73,4 +76,4 @@ lock: ## Pin the packages anew (universal, no addresses)
 clean: ## Remove the virtual environment and everything local
 	rm -rf $(VENV) .shopsphere build
 
-.PHONY: help setup demo test test-slow test-servers test-all lint docs bench bench-serve lock clean
+.PHONY: help setup demo test test-slow test-servers test-cluster test-all lint docs bench bench-serve lock clean

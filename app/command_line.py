@@ -352,6 +352,9 @@ def sandbox_start(
     seed: Annotated[int, typer.Option(help="Seed: the same seed gives the same shop")] = 7,
     source_file: Annotated[Path | None, typer.Option("--from", help="Parquet file with the columns of UCI Online Retail")] = None,
     empty: Annotated[bool, typer.Option("--empty", help="Schema only: somebody else fills it")] = False,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; others than loopback: for a network of your own")
+    ] = "127.0.0.1",
     json: Json = False,
 ) -> None:
     """Start PostgreSQL, MongoDB and Kafka servers here, fill them, write the settings, print the addresses."""
@@ -367,6 +370,7 @@ def sandbox_start(
             source_file=source_file,
             empty=empty,
             base_currency=settings.base_currency,
+            host=host,
             progress=show,
         )
     print_addresses(output, home, asdict(addresses))
@@ -436,10 +440,20 @@ register(app)
 register_serving(app)
 
 
+class Terminated(BaseException):
+    """SIGTERM, as `ray job stop` sends it: ends a command as Ctrl-C does, so that what it started is ended too."""
+
+
+def _raise_terminated(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; an expected error is one line and exit code 1, a traceback only with --debug."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         code = app(args=[a for a in arguments if a != "--debug"], prog_name="python -m app", standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -453,6 +467,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing half-written is visible. Run again to go on.", file=sys.stderr)
         return 130
+    except Terminated:
+        print("stopped; nothing half-written is visible. Run again to go on.", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except Exception as error:
         if debug:
             raise

@@ -19,7 +19,7 @@ import pipelines
 from lakehouse.engine import Engine, Report
 from lakehouse.errors import CatalogUnreachable, SettingsError, ShopSphereError, SourceError
 from lakehouse.history import History, Run
-from lakehouse.iceberg import Handle, Lake
+from lakehouse.iceberg import Handle, Lake, tables_on_disk
 from lakehouse.lineage import Events, reported
 from lakehouse.outages import outage
 from lakehouse.parallel import Pool
@@ -48,7 +48,7 @@ class Pass:
 @contextmanager
 def open_engine(settings: Settings) -> Iterator[Engine]:
     """An engine on the lake of the settings; stops Ray at the end if it was started."""
-    pool = Pool(settings.ray)
+    pool = Pool(settings.ray, on_disk=tables_on_disk(settings))
     try:
         yield Engine(Lake(settings), pool, context_of(settings), QUARANTINE)
     finally:

@@ -18,7 +18,7 @@ import typer
 
 from app.output import Output
 from lakehouse.errors import ShopSphereError
-from lakehouse.settings import load_settings
+from lakehouse.settings import RaySettings, load_settings
 
 START_SECONDS = 120.0
 SCOPE_HELP = "What it opens: score, inventory, customers (personal data); several times for several"
@@ -49,7 +49,7 @@ def serve(
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     address = f"http://{serving.host}:{serving.port}"
     try:
-        with _served(settings.ray.cpus, serving.host, serving.port, arguments):
+        with _served(settings.ray, serving.host, serving.port, arguments):
             # Ray has put its own in the place of ours
             for number in previous:
                 signal.signal(number, on_signal)
@@ -64,12 +64,11 @@ def serve(
 
 
 @contextlib.contextmanager
-def _served(cpus: int, host: str, port: int, arguments: Mapping[str, object]) -> Iterator[None]:
+def _served(ray: RaySettings, host: str, port: int, arguments: Mapping[str, object]) -> Iterator[None]:
     from lakehouse.parallel import Pool
-    from lakehouse.settings import RaySettings
     from serve.deployment import build
 
-    pool = Pool(RaySettings(cpus=cpus))
+    pool = Pool(ray)
     pool.start()
     from ray import serve as rayserve
 

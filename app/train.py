@@ -17,6 +17,7 @@ from app.output import Output
 from app.passes import open_engine, recorded
 from lakehouse.engine import Engine, Report
 from lakehouse.settings import Settings
+from lakehouse.storage import Storage
 from ml import user_fraud_scores
 from ml.baselines import Ceiling, Standing, as_text, baselines, ceiling, standing
 from ml.drift import reference_of
@@ -93,6 +94,8 @@ def train_on(engine: Engine, registry: Registry, options: TrainSettings, show: C
     with _stage(show, "features"), recorded(engine, "train") as features:
         features += refresh(engine, delay=options.split.delay)
         data = training_set(engine.lake, engine.pool, options.cutoff, options.split)
+    if options.training.storage is None:
+        options = replace(options, training=replace(options.training, storage=Storage.of(engine.lake.settings)))
     with _stage(show, "parameter search"):
         found = search(
             data.known, FEATURES, replace(options.search, delay=options.split.delay), options.training, pool=engine.pool

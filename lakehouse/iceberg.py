@@ -670,6 +670,17 @@ def layout(spec: PartitionSpec, schema: Schema) -> list[tuple[str, str]]:
     return [(str(schema.find_column_name(part.source_id)), str(part.transform)) for part in spec.fields]
 
 
+def tables_on_disk(settings: Settings) -> str:
+    """The directory of the tables where that is one of this machine, '' where it is not."""
+    properties = settings.catalog.properties
+    if not properties:
+        return str(Path(settings.home).absolute() / "warehouse")
+    warehouse = properties.get("warehouse", "")
+    if warehouse.startswith(("/", "file:")):
+        return warehouse.removeprefix("file://")
+    return ""
+
+
 class Lake:
     """The catalog, and the tables in it."""
 

@@ -5,9 +5,12 @@ The same functions run in both places; only the cost differs. Ray is started whe
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +26,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 ROOT = Path(__file__).resolve().parents[1]
+IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""In the environment of the driver of a submitted job."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,10 @@ def _serialised(pieces: Sequence[Piece]) -> pa.Table:
 class Pool:
     """Runs functions over items, on Ray Data or in this process."""
 
-    def __init__(self, settings: RaySettings) -> None:
+    def __init__(self, settings: RaySettings, on_disk: str = "") -> None:
+        """on_disk: what of this machine's disk the functions read or write, '' for nothing: other machines have not got it."""
         self.settings = settings
+        self.on_disk = on_disk
         self.started = False
 
     def start(self) -> None:
@@ -98,18 +105,8 @@ class Pool:
         import ray
 
         try:
-            if ray.is_initialized():
-                pass
-            elif address:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-            else:
-                ray.init(
-                    num_cpus=self.settings.cpus or None,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    configure_logging=False,
-                )
+            with _own_handler(signal.SIGTERM):
+                self._init(address)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise SettingsError(
                 f"Ray at {address or 'this machine'} cannot be used: {str(error).splitlines()[0][:200]}. "
@@ -123,6 +120,32 @@ class Pool:
             logging.getLogger(name).setLevel(logging.ERROR)
         self.started = True
 
+    def _init(self, address: str | None) -> None:
+        import ray
+
+        if ray.is_initialized():
+            return
+        if address is None:
+            ray.init(
+                num_cpus=self.settings.cpus or None,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+            )
+            return
+        # a job brings its code along; from elsewhere it has to be sent to nodes that may not have it
+        code = None if IN_A_JOB in os.environ else {"working_dir": str(ROOT)}
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=code)
+
+    def check(self) -> None:
+        """Ray is started. Raises SettingsError when work would read or write the disks of several machines."""
+        if self.on_disk and not self.settings.shared_disk and (count := machines()) > 1:
+            raise SettingsError(
+                f"Ray has {count} machines, but {self.on_disk} is on the disk of this one. Put it where all of them reach it "
+                "(catalog.properties: warehouse s3://...), or set SHOPSPHERE_RAY__SHARED_DISK=true if all mount it at that path."
+            )
+
     def map(
         self, function: Callable[[Item, Pieces], Result], items: Sequence[Item], pieces: Pieces, *, parallel: bool
     ) -> tuple[list[Result], float]:
@@ -131,6 +154,7 @@ class Pool:
         if not parallel or not items:
             return [function(item, pieces) for item in items], 0.0
         self.start()
+        self.check()
         import cloudpickle
         import ray
 
@@ -160,6 +184,7 @@ class Pool:
         if not parallel or not items:
             return Pieces(local=[piece for item in items for piece in function(item, pieces)])
         self.start()
+        self.check()
         import cloudpickle
         import ray
 
@@ -188,6 +213,27 @@ class Pool:
 
             ray.shutdown()
             self.started = False
+
+
+def machines() -> int:
+    """On how many machines Ray runs, by their addresses; Ray is started."""
+    import ray
+
+    return len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def _own_handler(number: signal.Signals) -> Iterator[None]:
+    """Keep this process's handler of a signal: Ray puts its own in the place of it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(number)
+    try:
+        yield
+    finally:
+        if callable(before):
+            signal.signal(number, before)
 
 
 def _unwrapped(action: Callable[[], Any]) -> Any:

@@ -97,6 +97,14 @@ class RaySettings(Section):
         description="A step that reads fewer new rows than this runs in the driver: starting Ray costs more; 0: always Ray",
     )
     rows_per_task: int = Field(250_000, ge=1, description="Rows that one task handles, roughly")
+    storage: str = Field(
+        "",
+        description="Where checkpoints of training go, a path or a URI (s3://bucket/path) that all nodes reach; empty: beside "
+        "the tables where these are in an object store, else `training` in SHOPSPHERE_HOME",
+    )
+    shared_disk: bool = Field(
+        False, description="All nodes of the cluster mount SHOPSPHERE_HOME at the same path: tables may then be on a disk"
+    )
 
 
 class Settings(BaseSettings):

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
-import tempfile
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,8 +23,8 @@ import polars as pl
 
 from lakehouse.errors import SettingsError
 from lakehouse.parallel import Pool
-from lakehouse.settings import RaySettings, home_directory
-from ml.training import FeatureLike, Prepared, Progress, TrainingError, TrainingSettings, boost, last, prepare
+from lakehouse.settings import RaySettings
+from ml.training import FeatureLike, Prepared, Progress, TrainingError, TrainingSettings, boost, last, prepare, storage_of
 
 Mask = npt.NDArray[np.bool_]
 
@@ -178,9 +176,9 @@ def _tune(folds: Sequence[Prepared], settings: SearchSettings, training: Trainin
             }
         )
 
-    home = training.storage or home_directory() / "training"
-    home.mkdir(parents=True, exist_ok=True)
-    storage = Path(tempfile.mkdtemp(prefix="search-", dir=home)).absolute()
+    storage = storage_of(training) / f"search-{uuid.uuid4().hex[:12]}"
+    storage.make()
+    filesystem, path = storage.filesystem()
     try:
         grid = tune.Tuner(
             tune.with_resources(
@@ -195,7 +193,11 @@ def _tune(folds: Sequence[Prepared], settings: SearchSettings, training: Trainin
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
-                name="trials", storage_path=str(storage), verbose=0, failure_config=tune.FailureConfig(max_failures=2)
+                name="trials",
+                storage_path=path,
+                storage_filesystem=filesystem,
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=2),
             ),
         ).fit()
         return sorted(
@@ -214,4 +216,4 @@ def _tune(folds: Sequence[Prepared], settings: SearchSettings, training: Trainin
             key=lambda trial: trial.number,
         )
     finally:
-        shutil.rmtree(storage, ignore_errors=True)
+        storage.remove()

@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 import time
 from collections import deque
@@ -30,6 +29,7 @@ import polars as pl
 from lakehouse.errors import SettingsError, ShopSphereError
 from lakehouse.parallel import Pool
 from lakehouse.settings import RaySettings, home_directory
+from lakehouse.storage import Storage
 from ml.evaluation import average_precision, log_loss
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ class TrainingSettings:
     seed: int = 7
     max_failures: int = 3
     """Workers that may die before the run is given up."""
-    storage: Path | None = None
-    """Where checkpoints go (in a cluster: storage that all nodes share); None: `training` in SHOPSPHERE_HOME."""
+    storage: Storage | None = None
+    """Where checkpoints go, in a cluster a place that all nodes share; None: `training` in SHOPSPHERE_HOME."""
     keep: bool = False
     """Leave the checkpoints there, until `discard`: the same training asked for again then ends at once."""
     parameters: Mapping[str, Any] = field(default_factory=lambda: DEFAULT_PARAMETERS)
@@ -129,7 +129,7 @@ class FittedModel:
     validation_score: float | None = None
     """Average precision over the validation orders at the best round."""
     seconds: float = field(default=0.0, compare=False)
-    checkpoints: Path | None = field(default=None, compare=False)
+    checkpoints: Storage | None = field(default=None, compare=False)
     """Where its checkpoints are, if they were kept."""
 
     @property
@@ -196,7 +196,7 @@ def fit(
 def discard(model: FittedModel) -> FittedModel:
     """Remove the checkpoints of a model, once it is recorded."""
     if model.checkpoints is not None:
-        shutil.rmtree(model.checkpoints, ignore_errors=True)
+        model.checkpoints.remove()
     return replace(model, checkpoints=None)
 
 
@@ -478,9 +478,9 @@ def _fit_on_ray(data: Prepared, settings: TrainingSettings) -> FittedModel:
             f"Training with {settings.workers} workers of {settings.threads} CPUs needs {needed} CPUs, but Ray has {there:g}. "
             "Lower training.workers or training.threads, or raise SHOPSPHERE_RAY__CPUS."
         )
-    storage = (settings.storage or home_directory() / "training").absolute()
-    storage.mkdir(parents=True, exist_ok=True)
-    name = _run_name(data, settings)
+    storage, name = storage_of(settings), _run_name(data, settings)
+    storage.make()
+    filesystem, path = storage.filesystem()
     trainer = XGBoostTrainer(
         _worker,
         train_loop_config={
@@ -493,7 +493,8 @@ def _fit_on_ray(data: Prepared, settings: TrainingSettings) -> FittedModel:
         scaling_config=ray.train.ScalingConfig(num_workers=settings.workers, resources_per_worker={"CPU": settings.threads}),
         run_config=ray.train.RunConfig(
             name=name,
-            storage_path=str(storage),
+            storage_path=path,
+            storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
@@ -514,6 +515,11 @@ def _fit_on_ray(data: Prepared, settings: TrainingSettings) -> FittedModel:
     model = _finished(progress, data, settings, time.monotonic() - begun)
     model = replace(model, checkpoints=storage / name)
     return model if settings.keep else discard(model)
+
+
+def storage_of(settings: TrainingSettings) -> Storage:
+    """Where checkpoints go."""
+    return settings.storage or Storage.on_disk(home_directory() / "training")
 
 
 def _run_name(data: Prepared, settings: TrainingSettings) -> str:

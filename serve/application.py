@@ -24,7 +24,7 @@ from ml.registry import Registry
 from pipelines.silver.orders_unified import ORDERS_UNIFIED
 from serve.base import StateError
 from serve.customers import Customers
-from serve.edges import LATER, REJECTED, STALENESS, AccessLog, Asked, Edge, Endpoint, Gate, Routes, answer
+from serve.edges import LATER, MULTIPROCESS, REJECTED, STALENESS, AccessLog, Asked, Edge, Endpoint, Gate, Routes, answer
 from serve.fraud import SETTLE, Fraud
 from serve.inventory import Inventory
 from serve.keys import Keys
@@ -42,13 +42,14 @@ logger = logging.getLogger("shopsphere.serve")
 
 VERSION = "1"
 TICK_SECONDS = 0.5
-MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 
 
 class Application:
     """What a replica is made of."""
 
-    def __init__(self, settings: Settings, serving: ServeSettings, context: Context) -> None:
+    def __init__(self, settings: Settings, serving: ServeSettings, context: Context, keys: Keys | None = None) -> None:
+        """keys: None: those of the settings' file."""
+        self._keys = keys
         self.settings, self.serving = settings, serving
         self.state = State(settings, serving, context, self._on_line)
         self.lookups = Gate("lookup", serving.lookup_threads, serving.lookup_queue)
@@ -187,7 +188,7 @@ class Application:
 
     def asgi(self) -> Starlette:
         """The application. Raises SettingsError."""
-        keys = Keys.read(self.serving.keys)
+        keys = Keys.read(self.serving.keys) if self._keys is None else self._keys
         page = Page(Lake(self.settings), self.customers, self.inventory, self.fraud, self.lookups, self.asking, keys)
 
         async def unknown(request: Request, error: Exception) -> Response:

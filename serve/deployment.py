@@ -17,12 +17,12 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lakehouse.errors import SettingsError, ShopSphereError
-from lakehouse.settings import load_settings
+from lakehouse.settings import Settings, load_settings
 from lakehouse.step import context_of
 from serve.application import MULTIPROCESS, Application
 from serve.edges import DIRECT
 from serve.keys import Keys
-from serve.settings import PREFIX, ServeSettings, load_serve_settings
+from serve.settings import ServeSettings, load_serve_settings
 
 logger = logging.getLogger("shopsphere.serve")
 
@@ -128,11 +128,11 @@ def middlewares() -> list[Middleware]:
 class Replica:
     """One process with all of the state. Ray Serve makes it, asks after its health, and ends it."""
 
-    def __init__(self) -> None:
-        settings = load_settings()
+    def __init__(self, settings: Settings, serving: ServeSettings, keys: Keys) -> None:
+        """What was read where serving was started: this node may have neither the settings' nor the keys' file."""
         if directory := os.environ.get(MULTIPROCESS):
             _forget_dead(Path(directory))
-        self.application = Application(settings, load_serve_settings(), context_of(settings))
+        self.application = Application(settings, serving, context_of(settings), keys)
 
     def __serve_build_asgi_app__(self) -> Any:
         return self.application.asgi()
@@ -147,11 +147,11 @@ def build(arguments: Mapping[str, Any] | None = None) -> Any:
     from ray import serve as rayserve
 
     serving, settings = load_serve_settings(**dict(arguments or {})), load_settings()
-    if not serving.loopback and not Keys.read(serving.keys).keys:
+    keys = Keys.read(serving.keys)
+    if not serving.loopback and not keys.keys:
         raise _no_keys(serving)
     home = Path(settings.home).absolute()
     (home / "serve" / "metrics").mkdir(parents=True, exist_ok=True)
-    given = {f"{PREFIX}{name.upper()}": str(value) for name, value in dict(arguments or {}).items()}
     deployment: Any = rayserve.deployment(
         rayserve.ingress()(Replica),
         name="shopsphere",
@@ -161,9 +161,9 @@ def build(arguments: Mapping[str, Any] | None = None) -> Any:
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=2,
         health_check_timeout_s=10,
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": environment(home) | given}},
+        ray_actor_options={"num_cpus": serving.replica_cpus, "runtime_env": {"env_vars": environment(home)}},
     )
-    return deployment.bind()
+    return deployment.bind(settings, serving, keys)
 
 
 def _forget_dead(directory: Path) -> None:

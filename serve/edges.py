@@ -7,6 +7,7 @@ import functools
 import ipaddress
 import logging
 import logging.handlers
+import os
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -33,6 +34,11 @@ logger = logging.getLogger("shopsphere.serve")
 T = TypeVar("T")
 
 COOKIE = "shopsphere_key"
+MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
+
+if directory := os.environ.get(MULTIPROCESS):
+    # declaring a metric opens its file, and a replica's node may be another than the one where serving was started
+    Path(directory).mkdir(parents=True, exist_ok=True)
 
 LATENCY = Histogram(
     "shopsphere_request_seconds",

@@ -23,6 +23,9 @@ class ServeSettings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on; beyond loopback API keys are required")
     port: int = Field(8000, ge=1, le=65535, description="Port to listen on")
     replicas: int = Field(1, ge=1, description="Processes that answer, each with the whole state in its memory")
+    replica_cpus: float = Field(
+        0.0, ge=0, description="CPUs that Ray keeps for a replica; on a cluster, 1 spreads replicas over the nodes with free CPUs"
+    )
     keys_file: Path | None = Field(None, description="API keys; by default serve_keys.json in SHOPSPHERE_HOME")
     body_bytes: int = Field(65_536, ge=1, description="Largest body of a request")
     batch_body_bytes: int = Field(8_388_608, ge=1, description="Largest body of a batch of orders")

@@ -475,6 +475,46 @@ def test_a_second_sandbox_in_the_same_home_is_refused(cli):
     assert "python -m app sandbox stop" in err
 
 
+def test_sigterm_ends_a_command_as_an_interruption_does():
+    waits = (
+        "import sys, time; from app import command_line\n"
+        "@command_line.app.command()\n"
+        "def wait():\n"
+        "    print('waiting', flush=True)\n"
+        "    try:\n"
+        "        time.sleep(60)\n"
+        "    finally:\n"
+        "        print('cleaned up', flush=True)\n"
+        "sys.exit(command_line.main(['wait']))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", waits], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (143, "cleaned up\n")
+    assert err == "stopped; nothing half-written is visible. Run again to go on.\n"
+
+
+@pytest.mark.slow
+def test_run_every_on_ray_stops_cleanly_too(home, tmp_path):
+    env = {**os.environ, "SHOPSPHERE_HOME": str(tmp_path), "SHOPSPHERE_CONFIG": str(home / "shopsphere.toml")}
+    env |= {"SHOPSPHERE_POSTGRES__SLOT": "on_ray", "SHOPSPHERE_RAY__INLINE_ROWS": "0"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "app", "run", "--every", "1s", "--json"],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert any(step["parallel"] for step in json.loads(process.stdout.readline())["steps"])
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+
+
 def test_run_every_keeps_going_and_stops_cleanly(home):
     env = {**os.environ, "SHOPSPHERE_HOME": str(home)}
     process = subprocess.Popen(

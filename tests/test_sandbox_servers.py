@@ -75,12 +75,29 @@ def test_a_recycled_process_id_is_not_signalled(tmp_path: Path) -> None:
 def test_a_server_that_does_not_start_is_named_and_the_others_are_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        sandbox_servers, "_kafka_command", lambda _directory, _port: [sys.executable, "-c", "raise SystemExit('no broker today')"]
-    )
+    command = [sys.executable, "-c", "raise SystemExit('no broker today')"]
+    monkeypatch.setattr(sandbox_servers, "_kafka_command", lambda _directory, _host, _port: command)
     with pytest.raises(SandboxError, match="Kafka broker did not start: no broker today"):
         start_servers(tmp_path)
     assert any_running(tmp_path) == []
+
+
+def test_they_listen_where_they_are_told_and_stay_there(tmp_path: Path) -> None:
+    host = "127.0.0.2"
+    try:
+        start_servers(tmp_path)
+        stop_servers(tmp_path)
+        addresses = start_servers(tmp_path, host=host)
+        assert all(host in address for address in (addresses.postgres_dsn, addresses.mongo_uri, addresses.kafka_bootstrap))
+        with psycopg.connect(addresses.postgres_dsn) as connection:
+            assert connection.execute("SELECT inet_server_addr()").fetchone()
+        metadata = AdminClient({"bootstrap.servers": addresses.kafka_bootstrap}).list_topics(timeout=10)
+        assert {broker.host for broker in metadata.brokers.values()} == {host}
+        assert running(tmp_path) == addresses
+    finally:
+        stop_servers(tmp_path)
+    with pytest.raises(SandboxError, match=r"198\.51\.100\.1 is no address of this machine"):
+        start_servers(tmp_path, host="198.51.100.1")
 
 
 def test_the_broker_gives_exact_offsets(servers: Addresses) -> None:

@@ -21,6 +21,7 @@ from fraud_world import FEATURES, PlainFeature, orders, split
 from lakehouse.errors import SettingsError
 from lakehouse.parallel import Pool
 from lakehouse.settings import RaySettings
+from lakehouse.storage import Storage
 from ml.evaluation import average_precision, calibration_error
 from ml.search import SearchSettings, parameters_of, search, time_folds
 from ml.training import Progress, TrainingError, TrainingSettings, boost, discard, fit, fit_here, last, matrix, prepare
@@ -190,19 +191,19 @@ def pool() -> Iterator[Pool]:
 @pytest.mark.slow
 def test_ray_train_gives_the_bytes_of_this_process(parts: tuple[pl.DataFrame, ...], pool: Pool, tmp_path: Path) -> None:
     train, validation, _ = parts
-    model = fit(train, validation, FEATURES, replace(QUICK, storage=tmp_path), pool=pool)
+    model = fit(train, validation, FEATURES, replace(QUICK, storage=Storage.on_disk(tmp_path)), pool=pool)
     assert model == fit_here(train, validation, FEATURES, QUICK)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(TrainingError, match=r"needs 64 CPUs, but Ray has 2"):
-        fit(train, validation, FEATURES, replace(QUICK, workers=64, storage=tmp_path), pool=pool)
+        fit(train, validation, FEATURES, replace(QUICK, workers=64, storage=Storage.on_disk(tmp_path)), pool=pool)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_worker_killed_half_way_changes_nothing(pool: Pool, tmp_path: Path) -> None:
     train, validation, _ = split(orders(60_000))
-    asked = TrainingSettings(rounds=300, patience=0, report_every=30, workers=2, storage=tmp_path, keep=True)
-    undisturbed = fit(train, validation, FEATURES, replace(asked, storage=tmp_path / "one"), pool=pool)
+    asked = TrainingSettings(rounds=300, patience=0, report_every=30, workers=2, storage=Storage.on_disk(tmp_path), keep=True)
+    undisturbed = fit(train, validation, FEATURES, replace(asked, storage=Storage.on_disk(tmp_path / "one")), pool=pool)
     killed: list[int] = []
 
     def kill_one() -> None:
@@ -217,7 +218,7 @@ def test_a_worker_killed_half_way_changes_nothing(pool: Pool, tmp_path: Path) ->
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    disturbed = fit(train, validation, FEATURES, replace(asked, storage=tmp_path / "two"), pool=pool)
+    disturbed = fit(train, validation, FEATURES, replace(asked, storage=Storage.on_disk(tmp_path / "two")), pool=pool)
     killer.join()
     assert killed
     assert disturbed == undisturbed
@@ -236,7 +237,8 @@ def _is_trainer(process: psutil.Process) -> bool:
 def test_a_search_finds_the_same_again(parts: tuple[pl.DataFrame, ...], pool: Pool, tmp_path: Path) -> None:
     asked = SearchSettings(trials=3, folds=2, delay=timedelta(days=2))
     found = [
-        search(pl.concat(parts[:2]), FEATURES, asked, replace(QUICK, rounds=20, storage=tmp_path), pool=pool) for _ in range(2)
+        search(pl.concat(parts[:2]), FEATURES, asked, replace(QUICK, rounds=20, storage=Storage.on_disk(tmp_path)), pool=pool)
+        for _ in range(2)
     ]
     assert [trial.number for trial in found[0].trials] == [0, 1, 2]
     assert found[0].best == found[1].best

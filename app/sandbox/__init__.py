@@ -26,6 +26,7 @@ from confluent_kafka import KafkaException
 from app.sandbox import filling, online_retail
 from app.sandbox.schema import create_sources
 from app.sandbox.servers import (
+    LOOPBACK,
     WAY_OUT,
     Addresses,
     any_running,
@@ -50,6 +51,7 @@ def start(
     source_file: Path | None = None,
     empty: bool = False,
     base_currency: str = "USD",
+    host: str = LOOPBACK,
     progress: Report | None = None,
 ) -> Addresses:
     """Start the servers, fill them, and write the settings file; returns the addresses.
@@ -79,7 +81,7 @@ def start(
     directory.mkdir(parents=True, exist_ok=True)
     before = _raise_on_sigterm()
     try:
-        addresses = start_servers(home, (lambda name: progress(name, 0, 1)) if progress else None)
+        addresses = start_servers(home, (lambda name: progress(name, 0, 1)) if progress else None, host)
         if filled is None:
             create_sources(addresses)
             if source_file is not None:

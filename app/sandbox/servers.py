@@ -1,7 +1,7 @@
 """The sandbox's servers: PostgreSQL, a MongoDB-wire server and a Kafka-protocol broker, from wheels.
 
-They run in the background on free loopback ports and outlive the process that started them. Everything of
-theirs lies under `<home>/sandbox/`: data, logs, and `servers.json` with process ids, ports and the password.
+They run in the background on free ports (of loopback, unless told otherwise) and outlive the process that started
+them. Everything of theirs lies under `<home>/sandbox/`: data, logs, and `servers.json` with process ids, ports and the password.
 A process is known by its id AND its start time, so an id that was given to somebody else is never signalled.
 Starting again after a stop or a reboot finds the data, and the same ports where they are still free.
 """
@@ -9,6 +9,7 @@ Starting again after a stop or a reboot finds the data, and the same ports where
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import importlib.util
 import json
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from lakehouse.errors import SandboxError
 
 DATABASE = "shopsphere"
 ROLE = "shopsphere"
+LOOPBACK = "127.0.0.1"
 START_SECONDS = 60.0
 STOP_SECONDS = 60.0
 ATTEMPTS = 3
@@ -61,17 +63,18 @@ class Process:
 
 @dataclass(frozen=True)
 class State:
-    """What `servers.json` holds. Ports are remembered after a stop."""
+    """What `servers.json` holds. Address and ports are remembered after a stop."""
 
     password: str
     ports: dict[str, int]
     processes: dict[str, Process]
+    host: str = LOOPBACK
 
     def addresses(self) -> Addresses:
         return Addresses(
-            f"postgresql://{ROLE}:{self.password}@127.0.0.1:{self.ports['postgres']}/{DATABASE}",
-            f"mongodb://127.0.0.1:{self.ports['mongo']}",
-            f"127.0.0.1:{self.ports['kafka']}",
+            f"postgresql://{ROLE}:{self.password}@{self.host}:{self.ports['postgres']}/{DATABASE}",
+            f"mongodb://{self.host}:{self.ports['mongo']}",
+            f"{self.host}:{self.ports['kafka']}",
         )
 
 
@@ -84,15 +87,16 @@ def sandbox_directory(home: Path) -> Path:
     return home.expanduser().absolute() / "sandbox"
 
 
-def start_servers(home: Path, progress: Callable[[str], None] | None = None) -> Addresses:
+def start_servers(home: Path, progress: Callable[[str], None] | None = None, host: str = LOOPBACK) -> Addresses:
     """Start the three servers and wait until each answers; the ones that already run are left alone.
 
+    host: the address of this machine to listen on; beyond loopback, of the three only PostgreSQL asks for a password.
     On any error or interruption the servers started here are stopped again. Raises SandboxError.
     """
     directory = sandbox_directory(home)
     directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory):
-        state = _read(directory) or State(secrets.token_urlsafe(18), {}, {})
+        state = replace(_read(directory) or State(secrets.token_urlsafe(18), {}, {}), host=host)
         processes = {name: process for name, process in state.processes.items() if _alive(process)}
         mine: list[str] = []
         try:
@@ -102,7 +106,7 @@ def start_servers(home: Path, progress: Callable[[str], None] | None = None) -> 
                 if progress:
                     progress(SHOWN[name])
                 mine.append(name)
-                state = _start(directory, name, State(state.password, state.ports, processes))
+                state = _start(directory, name, replace(state, processes=processes))
                 processes = dict(state.processes)
         except BaseException:
             written = _read(directory) or state
@@ -144,14 +148,14 @@ def _start(directory: Path, name: str, state: State) -> State:
         "mongo": (_no_preparation, _mongo_command, _mongo_ready),
         "kafka": (_no_preparation, _kafka_command, _kafka_ready),
     }[name]
-    prepare(directory, state.password)
+    prepare(directory, state)
     log = directory / f"{name}.log"
     for attempt in range(1, ATTEMPTS + 1):
-        port = _free_port(state.ports.get(name, 0))
+        port = _free_port(state.host, state.ports.get(name, 0))
         with log.open("ab") as output:
             output.write(f"--- start on port {port}\n".encode())
             child = subprocess.Popen(
-                command(directory, port),
+                command(directory, state.host, port),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -162,13 +166,13 @@ def _start(directory: Path, name: str, state: State) -> State:
         # Kept for reaping: while the starting process lives, an ended server would stay a zombie.
         _children[child.pid] = child
         process = Process(child.pid, _start_time(child.pid) or "", port)
-        state = State(state.password, state.ports | {name: port}, state.processes | {name: process})
+        state = replace(state, ports=state.ports | {name: port}, processes=state.processes | {name: process})
         _write(directory, state)
-        if _wait_ready(child, partial(ready, port, state.password)):
+        if _wait_ready(child, partial(ready, state.host, port, state.password)):
             return state
         if attempt == ATTEMPTS or child.poll() is None:
             break
-        state = State(state.password, {key: value for key, value in state.ports.items() if key != name}, state.processes)
+        state = replace(state, ports={key: value for key, value in state.ports.items() if key != name})
     raise SandboxError(f"{SHOWN[name]} did not start: {_last_line(log)}. The whole log is in {log}.")
 
 
@@ -205,7 +209,7 @@ def _stop(directory: Path, state: State, names: list[str]) -> list[str]:
                 time.sleep(0.02)
         (failed if _alive(process) else stopped).append(name)
     left = {name: process for name, process in state.processes.items() if _alive(process)}
-    _write(directory, State(state.password, state.ports, left))
+    _write(directory, replace(state, processes=left))
     if failed:
         raise SandboxError(
             f"{SHOWN[failed[0]]} (process {state.processes[failed[0]].pid}) does not stop; "
@@ -243,10 +247,22 @@ def _as_server_user(command: list[str]) -> list[str]:
     return [sys.executable, "-I", "-S", str(launcher), str(user[0]), str(user[1]), *command]
 
 
-def _postgres_prepare(directory: Path, password: str) -> None:
+def _postgres_prepare(directory: Path, state: State) -> None:
     data = directory / "postgres"
-    if (data / "PG_VERSION").exists() and not (directory / "postgres.new").exists():
-        return
+    if not (data / "PG_VERSION").exists() or (directory / "postgres.new").exists():
+        _postgres_make(directory, state.password)
+    rules = data / "pg_hba.conf"
+    if state.host != LOOPBACK and NEIGHBOURS not in rules.read_text():
+        with rules.open("a") as file:
+            file.write(NEIGHBOURS)
+
+
+NEIGHBOURS = "host all all samenet scram-sha-256\nhost replication all samenet scram-sha-256\n"
+"""Who may connect beyond loopback: the networks that the server's machine is in."""
+
+
+def _postgres_make(directory: Path, password: str) -> None:
+    data = directory / "postgres"
     # Made under another name first: an initdb that was interrupted must not look finished.
     building, secret = directory / "postgres.new", directory / "postgres.password"
     shutil.rmtree(data, ignore_errors=True)
@@ -285,10 +301,10 @@ def _postgres_prepare(directory: Path, password: str) -> None:
     building.rename(data)
 
 
-def _postgres_command(directory: Path, port: int) -> list[str]:
+def _postgres_command(directory: Path, host: str, port: int) -> list[str]:
     options = {
         "port": port,
-        "listen_addresses": "127.0.0.1",
+        "listen_addresses": host,
         "unix_socket_directories": "",
         "wal_level": "logical",
         "max_wal_senders": 50,
@@ -304,10 +320,10 @@ def _postgres_command(directory: Path, port: int) -> list[str]:
     return _as_server_user([str(_postgres_programs() / "postgres"), "-D", str(directory / "postgres"), *arguments])
 
 
-def _postgres_ready(port: int, password: str) -> bool:
+def _postgres_ready(host: str, port: int, password: str) -> bool:
     try:
         with psycopg.connect(
-            host="127.0.0.1", port=port, user=ROLE, password=password, dbname="postgres", connect_timeout=5, autocommit=True
+            host=host, port=port, user=ROLE, password=password, dbname="postgres", connect_timeout=5, autocommit=True
         ) as connection:
             known = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [DATABASE]).fetchone()
             if not known:
@@ -320,18 +336,18 @@ def _postgres_ready(port: int, password: str) -> bool:
 # The MongoDB-wire server
 
 
-def _mongo_command(directory: Path, port: int) -> list[str]:
+def _mongo_command(directory: Path, host: str, port: int) -> list[str]:
     (directory / "mongo").mkdir(exist_ok=True)
     return [
-        *(sys.executable, str(Path(__file__).with_name("mongo_server.py")), "--host", "127.0.0.1", "--port", str(port)),
+        *(sys.executable, str(Path(__file__).with_name("mongo_server.py")), "--host", host, "--port", str(port)),
         *("--data-dir", str(directory / "mongo")),
         *("--log-file", os.devnull, "--pid-file", str(directory / "mongo.pid")),
     ]
 
 
-def _mongo_ready(port: int, _password: str) -> bool:
+def _mongo_ready(host: str, port: int, _password: str) -> bool:
     try:
-        with pymongo.MongoClient("127.0.0.1", port, serverSelectionTimeoutMS=500, connect=True) as client:  # type: ignore[var-annotated]
+        with pymongo.MongoClient(host, port, serverSelectionTimeoutMS=500, connect=True) as client:  # type: ignore[var-annotated]
             client.admin.command("ping")
             return True
     except pymongo.errors.PyMongoError:
@@ -341,20 +357,21 @@ def _mongo_ready(port: int, _password: str) -> bool:
 # The Kafka broker
 
 
-def _kafka_command(directory: Path, port: int) -> list[str]:
+def _kafka_command(directory: Path, host: str, port: int) -> list[str]:
     broker = Path(__file__).with_name("broker.py")
-    return [sys.executable, "-I", "-S", str(broker), "--directory", str(directory / "kafka"), "--port", str(port)]
+    place = ["--directory", str(directory / "kafka"), "--host", host, "--port", str(port)]
+    return [sys.executable, "-I", "-S", str(broker), *place]
 
 
-def _kafka_ready(port: int, _password: str) -> bool:
+def _kafka_ready(host: str, port: int, _password: str) -> bool:
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout=1):
+        with socket.create_connection((host, port), timeout=1):
             return True
     except OSError:
         return False
 
 
-def _no_preparation(_directory: Path, _password: str) -> None:
+def _no_preparation(_directory: Path, _state: State) -> None:
     return None
 
 
@@ -391,17 +408,19 @@ def _signal(process: Process, number: signal.Signals) -> None:
             os.kill(process.pid, number)
 
 
-def _free_port(wanted: int) -> int:
-    """The wanted port when it is free, else one that is."""
+def _free_port(host: str, wanted: int) -> int:
+    """The wanted port when it is free, else one that is. Raises SandboxError."""
     for port in (wanted, 0) if wanted else (0,):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
+                probe.bind((host, port))
+            except OSError as error:
+                if error.errno == errno.EADDRNOTAVAIL:
+                    raise SandboxError(f"{host} is no address of this machine. Give one: --host.") from None
                 continue
             return int(probe.getsockname()[1])
-    raise SandboxError("No free port on 127.0.0.1; close some programs.")
+    raise SandboxError(f"No free port on {host}; close some programs.")
 
 
 def _environment() -> dict[str, str]:
@@ -432,7 +451,7 @@ def _read(directory: Path) -> State | None:
     try:
         content = json.loads(file.read_text())
         processes = {name: Process(**process) for name, process in content["processes"].items()}
-        return State(content["password"], content["ports"], processes)
+        return State(content["password"], content["ports"], processes, content.get("host", LOOPBACK))
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:

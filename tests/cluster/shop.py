@@ -1,0 +1,163 @@
+"""What a cluster works with, on an address that all nodes reach: sources, catalog, object store, MLflow."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import boto3
+import psycopg
+from nodes import ROOT, ClusterError, free_port, wait_for
+
+from app import sandbox
+from serve.deployment import FAST_PATH
+
+NODE_HOME = "/tmp/shopsphere"
+"""SHOPSPHERE_HOME on every node: a directory of its own disk."""
+
+
+@dataclass(frozen=True)
+class Shop:
+    """A running shop.
+
+    home     where the sandbox's files are; no node sees it
+    secrets  by what they are for; none may be shown anywhere
+    """
+
+    home: Path
+    addresses: sandbox.Addresses
+    s3: str
+    mlflow: str
+    secrets: Mapping[str, str]
+
+    def catalog(self, name: str) -> dict[str, str]:
+        """The properties of a catalog of that name, in the sandbox's PostgreSQL, with a warehouse in the object store."""
+        return {
+            "type": "sql",
+            "uri": self._database(name).replace("postgresql://", "postgresql+psycopg://"),
+            "warehouse": f"s3://lake/{name}",
+            "s3.endpoint": self.s3,
+            "s3.access-key-id": self.secrets["s3 key id"],
+            "s3.secret-access-key": self.secrets["s3 key"],
+            "s3.region": "us-east-1",
+        }
+
+    def _database(self, name: str) -> str:
+        return self.addresses.postgres_dsn.rpartition("/")[0] + f"/{name}"
+
+    def environment(self, name: str, home: str = NODE_HOME, **more: str) -> dict[str, str]:
+        """Settings of a lakehouse of that name, with a catalog and a replication slot of its own. Makes its database."""
+        with psycopg.connect(self.addresses.postgres_dsn, autocommit=True) as connection:
+            if not connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name]).fetchone():
+                connection.execute(f'CREATE DATABASE "{name}"')
+        return {
+            **FAST_PATH,
+            "SHOPSPHERE_HOME": home,
+            "SHOPSPHERE_CATALOG__PROPERTIES": json.dumps(self.catalog(name)),
+            "SHOPSPHERE_POSTGRES__DSN": self.addresses.postgres_dsn,
+            "SHOPSPHERE_POSTGRES__SLOT": name,
+            "SHOPSPHERE_MONGO__URI": self.addresses.mongo_uri,
+            "SHOPSPHERE_KAFKA__BOOTSTRAP_SERVERS": self.addresses.kafka_bootstrap,
+            **more,
+        }
+
+    def app(self, environment: Mapping[str, str], *arguments: str, seconds: float = 600) -> subprocess.CompletedProcess[str]:
+        """`python -m app` in a process of its own on this machine, with these settings. It has to succeed."""
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "SHOPSPHERE_", "MLFLOW_"))}
+        done = subprocess.run(
+            [sys.executable, "-m", "app", *arguments],
+            cwd=ROOT,
+            env={**inherited, **environment},
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+        assert done.returncode == 0, f"{arguments}: {done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        return done
+
+    def digests(self, environment: Mapping[str, str], *tables: str) -> dict[str, str]:
+        """The digests of the tables."""
+        found: dict[str, str] = json.loads(self.app(environment, "digest", *tables, "--json").stdout.splitlines()[-1])
+        return found
+
+
+@contextlib.contextmanager
+def opened(directory: Path, host: str, orders: int = 1500, seed: int = 11) -> Iterator[Shop]:
+    """A filled shop whose servers listen on `host`."""
+    key_id, key = f"KEY{secrets.token_hex(8)}", secrets.token_hex(20)
+    home = directory / "shop"
+    with contextlib.ExitStack() as stack:
+        s3 = stack.enter_context(_object_store(directory, host, key_id, key))
+        mlflow = stack.enter_context(_mlflow(directory, host))
+        addresses = sandbox.start(home, orders=orders, seed=seed, host=host)
+        stack.callback(sandbox.stop, home)
+        password = addresses.postgres_dsn.partition("://")[2].partition("@")[0].partition(":")[2]
+        told = {"postgres password": password, "s3 key id": key_id, "s3 key": key}
+        yield Shop(home, addresses, s3, mlflow, told)
+
+
+@contextlib.contextmanager
+def _object_store(directory: Path, host: str, key_id: str, key: str) -> Iterator[str]:
+    port = free_port(host)
+    endpoint = f"http://{host}:{port}"
+    with _server(directory / "s3.log", sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)):
+        _wait_http(f"{endpoint}/moto-api/")
+        boto3.client(
+            "s3", endpoint_url=endpoint, aws_access_key_id=key_id, aws_secret_access_key=key, region_name="us-east-1"
+        ).create_bucket(Bucket="lake")
+        yield endpoint
+
+
+@contextlib.contextmanager
+def _mlflow(directory: Path, host: str) -> Iterator[str]:
+    port, home = free_port(host), directory / "mlflow"
+    home.mkdir()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}", "--artifacts-destination", str(home / "artifacts")]
+    command += ["--allowed-hosts", "*"]
+    with _server(directory / "mlflow.log", *command):
+        _wait_http(f"http://{host}:{port}/health")
+        yield f"http://{host}:{port}"
+
+
+@contextlib.contextmanager
+def _server(log: Path, *command: str) -> Iterator[None]:
+    with log.open("wb") as output:
+        # MLflow's own job queue is seven processes that nobody here has work for
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        server = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, env=environment)
+    try:
+        yield
+    finally:
+        # its workers are in its session
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, 15)
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, 9)
+            server.wait(20)
+
+
+def _wait_http(address: str) -> None:
+    def answers() -> bool:
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return True
+        except urllib.error.HTTPError:
+            return True
+        except OSError:
+            return False
+
+    try:
+        wait_for(answers, 90, address)
+    except ClusterError as error:
+        raise ClusterError(f"No server at {address}") from error

@@ -1,0 +1,278 @@
+"""Ingest, refine, train and serve on a cluster of three nodes, a node killed in each: the tables of one undisturbed process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from nodes import Cluster, wait_for
+from shop import NODE_HOME, Shop, opened
+
+from app import sandbox
+from lakehouse.parallel import IN_A_JOB
+from ml.registry import Registry
+from serve.keys import Keys
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+
+ORDERS, SEED = 3000, 7
+TRAIN = ("train", "--trials", "2", "--seconds", "600", "--workers", "2", "--rounds", "60", "--label-delay", "20")
+SPREAD = {
+    "SHOPSPHERE_RAY__INLINE_ROWS": "0",
+    "SHOPSPHERE_RAY__ROWS_PER_TASK": "1500",
+    "SHOPSPHERE_KAFKA__BATCH_MESSAGES": "4000",
+    "SHOPSPHERE_SERVE_HOST": "0.0.0.0",
+    "SHOPSPHERE_SERVE_REPLICAS": "2",
+    "SHOPSPHERE_SERVE_REPLICA_CPUS": "1",
+}
+
+
+@dataclass
+class World:
+    """The cluster, what it works with, and the settings of its lakehouse and of that of the one process."""
+
+    cluster: Cluster
+    shop: Shop
+    spread: dict[str, str]
+    plain: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    directory: Path = tmp_path_factory.mktemp("cluster")
+    with Cluster(directory, SPREAD) as cluster, opened(directory, cluster.host, ORDERS, SEED) as shop:
+        print(f"nodes are {cluster.kind}")
+        spread = shop.environment("spread", MLFLOW_TRACKING_URI=shop.mlflow, **SPREAD)
+        plain = shop.environment("plain", str(directory / "plain"))
+        cluster.environment.update(spread)
+        cluster.start(workers=2)
+        yield World(cluster, shop, spread, plain)
+
+
+def strike_while(world: World, job: subprocess.Popen[str], *doing: str) -> str:
+    """Kill the worker node on which a process of such a name runs, as soon as there is one, and start another node.
+    Gives what was struck. The job has to be under way until then."""
+    begun = time.monotonic()
+    while time.monotonic() < begun + 200:
+        assert job.poll() is None, f"the job ended before a node could be killed: {job.communicate()[0][-3000:]}"
+        for node in world.cluster.workers:
+            hit = [process for name in doing for process in node.processes(f"ray::{name}")]
+            if hit:
+                told = f"{node.name} while it did {', '.join(' '.join(process.cmdline()).strip() for process in hit)}"
+                world.cluster.kill(node)
+                world.cluster.add()
+                return told
+    raise AssertionError(f"no worker node did any of {doing} within 200 s")
+
+
+def finished(job: subprocess.Popen[str]) -> str:
+    """What a job that succeeded said."""
+    said, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, said[-4000:]
+    return said
+
+
+def test_ingest_and_refine_lose_a_node_each(world: World) -> None:
+    cluster, shop = world.cluster, world.shop
+    first = cluster.submission("python", "-m", "app", "run")
+    # the first of Ray Data's tasks are those that read the sources
+    ingest = strike_while(world, first, "Map")
+    finished(first)
+    # the other process sees the sources at the same two moments: bronze tells of updates between them
+    shop.app(world.plain, "run")
+    sandbox.step(shop.home, 200)
+    second = cluster.submission("python", "-m", "app", "run", job="refine")
+    wait_for(lambda: "silver.orders_unified ..." in so_far(cluster, second, "refine"), 200, "refining")
+    refine = strike_while(world, second, "Map")
+    finished(second)
+    print("killed while ingesting:", ingest, "; while refining:", refine)
+    shop.app(world.plain, "run")
+    digests(world)
+
+
+def digests(world: World) -> None:
+    """Of the cluster's tables and those of the one process: they have to be equal."""
+    here = {**world.spread, "SHOPSPHERE_HOME": str(world.shop.home / "look")}
+    assert world.shop.digests(here) == world.shop.digests(world.plain)
+
+
+def output_of(said: str) -> dict[str, Any]:
+    """The JSON object that a job printed."""
+    found: dict[str, Any] = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
+    return found
+
+
+def test_training_loses_a_node(world: World) -> None:
+    cluster, shop = world.cluster, world.shop
+    job = cluster.submission("python", "-m", "app", *TRAIN, "--json")
+    print("killed:", strike_while(world, job, "RayTrainWorker", "_RayTrainWorker"))
+    trained = output_of(finished(job))
+    plain = json.loads(shop.app(world.plain, *TRAIN, "--json").stdout.splitlines()[-1])
+    for one in (trained, plain):
+        for timing in ("seconds", "cpu_seconds", "mlflow"):
+            one.pop(timing)
+    # the check of latency says how long it took
+    trained["checks"], plain["checks"] = ([(c["name"], c["passed"]) for c in one["checks"]] for one in (trained, plain))
+    assert trained == plain
+    ours = Registry(shop.mlflow).version(1).tags
+    assert ours["model_digest"] == Registry(home=Path(world.plain["SHOPSPHERE_HOME"])).version(1).tags["model_digest"]
+
+
+@dataclass
+class Asking:
+    """Asks the same again and again until the end of the block."""
+
+    address: str
+    key: str
+    good: list[float] = field(default_factory=list)
+    bad: list[tuple[float, str]] = field(default_factory=list)
+
+    def ask(self, path: str) -> Any:
+        request = urllib.request.Request(self.address + path, headers={"Authorization": f"Bearer {self.key}"})
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return json.load(response)
+
+    def __enter__(self) -> Asking:
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopping.wait(0.1):
+            try:
+                self.ask("/v1/inventory/P0001")
+                self.good.append(time.monotonic())
+            except OSError as error:
+                self.bad.append((time.monotonic(), repr(error)))
+
+
+def test_serving_loses_a_node(world: World) -> None:
+    cluster, shop = world.cluster, world.shop
+    file = cluster.head.path(NODE_HOME) / "serve_keys.json"
+    key = Keys().add(file, "test", ("inventory", "score", "customers"))
+    job = cluster.submission("python", "-m", "app", "serve", job="serving")
+    asking = Asking(f"http://{cluster.head.address}:8000", key)
+    wait_for(lambda: "Serving on" in so_far(cluster, job, "serving"), 200, "serving")
+    stock = asking.ask("/v1/inventory/P0001")["stores"]
+    query = "SELECT store_id, on_hand FROM gold.inventory_health WHERE product_id = 'P0001' ORDER BY store_id"
+    known = json.loads(shop.app(world.plain, "sql", query, "--json").stdout.splitlines()[-1])
+    assert [(one["store_id"], one["on_hand"]) for one in stock] == [(one["store_id"], one["on_hand"]) for one in known]
+    with asking:
+        print("killed:", strike_while(world, job, "ServeReplica"))
+        killed = time.monotonic()
+        replicas = [node.name for node in cluster.nodes if node.alive for _ in node.processes("ray::ServeReplica")]
+        wait_for(lambda: sum(at > killed for at in asking.good) >= 50, 120, "answers after the kill")
+    print(f"{len(asking.good)} answers, {len(asking.bad)} failures {asking.bad[:5]}; replicas on {replicas}")
+    assert asking.ask("/v1/inventory/P0001")["stores"] == stock
+    cluster.stop_job("serving")
+    finished(job)
+    digests(world)
+
+
+def so_far(cluster: Cluster, job: subprocess.Popen[str], name: str) -> str:
+    """What a job that runs has printed."""
+    assert job.poll() is None, job.communicate()[0][-3000:]
+    try:
+        return str(cluster.ask(f"/api/jobs/{name}/logs")["logs"])
+    except urllib.error.HTTPError as error:
+        if error.code != 404:
+            raise
+        return ""  # it is just being submitted
+
+
+def test_a_job_that_is_stopped_leaves_the_tables_whole(world: World) -> None:
+    cluster, shop = world.cluster, world.shop
+    sandbox.step(shop.home, 200)
+    stopped = cluster.submission("python", "-m", "app", "run", job="stopped")
+    at_work(world, stopped)
+    cluster.stop_job("stopped")
+    wait_for(lambda: cluster.ask("/api/jobs/stopped")["status"] == "STOPPED", 60, "the job is stopped")
+    stopped.communicate(timeout=60)
+    # its submitter is interrupted, and it goes on; as if nobody had submitted it, it has to send the code itself
+    left = cluster.submission("env", "-u", IN_A_JOB, "SHOPSPHERE_RAY__ADDRESS=auto", "python", "-m", "app", "run", job="left")
+    at_work(world, left)
+    left.send_signal(signal.SIGINT)
+    left.communicate(timeout=60)
+    wait_for(lambda: cluster.ask("/api/jobs/left")["status"] == "SUCCEEDED", 200, "the job that was left alone is done")
+    shop.app(world.plain, "run")
+    digests(world)
+
+
+def at_work(world: World, job: subprocess.Popen[str]) -> None:
+    """Wait until tasks of a job run on a worker node."""
+    until = time.monotonic() + 200
+    while not any(node.processes("ray::Map") for node in world.cluster.workers):
+        assert job.poll() is None, job.communicate()[0][-3000:]
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_what_is_wrong_is_said_and_a_token_is_asked_for(world: World) -> None:
+    cluster = world.cluster
+    done = cluster.submit("python", "-m", "app", "rebuild", "gold.nothing", job="wrong")
+    assert "error: There is no table 'gold.nothing'" in done.stdout
+    assert done.returncode == 1
+    assert cluster.ask("/api/jobs/wrong")["driver_exit_code"] == 1
+    # tables on the disk of the head, which the workers have not got
+    local = ("SHOPSPHERE_CATALOG__PROPERTIES={}", "SHOPSPHERE_POSTGRES__SLOT=local")
+    done = cluster.submit("env", *local, "python", "-m", "app", "run", job="local")
+    assert "machines, but /tmp/shopsphere/warehouse is on the disk of this one" in done.stdout
+    assert done.returncode == 1
+    for path in ("/api/jobs/", "/api/version"):
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(cluster.dashboard + path, timeout=10)
+
+
+LISTED = ("jobs", "tasks", "actors", "workers", "runtime_envs", "nodes", "objects")
+LOOKED_AT = (
+    *("/api/jobs/", "/nodes?view=details", "/api/serve/applications/", "/api/actors/", "/logical/actors"),
+    *(f"/api/v0/{what}?limit=10000&detail=1" for what in LISTED),
+)
+
+
+def test_no_secret_is_shown(world: World) -> None:
+    """After everything else: in no log, in nothing that Ray tells of jobs, in nothing that MLflow keeps."""
+    cluster, shop = world.cluster, world.shop
+    secrets = {**shop.secrets, "token": cluster.token}
+    shown: dict[str, str] = {}
+    for path in LOOKED_AT:
+        with contextlib.suppress(urllib.error.HTTPError):
+            shown[path] = json.dumps(cluster.ask(path, timeout=60))
+    assert len(shown) >= 8, shown.keys()
+    assert "python -m app run" in shown["/api/jobs/"]
+    for node in cluster.nodes:
+        if node.alive:
+            logs = node.path("/tmp/ray" if cluster.kind == "namespaces" else str(cluster.temporary)).glob("session_2*/logs/**/*")
+            files = [file for file in logs if file.is_file()]
+            assert files
+            shown |= {str(file): file.read_text(errors="replace") for file in files}
+    shown |= {str(file): file.read_text(errors="replace") for file in cluster.directory.glob("*.log") if file.name != "s3.log"}
+    assert not leaks(secrets, shown)
+    client = mlflow.MlflowClient(shop.mlflow)
+    runs = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    versions = client.search_model_versions("")
+    assert runs
+    assert versions
+    assert not leaks(secrets, {"MLflow": repr([run.to_dictionary() for run in runs]) + repr([dict(one) for one in versions])})
+
+
+def leaks(secrets: dict[str, str], shown: dict[str, str]) -> list[tuple[str, str]]:
+    """Which secret is shown where."""
+    return [(what, where) for where, text in shown.items() for what, secret in secrets.items() if secret in text]
