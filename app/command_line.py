@@ -286,6 +286,45 @@ def maintain(
     )
 
 
+@app.command()
+def erase(
+    email: Annotated[str | None, typer.Option(help="E-mail address of the person")] = None,
+    phone: Annotated[str | None, typer.Option(help="Phone number of the person")] = None,
+    loyalty_id: Annotated[str | None, typer.Option(help="Loyalty card of the person")] = None,
+    user_id: Annotated[int | None, typer.Option(help="An account of the person")] = None,
+    master_user_id: Annotated[str | None, typer.Option(help="The person, as gold.customer_360 names them")] = None,
+    json: Json = False,
+) -> None:
+    """Erase a person from every table, snapshot and file, and prove it; without a person: finish what was begun."""
+    from app import erase as erasing
+    from app.passes import open_engine
+
+    output, asked = Output(json), asked_for(email, phone, loyalty_id, user_id, master_user_id)
+    with open_engine(load_settings()) as engine, output.progress() as show:
+        receipts = erasing.erase(engine, asked, show)
+    if json:
+        output.json([erasing.as_json(one) for one in receipts])
+    for one in receipts:
+        for line in erasing.in_words(one):
+            output.say(line)
+    if not receipts:
+        output.say("No erasure was under way.")
+    if not all(one.clean for one in receipts):
+        raise ShopSphereError("The erasure is not proved: see the receipt above, and run `python -m app erase` again.")
+
+
+def asked_for(
+    email: str | None, phone: str | None, loyalty_id: str | None, user_id: int | None, master_user_id: str | None
+) -> Any:
+    """Who is meant; None: nobody was named. Raises ShopSphereError when it is said twice."""
+    from pipelines.erasure.person import Asked
+
+    given = [one for one in (email, phone, loyalty_id, user_id, master_user_id) if one is not None]
+    if len(given) > 1:
+        raise ShopSphereError("Name the person by one of --email, --phone, --loyalty-id, --user-id, --master-user-id.")
+    return Asked(email, phone, loyalty_id, user_id, master_user_id) if given else None
+
+
 @sandbox_app.command("start")
 def sandbox_start(
     orders: Annotated[int, typer.Option(help="Orders of the shop's history")] = 20_000,

@@ -25,6 +25,8 @@ from lakehouse.step import Changes, Gather, Parsed, Step, context_of
 from lakehouse.table import BOOKKEEPING, SEQUENCE, Table
 from ml.tables import MODEL_TABLES, TABLES, rebuild_model_table
 from pipelines.bronze.corrections import corrected
+from pipelines.erasure.anonymise import Anonymiser, OnArrival
+from pipelines.erasure.suppression import load_suppression
 from pipelines.silver.quarantine import QUARANTINE
 
 Tell = Callable[[str, Report | None], None]
@@ -46,9 +48,16 @@ def open_engine(settings: Settings) -> Iterator[Engine]:
     """An engine on the lake of the settings; stops Ray at the end if it was started."""
     pool = Pool(settings.ray)
     try:
-        yield Engine(Lake(settings), pool, context_of(settings), QUARANTINE)
+        lake = Lake(settings)
+        yield Engine(lake, pool, context_of(settings), QUARANTINE, arrivals=partial(on_arrival, lake))
     finally:
         pool.close()
+
+
+def on_arrival(lake: Lake) -> OnArrival | None:
+    """What is done with rows before they are stored: whoever was erased does not come back."""
+    suppression = load_suppression(lake)
+    return OnArrival(Anonymiser(suppression)) if suppression is not None else None
 
 
 def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: False) -> Pass:
@@ -188,7 +197,12 @@ def _correction(where: str, line: str) -> tuple[Table, str, bytes]:
 def _append_corrections(lake: Lake, table: Table, values: Mapping[str, bytes]) -> int:
     """Store those that are not there yet; gives how many."""
     handle = lake.load(table, create=False)
+    suppression = load_suppression(lake)
     fixes = _corrections(handle, values)
+    if fixes.height and suppression is not None:
+        fixes = Anonymiser(suppression)(table, fixes).rows
+        content = [name for name in fixes.columns if name != "_ingested_at"]
+        fixes = fixes.join(handle.read(content), on=content, how="anti", nulls_equal=True)
     if fixes.height:
         now = pl.lit(datetime.now(UTC)).cast(pl.Datetime("us", "UTC")).alias("_ingested_at")
         fixes = fixes.with_columns(now, pl.lit(handle.sequence, pl.Int64).alias(SEQUENCE))
