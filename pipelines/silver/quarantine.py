@@ -14,7 +14,7 @@ QUARANTINE = Table(
         column("source_table", pa.string(), "The bronze table that holds the row.", required=True),
         column("source_position", pa.string(), "Its `_source_position` there.", required=True),
         column("reason", pa.string(), "What is wrong: the field and the type met, never the value.", required=True),
-        column("original", pa.binary(), "The row, document or message as it was received."),
+        column("original", pa.binary(), "The row, document or message as it was received.", personal="text"),
         column("_source_time", TIMESTAMP, "When it happened, by the source's clock."),
     ),
     key=("source_table", "source_position"),
