@@ -42,7 +42,7 @@ from pipelines.bronze.tables import EVENTS
 from pipelines.bronze.tables import TABLES as BRONZE
 from pipelines.erasure import person as people
 from pipelines.erasure.anonymise import Anonymiser
-from pipelines.erasure.person import Asked, Order, Person
+from pipelines.erasure.person import Asked, Order
 from pipelines.erasure.suppression import (
     FINISHED,
     REQUESTED,
@@ -105,10 +105,15 @@ class Receipt:
 
 def erase(engine: Engine, asked: Asked | None, show: Show) -> list[Receipt]:
     """Finish the erasures that are under way, then erase who is asked for. Raises ShopSphereError."""
-    receipts = [finish(engine, one, show) for one in erasures(engine.lake) if not one.finished]
+    receipts = finish_begun(engine, show)
     if asked is not None:
         receipts.append(finish(engine, request(engine, asked, show), show))
     return receipts
+
+
+def finish_begun(engine: Engine, show: Show) -> list[Receipt]:
+    """Finish what an interrupted `erase` has left."""
+    return [finish(engine, one, show) for one in erasures(engine.lake) if not one.finished]
 
 
 def request(engine: Engine, asked: Asked, show: Show) -> Erasure:
@@ -341,6 +346,3 @@ def in_words(receipt: Receipt) -> Iterable[str]:
         yield f"  not alone   {told}: others show the same; gone from the person's rows, not looked for in theirs"
     yield f"  sales_daily {'equal to the last digit' if receipt.sums_equal else 'NOT EQUAL: rows came meanwhile, or worse'}"
     yield f"  {receipt.seconds:.1f} s"
-
-
-__all__ = ["Asked", "Person", "Receipt", "as_json", "erase", "finish", "in_words", "request"]

@@ -204,6 +204,12 @@ def erasures(lake: Lake) -> list[Erasure]:
     return [Erasure(name, at, name in done) for name, at in requested.select("erasure", "at").iter_rows()]
 
 
+def newest_erasure(lake: Lake) -> int | None:
+    """The snapshot of bronze.erasures, by which one sees that something was added; None: nothing ever was."""
+    snapshot = lake.load(ERASURES).snapshot if lake.exists(ERASURES) else None
+    return snapshot.snapshot_id if snapshot is not None else None
+
+
 def load_suppression(lake: Lake) -> Suppression | None:
     """What is suppressed now; None: nothing. Raises SettingsError when the key is missing or another than it was."""
     if not lake.exists(ERASURES):
