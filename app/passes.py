@@ -26,7 +26,7 @@ from lakehouse.table import BOOKKEEPING, SEQUENCE, Table
 from ml.tables import MODEL_TABLES, TABLES, rebuild_model_table
 from pipelines.bronze.corrections import corrected
 from pipelines.erasure.anonymise import Anonymiser, OnArrival
-from pipelines.erasure.suppression import load_suppression
+from pipelines.erasure.suppression import Suppression, load_suppression
 from pipelines.silver.quarantine import QUARANTINE
 
 Tell = Callable[[str, Report | None], None]
@@ -173,7 +173,7 @@ def store_corrections(engine: Engine, file: Path) -> int:
             by_table.setdefault(table.name, {})[position] = value
     for name, values in by_table.items():
         # nothing is stored of a file with an error in it
-        _corrections(engine.lake.load(pipelines.TABLES[name], create=False), values)
+        _corrections(engine.lake.load(pipelines.TABLES[name], create=False), values, load_suppression(engine.lake))
     return sum(
         engine.retried(partial(_append_corrections, engine.lake, pipelines.TABLES[name], values))
         for name, values in by_table.items()
@@ -197,12 +197,7 @@ def _correction(where: str, line: str) -> tuple[Table, str, bytes]:
 def _append_corrections(lake: Lake, table: Table, values: Mapping[str, bytes]) -> int:
     """Store those that are not there yet; gives how many."""
     handle = lake.load(table, create=False)
-    suppression = load_suppression(lake)
-    fixes = _corrections(handle, values)
-    if fixes.height and suppression is not None:
-        fixes = Anonymiser(suppression)(table, fixes).rows
-        content = [name for name in fixes.columns if name != "_ingested_at"]
-        fixes = fixes.join(handle.read(content), on=content, how="anti", nulls_equal=True)
+    fixes = _corrections(handle, values, load_suppression(lake))
     if fixes.height:
         now = pl.lit(datetime.now(UTC)).cast(pl.Datetime("us", "UTC")).alias("_ingested_at")
         fixes = fixes.with_columns(now, pl.lit(handle.sequence, pl.Int64).alias(SEQUENCE))
@@ -210,7 +205,7 @@ def _append_corrections(lake: Lake, table: Table, values: Mapping[str, bytes]) -
     return fixes.height
 
 
-def _corrections(handle: Handle, values: Mapping[str, bytes]) -> pl.DataFrame:
+def _corrections(handle: Handle, values: Mapping[str, bytes], suppression: Suppression | None) -> pl.DataFrame:
     """One new row a correction, at the position of the row that it corrects; none for one that is there already.
 
     Only of rows that cannot be read: so at most one row at a position speaks, and the tables stay functions of the set
@@ -228,6 +223,8 @@ def _corrections(handle: Handle, values: Mapping[str, bytes]) -> pl.DataFrame:
         corrected(table, received[n : n + 1], values[position], handle.arrow_schema)
         for n, position in enumerate(received["_source_position"].to_list())
     )
+    if suppression is not None:
+        fixes = Anonymiser(suppression)(table, fixes).rows
     content = [name for name in columns if name != "_ingested_at"]
     fixes = fixes.join(rows.select(content), on=content, how="anti", nulls_equal=True)
     about = rows.filter(pl.col("_source_position").is_in(fixes["_source_position"].implode()))
