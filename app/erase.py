@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -14,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import polars as pl
 from pyarrow.fs import FileInfo, FileSelector, FileType, LocalFileSystem
 
@@ -113,6 +117,7 @@ def erase(engine: Engine, asked: Asked | None, show: Show) -> list[Receipt]:
 
 def finish_begun(engine: Engine, show: Show) -> list[Receipt]:
     """Finish what an interrupted `erase` has left."""
+    _drop_unstored(engine.lake)
     return [finish(engine, one, show) for one in erasures(engine.lake) if not one.finished]
 
 
@@ -130,9 +135,9 @@ def request(engine: Engine, asked: Asked, show: Show) -> Erasure:
     order = people.collect(lake, person, pseudonyms, one.id, int(one.at.timestamp() * 1_000_000))
     if not person.records and not _mentioned(order):
         raise ShopSphereError("Nobody is known by that, and no row mentions it: there is nothing to erase.")
-    _keep(lake, one, order, sums(lake))
     rows = [(REQUESTED, pseudonyms.check), *sorted(order.entries)]
-    engine.retried(lambda: append(lake, one.id, one.at, rows))
+    with _keeping(lake, one, order, sums(lake)):
+        engine.retried(lambda: append(lake, one.id, one.at, rows))
     return one
 
 
@@ -141,7 +146,14 @@ def _mentioned(order: Order) -> bool:
 
 
 def finish(engine: Engine, one: Erasure, show: Show) -> Receipt:
-    """Do what is left to do of an erasure; every stage may be repeated."""
+    """Do what is left to do of an erasure; every stage may be repeated. One process of this machine at a time does it."""
+    with _locked(_order_file(engine.lake, one)):
+        if any(other.id == one.id and other.finished for other in erasures(engine.lake)):
+            return read_receipt(engine.lake, one.id)
+        return _finish(engine, one, show)
+
+
+def _finish(engine: Engine, one: Erasure, show: Show) -> Receipt:
     lake, started = engine.lake, time.monotonic()
     stages: dict[str, float] = {}
     at = started
@@ -224,7 +236,8 @@ def _replace_events(engine: Engine, one: Erasure) -> None:
 
     def attempt() -> None:
         target, bronze = engine.lake.load(EVENTS_CLEAN), engine.lake.load(EVENTS)
-        sequence = rewritten_by(bronze, one.id)
+        snapshot = rewritten_by(bronze, one.id)
+        sequence = snapshot.sequence_number if snapshot is not None else None
         messages = bronze.read(["topic", "value", "_op", "_source_position", "_source_time"], pl.col(SEQUENCE) == sequence)
         rows = conform(events_clean.fill({"events": parse_events(messages).rows}, engine.context), EVENTS_CLEAN)
         if rows.is_empty():
@@ -279,10 +292,41 @@ def _order_file(lake: Lake, one: Erasure) -> Path:
     return _directory(lake) / f"{one.id}.order.json"
 
 
-def _keep(lake: Lake, one: Erasure, order: Order, before: Sums) -> None:
-    """Write what is to be looked for, for its owner alone: only these texts can prove that they are gone."""
+@contextmanager
+def _keeping(lake: Lake, one: Erasure, order: Order, before: Sums) -> Iterator[None]:
+    """Write what is to be looked for, for its owner alone: only these texts can prove that they are gone.
+
+    Locked until the erasure is stored: what is not locked and belongs to no erasure was left by one that never began."""
     told = {"texts": order.texts, "shared": dict(order.shared), "before": asdict(before)}
-    write_private(_order_file(lake, one), json.dumps(told).encode())
+    descriptor = os.open(_order_file(lake, one), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        stream.write(json.dumps(told).encode())
+        stream.flush()
+        os.fsync(stream.fileno())
+        yield
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """With the file for oneself; a file that is not there is nobody's."""
+    try:
+        stream = file.open("rb")
+    except FileNotFoundError:
+        yield
+        return
+    with stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _drop_unstored(lake: Lake) -> None:
+    """Delete the lists of erasures that never began."""
+    for file in _directory(lake).glob("*.order.json"):
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), file.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if file.name.split(".")[0] not in {one.id for one in erasures(lake)}:
+                file.unlink()
 
 
 def _kept(lake: Lake, one: Erasure) -> tuple[tuple[str, ...] | None, Sums | None, dict[str, int]]:
@@ -307,6 +351,12 @@ def write_private(file: Path, content: bytes) -> None:
 def receipt_file(lake: Lake, erasure: str) -> Path:
     """Where the receipt of an erasure is."""
     return _directory(lake) / f"{erasure}.receipt.json"
+
+
+def read_receipt(lake: Lake, erasure: str) -> Receipt:
+    """The receipt of a finished erasure."""
+    told = json.loads(receipt_file(lake, erasure).read_text())
+    return msgspec.convert({name: value for name, value in told.items() if name not in ("sums_equal", "clean")}, Receipt)
 
 
 def as_json(receipt: Receipt) -> dict[str, Any]:

@@ -7,6 +7,7 @@ their removal, all older snapshots are expired, and what nothing refers to any m
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -15,6 +16,7 @@ from typing import Any
 import polars as pl
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
 from pyiceberg.io.pyarrow import PyArrowFileIO
+from pyiceberg.table.snapshots import Snapshot
 
 from lakehouse.errors import ShopSphereError
 from lakehouse.iceberg import File, Handle, Lake
@@ -23,6 +25,7 @@ from lakehouse.table import DELETED, SEQUENCE, Table
 
 REWRITTEN = "shopsphere.rewritten"
 """Names, in a snapshot's summary, why it rewrote the table: once for each reason."""
+ROWS, FILES = "shopsphere.rewritten-rows", "shopsphere.rewritten-files"
 
 Edit = Callable[[pl.DataFrame], tuple[pl.DataFrame, pl.Series, pl.Series | None]]
 """edit(rows) -> the rows as they must be, which of them changed, and a key by which rows speak of the same thing: a row with
@@ -50,11 +53,11 @@ class Forgotten:
     bytes_deleted: int
 
 
-def rewritten_by(handle: Handle, reason: str) -> int | None:
-    """The sequence of the commit that rewrote the table for this reason; None: none did, or its snapshot is gone."""
+def rewritten_by(handle: Handle, reason: str) -> Snapshot | None:
+    """The snapshot that rewrote the table for this reason; None: none did, or it is gone."""
     for snapshot in handle.loaded.metadata.snapshots:
         if snapshot.summary and snapshot.summary.additional_properties.get(REWRITTEN) == reason:
-            return snapshot.sequence_number
+            return snapshot
     return None
 
 
@@ -65,8 +68,9 @@ def rewrite(lake: Lake, table: Table, edit: Edit, reason: str) -> Rewritten:
     changes: a writer that began before fails then, and begins anew. Raises CommitConflict.
     """
     handle = lake.load(table)
-    if rewritten_by(handle, reason) is not None:
-        return Rewritten(table.name)
+    if (done := rewritten_by(handle, reason)) is not None and done.summary:
+        told = done.summary.additional_properties
+        return Rewritten(table.name, int(told[ROWS]), int(told[FILES]))
     files, columns = handle.files(), handle.reader.schema.names
     edited = []
     touched: set[str] = set()
@@ -90,7 +94,7 @@ def rewrite(lake: Lake, table: Table, edit: Edit, reason: str) -> Rewritten:
         positions=handle.positions,
         removed_paths=_without(files, removed),
         changes_rows=bool(removed),
-        properties={REWRITTEN: reason},
+        properties={REWRITTEN: reason, ROWS: str(count), FILES: str(len(removed))},
     )
     return Rewritten(table.name, count, len(removed))
 
@@ -193,5 +197,11 @@ def _delete_unreferenced(handle: Handle, before: set[str]) -> tuple[int, int]:
     newest = filesystem.get_file_info([io.parse_location(handle.loaded.metadata_location)[2]])[0].mtime
     gone = [info for info in found if info.path not in keep and (info.path in known or (newest and info.mtime < newest))]
     for info in gone:
-        filesystem.delete_file(info.path)
+        delete(filesystem, info.path)
     return len(gone), sum(int(info.size or 0) for info in gone)
+
+
+def delete(filesystem: FileSystem, path: str) -> None:
+    """Delete a file; one that somebody else deleted first is no error."""
+    with contextlib.suppress(FileNotFoundError):
+        filesystem.delete_file(path)

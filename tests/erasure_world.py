@@ -98,6 +98,12 @@ def somebody(lake: Lake, rank: int = 0) -> dict[str, str]:
     return {name: str(value) for name, value in row.items() if value is not None}
 
 
+def texts_of(person: dict[str, str]) -> list[str]:
+    """What must not be found of a person."""
+    texts = [person[name] for name in ("email", "email_raw", "phone_number", "phone_raw", "address") if name in person]
+    return [*texts, person["name"]]
+
+
 def holding(home: Path, texts: list[str]) -> list[str]:
     """The files of a local warehouse that hold one of the texts, decoded: read whole and looked through in lower case."""
     found = []

@@ -29,7 +29,7 @@ from pipelines.gold.fact_orders import FACT_ORDERS
 from pipelines.gold.sales_daily import SALES_DAILY
 from pipelines.silver.quarantine import QUARANTINE
 from pipelines.silver.users_scd import USERS_SCD
-from tests.erasure_world import World, holding, shop, somebody
+from tests.erasure_world import World, holding, shop, somebody, texts_of
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +55,6 @@ def digests(lake: Lake, layers: tuple[str, ...] = ("silver", "gold")) -> dict[st
 def run(world: World) -> None:
     with world.engine() as engine:
         assert not run_pass(engine, lambda name, report: None).errors
-
-
-def texts_of(person: dict[str, str]) -> list[str]:
-    texts = [person[name] for name in ("email", "email_raw", "phone_number", "phone_raw", "address") if name in person]
-    return [*texts, person["name"]]
 
 
 def test_a_person_goes_from_every_file_and_every_sum_stays(world: World) -> None:
