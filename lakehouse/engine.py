@@ -540,11 +540,12 @@ class Engine:
         return self.retried(attempt)
 
     def retried(self, attempt: Callable[[], Done]) -> Done:
-        """What `attempt` gives; when another writer commits first, it is called again, from what that one left."""
+        """What `attempt` gives; when another writer commits first, or takes away files that we read, it is called again, from
+        what that one left."""
         for number in range(ATTEMPTS):
             try:
                 return attempt()
-            except CommitConflict:
+            except (CommitConflict, FileNotFoundError):
                 if number == ATTEMPTS - 1:
                     raise
                 time.sleep(0.2 * 2**number)

@@ -484,7 +484,8 @@ class Handle:
         try:
             delta.commit()
             transaction.commit_transaction()
-        except (CommitFailedException, CommitStateUnknownException, NoSuchTableError) as error:
+        except (CommitFailedException, CommitStateUnknownException, NoSuchTableError, FileNotFoundError) as error:
+            # a file is not found when the snapshot that we began from was expired meanwhile
             raise CommitConflict(
                 f"{self.table.name}: another writer committed first ({type(error).__name__}). Run again."
             ) from error
