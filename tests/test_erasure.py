@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import polars as pl
 import psycopg
 import pymongo
 import pytest
+from confluent_kafka import Producer
+from erasure_world import World, holding, shop, somebody, texts_of
 
 import pipelines
 from app.erase import erase
@@ -21,15 +24,17 @@ from app.passes import rebuild, replay, run_pass
 from lakehouse.digest import digest
 from lakehouse.errors import SettingsError, ShopSphereError
 from lakehouse.iceberg import Lake
+from lakehouse.step import context_of
 from pipelines.bronze.tables import EVENTS, MARKETPLACE_ORDERS, USERS
 from pipelines.erasure.person import Asked
-from pipelines.erasure.suppression import KEY_FILE, erasures
+from pipelines.erasure.suppression import KEY_FILE, erasures, is_pseudonym
 from pipelines.gold.customer_360 import CUSTOMER_360
 from pipelines.gold.fact_orders import FACT_ORDERS
 from pipelines.gold.sales_daily import SALES_DAILY
 from pipelines.silver.quarantine import QUARANTINE
 from pipelines.silver.users_scd import USERS_SCD
-from tests.erasure_world import World, holding, shop, somebody, texts_of
+from serve.settings import ServeSettings
+from serve.state import State
 
 
 @pytest.fixture(scope="module")
@@ -228,3 +233,43 @@ def test_export_tells_everything_and_overwrites_nothing(world: World, tmp_path: 
         export(world.lake, Asked(email=person["email"]), target)
     with pytest.raises(ShopSphereError, match="Nobody is known"):
         export(world.lake, Asked(email="nobody@nowhere.example"), tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_a_replica_forgets_too(world: World) -> None:
+    world, person = world.without_postgres, somebody(world.lake)
+    account = int(person["primary_user_id"])
+    context = context_of(world.settings)
+    state = State(world.settings, ServeSettings(refresh_seconds=0.5), context, lambda line: None)
+    state.start()
+    producer = Producer({"bootstrap.servers": world.settings.kafka.bootstrap_servers})
+
+    def send(name: str) -> None:
+        event = {"event_id": name, "event_type": "login", "timestamp": datetime.now(UTC).isoformat(), "user_id": account}
+        producer.produce("events", json.dumps({**event, "device_id": "d-of-the-tail", "metadata": {}}).encode())
+        assert producer.flush(30) == 0
+
+    def devices() -> list[str]:
+        later = state.line.stock.later
+        return later.filter(pl.col("event_id").is_in(["tail-1", "tail-2"]))["device_id"].unique().to_list()
+
+    try:
+        assert state.ready.wait(60)
+        send("tail-1")
+        until(lambda: devices() == ["d-of-the-tail"])
+        with world.engine() as engine:
+            assert erase(engine, Asked(email=person["email"]), quiet)[0].clean
+        send("tail-2")
+        until(lambda: state.line.stock.later.height == 2 and len(devices()) == 1 and is_pseudonym("device", devices()[0]))
+        run(world)
+        assert holding(world.home, [*texts_of(person), "d-of-the-tail"]) == []
+    finally:
+        state.stop()
+
+
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait for a condition; an assertion when it does not come."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.05)
