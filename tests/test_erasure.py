@@ -141,7 +141,11 @@ def test_a_source_that_still_has_the_row_does_not_bring_the_person_back(world: W
 def test_quarantined_rows_go_too_and_their_correction_does_not_bring_anything_back(world: World, tmp_path: Path) -> None:
     person = somebody(world.lake, 1)
     broken = {"_id": "erasure-broken", "platform": "lazada", "mp_order_id": "LZ-BROKEN", "user_email": person["email_raw"]}
-    broken |= {"note": f"ring {person['phone_raw']}"}
+    broken |= {
+        "note": f"ring {person['phone_raw']}",
+        "buyer_name": "Xaver Ungelesen",
+        "shipping_address": "Hinterhof 77, Nirgends",
+    }
     collection = pymongo.MongoClient(world.settings.mongo.uri.get_secret_value())[world.settings.mongo.database][
         world.settings.mongo.collection
     ]
@@ -155,7 +159,8 @@ def test_quarantined_rows_go_too_and_their_correction_does_not_bring_anything_ba
         with world.engine() as engine:
             (receipt,) = erase(engine, Asked(email=person["email"]), quiet)
         assert receipt.clean
-        assert holding(world.home, texts_of(person)) == []
+        texts = [*texts_of(person), "Xaver Ungelesen", "Hinterhof 77"]
+        assert holding(world.home, texts) == []
         kept = world.lake.load(QUARANTINE).read(["source_position", "source_table", "original"])
         (position,) = kept.filter(pl.col("original").bin.contains(b"LZ-BROKEN"))["source_position"]
         value = json.dumps(
@@ -168,7 +173,7 @@ def test_quarantined_rows_go_too_and_their_correction_does_not_bring_anything_ba
             again = replay(engine, fixes)
         assert (done.corrections, again.corrections) == (1, 0)
         assert done.after == done.before - 1
-        assert holding(world.home, texts_of(person)) == []
+        assert holding(world.home, texts) == []
     finally:
         collection.delete_one({"_id": "erasure-broken"})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -11,10 +12,10 @@ from lakehouse.byte_search import Needles
 from lakehouse.errors import ShopSphereError
 from lakehouse.iceberg import Lake
 from lakehouse.table import BOOKKEEPING, Table
-from pipelines.bronze.tables import EVENTS, MARKETPLACE_ORDERS, TABLES
+from pipelines.bronze.tables import DOCUMENT_PATHS, EVENTS, MARKETPLACE_ORDERS, TABLES
 from pipelines.erasure.anonymise import KEYS, Anonymiser, Shown
-from pipelines.erasure.suppression import ACCOUNT, MENTION, RECORD, Digest, Pseudonyms, Suppression, is_pseudonym, spelled_once
-from pipelines.silver.contacts import addresses, normalise_email, normalise_phone
+from pipelines.erasure.suppression import ACCOUNT, MENTION, RECORD, Digest, Pseudonyms, Suppression, spelled_once
+from pipelines.silver.contacts import addresses, normalise_email, normalise_phone, region_of
 from pipelines.silver.identity.evidence import ORDER, USER
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
 from pipelines.silver.orders_unified import ORDERS_UNIFIED
@@ -145,17 +146,12 @@ def collect(lake: Lake, person: Person, pseudonyms: Pseudonyms, erasure: str, mo
     """Everything that the person's rows show, and what of it is theirs alone. Reads all of bronze twice."""
     entries = own_entries(person, pseudonyms, documents_of(lake, person))
     seen: set[Shown] = set(person.spelled)
-    # first what the rows show that are theirs by account or record
-    theirs = Anonymiser(_suppression(pseudonyms, entries, erasure, moment), seen)
     rows = {table.name: _bronze(lake, table) for table in TABLES if lake.exists(table)}
-    for table in TABLES:
-        if table.name in rows:
-            theirs(table, rows[table.name])
-    seen = {one for one in seen if not is_pseudonym(one.kind, one.raw)}
-    wide, shared = _theirs_alone(lake, person, seen)
-    for one in wide:
-        assert one.spelling is not None
-        entries.add((one.kind, pseudonyms.digest(one.kind, one.spelling)))
+    wide, shared = _own_values(lake, person, pseudonyms, rows, entries, seen, erasure, moment)
+    # documents that were deleted, or cannot be read, are in no graph: they are the person's when they show their contact
+    while unlinked := _unlinked(lake, rows, pseudonyms, entries):
+        entries |= unlinked
+        wide, shared = _own_values(lake, person, pseudonyms, rows, entries, seen, erasure, moment)
     # then the rows of others as they will be: whoever still mentions the person there is mentioned as well
     after = Anonymiser(_suppression(pseudonyms, entries, erasure, moment))
     texts = _texts_of(seen, wide)
@@ -176,6 +172,60 @@ def collect(lake: Lake, person: Person, pseudonyms: Pseudonyms, erasure: str, mo
         if text in unsure:
             shared[kind] = shared.get(kind, 0) + 1
     return Order(frozenset(entries), tuple(sorted({text for _, text in texts} - unsure)), shared)
+
+
+def _own_values(
+    lake: Lake,
+    person: Person,
+    pseudonyms: Pseudonyms,
+    rows: Mapping[str, pl.DataFrame],
+    entries: set[tuple[str, Digest]],
+    seen: set[Shown],
+    erasure: str,
+    moment: int,
+) -> tuple[set[Shown], dict[str, int]]:
+    """Add to `seen` what the rows show that are theirs by account or record, and to `entries` what of it is theirs alone;
+    gives that, and how many values of each kind are not."""
+    theirs = Anonymiser(_suppression(pseudonyms, entries, erasure, moment), seen)
+    for table in TABLES:
+        if table.name in rows:
+            theirs(table, rows[table.name])
+    wide, shared = _theirs_alone(lake, person, seen)
+    entries |= {(one.kind, pseudonyms.digest(one.kind, one.spelling)) for one in wide if one.spelling is not None}
+    return wide, shared
+
+
+def _unlinked(
+    lake: Lake, rows: Mapping[str, pl.DataFrame], pseudonyms: Pseudonyms, entries: set[tuple[str, Digest]]
+) -> set[tuple[str, Digest]]:
+    """Marketplace documents that no living record stands for and that show a contact of the person; those not known yet."""
+    if MARKETPLACE_ORDERS.name not in rows:
+        return set()
+    documents = rows[MARKETPLACE_ORDERS.name].drop_nulls("document")
+    record = pl.lit(ORDER) + pl.col("platform") + pl.lit(":") + pl.col("mp_order_id")
+    living = lake.load(IDENTITY_GRAPH).read(["record_id"])["record_id"].unique()
+    dead = documents.filter(~record.is_in(living.implode()).fill_null(False))
+    found: set[tuple[str, Digest]] = set()
+    for document_id, platform, text in dead.select("document_id", "platform", "document").iter_rows():
+        contacts = {
+            (kind, pseudonyms.digest(kind, spelling))
+            for path, kind in DOCUMENT_PATHS
+            if kind in ("email", "phone", "loyalty")
+            for raw in _at(text, path)
+            if (spelling := spelled_once(kind, raw, region_of(None, None, platform) or pseudonyms.region)) is not None
+        }
+        if contacts & entries:
+            found.add((RECORD, pseudonyms.digest(RECORD, f"{MARKETPLACE_ORDERS.name}|{document_id}")))
+    return found - entries
+
+
+def _at(document: str, name: str) -> list[str]:
+    try:
+        told = json.loads(document)
+    except ValueError:
+        return []
+    value = told.get(name) if isinstance(told, dict) else None
+    return [value] if isinstance(value, str) else []
 
 
 def _suppression(pseudonyms: Pseudonyms, entries: Iterable[tuple[str, Digest]], erasure: str, moment: int) -> Suppression:
