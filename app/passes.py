@@ -26,7 +26,7 @@ from lakehouse.table import BOOKKEEPING, SEQUENCE, Table
 from ml.tables import MODEL_TABLES, TABLES, rebuild_model_table
 from pipelines.bronze.corrections import corrected
 from pipelines.erasure.anonymise import Anonymiser, OnArrival
-from pipelines.erasure.suppression import Suppression, load_suppression
+from pipelines.erasure.suppression import ERASURES, Suppression, load_suppression
 from pipelines.silver.quarantine import QUARANTINE
 
 Tell = Callable[[str, Report | None], None]
@@ -56,6 +56,7 @@ def open_engine(settings: Settings) -> Iterator[Engine]:
 
 def on_arrival(lake: Lake) -> OnArrival | None:
     """What is done with rows before they are stored: whoever was erased does not come back."""
+    lake.load(ERASURES)  # made with the others, whether somebody is erased or not
     suppression = load_suppression(lake)
     return OnArrival(Anonymiser(suppression)) if suppression is not None else None
 
@@ -110,6 +111,8 @@ def rebuild(engine: Engine, names: Sequence[str]) -> list[Report]:
     one source all at once. Bronze first, then each table after those that it reads."""
     tables = {table_named(name).name: None for name in names}
     known = pipelines.sources(engine.lake.settings)
+    if ERASURES.name in tables:
+        raise ShopSphereError(f"{ERASURES.name} is filled by `python -m app erase`, and by nothing else.")
     bronze = {name for name in tables if TABLES[name].layer == "bronze"}
     if off := sorted(bronze - {name for source in known for name in source.tables}):
         raise SourceError(f"The source of {off[0]} is switched off. Switch it on in the settings.")
@@ -189,7 +192,7 @@ def _correction(where: str, line: str) -> tuple[Table, str, bytes]:
         raise ShopSphereError(
             f'{where}: not a correction ({type(error).__name__}: {error}). Write {{"table": ..., "position": ..., "value": ...}}.'
         ) from None
-    if table.layer != "bronze":
+    if table not in pipelines.BRONZE:
         raise ShopSphereError(f"{where}: {table.name} is not a bronze table. Give the quarantined row's source_table.")
     return table, position, value
 

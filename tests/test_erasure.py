@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import psycopg
@@ -18,7 +19,7 @@ from confluent_kafka import Producer
 from erasure_world import World, holding, shop, somebody, texts_of
 
 import pipelines
-from app.erase import erase
+from app.erase import erase, request
 from app.export import export
 from app.passes import rebuild, replay, run_pass
 from lakehouse.digest import digest
@@ -146,9 +147,7 @@ def test_quarantined_rows_go_too_and_their_correction_does_not_bring_anything_ba
         "buyer_name": "Xaver Ungelesen",
         "shipping_address": "Hinterhof 77, Nirgends",
     }
-    collection = pymongo.MongoClient(world.settings.mongo.uri.get_secret_value())[world.settings.mongo.database][
-        world.settings.mongo.collection
-    ]
+    collection = orders_of_marketplaces(world)
     collection.insert_one(broken)
     # the slot of PostgreSQL has gone on since the lakehouse that was put back
     world = world.without_postgres
@@ -192,8 +191,6 @@ def test_others_keep_what_is_theirs(world: World) -> None:
 @pytest.mark.slow
 def test_two_at_once_and_an_erasure_that_was_begun(world: World) -> None:
     one, other = somebody(world.lake), somebody(world.lake, 3)
-    from app.erase import request
-
     with world.engine() as engine:
         request(engine, Asked(email=one["email"]), quiet)
         request(engine, Asked(email=other["email"]), quiet)
@@ -278,3 +275,29 @@ def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not come"
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_shop_that_goes_on_selling_meanwhile_is_no_reason_to_stay_unfinished(world: World) -> None:
+    world, person = world.without_postgres, somebody(world.lake)
+    collection = orders_of_marketplaces(world)
+    with world.engine() as engine:
+        request(engine, Asked(email=person["email"]), quiet)
+        sale = {"_id": "sold-meanwhile", "platform": "lazada", "mp_order_id": "LZ-NEW", "amount": 5, "currency": "IDR"}
+        item = {"product_id": "P0001", "product_name": "Thing", "quantity": 1, "price": 5}
+        collection.insert_one({**sale, "order_time": datetime.now(UTC), "items": [item]})
+        try:
+            assert not run_pass(engine, lambda name, report: None).errors
+            (receipt,) = erase(engine, None, quiet)
+        finally:
+            collection.delete_one({"_id": "sold-meanwhile"})
+    assert not receipt.sums_equal
+    assert receipt.clean
+    assert receipt.arrived >= 1
+    assert holding(world.home, texts_of(person)) == []
+
+
+def orders_of_marketplaces(world: World) -> Any:
+    """The source's collection."""
+    mongo = world.settings.mongo
+    return pymongo.MongoClient(mongo.uri.get_secret_value())[mongo.database][mongo.collection]
