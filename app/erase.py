@@ -308,7 +308,7 @@ def _directory(lake: Lake) -> Path:
 
 
 def _order_file(lake: Lake, one: Erasure) -> Path:
-    return _directory(lake) / one.id + ORDER
+    return _directory(lake) / f"{one.id}{ORDER}"
 
 
 @contextmanager
