@@ -26,6 +26,8 @@ from lakehouse.digest import digest
 from lakehouse.errors import SettingsError, ShopSphereError
 from lakehouse.iceberg import Lake
 from lakehouse.step import context_of
+from ml import order_features
+from ml.order_features import ORDER_FEATURES
 from pipelines.bronze.tables import EVENTS, MARKETPLACE_ORDERS, USERS
 from pipelines.erasure.person import Asked
 from pipelines.erasure.suppression import KEY_FILE, erasures, is_pseudonym
@@ -301,3 +303,17 @@ def orders_of_marketplaces(world: World) -> Any:
     """The source's collection."""
     mongo = world.settings.mongo
     return pymongo.MongoClient(mongo.uri.get_secret_value())[mongo.database][mongo.collection]
+
+
+@pytest.mark.slow
+def test_the_features_of_every_order_stay_what_they_were(world: World) -> None:
+    person = somebody(world.lake)
+    names = [name for name in ORDER_FEATURES.schema.names if name != "customer"]
+    with world.engine() as engine:
+        order_features.refresh(engine)
+        before = engine.lake.load(ORDER_FEATURES).read(names).sort("order_id")
+        (receipt,) = erase(engine, Asked(email=person["email"]), quiet)
+        after = engine.lake.load(ORDER_FEATURES).read(names).sort("order_id")
+    assert receipt.clean
+    assert after.equals(before)
+    assert holding(world.home, texts_of(person)) == []
