@@ -67,7 +67,7 @@ def test_tables_in_an_object_store_are_the_same(s3, tmp_path, monkeypatch):
             "s3.secret-access-key": "s",
             "s3.region": "us-east-1",
         }
-        remote = load_settings(catalog=local.catalog.model_copy(update={"properties": properties}))
+        remote = load_settings(home=tmp_path / "remote", catalog=local.catalog.model_copy(update={"properties": properties}))
         found = []
         for stage in range(2):
             if stage:
