@@ -26,7 +26,7 @@ from lakehouse.settings import home_directory, load_settings
 from lakehouse.sizes import size
 
 if TYPE_CHECKING:
-    from lakehouse.engine import Report
+    from lakehouse.engine import Engine, Report
 
 typer.core.HAS_RICH = False
 app = typer.Typer(
@@ -69,6 +69,7 @@ def run(
     try:
         with open_engine(settings) as engine:
             history = History(engine.lake)
+            finish_erasures(engine, output)
             while True:
                 begun = time.monotonic()
                 with output.progress() as show:
@@ -305,7 +306,7 @@ def maintain(
     json: Json = False,
 ) -> None:
     """Compact files, expire snapshots, delete orphan files; safe beside a running writer."""
-    from app.passes import table_named
+    from app.passes import open_engine, table_named
     from lakehouse.history import OPERATIONS, forget
     from lakehouse.iceberg import Lake
     from lakehouse.maintenance import maintain as maintain_table
@@ -316,7 +317,10 @@ def maintain(
         for name, value in (("snapshot_retention_hours", snapshot_hours), ("orphan_retention_hours", orphan_hours))
         if value is not None
     }
-    output, lake = Output(json), Lake(load_settings(**overrides))
+    output, settings = Output(json), load_settings(**overrides)
+    with open_engine(settings) as engine:
+        finish_erasures(engine, output)
+    lake = Lake(settings)
     every = (*TABLES.values(), *OPERATIONS.values())
     chosen = [OPERATIONS.get(name) or table_named(name) for name in tables] if tables else [t for t in every if lake.exists(t)]
     if any(table.name in OPERATIONS for table in chosen):
@@ -344,6 +348,82 @@ def maintain(
             for m in done
         ],
     )
+
+
+@app.command()
+def erase(
+    email: Annotated[str | None, typer.Option(help="E-mail address of the person")] = None,
+    phone: Annotated[str | None, typer.Option(help="Phone number of the person")] = None,
+    loyalty_id: Annotated[str | None, typer.Option(help="Loyalty card of the person")] = None,
+    user_id: Annotated[int | None, typer.Option(help="An account of the person")] = None,
+    master_user_id: Annotated[str | None, typer.Option(help="The person, as gold.customer_360 names them")] = None,
+    json: Json = False,
+) -> None:
+    """Erase a person from every table, snapshot and file, and prove it; without a person: finish what was begun."""
+    from app import erase as erasing
+    from app.passes import open_engine
+
+    output, asked = Output(json), asked_for(email, phone, loyalty_id, user_id, master_user_id)
+    with open_engine(load_settings()) as engine, output.progress() as show:
+        receipts = erasing.erase(engine, asked, show)
+    if json:
+        output.json([erasing.as_json(one) for one in receipts])
+    for one in receipts:
+        for line in erasing.in_words(one):
+            output.say(line)
+    if not receipts:
+        output.say("No erasure was under way.")
+    if not all(one.clean for one in receipts):
+        raise ShopSphereError("The erasure is not proved: see the receipt above, and run `python -m app erase` again.")
+
+
+@app.command()
+def export(
+    email: Annotated[str | None, typer.Option(help="E-mail address of the person")] = None,
+    phone: Annotated[str | None, typer.Option(help="Phone number of the person")] = None,
+    loyalty_id: Annotated[str | None, typer.Option(help="Loyalty card of the person")] = None,
+    user_id: Annotated[int | None, typer.Option(help="An account of the person")] = None,
+    master_user_id: Annotated[str | None, typer.Option(help="The person, as gold.customer_360 names them")] = None,
+    to: Annotated[Path | None, typer.Option("--output", help="Directory to make; by default ./export-<time>")] = None,
+    json: Json = False,
+) -> None:
+    """Write everything known of a person, in all layers and over all time, as JSON and CSV."""
+    from app.export import export as write_export
+    from lakehouse.iceberg import Lake
+
+    output, asked = Output(json), asked_for(email, phone, loyalty_id, user_id, master_user_id)
+    if asked is None:
+        raise ShopSphereError("Name the person: --email, --phone, --loyalty-id, --user-id or --master-user-id.")
+    directory = to or Path(f"export-{datetime.now(UTC):%Y%m%d-%H%M%S}")
+    done = write_export(Lake(load_settings()), asked, directory)
+    if json:
+        output.json({"directory": str(done.directory), "rows": dict(done.rows)})
+        return
+    output.table(("table", "rows"), list(done.rows.items()))
+    output.say(f"Written to {done.directory}: person.json, and a CSV file for each table. It is personal data: keep it so.")
+
+
+def finish_erasures(engine: Engine, output: Output) -> None:
+    """Finish what an interrupted `erase` has left, and tell of it."""
+    from app import erase as erasing
+
+    with output.progress() as show:
+        receipts = erasing.finish_begun(engine, show)
+    for one in receipts:
+        for line in erasing.in_words(one):
+            print(line, file=sys.stderr)
+
+
+def asked_for(
+    email: str | None, phone: str | None, loyalty_id: str | None, user_id: int | None, master_user_id: str | None
+) -> Any:
+    """Who is meant; None: nobody was named. Raises ShopSphereError when it is said twice."""
+    from pipelines.erasure.person import Asked
+
+    given = [one for one in (email, phone, loyalty_id, user_id, master_user_id) if one is not None]
+    if len(given) > 1:
+        raise ShopSphereError("Name the person by one of --email, --phone, --loyalty-id, --user-id, --master-user-id.")
+    return Asked(email, phone, loyalty_id, user_id, master_user_id) if given else None
 
 
 @sandbox_app.command("start")

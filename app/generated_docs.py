@@ -13,7 +13,7 @@ from pydantic_core import PydanticUndefined
 import pipelines
 from lakehouse.settings import Section, Settings
 from lakehouse.step import Changes, Gather, Join, Read
-from lakehouse.table import Table
+from lakehouse.table import Column, Table
 from ml.features import FEATURES, ORDER, PARTS
 from ml.tables import DECLARED, MODEL_TABLES, TABLES
 
@@ -61,8 +61,17 @@ def table_section(table: Table) -> list[str]:
     if step:
         lines += [f"- reads `{read.table.name}`: {read_name(read)}" for read in step.reads.values()]
     lines += ["", "| column | type | meaning |", "|---|---|---|"]
-    lines += [f"| `{c.name}` | {type_name(c.type)} | {c.doc.replace('|', chr(92) + '|')} |" for c in table.columns]
+    lines += [f"| `{c.name}` | {type_name(c.type)} | {c.doc.replace('|', chr(92) + '|')}{personal(c)} |" for c in table.columns]
     return [*lines, ""]
+
+
+def personal(column: Column) -> str:
+    """What of a column is personal, as `erase` takes it."""
+    if isinstance(column.personal, str):
+        return f" *Personal: {column.personal}.*" if column.personal else ""
+    of_kinds = ", ".join(f"`{path}` {kind}" for path, kind in column.personal if kind)
+    harmless = ", ".join(f"`{path}`" for path, kind in column.personal if not kind)
+    return f" *Personal: {of_kinds}; and all that is not known to be harmless. Known to be: {harmless}.*"
 
 
 def graph() -> list[str]:

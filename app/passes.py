@@ -29,6 +29,8 @@ from lakehouse.table import BOOKKEEPING, SEQUENCE, Table
 from ml.registry import code_version
 from ml.tables import MODEL_TABLES, TABLES, rebuild_model_table
 from pipelines.bronze.corrections import corrected
+from pipelines.erasure.anonymise import Anonymiser, OnArrival
+from pipelines.erasure.suppression import ERASURES, Suppression, load_suppression
 from pipelines.silver.quarantine import QUARANTINE
 
 Tell = Callable[[str, Report | None], None]
@@ -50,9 +52,17 @@ def open_engine(settings: Settings) -> Iterator[Engine]:
     """An engine on the lake of the settings; stops Ray at the end if it was started."""
     pool = Pool(settings.ray, on_disk=tables_on_disk(settings))
     try:
-        yield Engine(Lake(settings), pool, context_of(settings), QUARANTINE)
+        lake = Lake(settings)
+        yield Engine(lake, pool, context_of(settings), QUARANTINE, arrivals=partial(on_arrival, lake))
     finally:
         pool.close()
+
+
+def on_arrival(lake: Lake) -> OnArrival | None:
+    """What is done with rows before they are stored: whoever was erased does not come back."""
+    lake.load(ERASURES)  # made with the others, whether somebody is erased or not
+    suppression = load_suppression(lake)
+    return OnArrival(Anonymiser(suppression)) if suppression is not None else None
 
 
 @contextmanager
@@ -162,6 +172,8 @@ def rebuild(engine: Engine, names: Sequence[str]) -> list[Report]:
 
 def _rebuilt(engine: Engine, tables: Mapping[str, None]) -> Iterator[Report]:
     known = pipelines.sources(engine.lake.settings)
+    if ERASURES.name in tables:
+        raise ShopSphereError(f"{ERASURES.name} is filled by `python -m app erase`, and by nothing else.")
     bronze = {name for name in tables if TABLES[name].layer == "bronze"}
     if off := sorted(bronze - {name for source in known for name in source.tables}):
         raise SourceError(f"The source of {off[0]} is switched off. Switch it on in the settings.")
@@ -236,7 +248,7 @@ def store_corrections(engine: Engine, file: Path) -> int:
             by_table.setdefault(table.name, {})[position] = value
     for name, values in by_table.items():
         # nothing is stored of a file with an error in it
-        _corrections(engine.lake.load(pipelines.TABLES[name], create=False), values)
+        _corrections(engine.lake.load(pipelines.TABLES[name], create=False), values, load_suppression(engine.lake))
     return sum(
         engine.retried(partial(_append_corrections, engine.lake, pipelines.TABLES[name], values))
         for name, values in by_table.items()
@@ -252,7 +264,7 @@ def _correction(where: str, line: str) -> tuple[Table, str, bytes]:
         raise ShopSphereError(
             f'{where}: not a correction ({type(error).__name__}: {error}). Write {{"table": ..., "position": ..., "value": ...}}.'
         ) from None
-    if table.layer != "bronze":
+    if table not in pipelines.BRONZE:
         raise ShopSphereError(f"{where}: {table.name} is not a bronze table. Give the quarantined row's source_table.")
     return table, position, value
 
@@ -260,7 +272,7 @@ def _correction(where: str, line: str) -> tuple[Table, str, bytes]:
 def _append_corrections(lake: Lake, table: Table, values: Mapping[str, bytes]) -> int:
     """Store those that are not there yet; gives how many."""
     handle = lake.load(table, create=False)
-    fixes = _corrections(handle, values)
+    fixes = _corrections(handle, values, load_suppression(lake))
     if fixes.height:
         now = pl.lit(datetime.now(UTC)).cast(pl.Datetime("us", "UTC")).alias("_ingested_at")
         fixes = fixes.with_columns(now, pl.lit(handle.sequence, pl.Int64).alias(SEQUENCE))
@@ -268,7 +280,7 @@ def _append_corrections(lake: Lake, table: Table, values: Mapping[str, bytes]) -
     return fixes.height
 
 
-def _corrections(handle: Handle, values: Mapping[str, bytes]) -> pl.DataFrame:
+def _corrections(handle: Handle, values: Mapping[str, bytes], suppression: Suppression | None) -> pl.DataFrame:
     """One new row a correction, at the position of the row that it corrects; none for one that is there already.
 
     Only of rows that cannot be read: so at most one row at a position speaks, and the tables stay functions of the set
@@ -286,6 +298,8 @@ def _corrections(handle: Handle, values: Mapping[str, bytes]) -> pl.DataFrame:
         corrected(table, received[n : n + 1], values[position], handle.arrow_schema)
         for n, position in enumerate(received["_source_position"].to_list())
     )
+    if suppression is not None:
+        fixes = Anonymiser(suppression)(table, fixes).rows
     content = [name for name in columns if name != "_ingested_at"]
     fixes = fixes.join(rows.select(content), on=content, how="anti", nulls_equal=True)
     about = rows.filter(pl.col("_source_position").is_in(fixes["_source_position"].implode()))

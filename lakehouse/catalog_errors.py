@@ -54,7 +54,8 @@ def committing(name: str) -> Iterator[None]:
     refusal or a full disk."""
     try:
         yield
-    except (CommitFailedException, NoSuchTableError) as error:
+    except (CommitFailedException, NoSuchTableError, FileNotFoundError) as error:
+        # a file is not found when the snapshot that we began from was expired meanwhile
         raise CommitConflict(f"{name}: another writer committed first ({type(error).__name__}). Run again.") from error
     except REFUSALS as error:
         raise refused(name, error) from error

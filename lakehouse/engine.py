@@ -75,6 +75,8 @@ REJECTED: dict[str, Any] = {
 }
 """The columns of a rejected row, with the table it is from."""
 Done = TypeVar("Done")
+OnArrival = Callable[[str, pa.Table], pa.Table]
+"""on_arrival(table, rows of a source) -> as many rows with the same columns, as they are stored: picklable."""
 SINCE = "since"
 
 
@@ -603,6 +605,8 @@ class Engine:
     clock: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
     begun: Callable[[Step, Handle, Mapping[str, Handle]], None] = field(default=lambda step, target, upstream: None)
     """Called when a step has something to do, before it does it."""
+    arrivals: Callable[[], OnArrival | None] = field(default=lambda: None)
+    """Gives, at the beginning of each attempt to ingest, what is done with the rows before they are stored."""
 
     def refresh(self, step: Step, *, rebuild: bool = False, replay: Mapping[str, tuple[str, ...]] | None = None) -> Report:
         """Bring a step's table up to date; `replay`: by bronze table, source positions to read again."""
@@ -629,11 +633,12 @@ class Engine:
         return self.retried(attempt)
 
     def retried(self, attempt: Callable[[], Done]) -> Done:
-        """What `attempt` gives; when another writer commits first, it is called again, from what that one left."""
+        """What `attempt` gives; when another writer commits first, or takes away files that we read, it is called again, from
+        what that one left."""
         for number in range(ATTEMPTS):
             try:
                 return attempt()
-            except CommitConflict:
+            except (CommitConflict, FileNotFoundError):
                 if number == ATTEMPTS - 1:
                     raise
                 time.sleep(0.2 * 2**number)
@@ -1026,9 +1031,10 @@ class Engine:
         for name, handle in handles.items():
             if unknown.get(name):
                 handle.widen(pa.schema(list(unknown[name])))
+        amend = self.arrivals()  # after the tables were loaded: who makes it another one commits to them afterwards
         plan = source.plan(positions, {name: _source_schema(handle) for name, handle in handles.items()})
         try:
-            outcomes, elsewhere, parallel = self._extract_source(plan, handles)
+            outcomes, elsewhere, parallel = self._extract_source(plan, handles, amend)
         finally:
             if plan.held is not None and hasattr(plan.held, "close"):
                 plan.held.close()
@@ -1064,7 +1070,9 @@ class Engine:
             source.acknowledge(plan)
         return reports
 
-    def _extract_source(self, plan: Plan, handles: Mapping[str, Handle]) -> tuple[list[dict[str, Written]], float, bool]:
+    def _extract_source(
+        self, plan: Plan, handles: Mapping[str, Handle], amend: OnArrival | None
+    ) -> tuple[list[dict[str, Written]], float, bool]:
         for name, handle in handles.items():
             if name in plan.schemas:
                 handle.widen(plan.schemas[name])
@@ -1072,7 +1080,7 @@ class Engine:
             return [], 0.0, False
         targets = {name: (handle.writer, handle.sequence) for name, handle in handles.items()}
         parallel = len(plan.tasks) > 1 and (plan.rows is None or plan.rows >= self.pool.settings.inline_rows)
-        function = partial(write_source_rows, targets=targets, at=self.clock())
+        function = partial(write_source_rows, targets=targets, at=self.clock(), amend=amend)
         outcomes, cpu = self.pool.map(function, plan.tasks, Pieces(), parallel=parallel)
         return outcomes, cpu, parallel
 
@@ -1092,7 +1100,7 @@ def _source_schema(handle: Handle) -> pa.Schema:
 
 
 def write_source_rows(
-    task: Task, pieces: Pieces, *, targets: Mapping[str, tuple[FileWriter, int]], at: datetime
+    task: Task, pieces: Pieces, *, targets: Mapping[str, tuple[FileWriter, int]], at: datetime, amend: OnArrival | None = None
 ) -> dict[str, Written]:
     """Run a task of a source and write what it gives; batches of a table are joined to files of useful size."""
     result: dict[str, Written] = {}
@@ -1100,6 +1108,7 @@ def write_source_rows(
 
     def flush(name: str) -> None:
         rows = pa.concat_tables(waiting.pop(name), promote_options="permissive")
+        rows = amend(name, rows) if amend is not None else rows
         writer, sequence = targets[name]
         table = _stamped_source_rows(rows, writer.schema, sequence, at)
         files = writer.write(table)

@@ -86,6 +86,16 @@ class KafkaSettings(Section):
     batch_messages: int = Field(250_000, ge=1, description="Messages that one reading task takes at most")
 
 
+class ErasureSettings(Section):
+    """Erased people: how they are recognised when a source still tells of them."""
+
+    key: SecretStr = Field(
+        SecretStr(""),
+        description="Secret of at least 32 characters under which erased values are hashed; "
+        "empty: `erasure.key` in SHOPSPHERE_HOME, made by the first `erase`",
+    )
+
+
 class RaySettings(Section):
     """Ray: where it runs, and when it is worth starting."""
 
@@ -133,6 +143,7 @@ class Settings(BaseSettings):
     mongo: MongoSettings = MongoSettings()
     kafka: KafkaSettings = KafkaSettings()
     ray: RaySettings = RaySettings()
+    erasure: ErasureSettings = ErasureSettings()
 
     @classmethod
     def settings_customise_sources(

@@ -19,19 +19,27 @@ BOOKKEEPING = (SEQUENCE, GROUP_HASH, DELETED)
 """Columns the engine adds and keeps: the commit that changed the row, a hash of its group, the tombstone mark."""
 
 
+Personal = str | tuple[tuple[str, str], ...]
+
+
 @dataclass(frozen=True)
 class Column:
-    """A column: name, Arrow type, what it means."""
+    """A column: name, Arrow type, what it means.
+
+    personal  the kind of personal value it holds ('email', 'name', ...; see docs/erasure.md); '': none. Of a JSON column
+              pairs of a path and its kind ('': none, with all below it): what is not named there is not known to be harmless
+    """
 
     name: str
     type: pa.DataType
     doc: str
     required: bool = False
+    personal: Personal = ""
 
 
-def column(name: str, type: pa.DataType, doc: str, *, required: bool = False) -> Column:
+def column(name: str, type: pa.DataType, doc: str, *, required: bool = False, personal: Personal = "") -> Column:
     """Declare a column."""
-    return Column(name, type, doc, required)
+    return Column(name, type, doc, required, personal)
 
 
 @dataclass(frozen=True)

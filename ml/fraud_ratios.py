@@ -21,9 +21,9 @@ FRAUD_RATIOS = Table(
     "silver.fraud_ratios",
     doc="Reported frauds of orders with a customer: their amount against the mean of the customer's earlier ones.",
     columns=(
-        column("customer", pa.string(), "Customer of the order.", required=True),
+        column("customer", pa.string(), "Customer of the order.", required=True, personal="identifier"),
         column("order_id", pa.string(), "Order, as in silver.orders_unified.", required=True),
-        column("device", pa.string(), "Device of the order."),
+        column("device", pa.string(), "Device of the order.", personal="device"),
         column("known_at", TIMESTAMP, "When it was reported as fraud.", required=True),
         column("ratio", pa.float64(), "Amount against the mean of the customer's earlier orders; null for the first of them."),
     ),

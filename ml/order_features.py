@@ -34,7 +34,7 @@ ORDER_FEATURES = Table(
     columns=(
         column("order_id", pa.string(), "Order, as in silver.orders_unified.", required=True),
         column("placed_at", TIMESTAMP, "When it was placed: what the features know ends there.", required=True),
-        column("customer", pa.string(), "The account or contact that ordered."),
+        column("customer", pa.string(), "The account or contact that ordered.", personal="identifier"),
         *(
             column(f.name, pa.string() if f.type == "category" else pa.float64(), f"{f.doc} ({f.type}, {f.window})")
             for f in FEATURES

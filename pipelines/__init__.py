@@ -12,6 +12,7 @@ from pipelines.bronze import tables as bronze
 from pipelines.bronze.kafka import KafkaSource
 from pipelines.bronze.mongo import MongoSource
 from pipelines.bronze.postgres import PostgresSource
+from pipelines.erasure.suppression import ERASURES
 from pipelines.gold import (
     cohort_retention,
     customer_360,
@@ -81,8 +82,13 @@ def in_order(steps: tuple[Step, ...]) -> tuple[Step, ...]:
 STEPS: tuple[Step, ...] = in_order(DECLARED)
 BRONZE: tuple[Table, ...] = bronze.TABLES
 TABLES: dict[str, Table] = {
-    table.name: table for table in (*BRONZE, *(step.target for step in DECLARED if step.target.layer == "silver"), QUARANTINE)
-} | {step.target.name: step.target for step in DECLARED if step.target.layer == "gold"}
+    table.name: table
+    for table in (
+        *(*BRONZE, ERASURES),
+        *(*(step.target for step in DECLARED if step.target.layer == "silver"), QUARANTINE),
+        *(step.target for step in DECLARED if step.target.layer == "gold"),
+    )
+}
 
 
 def sources(settings: Settings) -> tuple[Source, ...]:

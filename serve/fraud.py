@@ -231,6 +231,9 @@ class Fraud:
 
     def _remember(self, known: Known, line: Line, events: pl.DataFrame) -> None:
         with self._lock:
+            if (anonymiser := line.anonymiser) is not None:
+                scores = self.recent.scored
+                scores.update({order_id: (at, anonymiser.order(row)) for order_id, (at, row) in scores.items()})
             scored = dict(self.recent.scored)
         ids = known.entities["order_id"]
         there = set(ids.filter(ids.is_in(list(scored))))

@@ -17,6 +17,8 @@ from lakehouse.errors import OffsetGone, SourceError
 from lakehouse.settings import KafkaSettings
 from lakehouse.step import Context
 from pipelines.bronze.kafka import PASSING, bronze_rows, check_ids, open_consumer, topic_ids
+from pipelines.bronze.tables import EVENTS
+from pipelines.erasure.anonymise import Anonymiser
 from serve.base import Base, StateError
 from serve.stock import Pair, Stock
 
@@ -39,9 +41,19 @@ class Line:
     offsets    by 'topic:partition' the first offset that `stock` does not contain yet
     fresh_at   unix time until which nothing is missing
     error      why it cannot go on
+    anonymiser what is done with messages of people who were erased; None: nobody was
     """
 
-    def __init__(self, base: Base, kafka: KafkaSettings, context: Context, probe_seconds: float, changed: Changed) -> None:
+    def __init__(
+        self,
+        base: Base,
+        kafka: KafkaSettings,
+        context: Context,
+        probe_seconds: float,
+        changed: Changed,
+        anonymiser: Anonymiser | None = None,
+    ) -> None:
+        self.anonymiser = anonymiser
         self.base, self.stock = base, Stock(base, context)
         self.offsets = {name: at for name, at in base.offsets.items() if name.rpartition(":")[0] in kafka.topics}
         self.fresh_at = _unix(base.at)
@@ -115,6 +127,8 @@ class Line:
             if good:
                 bronze = pl.from_arrow(bronze_rows(good, self.base.prefixes))
                 assert isinstance(bronze, pl.DataFrame)
+                if self.anonymiser is not None:
+                    bronze = self.anonymiser(EVENTS, bronze).rows
                 pairs = self.stock.apply(bronze)
                 self._advance(reached)
                 self._changed(self, pairs)

@@ -16,6 +16,8 @@ from lakehouse.errors import ShopSphereError
 from lakehouse.iceberg import Lake
 from lakehouse.settings import Settings
 from lakehouse.step import Context
+from pipelines.erasure.anonymise import Anonymiser
+from pipelines.erasure.suppression import load_suppression, newest_erasure
 from serve.base import StateError, newest_chain, open_base
 from serve.line import Line
 from serve.settings import ServeSettings
@@ -67,6 +69,7 @@ class State:
         self.error: str | None = None
         self.ready = threading.Event()
         self._line: Line | None = None
+        self._erased: int | None = None
         self._on_line = on_line
         self._subscribers: set[Subscriber] = set()
         self._stopping = threading.Event()
@@ -143,11 +146,13 @@ class State:
         self.error = why
 
     def _look(self, lake: Lake) -> None:
-        """Take up a newer snapshot; also the same one again, if its line ended."""
-        chain, old = newest_chain(lake), self._line
-        if old is not None and old.error is None and chain.snapshots == old.base.snapshots:
+        """Take up a newer snapshot; also the same one again, if its line ended or somebody was erased."""
+        chain, old, erased = newest_chain(lake), self._line, newest_erasure(lake)
+        if old is not None and old.error is None and chain.snapshots == old.base.snapshots and erased == self._erased:
             return
-        line = Line(open_base(chain), self.settings.kafka, self.context, self.serving.probe_seconds, self._tell)
+        suppression = load_suppression(lake)
+        anonymiser = Anonymiser(suppression) if suppression is not None else None
+        line = Line(open_base(chain), self.settings.kafka, self.context, self.serving.probe_seconds, self._tell, anonymiser)
         line.start()
         began = time.monotonic()
         while not line.caught_up.wait(0.05):
@@ -163,7 +168,7 @@ class State:
                 raise line.error
             return
         self._on_line(line)
-        self._line, self.error = line, None
+        self._line, self._erased, self.error = line, erased, None
         self.ready.set()
         if old is not None:
             self._tell(line, _differences(old, line))

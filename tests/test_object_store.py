@@ -11,13 +11,18 @@ from pathlib import Path
 
 import boto3
 import pytest
+from erasure_world import somebody, texts_of
 
 import pipelines
 from app import sandbox
+from app.erase import erase
 from app.passes import open_engine, run_pass
+from lakehouse.byte_search import Needles, search_bytes
 from lakehouse.digest import digest
+from lakehouse.iceberg import Lake
 from lakehouse.maintenance import maintain
-from lakehouse.settings import load_settings
+from lakehouse.settings import Settings, load_settings
+from pipelines.erasure.person import Asked
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -62,7 +67,7 @@ def test_tables_in_an_object_store_are_the_same(s3, tmp_path, monkeypatch):
             "s3.secret-access-key": "s",
             "s3.region": "us-east-1",
         }
-        remote = load_settings(catalog=local.catalog.model_copy(update={"properties": properties}))
+        remote = load_settings(home=tmp_path / "remote", catalog=local.catalog.model_copy(update={"properties": properties}))
         found = []
         for stage in range(2):
             if stage:
@@ -76,6 +81,7 @@ def test_tables_in_an_object_store_are_the_same(s3, tmp_path, monkeypatch):
                     maintain(engine.lake, table, time_after_everything())
                 found.append({name: digest(engine.lake.load(table)) for name, table in pipelines.TABLES.items()})
         assert found[0] == found[1]
+        erased_there(remote)
     finally:
         sandbox.stop(home)
 
@@ -85,3 +91,23 @@ def time_after_everything():
     from datetime import UTC, datetime, timedelta
 
     return datetime.now(UTC) + timedelta(days=30)
+
+
+def erased_there(settings: Settings) -> None:
+    """A person goes from the store as from a disk."""
+    person = somebody(Lake(settings))
+    with open_engine(settings) as engine:
+        (receipt,) = erase(engine, Asked(email=person["email"]), lambda what, done, total: None)
+    assert receipt.clean
+    assert receipt.values
+    assert sum(one.files_deleted for one in receipt.forgotten)
+    client = boto3.client(
+        "s3", endpoint_url=settings.catalog.properties["s3.endpoint"], aws_access_key_id="k", aws_secret_access_key="s",
+        region_name="us-east-1",
+    )  # fmt: skip
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket="lake")
+    keys = [item["Key"] for page in pages for item in page.get("Contents", [])]
+    assert keys
+    for key in keys:
+        content = client.get_object(Bucket="lake", Key=key)["Body"].read()
+        assert not search_bytes(key, content, Needles(tuple(texts_of(person)))).matches

@@ -34,6 +34,7 @@ UNREADABLE = column(
     "_unreadable",
     pa.string(),
     "JSON object, column to text: values that the column's type cannot hold (NaN, infinity, years outside 1-9999); null here",
+    personal="text",
 )
 
 POSTGRES_EXTRA = (OP, SOURCE_POSITION, SOURCE_TIME, UNCHANGED, UNREADABLE)
@@ -57,16 +58,16 @@ USERS = postgres_table(
     "users",
     "Accounts of the web shop and the loyalty programme, every version.",
     USERS_KEY,
-    column("user_id", pa.int64(), "Account id"),
-    column("email", pa.string(), "E-mail as typed"),
+    column("user_id", pa.int64(), "Account id", personal="account"),
+    column("email", pa.string(), "E-mail as typed", personal="email"),
     column("email_verified", pa.bool_(), "The e-mail was confirmed"),
-    column("phone_number", pa.string(), "Phone as typed"),
+    column("phone_number", pa.string(), "Phone as typed", personal="phone"),
     column("phone_verified", pa.bool_(), "The phone was confirmed"),
-    column("name", pa.string(), "Name"),
-    column("address", pa.string(), "Postal address"),
-    column("city", pa.string(), "City"),
+    column("name", pa.string(), "Name", personal="name"),
+    column("address", pa.string(), "Postal address", personal="address"),
+    column("city", pa.string(), "City", personal="city"),
     column("country", pa.string(), "ISO 3166 alpha-2 country"),
-    column("loyalty_id", pa.string(), "Loyalty card"),
+    column("loyalty_id", pa.string(), "Loyalty card", personal="loyalty"),
     column("created_at", TIMESTAMP, "Created"),
     column("updated_at", TIMESTAMP, "Last changed"),
 )
@@ -77,17 +78,17 @@ ORDERS = postgres_table(
     "Orders of the web shop and the tills, every version.",
     ORDERS_KEY,
     column("order_id", pa.int64(), "Order id"),
-    column("user_id", pa.int64(), "Account; null for an anonymous sale"),
+    column("user_id", pa.int64(), "Account; null for an anonymous sale", personal="account"),
     column("source", pa.string(), "web or pos"),
     column("store_id", pa.string(), "Store that sells or ships"),
     column("status", pa.string(), "placed, paid, shipped, delivered, cancelled or returned"),
     column("currency", pa.string(), "ISO 4217 currency of the amount"),
     column("total_amount", money(2), "Total in that currency"),
     column("payment_method", pa.string(), "How it was paid"),
-    column("card_fingerprint", pa.string(), "Which card, hashed"),
-    column("ip_address", pa.string(), "Client address"),
-    column("device_id", pa.string(), "Client device"),
-    column("shipping_address", pa.string(), "Where it goes"),
+    column("card_fingerprint", pa.string(), "Which card, hashed", personal="card"),
+    column("ip_address", pa.string(), "Client address", personal="ip"),
+    column("device_id", pa.string(), "Client device", personal="device"),
+    column("shipping_address", pa.string(), "Where it goes", personal="address"),
     column("created_at", TIMESTAMP, "Placed"),
     column("updated_at", TIMESTAMP, "Last changed"),
 )
@@ -163,6 +164,20 @@ POSTGRES_TABLES: dict[str, tuple[Table, tuple[str, ...]]] = {
 }
 """Bronze table and primary key by the source's table name."""
 
+DOCUMENT_PATHS = (
+    *((name, "") for name in ("_id", "platform", "mp_order_id", "order_time", "updated_at", "status", "currency", "amount")),
+    *((name, "") for name in ("payment_method", "items", "product_id", "product_name", "variant")),
+    ("user_email", "email"),
+    ("buyer_phone", "phone"),
+    ("buyer_name", "name"),
+    ("shipping_address", "address"),
+    ("loyalty_id", "loyalty"),
+    ("card_fingerprint", "card"),
+    ("device_id", "device"),
+    ("ip_address", "ip"),
+)
+"""What is known of a document's fields: harmless, or personal of a kind."""
+
 MARKETPLACE_ORDERS = Table(
     "bronze.bronze_mongo__marketplace_orders",
     "Orders taken on marketplaces: every version of the documents, unaltered.",
@@ -170,13 +185,35 @@ MARKETPLACE_ORDERS = Table(
         column("document_id", pa.string(), "_id: the hex digits of an ObjectId, else canonical Extended JSON"),
         column("platform", pa.string(), "Copied from the document, for look-up; null when it is no string"),
         column("mp_order_id", pa.string(), "Copied from the document, for look-up; null when it is no string"),
-        column("document", pa.string(), "The document as canonical Extended JSON v2; null when it was deleted"),
+        column(
+            "document",
+            pa.string(),
+            "The document as canonical Extended JSON v2; null when it was deleted",
+            personal=DOCUMENT_PATHS,
+        ),
         OP,
         SOURCE_POSITION,
         SOURCE_TIME,
         INGESTED_AT,
     ),
 )
+
+_STOCK = ("store_id", "product_id", "quantity", "to_store_id", "purchase_order", "reserved", "sign", "reason")
+_SCORED = ("order_id", "placed_at", "amount", "customer", "person", "account_created_at", "channel", "payment_method", "category")
+EVENT_PATHS = (
+    *((name, "") for name in ("event_id", "event_type", "timestamp", "channel")),
+    ("user_id", "account"),
+    ("session_id", "session"),
+    ("device_id", "device"),
+    ("ip_address", "ip"),
+    *((f"metadata.{name}", "") for name in (*_STOCK, "order_ref", "outcome", "field")),
+    ("metadata.card_fingerprint", "card"),
+    *((f"metadata.{name}", "") for name in ("replica", "features", "answer", "challenger")),
+    *((f"metadata.order.{name}", "") for name in (*_SCORED, "known_at", "ratio")),
+    ("metadata.order.account", "account"),
+    *((f"metadata.order.{name}", name) for name in ("card", "device", "address", "ip")),
+)
+"""What is known of a message's fields: harmless, or personal of a kind. `metadata.order` is that of a served score."""
 
 EVENTS = Table(
     "bronze.bronze_kafka__events",
@@ -185,9 +222,14 @@ EVENTS = Table(
         column("topic", pa.string(), "Topic", required=True),
         column("partition", pa.int32(), "Partition", required=True),
         column("offset", pa.int64(), "Offset within the partition", required=True),
-        column("key", pa.binary(), "Key, as received"),
-        column("value", pa.binary(), "Value, as received"),
-        column("headers", pa.string(), "JSON list of [name, base64 of the value], repeated names kept; null without headers"),
+        column("key", pa.binary(), "Key, as received", personal="text"),
+        column("value", pa.binary(), "Value, as received", personal=EVENT_PATHS),
+        column(
+            "headers",
+            pa.string(),
+            "JSON list of [name, base64 of the value], repeated names kept; null without headers",
+            personal="text",
+        ),
         column("timestamp", TIMESTAMP, "The broker's timestamp of the message; null outside the years 1-9999"),
         OP,
         SOURCE_POSITION,

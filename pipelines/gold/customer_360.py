@@ -52,13 +52,18 @@ CUSTOMER_360 = Table(
         column(
             "primary_user_id", pa.int64(), "The account that stands for the person: the most verified, then the newest change."
         ),
-        column("name", pa.string(), "Name, of the primary account or else of another one."),
-        column("email", pa.string(), "E-mail, of the primary account, else of another one, else of the last marketplace order."),
-        column("phone", pa.string(), "Phone number (E.164), likewise."),
-        column("city", pa.string(), "City, of the primary account or else of another one."),
+        column("name", pa.string(), "Name, of the primary account or else of another one.", personal="name"),
+        column(
+            "email",
+            pa.string(),
+            "E-mail, of the primary account, else of another one, else of the last marketplace order.",
+            personal="email",
+        ),
+        column("phone", pa.string(), "Phone number (E.164), likewise.", personal="phone"),
+        column("city", pa.string(), "City, of the primary account or else of another one.", personal="city"),
         column("country", pa.string(), "Country, of the primary account, else of another one, else of the last order."),
         column("customer_since", TIMESTAMP, "First trace of the person in any source."),
-        column("loyalty_ids", pa.string(), "Loyalty cards, comma-separated."),
+        column("loyalty_ids", pa.string(), "Loyalty cards, comma-separated.", personal="loyalty"),
         column("accounts", pa.int32(), "User accounts that are open.", required=True),
         column("records", pa.int32(), "Source records (accounts and marketplace orders) joined to this person.", required=True),
         column(

@@ -38,6 +38,7 @@ IDENTITY_GRAPH = Table(
             pa.string(),
             "'<kind>:<value>' of the identifier shown; 'record:<record_id>' of the record itself or of one it matches",
             required=True,
+            personal="identifier",
         ),
         column(
             "kind",
@@ -53,7 +54,7 @@ IDENTITY_GRAPH = Table(
             required=True,
         ),
         column("weight", pa.float64(), "Splink match weight (log2 of the odds) of a probabilistic link, else null"),
-        column("reason", pa.string(), "Why this link is there, in words", required=True),
+        column("reason", pa.string(), "Why this link is there, in words", required=True, personal="identifier"),
         column(
             "status",
             pa.string(),
@@ -62,8 +63,8 @@ IDENTITY_GRAPH = Table(
         ),
         column("master_user_id", pa.string(), "'M-' and the record_id of the oldest member of the person", required=True),
         column("first_seen", TIMESTAMP, "When the record began at its source: users.created_at or order_time", required=True),
-        column("holder", pa.string(), "Short form of the name shown: people at a node are counted by it"),
-        column("evidence", pa.string(), "On the record's own row: digest of all it shows; null elsewhere"),
+        column("holder", pa.string(), "Short form of the name shown: people at a node are counted by it", personal="name"),
+        column("evidence", pa.string(), "On the record's own row: digest of all it shows; null elsewhere", personal="identifier"),
     ),
     key=("record_id", "node"),
     group=("record_id",),

@@ -31,7 +31,10 @@ QUARANTINE = Table(
             required=True,
         ),
         column(
-            "original", pa.binary(), "The row, document or message as it was received; as JSON, where it breaks an expectation."
+            "original",
+            pa.binary(),
+            "The row, document or message as it was received; as JSON, where it breaks an expectation.",
+            personal="text",
         ),
         column("_source_time", TIMESTAMP, "When it happened, by the source's clock."),
     ),

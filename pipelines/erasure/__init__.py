@@ -1,0 +1,1 @@
+"""Erasure of a person: what is suppressed, and bronze rows without it. See docs/erasure.md."""

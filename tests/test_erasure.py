@@ -1,0 +1,319 @@
+"""Erasure of a person, end to end: real sources, a real lakehouse, and every file of it read afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import psycopg
+import pymongo
+import pytest
+from confluent_kafka import Producer
+from erasure_world import World, holding, shop, somebody, texts_of
+
+import pipelines
+from app.erase import erase, request
+from app.export import export
+from app.passes import rebuild, replay, run_pass
+from lakehouse.digest import digest
+from lakehouse.errors import SettingsError, ShopSphereError
+from lakehouse.iceberg import Lake
+from lakehouse.step import context_of
+from ml import order_features
+from ml.order_features import ORDER_FEATURES
+from pipelines.bronze.tables import EVENTS, MARKETPLACE_ORDERS, USERS
+from pipelines.erasure.person import Asked
+from pipelines.erasure.suppression import KEY_FILE, erasures, is_pseudonym
+from pipelines.gold.customer_360 import CUSTOMER_360
+from pipelines.gold.fact_orders import FACT_ORDERS
+from pipelines.gold.sales_daily import SALES_DAILY
+from pipelines.silver.quarantine import QUARANTINE
+from pipelines.silver.users_scd import USERS_SCD
+from serve.settings import ServeSettings
+from serve.state import State
+
+
+@pytest.fixture(scope="module")
+def filled_shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with shop(tmp_path_factory.mktemp("erasure") / "home", orders=400, seed=5) as world:
+        yield world
+
+
+@pytest.fixture
+def world(filled_shop: World) -> World:
+    filled_shop.put_back()
+    return filled_shop
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+def digests(lake: Lake, layers: tuple[str, ...] = ("silver", "gold")) -> dict[str, str]:
+    return {name: digest(lake.load(table)) for name, table in pipelines.TABLES.items() if table.layer in layers}
+
+
+def run(world: World) -> None:
+    with world.engine() as engine:
+        assert not run_pass(engine, lambda name, report: None).errors
+
+
+def test_a_person_goes_from_every_file_and_every_sum_stays(world: World) -> None:
+    lake, person = world.lake, somebody(world.lake)
+    texts = texts_of(person)
+    assert holding(world.home, texts), "the person must be there to begin with"
+    sales = lake.load(SALES_DAILY).read([c.name for c in SALES_DAILY.columns]).sort(SALES_DAILY.key)
+    orders = lake.load(FACT_ORDERS).read(["order_id", "net_revenue", "store_id", "order_date", "master_user_id"]).sort("order_id")
+    before, begun = digests(lake), datetime.now(UTC)
+    with world.engine() as engine:
+        (receipt,) = erase(engine, Asked(email=person["email_raw"]), quiet)
+    assert begun <= receipt.requested_at <= receipt.finished_at
+    assert receipt.clean
+    assert receipt.values
+    assert not receipt.searched.matches
+    assert holding(world.home, texts) == []
+    lake = world.lake
+    assert lake.load(SALES_DAILY).read([c.name for c in SALES_DAILY.columns]).sort(SALES_DAILY.key).equals(sales)
+    assert lake.load(FACT_ORDERS).read(orders.columns).sort("order_id").equals(orders)
+    master = lake.load(CUSTOMER_360).read(["name", "email", "phone"], pl.col("master_user_id") == person["master_user_id"])
+    assert master.height == 1
+    assert master["email"][0].endswith("@erased.invalid")
+    assert master["phone"][0].startswith("+8839")
+    # the same engine made it: nothing is left to do, and a rebuild gives the same
+    after = digests(lake)
+    assert after != before
+    run(world)
+    with world.engine() as engine:
+        rebuild(engine, [name for name, table in pipelines.TABLES.items() if table.layer != "bronze"])
+    assert digests(world.lake) == after
+    # no snapshot to travel back to, and the receipt tells nothing of the person
+    assert all(
+        len(lake.load(table).loaded.metadata.snapshots) <= 1 for table in pipelines.TABLES.values() if table.layer == "gold"
+    )
+    kept = "".join(file.read_text() for file in (world.home / "erasures").iterdir())
+    assert not [text for text in texts if text in kept]
+    with world.engine() as engine, pytest.raises(ShopSphereError, match="Nobody is known"):
+        erase(engine, Asked(email=person["email_raw"]), quiet)
+
+
+@pytest.mark.slow
+def test_a_source_that_still_has_the_row_does_not_bring_the_person_back(world: World) -> None:
+    person = somebody(world.lake)
+    with world.engine() as engine:
+        erase(engine, Asked(master_user_id=person["master_user_id"]), quiet)
+        after = digests(engine.lake)
+        rebuild(
+            engine, [name for name, table in pipelines.TABLES.items() if table.layer == "bronze" and table in pipelines.BRONZE]
+        )
+    run(world)
+    assert holding(world.home, texts_of(person)) == []
+    assert digests(world.lake) == after
+    # the account goes on at its source: what it says is theirs still; somebody new with the same e-mail is not
+    with psycopg.connect(world.settings.postgres.dsn.get_secret_value(), autocommit=True) as source:
+        source.execute(
+            "UPDATE users SET email = 'new.address@post.example', updated_at = now() WHERE user_id = %s",
+            [person["primary_user_id"]],
+        )
+        source.execute(
+            "INSERT INTO users (user_id, email, email_verified, phone_verified, name, created_at, updated_at) "
+            "VALUES (987654, %s, true, false, 'Ada Later', now() + interval '1 minute', now())",
+            [person["email_raw"]],
+        )
+    try:
+        run(world)
+        users = world.lake.load(USERS_SCD).read(["user_id", "email", "master_user_id"], pl.col("is_current"))
+        old = users.filter(pl.col("user_id") == int(person["primary_user_id"])).row(0, named=True)
+        new = users.filter(pl.col("user_id") == 987654).row(0, named=True)
+        assert old["email"].endswith("@erased.invalid")
+        assert holding(world.home, ["new.address@post.example"]) == []
+        assert new["email"] == person["email"]
+        assert new["master_user_id"] != person["master_user_id"]
+    finally:
+        with psycopg.connect(world.settings.postgres.dsn.get_secret_value(), autocommit=True) as source:
+            source.execute("UPDATE users SET email = %s WHERE user_id = %s", [person["email_raw"], person["primary_user_id"]])
+            source.execute("DELETE FROM users WHERE user_id = 987654")
+
+
+def test_quarantined_rows_go_too_and_their_correction_does_not_bring_anything_back(world: World, tmp_path: Path) -> None:
+    person = somebody(world.lake, 1)
+    broken = {"_id": "erasure-broken", "platform": "lazada", "mp_order_id": "LZ-BROKEN", "user_email": person["email_raw"]}
+    broken |= {
+        "note": f"ring {person['phone_raw']}",
+        "buyer_name": "Xaver Ungelesen",
+        "shipping_address": "Hinterhof 77, Nirgends",
+    }
+    collection = orders_of_marketplaces(world)
+    collection.insert_one(broken)
+    # the slot of PostgreSQL has gone on since the lakehouse that was put back
+    world = world.without_postgres
+    try:
+        run(world)
+        kept = world.lake.load(QUARANTINE).read(["source_position", "original"])
+        assert person["email_raw"].encode() in b"".join(kept["original"])
+        with world.engine() as engine:
+            (receipt,) = erase(engine, Asked(email=person["email"]), quiet)
+        assert receipt.clean
+        texts = [*texts_of(person), "Xaver Ungelesen", "Hinterhof 77"]
+        assert holding(world.home, texts) == []
+        kept = world.lake.load(QUARANTINE).read(["source_position", "source_table", "original"])
+        (position,) = kept.filter(pl.col("original").bin.contains(b"LZ-BROKEN"))["source_position"]
+        value = json.dumps(
+            {**broken, "order_time": {"$date": "2026-01-02T03:04:05Z"}, "amount": {"$numberInt": "5"}, "currency": "IDR"}
+        )
+        fixes = tmp_path / "fixes.jsonl"
+        fixes.write_text(json.dumps({"table": MARKETPLACE_ORDERS.name, "position": position, "value": value}))
+        with world.engine() as engine:
+            done = replay(engine, fixes)
+            again = replay(engine, fixes)
+        assert (done.corrections, again.corrections) == (1, 0)
+        assert done.after == done.before - 1
+        assert holding(world.home, texts) == []
+    finally:
+        collection.delete_one({"_id": "erasure-broken"})
+
+
+@pytest.mark.slow
+def test_others_keep_what_is_theirs(world: World) -> None:
+    lake, person = world.lake, somebody(world.lake, 2)
+    columns = ["user_id", "email", "phone_number", "name", "master_user_id"]
+    others = lake.load(USERS_SCD).read(columns, pl.col("master_user_id") != person["master_user_id"]).sort(columns)
+    with world.engine() as engine:
+        erase(engine, Asked(user_id=int(person["primary_user_id"])), quiet)
+    after = world.lake.load(USERS_SCD).read(columns, pl.col("master_user_id") != person["master_user_id"]).sort(columns)
+    assert after.equals(others)
+
+
+@pytest.mark.slow
+def test_two_at_once_and_an_erasure_that_was_begun(world: World) -> None:
+    one, other = somebody(world.lake), somebody(world.lake, 3)
+    with world.engine() as engine:
+        request(engine, Asked(email=one["email"]), quiet)
+        request(engine, Asked(email=other["email"]), quiet)
+    assert [item.finished for item in erasures(world.lake)] == [False, False]
+    with world.engine() as engine:
+        receipts = erase(engine, None, quiet)
+    assert [receipt.clean for receipt in receipts] == [True, True]
+    assert holding(world.home, [*texts_of(one), *texts_of(other)]) == []
+    assert all(item.finished for item in erasures(world.lake))
+
+
+@pytest.mark.slow
+def test_without_its_key_nothing_is_ingested(world: World) -> None:
+    person = somebody(world.lake)
+    with world.engine() as engine:
+        erase(engine, Asked(email=person["email"]), quiet)
+    key = world.home / KEY_FILE
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    key.rename(world.home / "elsewhere")
+    with world.engine() as engine, pytest.raises(SettingsError, match="key"):
+        run_pass(engine, lambda name, report: None)
+    key.write_text(os.urandom(32).hex())
+    with world.engine() as engine, pytest.raises(SettingsError, match="another"):
+        run_pass(engine, lambda name, report: None)
+    (world.home / "elsewhere").unlink()
+
+
+def test_export_tells_everything_and_overwrites_nothing(world: World, tmp_path: Path) -> None:
+    person = somebody(world.lake)
+    target = tmp_path / "export"
+    done = export(world.lake, Asked(email=person["email"]), target)
+    told = json.loads((target / "person.json").read_text())
+    assert told["person"]["masters"] == [person["master_user_id"]]
+    assert {USERS.name, EVENTS.name, "silver.identity_graph", "silver.users_scd", "gold.customer_360"} <= set(told["tables"])
+    for name, rows in done.rows.items():
+        assert len(told["tables"][name]["rows"]) == rows == pl.read_csv(target / f"{name}.csv", infer_schema=False).height
+    assert person["email_raw"] in (target / f"{USERS.name}.csv").read_text()
+    orders = world.lake.load(FACT_ORDERS).read(["order_id"], pl.col("master_user_id") == person["master_user_id"])
+    assert done.rows["gold.fact_orders"] == orders.height
+    assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in target.iterdir())
+    with pytest.raises(ShopSphereError, match="not overwritten"):
+        export(world.lake, Asked(email=person["email"]), target)
+    with pytest.raises(ShopSphereError, match="Nobody is known"):
+        export(world.lake, Asked(email="nobody@nowhere.example"), tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_a_replica_forgets_too(world: World) -> None:
+    world, person = world.without_postgres, somebody(world.lake)
+    account = int(person["primary_user_id"])
+    context = context_of(world.settings)
+    state = State(world.settings, ServeSettings(refresh_seconds=0.5), context, lambda line: None)
+    state.start()
+    producer = Producer({"bootstrap.servers": world.settings.kafka.bootstrap_servers})
+
+    def send(name: str) -> None:
+        event = {"event_id": name, "event_type": "login", "timestamp": datetime.now(UTC).isoformat(), "user_id": account}
+        producer.produce("events", json.dumps({**event, "device_id": "d-of-the-tail", "metadata": {}}).encode())
+        assert producer.flush(30) == 0
+
+    def devices() -> list[str]:
+        later = state.line.stock.later
+        return later.filter(pl.col("event_id").is_in(["tail-1", "tail-2"]))["device_id"].unique().to_list()
+
+    try:
+        assert state.ready.wait(60)
+        send("tail-1")
+        until(lambda: devices() == ["d-of-the-tail"])
+        with world.engine() as engine:
+            assert erase(engine, Asked(email=person["email"]), quiet)[0].clean
+        send("tail-2")
+        until(lambda: state.line.stock.later.height == 2 and len(devices()) == 1 and is_pseudonym("device", devices()[0]))
+        run(world)
+        assert holding(world.home, [*texts_of(person), "d-of-the-tail"]) == []
+    finally:
+        state.stop()
+
+
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait for a condition; an assertion when it does not come."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_shop_that_goes_on_selling_meanwhile_is_no_reason_to_stay_unfinished(world: World) -> None:
+    world, person = world.without_postgres, somebody(world.lake)
+    collection = orders_of_marketplaces(world)
+    with world.engine() as engine:
+        request(engine, Asked(email=person["email"]), quiet)
+        sale = {"_id": "sold-meanwhile", "platform": "lazada", "mp_order_id": "LZ-NEW", "amount": 5, "currency": "IDR"}
+        item = {"product_id": "P0001", "product_name": "Thing", "quantity": 1, "price": 5}
+        collection.insert_one({**sale, "order_time": datetime.now(UTC), "items": [item]})
+        try:
+            assert not run_pass(engine, lambda name, report: None).errors
+            (receipt,) = erase(engine, None, quiet)
+        finally:
+            collection.delete_one({"_id": "sold-meanwhile"})
+    assert not receipt.sums_equal
+    assert receipt.clean
+    assert receipt.arrived >= 1
+    assert holding(world.home, texts_of(person)) == []
+
+
+def orders_of_marketplaces(world: World) -> Any:
+    """The source's collection."""
+    mongo = world.settings.mongo
+    return pymongo.MongoClient(mongo.uri.get_secret_value())[mongo.database][mongo.collection]
+
+
+@pytest.mark.slow
+def test_the_features_of_every_order_stay_what_they_were(world: World) -> None:
+    person = somebody(world.lake)
+    names = [name for name in ORDER_FEATURES.schema.names if name != "customer"]
+    with world.engine() as engine:
+        order_features.refresh(engine)
+        before = engine.lake.load(ORDER_FEATURES).read(names).sort("order_id")
+        (receipt,) = erase(engine, Asked(email=person["email"]), quiet)
+        after = engine.lake.load(ORDER_FEATURES).read(names).sort("order_id")
+    assert receipt.clean
+    assert after.equals(before)
+    assert holding(world.home, texts_of(person)) == []
