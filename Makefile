@@ -50,6 +50,9 @@ test-servers: $(READY) build/iceberg-rest/.ready build/iceberg-spark/.ready buil
 test-cluster: $(READY) ## Ray jobs on a cluster of several nodes, nodes killed; deployment files against their schemas
 	@$(BIN)/python -m pytest -m cluster --durations 10 tests/cluster tests/test_deploy.py
 
+test-faults: $(READY) ## 200 faults over a run of 200,000 orders: processes killed, store and disk failing; needs root and Go
+	@$(BIN)/python -m pytest -m faults tests/cluster/test_faults.py
+
 test-all: $(READY) ## All tests, the slow ones too
 	@$(BIN)/python -m pytest -m ""
 
@@ -76,4 +79,4 @@ lock: ## Pin the packages anew (universal, no addresses)
 clean: ## Remove the virtual environment and everything local
 	rm -rf $(VENV) .shopsphere build
 
-.PHONY: help setup demo test test-slow test-servers test-cluster test-all lint docs bench bench-serve lock clean
+.PHONY: help setup demo test test-slow test-servers test-cluster test-faults test-all lint docs bench bench-serve lock clean

@@ -23,7 +23,7 @@ from app import sandbox
 from lakehouse.iceberg import Lake
 from lakehouse.settings import load_settings
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3000)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(3000)]
 
 ORDERS = int(os.environ.get("FAULT_ORDERS", "200000"))
 SHARE = float(os.environ.get("FAULT_SHARE", "1"))
