@@ -107,7 +107,10 @@ def test_online_stock_is_silvers(sent: list[Sent], data: st.DataObject) -> None:
         engine = make_engine(Path(home))
         ingest(engine, rows[:split])
         base = open_base(newest_chain(engine.lake))
-        assert base.offsets == ({"events:0": split} if split else {})
+        if base.events.files:
+            assert base.offsets == {"events:0": split}
+        else:  # nothing, or nothing that can be read: the topic is read from its beginning
+            assert base.offsets in ({}, {"events:0": split})
         stock = Stock(base, engine.context)
         # what the snapshot knows may come again: a consumer may start earlier than it has to
         in_batches(stock, rows[data.draw(st.integers(0, split)) :], data)
