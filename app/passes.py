@@ -91,10 +91,11 @@ def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: 
     started, cpu = time.monotonic(), time.process_time()
     with reported(engine, run, code_version) as events:
         reports, errors = _pass(engine, tell, stopping, events)
-    try:
-        (history or History(engine.lake)).note(engine, run, reports, errors)
-    except Exception as error:
-        errors.append(_expected(error))
+    if not any(isinstance(error, CatalogUnreachable) for error in errors):  # else there is nowhere to note it
+        try:
+            (history or History(engine.lake)).note(engine, run, reports, errors)
+        except Exception as error:
+            errors.append(_expected(error))
     elsewhere = sum(report.worker_cpu_seconds for report in reports)
     return Pass(tuple(reports), tuple(errors), time.monotonic() - started, time.process_time() - cpu + elsewhere)
 
