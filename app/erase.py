@@ -27,6 +27,7 @@ from lakehouse.difference import with_mark
 from lakehouse.digest import digest as digest_of
 from lakehouse.engine import Engine, conform, stamp
 from lakehouse.errors import ShopSphereError
+from lakehouse.history import OPERATIONS
 from lakehouse.iceberg import Lake
 from lakehouse.rewrite import (
     Forgotten,
@@ -272,7 +273,7 @@ def search_everything(lake: Lake, needles: Needles) -> Searched:
     """Search all files of all tables, and of the home directory: see `_beside`."""
     total = Searched()
     seen: set[str] = set()
-    for table in TABLES.values():
+    for table in (*TABLES.values(), *OPERATIONS.values()):
         if lake.exists(table):
             handle = lake.load(table)
             files = listed(handle)
