@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pymongo
@@ -496,10 +497,8 @@ def test_sigterm_ends_a_command_as_an_interruption_does():
     assert err == "stopped; nothing half-written is visible. Run again to go on.\n"
 
 
-@pytest.mark.slow
-def test_run_every_on_ray_stops_cleanly_too(home, tmp_path):
-    env = {**os.environ, "SHOPSPHERE_HOME": str(tmp_path), "SHOPSPHERE_CONFIG": str(home / "shopsphere.toml")}
-    env |= {"SHOPSPHERE_POSTGRES__SLOT": "on_ray", "SHOPSPHERE_RAY__INLINE_ROWS": "0"}
+def run_every_second(env: dict[str, str]) -> tuple[subprocess.Popen[str], Iterator[dict[str, Any]]]:
+    """`run --every 1s`, and what it prints of each pass."""
     process = subprocess.Popen(
         [sys.executable, "-m", "app", "run", "--every", "1s", "--json"],
         cwd=ROOT,
@@ -509,7 +508,15 @@ def test_run_every_on_ray_stops_cleanly_too(home, tmp_path):
         text=True,
     )
     assert process.stdout is not None
-    assert any(step["parallel"] for step in json.loads(process.stdout.readline())["steps"])
+    return process, map(json.loads, iter(process.stdout.readline, ""))
+
+
+@pytest.mark.slow
+def test_run_every_on_ray_stops_cleanly_too(home, tmp_path):
+    env = {**os.environ, "SHOPSPHERE_HOME": str(tmp_path), "SHOPSPHERE_CONFIG": str(home / "shopsphere.toml")}
+    env |= {"SHOPSPHERE_POSTGRES__SLOT": "on_ray", "SHOPSPHERE_RAY__INLINE_ROWS": "0"}
+    process, passes = run_every_second(env)
+    assert any(step["parallel"] for step in next(passes)["steps"])
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
@@ -517,20 +524,12 @@ def test_run_every_on_ray_stops_cleanly_too(home, tmp_path):
 
 def test_run_every_keeps_going_and_stops_cleanly(home):
     env = {**os.environ, "SHOPSPHERE_HOME": str(home)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "app", "run", "--every", "1s", "--json"],
-        cwd=ROOT,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    passes = [json.loads(process.stdout.readline()) for _ in range(2)]
+    process, passes = run_every_second(env)
+    seen = [next(passes) for _ in range(2)]
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
-    assert len(passes) == 2
+    assert len(seen) == 2
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare (util-linux) to mount a small file system")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -18,17 +17,11 @@ from typing import Any
 
 import boto3
 import pytest
+from nodes import free_port
 
 TOXIPROXY = "github.com/Shopify/toxiproxy/v2/cmd/server@v2.12.0"
 BUILD = Path(__file__).resolve().parents[2] / "build"
 ACCESS_KEY, SECRET_KEY, BUCKET = "fault-tests", "fault-tests-secret", "lake"
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
 
 
 def toxiproxy() -> Path:

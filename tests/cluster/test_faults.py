@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 from faults import FAULTS, Storm, Supervised, World, is_up, line, python, table
-from object_store import ObjectStore, eventually, free_port, missing, until
+from nodes import free_port
+from object_store import ObjectStore, eventually, missing, until
 
 import pipelines
 from app import sandbox
