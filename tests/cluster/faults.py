@@ -15,14 +15,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
 from object_store import ObjectStore, eventually, until
+from servers.kafka_broker import Broker
 
 from app import sandbox
-from app.sandbox.servers import sandbox_directory, start_servers
+from app.sandbox import filling
+from app.sandbox.schema import create_sources
+from app.sandbox.servers import Addresses, sandbox_directory, start_servers
 from lakehouse.errors import SandboxError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,10 +87,55 @@ class Supervised:
 
 
 @dataclass
+class Shop:
+    """A shop in the sandbox's PostgreSQL and MongoDB-wire server, and in Apache Kafka."""
+
+    home: Path
+    broker: Broker
+
+    @property
+    def running(self) -> Addresses | None:
+        """Where it is, when all its servers run."""
+        found, kafka = sandbox.running(self.home), self.broker.process
+        alive = found is not None and kafka is not None and kafka.poll() is None
+        return replace(found, kafka_bootstrap=self.broker.bootstrap) if alive else None
+
+    @property
+    def config(self) -> Path:
+        """The settings file with its addresses."""
+        return self.home / "shopsphere.toml"
+
+    def start(self, orders: int, seed: int) -> None:
+        """Start the servers, and fill them. Kafka runs already."""
+        start_servers(self.home)
+        addresses = self.running
+        assert addresses is not None
+        create_sources(addresses)
+        filling.fill(addresses, sandbox_directory(self.home), orders, seed, "USD", None)
+        sandbox.write_settings(self.home, addresses, "USD")
+
+    def go_on(self, orders: int) -> None:
+        """Let its time go on by so many orders."""
+        addresses = self.running
+        assert addresses is not None, "a source server is away"
+        filling.go_on(addresses, sandbox_directory(self.home), orders, None)
+
+    def start_again(self) -> None:
+        """Start the servers that do not run. PostgreSQL refuses as long as its old processes are there."""
+
+        def attempt() -> None:
+            with contextlib.suppress(SandboxError):
+                start_servers(self.home)
+            assert sandbox.running(self.home)
+
+        eventually(attempt, 60)
+
+
+@dataclass
 class World:
     """A shop in its servers, an object store, Ray nodes, and a driver that keeps the lakehouse up to date."""
 
-    shop: Path
+    shop: Shop
     home: Path
     store: ObjectStore
     driver: Supervised
@@ -100,7 +148,7 @@ class World:
 
     def step(self) -> None:
         """Let the shop's time go on."""
-        sandbox.step(self.shop, self.orders_a_step)
+        self.shop.go_on(self.orders_a_step)
         self.steps += 1
 
     def during(self) -> str:
@@ -177,25 +225,26 @@ def raylet(world: World) -> tuple[str, Heal]:
 
 
 def server(name: str) -> Strike:
-    """SIGKILL of a source server; it is started again with its data."""
+    """SIGKILL of a source server of the sandbox; it is started again with its data."""
 
     def strike(world: World) -> tuple[str, Heal]:
-        state = json.loads((sandbox_directory(world.shop) / "servers.json").read_text())
+        state = json.loads((sandbox_directory(world.shop.home) / "servers.json").read_text())
         os.kill(state["processes"][name]["pid"], signal.SIGKILL)
-        return name, lambda: start_again(world.shop)
+        return name, world.shop.start_again
 
     return strike
 
 
-def start_again(shop: Path) -> None:
-    """Start the source servers that do not run. PostgreSQL refuses as long as its old processes are there."""
+def broker(world: World) -> tuple[str, Heal]:
+    """SIGKILL of Apache Kafka; it is started again with its data."""
+    kafka = world.shop.broker
+    kafka.kill()
 
-    def attempt() -> None:
-        with contextlib.suppress(SandboxError):
-            start_servers(shop)
-        assert sandbox.running(shop)
+    def heal() -> None:
+        if kafka.process is not None and kafka.process.poll() is not None:
+            kafka.start()
 
-    eventually(attempt, 60)
+    return "Apache Kafka", heal
 
 
 def store_refuses(world: World) -> tuple[str, Heal]:
@@ -231,7 +280,7 @@ FAULTS: dict[str, tuple[Strike, int]] = {
     "driver killed": (driver, 40),
     "worker killed": (worker, 40),
     "raylet killed": (raylet, 24),
-    "broker killed": (server("kafka"), 20),
+    "broker killed": (broker, 20),
     "PostgreSQL killed": (server("postgres"), 20),
     "MongoDB-wire server killed": (server("mongo"), 12),
     "object store refuses": (store_refuses, 14),

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import FAULTS, Storm, Supervised, World, is_up, line, python, table
+from faults import FAULTS, Shop, Storm, Supervised, World, is_up, line, python, table
 from nodes import free_port
 from object_store import ObjectStore, eventually, missing, until
+from servers.kafka_broker import Broker
 
 import pipelines
 from app import sandbox
@@ -49,14 +50,16 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def shop(tmp_path) -> Iterator[Path]:
+def shop(tmp_path) -> Iterator[Shop]:
     """A shop of its own, in its servers."""
-    home = tmp_path / "shop"
-    sandbox.start(home, orders=ORDERS, seed=SEED)
-    try:
-        yield home
-    finally:
-        sandbox.stop(home)
+    # its messages are of long ago: a broker with the usual retention would forget them at once
+    with Broker(tmp_path / "kafka", {"log.retention.ms": "-1"}) as broker:
+        made = Shop(tmp_path / "shop", broker)
+        try:
+            made.start(ORDERS, SEED)
+            yield made
+        finally:
+            sandbox.stop(made.home)
 
 
 @pytest.fixture
@@ -106,8 +109,7 @@ def rows(env: dict[str, str], query: str) -> list[dict[str, str]]:
 
 def test_two_hundred_faults_leave_the_tables_of_an_undisturbed_run(tmp_path, shop, small_disk, store, ray_nodes, capsys):
     address, workers = ray_nodes
-    config = shop / "shopsphere.toml"
-    common = {**os.environ, "SHOPSPHERE_CONFIG": str(config), "RAY_AUTH_MODE": "disabled"}
+    common = {**os.environ, "SHOPSPHERE_CONFIG": str(shop.config), "RAY_AUTH_MODE": "disabled"}
     calm = {**common, "SHOPSPHERE_HOME": str(tmp_path / "calm"), "SHOPSPHERE_POSTGRES__SLOT": "calm"}
     catalog = {"type": "sql", "uri": f"sqlite:///{small_disk}/catalog.db", **store.properties()}
     struck = {
@@ -129,16 +131,17 @@ def test_two_hundred_faults_leave_the_tables_of_an_undisturbed_run(tmp_path, sho
     say(f"\nthe undisturbed run of {ORDERS:,} orders took {time.monotonic() - began:.0f} s")
     driver = Supervised([sys.executable, "-m", "app", "run", "--every", "0.5s"], struck, tmp_path / "driver.log")
     settings = load_settings(home=small_disk, catalog=load_settings().catalog.model_copy(update={"properties": catalog}))
+    from_sources = {name for source in pipelines.sources(settings) for name in source.tables}
     read_once: set[str] = set()
 
     def may_step() -> bool:
         """All sources have been read once: the undisturbed run has read them as they were then."""
-        waiting = {name for name in pipelines.TABLES if name.startswith("bronze.")} - read_once
-        if waiting and sandbox.running(shop):
+        waiting = from_sources - read_once
+        if waiting and shop.running:
             lake = Lake(settings)
             read_once.update(name for name in waiting if lake.load(pipelines.TABLES[name], create=False).snapshot is not None)
             return False
-        return sandbox.running(shop) is not None
+        return shop.running is not None
 
     world = World(shop, small_disk, store, driver, workers, random.Random(SEED), may_step, 60)
     driver.start()
