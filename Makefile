@@ -26,7 +26,7 @@ test: $(READY) ## The fast tests, two at a time
 
 test-slow: $(READY) ## The slow tests: kills, Ray, servers under load, the model from shop to rollback, serving under fire
 	@$(BIN)/python -m pytest -m slow -n 2 --dist load tests/test_kill.py tests/test_rebuild.py tests/test_engine.py \
-		tests/test_laws.py tests/test_object_store.py tests/test_online_retail_lakehouse.py tests/test_erasure.py tests/test_erasure_kill.py
+		tests/test_laws.py tests/test_ray_tasks.py tests/test_object_store.py tests/test_online_retail_lakehouse.py tests/test_erasure.py tests/test_erasure_kill.py
 	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile tests/test_fraud_model.py tests/test_training.py \
 		tests/test_registry.py tests/test_order_features.py
 	@$(BIN)/python -m pytest -m slow tests/test_serve_ray.py tests/test_serve_edges.py tests/test_serve_openapi.py tests/test_demo.py

@@ -116,6 +116,8 @@ class Pool:
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         context.enable_operator_progress_bars = False
+        # wrapped in Ray's own exception, an error comes without what it is and what caused it
+        context.raise_original_map_exception = True
         for name in ("ray.data", "ray", "ray._private"):
             logging.getLogger(name).setLevel(logging.ERROR)
         self.started = True
@@ -163,7 +165,8 @@ class Pool:
         def run(row: dict[str, Any]) -> dict[str, Any]:
             started = time.process_time()
             # object references travel in the closure, where Ray sees them: hidden in pickled bytes they would never resolve
-            result = cloudpickle.loads(payload)(pickle.loads(row["item"]), pieces)
+            with known_errors():
+                result = cloudpickle.loads(payload)(pickle.loads(row["item"]), pieces)
             return {"number": row["number"], "result": pickle.dumps(result), "cpu": time.process_time() - started}
 
         dataset = ray.data.from_items(
@@ -194,7 +197,8 @@ class Pool:
             started = time.process_time()
             work = cloudpickle.loads(payload)
             # object references travel in the closure, as in `map`
-            made = [piece for item in batch.column("item").to_pylist() for piece in work(pickle.loads(item), pieces)]
+            with known_errors():
+                made = [piece for item in batch.column("item").to_pylist() for piece in work(pickle.loads(item), pieces)]
             cpu = Piece("cpu", -1, pa.table({"seconds": [time.process_time() - started]}))
             return _serialised([*made, cpu])
 
@@ -234,6 +238,22 @@ def _own_handler(number: signal.Signals) -> Iterator[None]:
     finally:
         if callable(before):
             signal.signal(number, before)
+
+
+@contextlib.contextmanager
+def known_errors() -> Iterator[None]:
+    """Raise an outage as what it is, in the task: on its way to the driver an error loses what caused it."""
+    from lakehouse.errors import ShopSphereError
+    from lakehouse.outages import outage
+
+    try:
+        yield
+    except ShopSphereError:
+        raise
+    except Exception as error:
+        if found := outage(error):
+            raise found from error
+        raise
 
 
 def _unwrapped(action: Callable[[], Any]) -> Any:

@@ -1,0 +1,68 @@
+"""Errors in Ray tasks come to the driver as what they are: an outage as an outage, a mistake as a mistake."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable, Iterator
+
+import cloudpickle
+import pyarrow as pa
+import pytest
+
+from lakehouse.errors import Outage, UnknownColumn
+from lakehouse.outages import outage
+from lakehouse.parallel import Piece, Pieces, Pool
+from lakehouse.settings import RaySettings
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    made = Pool(RaySettings(cpus=2))
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+    yield made
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    made.close()
+
+
+def store_away() -> None:
+    raise OSError("AWS Error NETWORK_CONNECTION during GetObject operation")
+
+
+def disk_full() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def caused_by_an_outage() -> None:
+    raise ValueError("no rows") from ConnectionResetError("reset by peer")
+
+
+def new_column() -> None:
+    raise UnknownColumn("silver.stores", "colour", "text", pa.string())
+
+
+def mistake() -> None:
+    raise KeyError("column")
+
+
+@pytest.mark.parametrize(
+    ("fail", "comes_out"),
+    [
+        (store_away, Outage),
+        (disk_full, Outage),
+        (caused_by_an_outage, Outage),
+        (new_column, UnknownColumn),
+        (mistake, KeyError),
+    ],
+)
+def test_an_error_in_a_task_is_what_it_is(pool: Pool, fail: Callable[[], None], comes_out: type[Exception]) -> None:
+    def work(*_: object) -> list[Piece]:
+        fail()
+        return []
+
+    for run in (pool.map, pool.transform):
+        with pytest.raises(comes_out) as met:
+            run(work, [1, 2], Pieces(), parallel=True)
+        assert isinstance(met.value, Outage) or outage(met.value) is None
