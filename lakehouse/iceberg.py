@@ -64,6 +64,7 @@ from pyiceberg_core import transform as iceberg_transform
 
 from lakehouse.catalog_errors import catalog_errors, committing
 from lakehouse.errors import CommitConflict, SchemaConflict, SettingsError, TableNotFound
+from lakehouse.file_io import NonEmptyFileIO
 from lakehouse.row_delta import RowDelta
 from lakehouse.settings import Settings
 from lakehouse.table import DELETED, GROUP_HASH, SEQUENCE, Table
@@ -691,12 +692,13 @@ class Lake:
     def catalog(self) -> Catalog:
         """The Iceberg catalog of the settings; raises SettingsError when it cannot be opened."""
         properties = dict(self.settings.catalog.properties)
+        implementation = {"py-io-impl": f"{NonEmptyFileIO.__module__}.{NonEmptyFileIO.__qualname__}"}
         if not properties:
             home = Path(self.settings.home).absolute()
             (home / "warehouse").mkdir(parents=True, exist_ok=True)
             properties = {"type": "sql", "uri": f"sqlite:///{home / 'catalog.db'}", "warehouse": f"file://{home / 'warehouse'}"}
         try:
-            catalog = load_catalog(self.settings.catalog.name, **properties)
+            catalog = load_catalog(self.settings.catalog.name, **implementation | properties)
             catalog.list_namespaces()
             return catalog
         except Exception as error:  # every catalog has errors of its own
