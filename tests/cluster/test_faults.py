@@ -160,6 +160,7 @@ def test_two_hundred_faults_leave_the_tables_of_an_undisturbed_run(tmp_path, sho
         driver.stop()
     python("run", env=struck)
     python("run", env=calm)
+    assert "please report it" not in (tmp_path / "driver.log").read_text(), "a fault was taken for a mistake"
     digests = [json.loads(python("digest", "--json", env=env).splitlines()[-1]) for env in (struck, calm)]
     # an update in a change stream carries the document as it is when the change is read: later for the one that read later
     positions = [
