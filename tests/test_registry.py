@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 import polars as pl
 import pytest
 from fraud_world import FEATURES, orders, split
+from waiting import free_port
 
 from ml import registry as registry_module
 from ml.evaluation import ThresholdSettings, choose_threshold, evaluate
@@ -197,7 +197,7 @@ def test_a_server_that_is_down_is_told_before_training(monkeypatch: pytest.Monke
     monkeypatch.setattr(registry_module.time, "sleep", lambda _: None)
     begun = time.monotonic()
     with pytest.raises(RegistryError, match=r"http://someone@127.0.0.1:\d+ cannot be reached.*Nothing was trained") as told:
-        Registry(f"http://someone:secret@127.0.0.1:{_free_port()}").check()
+        Registry(f"http://someone:secret@127.0.0.1:{free_port()}").check()
     assert time.monotonic() - begun < 20
     assert "secret" not in str(told.value)
 
@@ -220,7 +220,7 @@ def test_code_version_follows_the_sources(tmp_path: Path) -> None:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    port = _free_port()
+    port = free_port()
     data = tmp_path / "server"
     data.mkdir()
     process = subprocess.Popen(
@@ -264,12 +264,6 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         os.killpg(process.pid, 15)
         process.wait(30)
-
-
-def _free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return int(held.getsockname()[1])
 
 
 def test_frames_of_the_world_have_what_training_needs() -> None:

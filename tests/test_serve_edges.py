@@ -18,7 +18,8 @@ from polars.exceptions import PanicException
 from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.testclient import TestClient
-from test_serve_fraud import made, replica, running, trained, wait_for
+from test_serve_fraud import made, replica, running, trained
+from waiting import wait_for
 
 from app.command_line import main
 from lakehouse.errors import SettingsError

@@ -20,6 +20,7 @@ import psycopg
 import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
 from starlette.testclient import TestClient
+from waiting import wait_for
 
 from app import sandbox
 from app.passes import open_engine, run_pass
@@ -139,13 +140,6 @@ def no_model_yet(desk: Desk) -> None:
     assert response.headers["retry-after"]
 
 
-def wait_for(true: Any, seconds: float = 10.0) -> None:
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
 def test_a_score_is_the_models_with_its_reasons(desk: Desk) -> None:
     told = desk.score(order_id="first", user_id=3, total_amount="900.00", card_fingerprint="c-new", device_id="d-new")
     model = desk.application.watch.current.champion
@@ -236,7 +230,7 @@ def test_another_champion_takes_over_while_orders_are_scored(desk: Desk) -> None
         wait_for(lambda: len(versions) > 3)
         registry.promote(challenger)
         promoted = time.monotonic()
-        wait_for(lambda: versions[-1] == challenger, 10)
+        wait_for(lambda: versions[-1] == challenger, seconds=10)
         assert time.monotonic() - promoted < 10
     finally:
         stop.set()

@@ -13,7 +13,8 @@ import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
-from test_serve_fraud import replica, trained, wait_for
+from test_serve_fraud import replica, trained
+from waiting import wait_for
 
 from lakehouse.settings import Settings
 from ml.registry import Registry
@@ -36,8 +37,8 @@ def address(filled: Settings) -> Iterator[str]:
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:
-            wait_for(lambda: server.started, 60)
-            wait_for(lambda: application.watch.current.champion is not None, 60)
+            wait_for(lambda: server.started, seconds=60)
+            wait_for(lambda: application.watch.current.champion is not None, seconds=60)
             time.sleep(1)
             yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:

@@ -22,6 +22,7 @@ import psutil
 import pytest
 from confluent_kafka import Producer
 from test_serve_fraud import made, trained
+from waiting import wait_for
 
 from app.sandbox.servers import sandbox_directory
 from lakehouse.settings import Settings
@@ -137,13 +138,6 @@ def served(filled: Settings) -> Iterator[Served]:
         log.close()
 
 
-def wait_for(true: Any, seconds: float = 60.0) -> None:
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until
-        time.sleep(0.1)
-
-
 def test_answers_do_not_pass_ray_serves_wrapper(served: Served) -> None:
     """Which adds an id to each: nothing else tells that a release of Ray has changed its way."""
     for path, wrapped in {"/v1/inventory/P0001": False, "/-/readyz": True}.items():
@@ -241,10 +235,10 @@ def test_a_broker_that_stands_still_is_answered_through_and_caught_up_with(serve
 
     producer.produce("events", json.dumps(event).encode(), on_delivery=delivered)
     producer.flush(30)
-    wait_for(lambda: served.ask(f"/v1/inventory/P0001?min_offset={at[0]}&store_id={store['store_id']}")[0] == 200, 30)
+    wait_for(lambda: served.ask(f"/v1/inventory/P0001?min_offset={at[0]}&store_id={store['store_id']}")[0] == 200, seconds=30)
     _, after = served.ask(f"/v1/inventory/P0001?min_offset={at[0]}&store_id={store['store_id']}")
     assert after["stores"][0]["on_hand"] == store["on_hand"] + 7
-    wait_for(lambda: served.ask("/v1/inventory/P0001")[1]["staleness_ms"] < 2_000, 30)
+    wait_for(lambda: served.ask("/v1/inventory/P0001")[1]["staleness_ms"] < 2_000, seconds=30)
 
 
 def test_it_ends_when_what_is_under_way_is_answered(served: Served) -> None:

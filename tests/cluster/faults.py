@@ -19,8 +19,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
-from object_store import ObjectStore, eventually, until
+from object_store import ObjectStore
 from servers.kafka_broker import Broker
+from waiting import eventually, wait_for
 
 from app import sandbox
 from app.sandbox import filling
@@ -215,7 +216,7 @@ def worker(world: World) -> tuple[str, Heal]:
 
 def raylet(world: World) -> tuple[str, Heal]:
     """SIGKILL of the raylet of a worker node, and with it of the node."""
-    until(lambda: any(map(is_up, world.nodes)), 60)
+    wait_for(lambda: any(map(is_up, world.nodes)))
     node = world.chance.choice([node for node in world.nodes if is_up(node)])
     for process in descendants(node):
         with contextlib.suppress(psutil.Error):

@@ -27,15 +27,15 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+from waiting import free_port, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 90.0
@@ -186,14 +186,14 @@ class Cluster:
     def start(self, workers: int = 2, *, cpus: int = 1, head_cpus: int = 0) -> list[Node]:
         """Start the head and the workers, and wait until all are there."""
         head = self._start_node(head_cpus)
-        wait_for(self._listens, START_SECONDS, f"the control store of the head (see {head.log})")
+        wait_for(self._listens, f"the control store of the head (see {head.log})", START_SECONDS)
         for _ in range(workers):
             if self.kind == "loopback":
                 # nodes that share a directory take each other's file names when they start at the same moment
-                wait_for(self._answers, START_SECONDS, f"the dashboard of the head (see {head.log})")
+                wait_for(self._answers, f"the dashboard of the head (see {head.log})", START_SECONDS)
                 self._wait_until_known()
             self._start_node(cpus)
-        wait_for(self._answers, START_SECONDS, f"the dashboard of the head (see {head.log})")
+        wait_for(self._answers, f"the dashboard of the head (see {head.log})", START_SECONDS)
         self._wait_until_known()
         return list(self.nodes)
 
@@ -315,7 +315,7 @@ class Cluster:
                     raise ClusterError(f"Node {node.name} ended: {_tail(node.log)}")
             return wanted <= self.ids().keys()
 
-        wait_for(known, START_SECONDS, "all nodes in the cluster's list")
+        wait_for(known, "all nodes in the cluster's list", START_SECONDS)
 
     def _link(self, node: Node) -> str:
         return f"{self._code}{node.name.rpartition('-')[2]}"
@@ -388,24 +388,6 @@ class Cluster:
             "NODE_VENV": str(prefix.resolve()),
             **self.environment,
         }
-
-
-def wait_for(true: Callable[[], Any], seconds: float, what: str) -> Any:
-    """Wait until something holds; gives what it is. Raises ClusterError naming it."""
-    until = time.monotonic() + seconds
-    while True:
-        if found := true():
-            return found
-        if time.monotonic() > until:
-            raise ClusterError(f"Not within {seconds:.0f} s: {what}")
-        time.sleep(0.1)
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
 
 
 def _free_network() -> str:

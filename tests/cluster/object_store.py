@@ -7,17 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import boto3
-import pytest
-from nodes import free_port
+from waiting import eventually, free_port, missing
 
 TOXIPROXY = "github.com/Shopify/toxiproxy/v2/cmd/server@v2.12.0"
 BUILD = Path(__file__).resolve().parents[2] / "build"
@@ -32,11 +29,6 @@ def toxiproxy() -> Path:
             missing("Toxiproxy needs Go to be built: install Go (https://go.dev/dl).")
         subprocess.run(["go", "install", TOXIPROXY], env={**os.environ, "GOBIN": str(program.parent)}, check=True)
     return program
-
-
-def missing(why: str) -> None:
-    """Skip the test; in CI fail it."""
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(why)
 
 
 @dataclass
@@ -116,23 +108,3 @@ class ObjectStore:
             said = error.read().decode()
             if "toxic already exists" not in said:  # struck twice at once
                 raise AssertionError(f"Toxiproxy refused {path}: {said}") from None
-
-
-def eventually(action: Any, seconds: float = 30.0) -> Any:
-    """What `action` gives, tried until it raises nothing."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            return action()
-        except Exception:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
-
-
-def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    """Wait until the condition holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.1)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import boto3
 import psycopg
-from nodes import ROOT, ClusterError, free_port, wait_for
+from nodes import ROOT
+from waiting import free_port, wait_for
 
 from app import sandbox
 from serve.deployment import FAST_PATH
@@ -157,7 +158,4 @@ def _wait_http(address: str) -> None:
         except OSError:
             return False
 
-    try:
-        wait_for(answers, 90, address)
-    except ClusterError as error:
-        raise ClusterError(f"No server at {address}") from error
+    wait_for(answers, f"no server at {address}")

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 from faults import FAULTS, Shop, Storm, Supervised, World, is_up, line, python, table
-from nodes import free_port
-from object_store import ObjectStore, eventually, missing, until
+from object_store import ObjectStore
 from servers.kafka_broker import Broker
+from waiting import eventually, free_port, missing, wait_for
 
 import pipelines
 from app import sandbox
@@ -94,7 +94,7 @@ def ray_nodes(tmp_path) -> Iterator[tuple[str, list[Supervised]]]:
         eventually(lambda: socket.create_connection(("127.0.0.1", port)).close(), 60)
         for node in workers:
             node.start()
-        until(lambda: all(map(is_up, workers)), 90)
+        wait_for(lambda: all(map(is_up, workers)), 90)
         yield address, workers
     finally:
         for node in [*workers, head]:

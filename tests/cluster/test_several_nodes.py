@@ -17,8 +17,9 @@ from typing import Any
 
 import mlflow
 import pytest
-from nodes import Cluster, wait_for
+from nodes import Cluster
 from shop import NODE_HOME, Shop, opened
+from waiting import wait_for
 
 from app import sandbox
 from lakehouse.parallel import IN_A_JOB
@@ -94,7 +95,7 @@ def test_ingest_and_refine_lose_a_node_each(world: World) -> None:
     shop.app(world.plain, "run")
     sandbox.step(shop.home, 200)
     second = cluster.submission("python", "-m", "app", "run", job="refine")
-    wait_for(lambda: "silver.orders_unified ..." in so_far(cluster, second, "refine"), 200, "refining")
+    wait_for(lambda: "silver.orders_unified ..." in so_far(cluster, second, "refine"), "refining", 200)
     refine = strike_while(world, second, "Map")
     finished(second)
     print("killed while ingesting:", ingest, "; while refining:", refine)
@@ -169,7 +170,7 @@ def test_serving_loses_a_node(world: World) -> None:
     key = Keys().add(file, "test", ("inventory", "score", "customers"))
     job = cluster.submission("python", "-m", "app", "serve", job="serving")
     asking = Asking(f"http://{cluster.head.address}:8000", key)
-    wait_for(lambda: "Serving on" in so_far(cluster, job, "serving"), 200, "serving")
+    wait_for(lambda: "Serving on" in so_far(cluster, job, "serving"), "serving", 200)
     stock = asking.ask("/v1/inventory/P0001")["stores"]
     query = "SELECT store_id, on_hand FROM gold.inventory_health WHERE product_id = 'P0001' ORDER BY store_id"
     known = json.loads(shop.app(world.plain, "sql", query, "--json").stdout.splitlines()[-1])
@@ -178,7 +179,7 @@ def test_serving_loses_a_node(world: World) -> None:
         print("killed:", strike_while(world, job, "ServeReplica"))
         killed = time.monotonic()
         replicas = [node.name for node in cluster.nodes if node.alive for _ in node.processes("ray::ServeReplica")]
-        wait_for(lambda: sum(at > killed for at in asking.good) >= 50, 120, "answers after the kill")
+        wait_for(lambda: sum(at > killed for at in asking.good) >= 50, "answers after the kill", 120)
     print(f"{len(asking.good)} answers, {len(asking.bad)} failures {asking.bad[:5]}; replicas on {replicas}")
     assert asking.ask("/v1/inventory/P0001")["stores"] == stock
     cluster.stop_job("serving")
@@ -203,14 +204,14 @@ def test_a_job_that_is_stopped_leaves_the_tables_whole(world: World) -> None:
     stopped = cluster.submission("python", "-m", "app", "run", job="stopped")
     at_work(world, stopped)
     cluster.stop_job("stopped")
-    wait_for(lambda: cluster.ask("/api/jobs/stopped")["status"] == "STOPPED", 60, "the job is stopped")
+    wait_for(lambda: cluster.ask("/api/jobs/stopped")["status"] == "STOPPED", "the job is stopped", 60)
     stopped.communicate(timeout=60)
     # its submitter is interrupted, and it goes on; as if nobody had submitted it, it has to send the code itself
     left = cluster.submission("env", "-u", IN_A_JOB, "SHOPSPHERE_RAY__ADDRESS=auto", "python", "-m", "app", "run", job="left")
     at_work(world, left)
     left.send_signal(signal.SIGINT)
     left.communicate(timeout=60)
-    wait_for(lambda: cluster.ask("/api/jobs/left")["status"] == "SUCCEEDED", 200, "the job that was left alone is done")
+    wait_for(lambda: cluster.ask("/api/jobs/left")["status"] == "SUCCEEDED", "the job that was left alone is done", 200)
     shop.app(world.plain, "run")
     digests(world)
 

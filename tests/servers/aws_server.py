@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import boto3
 from botocore.exceptions import BotoCoreError
-from servers.programs import free_port
+from waiting import free_port
 
 BUCKET = "lake"
 STARTS_WITHIN = 60.0

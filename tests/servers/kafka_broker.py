@@ -21,7 +21,8 @@ from typing import Self
 
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
-from servers.programs import end, free_port, jars, listens, wait_for
+from servers.programs import end, jars, listens, wait_until_ready
+from waiting import free_port
 
 JAVA = ("-Xms128m", "-Xmx384m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto")
 LOG_LEVEL = "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"
@@ -90,7 +91,7 @@ class Broker:
                 cwd=directory,
             )
         try:
-            wait_for(self._answers, "Kafka does not start", self.process, log)
+            wait_until_ready(self._answers, "Kafka", self.process, log)
         except BaseException:
             end(self.process, signal.SIGKILL)
             raise
@@ -115,7 +116,7 @@ class Broker:
         """Let it go on, and wait until it answers."""
         assert self.process is not None
         self.process.send_signal(signal.SIGCONT)
-        wait_for(self._answers, "Kafka does not go on", self.process, self.directory / "kafka.log")
+        wait_until_ready(self._answers, "Kafka", self.process, self.directory / "kafka.log")
 
     def __enter__(self) -> Self:
         return self.start()

@@ -10,7 +10,7 @@ from bronze_reading import Reader
 from confluent_kafka import KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic, ResourceType
 from servers.kafka_broker import Broker
-from servers.programs import wait_for
+from waiting import wait_for
 
 from lakehouse.settings import KafkaSettings
 from pipelines.bronze.kafka import KafkaSource, open_consumer

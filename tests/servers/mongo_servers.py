@@ -12,7 +12,8 @@ from typing import Any, Self
 
 import pymongo
 from pymongo.errors import PyMongoError
-from servers.programs import HERE, end, ferretdb, free_port, jars, wait_for
+from servers.programs import HERE, end, ferretdb, jars, wait_until_ready
+from waiting import free_port
 
 
 class MongoWire(ABC):
@@ -38,7 +39,7 @@ class MongoWire(ABC):
         with log.open("ab") as output:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=self.directory)
         try:
-            wait_for(self._answers, f"{type(self).__name__} does not start", self.process, log)
+            wait_until_ready(self._answers, type(self).__name__, self.process, log)
         except BaseException:
             end(self.process, signal.SIGKILL)
             raise

@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import Any, Self
 
 import psycopg
-from servers.programs import end, free_port, wait_for
+from servers.programs import end, wait_until_ready
+from waiting import free_port, wait_for
 
 from app.sandbox.servers import _as_server_user, _environment, _postgres_programs, _server_user
 
@@ -72,7 +73,7 @@ class Cluster:
                 env=_environment(),
             )
         try:
-            wait_for(self._answers, "PostgreSQL does not start", self.process, log)
+            wait_until_ready(self._answers, "PostgreSQL", self.process, log)
         except BaseException:
             end(self.process, signal.SIGQUIT)
             raise

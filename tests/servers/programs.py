@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import shutil
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from waiting import missing, wait_for
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build" / "servers"
 READY_SECONDS = 90.0
-
-
-def missing(what: str) -> None:
-    """Skip the test, saying what to install; where CI is set, every server must be there."""
-    if os.environ.get("CI"):
-        pytest.fail(what)
-    pytest.skip(what)
 
 
 def need(*programs: str) -> None:
@@ -64,24 +56,18 @@ def ferretdb() -> Path:
     return target / "ferretdb-server"
 
 
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def wait_until_ready(answers: Callable[[], bool], name: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until a server that was started answers. Fails the test with the end of its log when it ends, or never does."""
 
+    def ready_or_ended() -> bool:
+        return answers() or process.poll() is not None
 
-def wait_for(
-    condition: Callable[[], bool], what: str, process: subprocess.Popen[bytes] | None = None, log: Path | None = None
-) -> None:
-    """Wait until the condition holds. Fails the test when it does not within READY_SECONDS, or when the process ends."""
-    deadline = time.monotonic() + READY_SECONDS
-    while not condition():
-        ended = process is not None and process.poll() is not None
-        if ended or time.monotonic() > deadline:
-            tail = log.read_text(errors="replace")[-2000:] if log is not None and log.exists() else ""
-            pytest.fail(f"{what}: {'the process ended' if ended else f'not within {READY_SECONDS:.0f} s'}. {tail}")
-        time.sleep(0.05)
+    try:
+        wait_for(ready_or_ended, f"{name} does not answer", READY_SECONDS)
+    except AssertionError as error:
+        pytest.fail(f"{error}. {log.read_text(errors='replace')[-2000:]}")
+    if process.poll() is not None:
+        pytest.fail(f"{name} ended. {log.read_text(errors='replace')[-2000:]}")
 
 
 def listens(port: int) -> bool:

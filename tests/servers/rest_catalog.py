@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-from servers.programs import free_port
+from servers.programs import wait_until_ready
+from waiting import free_port, missing
 
 BUILD = Path(__file__).resolve().parents[2] / "build"
 JARS = BUILD / "iceberg-rest"
-STARTS_WITHIN = 60.0
-"""Seconds a JVM may take on a busy machine."""
 
 
 def needed(path: Path) -> Path:
     """A file or folder that `make test-servers` lays ready; without it the test is skipped, and fails where CI is set."""
     if not path.exists():
-        message = f"{path.name} is missing: run `make test-servers`, which needs Java 17 and Maven"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
+        missing(f"{path.name} is missing: run `make test-servers`, which needs Java 17 and Maven")
     return path
 
 
@@ -61,20 +55,16 @@ def rest_catalog(folder: Path, warehouse: str, store: Mapping[str, str] | None =
     with (folder / "catalog.log").open("wb") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
-        _wait(server, address, folder / "catalog.log")
+        wait_until_ready(lambda: _answers(address), "The REST catalog", server, folder / "catalog.log")
         yield address
     finally:
         server.terminate()
         server.wait()
 
 
-def _wait(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
-    last = time.monotonic() + STARTS_WITHIN
-    while True:
-        try:
-            urllib.request.urlopen(f"{address}/v1/config", timeout=10).close()
-            return
-        except OSError:
-            if server.poll() is not None or time.monotonic() > last:
-                raise AssertionError(f"the REST catalog did not start:\n{log.read_text()[-2000:]}") from None
-            time.sleep(0.1)
+def _answers(address: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{address}/v1/config", timeout=10).close()
+        return True
+    except OSError:
+        return False

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from aws_server import BUCKET, aws_server
 from rest_catalog import rest_catalog
-from servers.programs import free_port
+from waiting import free_port
 
 from app.command_line import main
 from lakehouse.iceberg import Lake

@@ -16,7 +16,7 @@ from confluent_kafka.admin import (
 )
 from servers.kafka_broker import Broker
 from servers.kafka_topic import Topic
-from servers.programs import wait_for
+from waiting import wait_for
 
 from lakehouse.errors import OffsetGone, SourceError
 from lakehouse.source import Reached, Rows, again

@@ -17,7 +17,7 @@ import psycopg
 import pytest
 from bronze_reading import Reader
 from servers.postgres_cluster import Cluster
-from servers.programs import wait_for
+from waiting import wait_for
 
 from lakehouse.errors import OffsetGone, SchemaConflict, SourceError
 from lakehouse.settings import PostgresSettings

@@ -16,7 +16,7 @@ from confluent_kafka import KafkaException, Producer
 from serve_world import figures_of, figures_online, ingest
 from servers.kafka_broker import Broker
 from servers.kafka_topic import Topic
-from servers.programs import wait_for
+from waiting import wait_for
 
 from app.passes import rebuild
 from lakehouse.engine import Engine
