@@ -45,12 +45,12 @@ build/engines/.ready: pyproject.toml
 	@touch $@
 
 test-servers: $(READY) build/iceberg-rest/.ready build/iceberg-spark/.ready build/engines/.ready ## Genuine servers, catalogs and engines; needs Java 17, Maven and Go
-	@$(BIN)/python -m pytest -m servers --durations 10 tests/servers
+	@$(BIN)/python -m pytest -m servers -n 2 --dist loadfile --durations 10 tests/servers
 
-test-cluster: $(READY) ## Ray jobs on a cluster of several nodes, nodes killed; deployment files against their schemas
-	@$(BIN)/python -m pytest -m cluster --durations 10 tests/cluster tests/test_deploy.py
+test-cluster: $(READY) ## Ray jobs on several nodes, nodes killed; 200 faults over a run of 200,000 orders; needs root, Go and Java 17
+	@$(BIN)/python -m pytest -m "cluster or faults" --durations 10 tests/cluster tests/test_deploy.py
 
-test-faults: $(READY) ## 200 faults over a run of 200,000 orders: processes killed, store and disk failing; needs root and Go
+test-faults: $(READY) ## Of these the faults alone: processes killed, store and disk failing
 	@$(BIN)/python -m pytest -m faults tests/cluster/test_faults.py
 
 test-all: $(READY) ## All tests, the slow ones too
