@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import boto3
-from botocore.exceptions import BotoCoreError
-from waiting import free_port
+from waiting import eventually, free_port
 
 BUCKET = "lake"
 STARTS_WITHIN = 60.0
@@ -27,16 +25,8 @@ def aws_server(key: str = "k", secret: str = "s") -> Iterator[dict[str, str]]:
     client = boto3.client(
         "s3", endpoint_url=endpoint, aws_access_key_id=key, aws_secret_access_key=secret, region_name=given["s3.region"]
     )
-    last = time.monotonic() + STARTS_WITHIN
     try:
-        while True:
-            try:
-                client.create_bucket(Bucket=BUCKET)
-                break
-            except BotoCoreError:
-                if server.poll() is not None or time.monotonic() > last:
-                    raise
-                time.sleep(0.1)
+        eventually(lambda: client.create_bucket(Bucket=BUCKET), STARTS_WITHIN)
         yield given
     finally:
         server.terminate()

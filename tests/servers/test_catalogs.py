@@ -29,13 +29,6 @@ def catalogs(tmp_path: Path) -> Iterator[dict[str, Properties]]:
     """The properties of every catalog with every store, by name."""
     with ExitStack() as stack:
         aws = stack.enter_context(aws_server())
-        glue = {
-            "type": "glue",
-            "glue.endpoint": aws["s3.endpoint"],
-            "glue.region": aws["s3.region"],
-            "glue.access-key-id": aws["s3.access-key-id"],
-            "glue.secret-access-key": aws["s3.secret-access-key"],
-        }
         found = {}
         for store, properties in (("files", None), ("s3", aws)):
             own = properties or {}
@@ -47,8 +40,10 @@ def catalogs(tmp_path: Path) -> Iterator[dict[str, Properties]]:
             found[f"sqlite-{store}"] = {"type": "sql", "uri": database, "warehouse": warehouse("sqlite"), **own}
             address = stack.enter_context(rest_catalog(tmp_path / f"rest-{store}", warehouse("rest"), properties))
             found[f"rest-{store}"] = {"type": "rest", "uri": address, **own}
-        # Glue has one namespace for both stores: one at a time
-        found["glue-s3"] = {**glue, "warehouse": f"s3://{BUCKET}/glue", **aws}
+            # an account of Glue's has one namespace: a server of its own for each store
+            account = aws if store == "s3" else stack.enter_context(aws_server())
+            glue = {f"glue.{name.removeprefix('s3.')}": value for name, value in account.items()}
+            found[f"glue-{store}"] = {"type": "glue", **glue, "warehouse": warehouse("glue"), **own}
         yield found
 
 
