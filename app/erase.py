@@ -26,7 +26,7 @@ from lakehouse.byte_search import Needles, Searched, search_files
 from lakehouse.difference import with_mark
 from lakehouse.digest import digest as digest_of
 from lakehouse.engine import Engine, conform, stamp
-from lakehouse.errors import ShopSphereError
+from lakehouse.errors import ShopSphereError, SourceError
 from lakehouse.history import OPERATIONS
 from lakehouse.iceberg import Lake
 from lakehouse.rewrite import (
@@ -43,6 +43,7 @@ from lakehouse.table import SEQUENCE, Table
 from ml import order_features, user_fraud_scores
 from ml.registry import Registry
 from ml.tables import TABLES
+from pipelines.bronze.kafka import KafkaSource, delete_sent
 from pipelines.bronze.tables import EVENTS
 from pipelines.bronze.tables import TABLES as BRONZE
 from pipelines.erasure import person as people
@@ -62,6 +63,7 @@ from pipelines.erasure.suppression import (
 from pipelines.gold.sales_daily import SALES_DAILY
 from pipelines.silver import events_clean
 from pipelines.silver.events_clean import EVENTS_CLEAN, parse_events
+from serve.settings import load_serve_settings
 
 Show = Callable[[str, int, int], None]
 ORDER = ".order.json"
@@ -75,6 +77,19 @@ class Sums:
     digest: str
     rows: int
     amounts: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Topic:
+    """The topic of served scores.
+
+    left   messages of before the erasure that are still in it: the lakehouse has not read them yet
+    error  why they could not be deleted, or ''
+    """
+
+    name: str
+    left: int = 0
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,6 +115,7 @@ class Receipt:
     arrived: int
     seconds: float
     stages: dict[str, float] = field(default_factory=dict)
+    topic: Topic | None = None
 
     @property
     def sums_equal(self) -> bool:
@@ -109,7 +125,8 @@ class Receipt:
     @property
     def clean(self) -> bool:
         """Whether nothing of the person was found."""
-        return self.proved and not self.searched.matches and (self.sums_equal or self.arrived > 0)
+        gone = self.topic is None or not (self.topic.left or self.topic.error)
+        return self.proved and gone and not self.searched.matches and (self.sums_equal or self.arrived > 0)
 
 
 def erase(engine: Engine, asked: Asked | None, show: Show) -> list[Receipt]:
@@ -130,6 +147,7 @@ def request(engine: Engine, asked: Asked, show: Show) -> Erasure:
     """Find the person and suppress what is theirs: from then on the erasure is under way, and will be finished."""
     lake = engine.lake
     show("collect", 0, 1)
+    _take_in_scores(engine)
     bring_up_to_date(engine)
     person = people.find(lake, asked)
     key = key_of(lake.settings, create=True)
@@ -199,6 +217,7 @@ def _finish(engine: Engine, one: Erasure, show: Show) -> Receipt:
         arrived_since(lake, one.at),
         round(time.monotonic() - started, 3),
         stages,
+        empty_topic(lake, one),
     )
     _write_receipt(lake, receipt)
     if receipt.clean or not receipt.proved:
@@ -223,6 +242,32 @@ def bring_up_to_date(engine: Engine) -> None:
     else:
         order_features.refresh(engine, delay=champion.label_delay)
         user_fraud_scores.refresh(engine, champion)
+
+
+def _scores_topic(lake: Lake) -> str:
+    """The topic of served scores, '' where none are kept."""
+    kafka = lake.settings.kafka
+    return load_serve_settings().scores_topic if kafka.enabled and kafka.bootstrap_servers else ""
+
+
+def _take_in_scores(engine: Engine) -> None:
+    """Read the scores served until now, so that they may go from their topic. A broker that is away is told of at the end."""
+    kafka = engine.lake.settings.kafka
+    if _scores_topic(engine.lake) in kafka.topics:
+        with contextlib.suppress(SourceError):
+            engine.ingest(KafkaSource(kafka), pipelines.TABLES)
+
+
+def empty_topic(lake: Lake, one: Erasure) -> Topic | None:
+    """Have the broker delete the scores that were served before an erasure: bronze has them, without the person."""
+    name = _scores_topic(lake)
+    if not name:
+        return None
+    position = lake.load(EVENTS).positions.get(KafkaSource.name) or {}
+    try:
+        return Topic(name, delete_sent(lake.settings.kafka, name, one.at, position))
+    except SourceError as error:
+        return Topic(name, error=str(error))
 
 
 def _rewrite_bronze(engine: Engine, one: Erasure) -> tuple[Rewritten, ...]:
@@ -414,6 +459,15 @@ def in_words(receipt: Receipt) -> Iterable[str]:
     if receipt.shared:
         told = ", ".join(f"{number} {kind}" for kind, number in sorted(receipt.shared.items()))
         yield f"  not alone   {told}: others show the same; gone from the person's rows, not looked for in theirs"
+    if receipt.topic is not None and receipt.topic.error:
+        yield f"  topic       {receipt.topic.name} could not be emptied: {receipt.topic.error}"
+    elif receipt.topic is not None and receipt.topic.left:
+        yield (
+            f"  topic       {receipt.topic.name} still has {receipt.topic.left:,} scores of before, which are not in the "
+            "lakehouse yet: `python -m app run` takes them in and finishes this"
+        )
+    elif receipt.topic is not None:
+        yield f"  topic       {receipt.topic.name} has no score of before"
     if receipt.sums_equal:
         yield "  sales_daily equal to the last digit"
     elif receipt.arrived:
