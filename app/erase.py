@@ -7,10 +7,11 @@ import fcntl
 import json
 import os
 import secrets
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial
@@ -41,7 +42,7 @@ from lakehouse.rewrite import (
 )
 from lakehouse.table import SEQUENCE, Table
 from ml import order_features, user_fraud_scores
-from ml.registry import Registry
+from ml.registry import Registry, RegistryError
 from ml.tables import TABLES
 from pipelines.bronze.kafka import KafkaSource, delete_sent
 from pipelines.bronze.tables import EVENTS
@@ -80,19 +81,6 @@ class Sums:
 
 
 @dataclass(frozen=True)
-class Topic:
-    """The topic of served scores.
-
-    left   messages of before the erasure that are still in it: the lakehouse has not read them yet
-    error  why they could not be deleted, or ''
-    """
-
-    name: str
-    left: int = 0
-    error: str = ""
-
-
-@dataclass(frozen=True)
 class Receipt:
     """What an erasure did, and the proof. Holds no personal value.
 
@@ -115,7 +103,7 @@ class Receipt:
     arrived: int
     seconds: float
     stages: dict[str, float] = field(default_factory=dict)
-    topic: Topic | None = None
+    unreached: tuple[str, ...] = ()
 
     @property
     def sums_equal(self) -> bool:
@@ -125,8 +113,8 @@ class Receipt:
     @property
     def clean(self) -> bool:
         """Whether nothing of the person was found."""
-        gone = self.topic is None or not (self.topic.left or self.topic.error)
-        return self.proved and gone and not self.searched.matches and (self.sums_equal or self.arrived > 0)
+        sums = self.sums_equal or self.arrived > 0
+        return self.proved and not self.searched.matches and not self.unreached and sums
 
 
 def erase(engine: Engine, asked: Asked | None, show: Show) -> list[Receipt]:
@@ -200,7 +188,10 @@ def _finish(engine: Engine, one: Erasure, show: Show) -> Receipt:
         if lake.exists(table)
     )
     stage("forget", 3)
-    searched = search_everything(lake, Needles(texts or ()))
+    needles = Needles(texts or ())
+    searched = search_everything(lake, needles)
+    models, without = search_models(lake, needles)
+    unreached = tuple(filter(None, (empty_topic(lake, one), without)))
     stage("prove", 4)
     receipt = Receipt(
         one.id,
@@ -210,14 +201,14 @@ def _finish(engine: Engine, one: Erasure, show: Show) -> Receipt:
         shared,
         rewritten,
         forgotten,
-        searched,
+        searched + models,
         texts is not None,
         before,
         sums(lake),
         arrived_since(lake, one.at),
         round(time.monotonic() - started, 3),
         stages,
-        empty_topic(lake, one),
+        unreached,
     )
     _write_receipt(lake, receipt)
     if receipt.clean or not receipt.proved:
@@ -258,16 +249,21 @@ def _take_in_scores(engine: Engine) -> None:
             engine.ingest(KafkaSource(kafka), pipelines.TABLES)
 
 
-def empty_topic(lake: Lake, one: Erasure) -> Topic | None:
-    """Have the broker delete the scores that were served before an erasure: bronze has them, without the person."""
+def empty_topic(lake: Lake, one: Erasure) -> str:
+    """Have the broker delete the scores that were served before an erasure: bronze has them, without the person.
+
+    Gives why some of them may still be there, or ''."""
     name = _scores_topic(lake)
     if not name:
-        return None
+        return ""
     position = lake.load(EVENTS).positions.get(KafkaSource.name) or {}
     try:
-        return Topic(name, delete_sent(lake.settings.kafka, name, one.at, position))
+        left = delete_sent(lake.settings.kafka, name, one.at, position)
     except SourceError as error:
-        return Topic(name, error=str(error))
+        return f"topic {name} could not be emptied: {error}"
+    return (
+        f"topic {name} has {left:,} scores of before that the lakehouse has not read: `python -m app run` does." if left else ""
+    )
 
 
 def _rewrite_bronze(engine: Engine, one: Erasure) -> tuple[Rewritten, ...]:
@@ -326,6 +322,23 @@ def search_everything(lake: Lake, needles: Needles) -> Searched:
             total += search_files(file_system(handle)[0], files, needles)
     local = [info for info in _beside(Path(lake.settings.home).absolute()) if info.path not in seen]
     return total + search_files(LocalFileSystem(), local, needles)
+
+
+def search_models(lake: Lake, needles: Needles) -> tuple[Searched, str]:
+    """Search what an MLflow server elsewhere has of the fraud model; and why that could not be done, or ''.
+
+    What is kept below the home directory is searched with it."""
+    registry = Registry(home=lake.settings.home)
+    if registry.local:
+        return Searched(), ""
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            registry.copy_to(Path(place))
+        except RegistryError as error:
+            return Searched(), str(error)
+        files = LocalFileSystem().get_file_info(FileSelector(place, recursive=True))
+        found = search_files(LocalFileSystem(), [info for info in files if info.type == FileType.File], needles)
+        return replace(found, matches=tuple(path.replace(place, "mlflow", 1) for path in found.matches)), ""
 
 
 def _beside(home: Path) -> list[FileInfo]:
@@ -459,15 +472,8 @@ def in_words(receipt: Receipt) -> Iterable[str]:
     if receipt.shared:
         told = ", ".join(f"{number} {kind}" for kind, number in sorted(receipt.shared.items()))
         yield f"  not alone   {told}: others show the same; gone from the person's rows, not looked for in theirs"
-    if receipt.topic is not None and receipt.topic.error:
-        yield f"  topic       {receipt.topic.name} could not be emptied: {receipt.topic.error}"
-    elif receipt.topic is not None and receipt.topic.left:
-        yield (
-            f"  topic       {receipt.topic.name} still has {receipt.topic.left:,} scores of before, which are not in the "
-            "lakehouse yet: `python -m app run` takes them in and finishes this"
-        )
-    elif receipt.topic is not None:
-        yield f"  topic       {receipt.topic.name} has no score of before"
+    for what in receipt.unreached:
+        yield f"  not reached {what}"
     if receipt.sums_equal:
         yield "  sales_daily equal to the last digit"
     elif receipt.arrived:

@@ -19,9 +19,10 @@ import pytest
 from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 from erasure_world import World, holding, shop, somebody, texts_of
+from mlflow_server import mlflow_server
 
 import pipelines
-from app.erase import Topic, erase, finish, in_words, request
+from app.erase import erase, finish, in_words, request
 from app.export import export
 from app.passes import rebuild, replay, run_pass
 from lakehouse.digest import digest
@@ -30,6 +31,7 @@ from lakehouse.iceberg import Lake
 from lakehouse.step import context_of
 from ml import order_features
 from ml.order_features import ORDER_FEATURES
+from ml.registry import Registry
 from pipelines.bronze.kafka import open_consumer
 from pipelines.bronze.tables import EVENTS, MARKETPLACE_ORDERS, USERS
 from pipelines.erasure.person import Asked
@@ -307,7 +309,6 @@ def test_served_scores_of_before_go_from_their_topic(world: World, taken_in: boo
             score(5)
             receipt = finish(engine, one, quiet)
         assert receipt.clean
-        assert receipt.topic == Topic(name)
         assert in_topic() == 1, "what was sent afterwards stays"
         run(world)
         scores = world.lake.load(EVENTS).read(["value"], pl.col("topic") == name)
@@ -322,11 +323,32 @@ def test_an_erasure_waits_for_the_topic_of_scores(world: World) -> None:
     with apart.engine() as engine:
         (receipt,) = erase(engine, Asked(email=somebody(world.lake)["email"]), quiet)
         assert not receipt.clean
-        assert receipt.topic is not None
-        assert "fraud_scores could not be emptied: Kafka: 127.0.0.1:1 does not answer" in "\n".join(in_words(receipt))
+        assert "not reached topic fraud_scores could not be emptied: Kafka: 127.0.0.1:1" in "\n".join(in_words(receipt))
     with world.engine() as engine:
         (receipt,) = erase(engine, None, quiet)
         assert receipt.clean
+
+
+@pytest.mark.slow
+def test_a_tracking_server_is_searched_too(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    person = somebody(world.lake)
+    with mlflow_server(tmp_path) as server, world.engine() as engine:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
+        registry = Registry()
+        registry.check()
+        experiment = registry.client.get_experiment_by_name(registry.name)
+        assert experiment is not None
+        run_id = registry.client.create_run(experiment.experiment_id).info.run_id
+        registry.client.log_text(run_id, f"a note on {person['email_raw']}", "note.txt")
+        (receipt,) = erase(engine, Asked(email=person["email"]), quiet)
+        assert receipt.searched.matches == (f"mlflow/runs/{run_id}/artifacts/note.txt",)
+        registry.client.log_text(run_id, "a note on nobody", "note.txt")
+        (receipt,) = erase(engine, None, quiet)
+        assert receipt.clean
+        server.stop()
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        (receipt,) = erase(engine, Asked(email=somebody(world.lake, 1)["email"]), quiet)
+        assert [what.split(" could")[0] for what in receipt.unreached] == [f"MLflow at {server.address}"]
 
 
 def until(condition: Callable[[], bool], seconds: float = 60) -> None:
