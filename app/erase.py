@@ -7,10 +7,11 @@ import fcntl
 import json
 import os
 import secrets
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial
@@ -26,7 +27,7 @@ from lakehouse.byte_search import Needles, Searched, search_files
 from lakehouse.difference import with_mark
 from lakehouse.digest import digest as digest_of
 from lakehouse.engine import Engine, conform, stamp
-from lakehouse.errors import ShopSphereError
+from lakehouse.errors import ShopSphereError, SourceError
 from lakehouse.history import OPERATIONS
 from lakehouse.iceberg import Lake
 from lakehouse.rewrite import (
@@ -41,8 +42,9 @@ from lakehouse.rewrite import (
 )
 from lakehouse.table import SEQUENCE, Table
 from ml import order_features, user_fraud_scores
-from ml.registry import Registry
+from ml.registry import Registry, RegistryError
 from ml.tables import TABLES
+from pipelines.bronze.kafka import KafkaSource, delete_sent
 from pipelines.bronze.tables import EVENTS
 from pipelines.bronze.tables import TABLES as BRONZE
 from pipelines.erasure import person as people
@@ -62,6 +64,7 @@ from pipelines.erasure.suppression import (
 from pipelines.gold.sales_daily import SALES_DAILY
 from pipelines.silver import events_clean
 from pipelines.silver.events_clean import EVENTS_CLEAN, parse_events
+from serve.settings import load_serve_settings
 
 Show = Callable[[str, int, int], None]
 ORDER = ".order.json"
@@ -100,6 +103,7 @@ class Receipt:
     arrived: int
     seconds: float
     stages: dict[str, float] = field(default_factory=dict)
+    unreached: tuple[str, ...] = ()
 
     @property
     def sums_equal(self) -> bool:
@@ -109,7 +113,8 @@ class Receipt:
     @property
     def clean(self) -> bool:
         """Whether nothing of the person was found."""
-        return self.proved and not self.searched.matches and (self.sums_equal or self.arrived > 0)
+        sums = self.sums_equal or self.arrived > 0
+        return self.proved and not self.searched.matches and not self.unreached and sums
 
 
 def erase(engine: Engine, asked: Asked | None, show: Show) -> list[Receipt]:
@@ -130,6 +135,7 @@ def request(engine: Engine, asked: Asked, show: Show) -> Erasure:
     """Find the person and suppress what is theirs: from then on the erasure is under way, and will be finished."""
     lake = engine.lake
     show("collect", 0, 1)
+    _take_in_scores(engine)
     bring_up_to_date(engine)
     person = people.find(lake, asked)
     key = key_of(lake.settings, create=True)
@@ -182,7 +188,10 @@ def _finish(engine: Engine, one: Erasure, show: Show) -> Receipt:
         if lake.exists(table)
     )
     stage("forget", 3)
-    searched = search_everything(lake, Needles(texts or ()))
+    needles = Needles(texts or ())
+    searched = search_everything(lake, needles)
+    models, without = search_models(lake, needles)
+    unreached = tuple(filter(None, (empty_topic(lake, one), without)))
     stage("prove", 4)
     receipt = Receipt(
         one.id,
@@ -192,13 +201,14 @@ def _finish(engine: Engine, one: Erasure, show: Show) -> Receipt:
         shared,
         rewritten,
         forgotten,
-        searched,
+        searched + models,
         texts is not None,
         before,
         sums(lake),
         arrived_since(lake, one.at),
         round(time.monotonic() - started, 3),
         stages,
+        unreached,
     )
     _write_receipt(lake, receipt)
     if receipt.clean or not receipt.proved:
@@ -223,6 +233,37 @@ def bring_up_to_date(engine: Engine) -> None:
     else:
         order_features.refresh(engine, delay=champion.label_delay)
         user_fraud_scores.refresh(engine, champion)
+
+
+def _scores_topic(lake: Lake) -> str:
+    """The topic of served scores, '' where none are kept."""
+    kafka = lake.settings.kafka
+    return load_serve_settings().scores_topic if kafka.enabled and kafka.bootstrap_servers else ""
+
+
+def _take_in_scores(engine: Engine) -> None:
+    """Read the scores served until now, so that they may go from their topic. A broker that is away is told of at the end."""
+    kafka = engine.lake.settings.kafka
+    if _scores_topic(engine.lake) in kafka.topics:
+        with contextlib.suppress(SourceError):
+            engine.ingest(KafkaSource(kafka), pipelines.TABLES)
+
+
+def empty_topic(lake: Lake, one: Erasure) -> str:
+    """Have the broker delete the scores that were served before an erasure: bronze has them, without the person.
+
+    Gives why some of them may still be there, or ''."""
+    name = _scores_topic(lake)
+    if not name:
+        return ""
+    position = lake.load(EVENTS).positions.get(KafkaSource.name) or {}
+    try:
+        left = delete_sent(lake.settings.kafka, name, one.at, position)
+    except SourceError as error:
+        return f"topic {name} could not be emptied: {error}"
+    return (
+        f"topic {name} has {left:,} scores of before that the lakehouse has not read: `python -m app run` does." if left else ""
+    )
 
 
 def _rewrite_bronze(engine: Engine, one: Erasure) -> tuple[Rewritten, ...]:
@@ -281,6 +322,23 @@ def search_everything(lake: Lake, needles: Needles) -> Searched:
             total += search_files(file_system(handle)[0], files, needles)
     local = [info for info in _beside(Path(lake.settings.home).absolute()) if info.path not in seen]
     return total + search_files(LocalFileSystem(), local, needles)
+
+
+def search_models(lake: Lake, needles: Needles) -> tuple[Searched, str]:
+    """Search what an MLflow server elsewhere has of the fraud model; and why that could not be done, or ''.
+
+    What is kept below the home directory is searched with it."""
+    registry = Registry(home=lake.settings.home)
+    if registry.local:
+        return Searched(), ""
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            registry.copy_to(Path(place))
+        except RegistryError as error:
+            return Searched(), str(error)
+        files = LocalFileSystem().get_file_info(FileSelector(place, recursive=True))
+        found = search_files(LocalFileSystem(), [info for info in files if info.type == FileType.File], needles)
+        return replace(found, matches=tuple(path.replace(place, "mlflow", 1) for path in found.matches)), ""
 
 
 def _beside(home: Path) -> list[FileInfo]:
@@ -414,6 +472,8 @@ def in_words(receipt: Receipt) -> Iterable[str]:
     if receipt.shared:
         told = ", ".join(f"{number} {kind}" for kind, number in sorted(receipt.shared.items()))
         yield f"  not alone   {told}: others show the same; gone from the person's rows, not looked for in theirs"
+    for what in receipt.unreached:
+        yield f"  not reached {what}"
     if receipt.sums_equal:
         yield "  sales_daily equal to the last digit"
     elif receipt.arrived:

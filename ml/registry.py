@@ -268,6 +268,31 @@ class Registry:
             for name, value in tags.items():
                 self.client.set_model_version_tag(self.name, str(version.number), name, value)
 
+    def copy_to(self, directory: Path) -> None:
+        """Write all that is recorded to a directory: each run's and version's description, and all their files.
+
+        Raises RegistryError."""
+        import mlflow
+        from mlflow.entities import ViewType
+
+        with self._reached("tell what is recorded"), self._current():
+            experiment = self.client.get_experiment_by_name(self.name)
+            known = [experiment.experiment_id] if experiment is not None else []
+            token: str | None = "" if known else None
+            while token is not None:
+                runs = self.client.search_runs(known, run_view_type=ViewType.ALL, page_token=token or None)
+                for run in runs:
+                    place = directory / "runs" / run.info.run_id
+                    place.mkdir(parents=True)
+                    (place / "run.json").write_text(json.dumps(run.to_dictionary(), default=str))
+                    mlflow.artifacts.download_artifacts(run_id=run.info.run_id, dst_path=str(place / "artifacts"))
+                token = runs.token or None
+            for version in self.client.search_model_versions(f"name='{self.name}'"):
+                place = directory / "versions" / str(version.version)
+                place.mkdir(parents=True)
+                (place / "version.json").write_text(json.dumps(dict(version), default=str))
+                mlflow.artifacts.download_artifacts(f"models:/{self.name}/{version.version}", dst_path=str(place))
+
     # --- how
 
     @property

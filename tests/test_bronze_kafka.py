@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -420,3 +420,33 @@ def test_messages_of_a_partition_seen_empty_are_missed_when_they_are_gone(topic:
     topic.admin.delete_records([gone])[gone].result(10)
     with pytest.raises(OffsetGone, match="partition 2"):
         topic.reader.plan()
+
+
+def test_of_a_topic_that_is_read_what_was_read_can_be_deleted(topic: Topic) -> None:
+    topic.send(30)
+    topic.reader.run()
+    topic.send(12)
+    long_ago, now = datetime.now(UTC) - timedelta(hours=1), datetime.now(UTC) + timedelta(seconds=1)
+    position = topic.reader.positions[TABLE] or {}
+    assert kafka.delete_sent(topic.settings, topic.name, long_ago, position) == 0
+    assert [low for low, _ in ends(topic)] == [0, 0, 0]
+    assert kafka.delete_sent(topic.settings, topic.name, now, position) == 12
+    assert ends(topic) == [(10, 14)] * 3
+    assert len(topic.reader.run()[TABLE]) == 12, "what was not read is still there"
+    assert kafka.delete_sent(topic.settings, topic.name, now, topic.reader.positions[TABLE] or {}) == 0
+    topic.send(3)
+    assert len(topic.reader.run()[TABLE]) == 3
+
+
+def test_of_a_topic_that_is_not_read_all_that_was_sent_can_be_deleted(topic: Topic) -> None:
+    elsewhere = topic.settings.model_copy(update={"topics": ("other",)})
+    topic.send(30)
+    assert kafka.delete_sent(elsewhere, topic.name, datetime.now(UTC) + timedelta(seconds=1), {}) == 0
+    assert ends(topic) == [(10, 10)] * 3
+    assert kafka.delete_sent(elsewhere, "no-such-topic", datetime.now(UTC), {}) == 0
+
+
+def ends(topic: Topic) -> list[tuple[int, int]]:
+    """The first offset and the one after the last, by partition."""
+    with kafka.open_consumer(topic.settings) as consumer:
+        return [consumer.get_watermark_offsets(TopicPartition(topic.name, number), timeout=10) for number in range(3)]

@@ -7,6 +7,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ import polars as pl
 import psycopg
 import pymongo
 import pytest
-from confluent_kafka import Producer
+from confluent_kafka import Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
 from erasure_world import World, holding, shop, somebody, texts_of
+from mlflow_server import mlflow_server
 
 import pipelines
-from app.erase import erase, request
+from app.erase import erase, finish, in_words, request
 from app.export import export
 from app.passes import rebuild, replay, run_pass
 from lakehouse.digest import digest
@@ -28,6 +31,8 @@ from lakehouse.iceberg import Lake
 from lakehouse.step import context_of
 from ml import order_features
 from ml.order_features import ORDER_FEATURES
+from ml.registry import Registry
+from pipelines.bronze.kafka import open_consumer
 from pipelines.bronze.tables import EVENTS, MARKETPLACE_ORDERS, USERS
 from pipelines.erasure.person import Asked
 from pipelines.erasure.suppression import KEY_FILE, erasures, is_pseudonym
@@ -269,6 +274,81 @@ def test_a_replica_forgets_too(world: World) -> None:
         assert holding(world.home, [*texts_of(person), "d-of-the-tail"]) == []
     finally:
         state.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("taken_in", [True, False])
+def test_served_scores_of_before_go_from_their_topic(world: World, taken_in: bool) -> None:
+    kafka, name = world.settings.kafka, f"scores-{taken_in}".lower()
+    person = somebody(world.lake)
+    admin = AdminClient({"bootstrap.servers": kafka.bootstrap_servers})
+    admin.create_topics([NewTopic(name, 2, 1)])[name].result(10)
+    topics = (*kafka.topics, name) if taken_in else kafka.topics
+    settings = world.settings.model_copy(update={"kafka": kafka.model_copy(update={"topics": topics})})
+    world = replace(world, settings=settings)
+    producer = Producer({"bootstrap.servers": kafka.bootstrap_servers})
+
+    def score(number: int) -> None:
+        order = {"order_id": str(number), "account": int(person["primary_user_id"]), "device": "d-of-a-score"}
+        event = {"event_id": f"score:{number}", "event_type": "order_scored", "timestamp": datetime.now(UTC).isoformat()}
+        message = {**event, "metadata": {"order_ref": str(number), "order": order}}
+        producer.produce(name, json.dumps(message).encode(), partition=number % 2)
+        assert producer.flush(30) == 0
+
+    def in_topic() -> int:
+        with open_consumer(kafka) as consumer:
+            ends = [consumer.get_watermark_offsets(TopicPartition(name, number), timeout=10) for number in range(2)]
+        return sum(high - low for low, high in ends)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHOPSPHERE_SERVE_SCORES_TOPIC", name)
+        for number in range(5):
+            score(number)
+        with world.engine() as engine:
+            one = request(engine, Asked(email=person["email"]), quiet)
+            score(5)
+            receipt = finish(engine, one, quiet)
+        assert receipt.clean
+        assert in_topic() == 1, "what was sent afterwards stays"
+        run(world)
+        scores = world.lake.load(EVENTS).read(["value"], pl.col("topic") == name)
+        assert scores.height == (6 if taken_in else 0)
+        assert holding(world.home, [*texts_of(person), "d-of-a-score"]) == []
+
+
+@pytest.mark.slow
+def test_an_erasure_waits_for_the_topic_of_scores(world: World) -> None:
+    away = world.settings.kafka.model_copy(update={"bootstrap_servers": "127.0.0.1:1"})
+    apart = replace(world, settings=world.settings.model_copy(update={"kafka": away}))
+    with apart.engine() as engine:
+        (receipt,) = erase(engine, Asked(email=somebody(world.lake)["email"]), quiet)
+        assert not receipt.clean
+        assert "not reached topic fraud_scores could not be emptied: Kafka: 127.0.0.1:1" in "\n".join(in_words(receipt))
+    with world.engine() as engine:
+        (receipt,) = erase(engine, None, quiet)
+        assert receipt.clean
+
+
+@pytest.mark.slow
+def test_a_tracking_server_is_searched_too(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    person = somebody(world.lake)
+    with mlflow_server(tmp_path) as server, world.engine() as engine:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
+        registry = Registry()
+        registry.check()
+        experiment = registry.client.get_experiment_by_name(registry.name)
+        assert experiment is not None
+        run_id = registry.client.create_run(experiment.experiment_id).info.run_id
+        registry.client.log_text(run_id, f"a note on {person['email_raw']}", "note.txt")
+        (receipt,) = erase(engine, Asked(email=person["email"]), quiet)
+        assert receipt.searched.matches == (f"mlflow/runs/{run_id}/artifacts/note.txt",)
+        registry.client.log_text(run_id, "a note on nobody", "note.txt")
+        (receipt,) = erase(engine, None, quiet)
+        assert receipt.clean
+        server.stop()
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        (receipt,) = erase(engine, Asked(email=somebody(world.lake, 1)["email"]), quiet)
+        assert [what.split(" could")[0] for what in receipt.unreached] == [f"MLflow at {server.address}"]
 
 
 def until(condition: Callable[[], bool], seconds: float = 60) -> None:

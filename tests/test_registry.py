@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import polars as pl
 import pytest
 from fraud_world import FEATURES, orders, split
+from mlflow_server import mlflow_server
 from waiting import free_port
 
 from ml import registry as registry_module
@@ -218,52 +219,26 @@ def test_code_version_follows_the_sources(tmp_path: Path) -> None:
     assert code_version(tmp_path) != first
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    port = free_port()
-    data = tmp_path / "server"
-    data.mkdir()
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
-            *("--backend-store-uri", f"sqlite:///{data}/mlflow.db", "--artifacts-destination", str(data / "artifacts")),
-        ],
-        cwd=data,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    yield f"http://127.0.0.1:{port}", process
-    _stop(process)
-
-
 @pytest.mark.slow
-def test_a_tracking_server_that_goes_away(
-    server: tuple[str, subprocess.Popen[bytes]], training: Training, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    uri, process = server
-    registry = Registry(uri)
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            registry.check()
-            break
-        except RegistryError:
-            assert time.monotonic() < deadline
-    registry.promote(registry.record(replace(training, trials=())).number)
-    assert registry.load().model == training.model
-    _stop(process)
-    with pytest.raises(RegistryError, match=r"cannot be reached.*Nothing was trained"):
+def test_a_tracking_server_that_goes_away(training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with mlflow_server(tmp_path) as server:
+        registry = Registry(server.address)
         registry.check()
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    with pytest.raises(RegistryError, match="could not list the versions"):
-        registry.versions()
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, 15)
-        process.wait(30)
+        number = registry.record(replace(training, trials=())).number
+        registry.promote(number)
+        assert registry.load().model == training.model
+        registry.copy_to(tmp_path / "copy")
+        copied = {str(file.relative_to(tmp_path / "copy")) for file in (tmp_path / "copy").rglob("*")}
+        assert {f"versions/{number}/version.json", f"versions/{number}/model.ubj"} <= copied
+        (run,) = (tmp_path / "copy" / "runs").iterdir()
+        assert json.loads((run / "run.json").read_text())["data"]["params"]
+        assert any(file.suffix == ".png" for file in (run / "artifacts").rglob("*"))
+        server.stop()
+        with pytest.raises(RegistryError, match=r"cannot be reached.*Nothing was trained"):
+            registry.check()
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        with pytest.raises(RegistryError, match="could not list the versions"):
+            registry.versions()
 
 
 def test_frames_of_the_world_have_what_training_needs() -> None:

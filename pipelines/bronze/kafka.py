@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -257,6 +258,33 @@ class RangesTask:
             f"Kafka topic '{topic}', partition {partition}: offsets up to {end} are to be read, but for "
             f"{self.silence_seconds:.0f} s {but} from {self.settings.bootstrap_servers}. See that the brokers run, and run again."
         )
+
+
+def delete_sent(settings: KafkaSettings, topic: str, before: datetime, position: Position) -> int:
+    """Have the broker delete the messages of a topic that were sent before a moment. Raises SourceError.
+
+    Of a topic that is read into bronze only what the position is past: gives how many are left, since they were not read yet.
+    A topic that is not there has none."""
+    with open_consumer(settings) as consumer:
+        found = consumer.list_topics(timeout=ANSWER_SECONDS).topics
+        if topic not in found:
+            return 0
+        moment = int(before.timestamp() * 1000)
+        asked = [TopicPartition(topic, partition, moment) for partition in sorted(found[topic].partitions)]
+        firsts = consumer.offsets_for_times(asked, timeout=ANSWER_SECONDS)
+        ends = [consumer.get_watermark_offsets(one, timeout=ANSWER_SECONDS) for one in asked]
+    left, done = 0, []
+    for first, (low, high) in zip(firsts, ends, strict=True):
+        sent = first.offset if first.offset >= 0 else high
+        read = min(int(position.get(f"{topic}:{first.partition}", 0)), sent) if topic in settings.topics else sent
+        left += max(0, sent - max(read, low))
+        if read > low:
+            done.append(TopicPartition(topic, first.partition, read))
+    with _errors(settings) as troubles:
+        client = _made(AdminClient, _properties(settings, troubles), settings)
+        for answer in client.delete_records(done, request_timeout=ANSWER_SECONDS).values() if done else ():
+            answer.result(2 * ANSWER_SECONDS)
+    return left
 
 
 def check_ids(known: Mapping[str, str], ids: Mapping[str, str]) -> None:

@@ -8,15 +8,15 @@ import os
 import secrets
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import boto3
 import psycopg
+from mlflow_server import http_server, mlflow_server
 from nodes import ROOT
-from waiting import free_port, wait_for
+from waiting import free_port
 
 from app import sandbox
 from serve.deployment import FAST_PATH
@@ -97,7 +97,7 @@ def opened(directory: Path, host: str, orders: int = 1500, seed: int = 11) -> It
     home = directory / "shop"
     with contextlib.ExitStack() as stack:
         s3 = stack.enter_context(_object_store(directory, host, key_id, key))
-        mlflow = stack.enter_context(_mlflow(directory, host))
+        mlflow = stack.enter_context(mlflow_server(directory, host)).address
         addresses = sandbox.start(home, orders=orders, seed=seed, host=host)
         stack.callback(sandbox.stop, home)
         password = addresses.postgres_dsn.partition("://")[2].partition("@")[0].partition(":")[2]
@@ -109,53 +109,9 @@ def opened(directory: Path, host: str, orders: int = 1500, seed: int = 11) -> It
 def _object_store(directory: Path, host: str, key_id: str, key: str) -> Iterator[str]:
     port = free_port(host)
     endpoint = f"http://{host}:{port}"
-    with _server(directory / "s3.log", sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)):
-        _wait_http(f"{endpoint}/moto-api/")
+    command = (sys.executable, "-m", "moto.server", "-H", host, "-p", str(port))
+    with http_server(directory / "s3.log", endpoint, "/moto-api/", *command):
         boto3.client(
             "s3", endpoint_url=endpoint, aws_access_key_id=key_id, aws_secret_access_key=key, region_name="us-east-1"
         ).create_bucket(Bucket="lake")
         yield endpoint
-
-
-@contextlib.contextmanager
-def _mlflow(directory: Path, host: str) -> Iterator[str]:
-    port, home = free_port(host), directory / "mlflow"
-    home.mkdir()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}", "--artifacts-destination", str(home / "artifacts")]
-    command += ["--allowed-hosts", "*"]
-    with _server(directory / "mlflow.log", *command):
-        _wait_http(f"http://{host}:{port}/health")
-        yield f"http://{host}:{port}"
-
-
-@contextlib.contextmanager
-def _server(log: Path, *command: str) -> Iterator[None]:
-    with log.open("wb") as output:
-        # MLflow's own job queue is seven processes that nobody here has work for
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        server = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, env=environment)
-    try:
-        yield
-    finally:
-        # its workers are in its session
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, 15)
-        try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, 9)
-            server.wait(20)
-
-
-def _wait_http(address: str) -> None:
-    def answers() -> bool:
-        try:
-            with urllib.request.urlopen(address, timeout=5):
-                return True
-        except urllib.error.HTTPError:
-            return True
-        except OSError:
-            return False
-
-    wait_for(answers, f"no server at {address}")

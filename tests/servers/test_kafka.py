@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from waiting import wait_for
 
 from lakehouse.errors import OffsetGone, SourceError
 from lakehouse.source import Reached, Rows, again
-from pipelines.bronze.kafka import KafkaSource, Range, RangesTask
+from pipelines.bronze.kafka import KafkaSource, Range, RangesTask, delete_sent
 from pipelines.bronze.tables import EVENTS
 
 pytestmark = pytest.mark.servers
@@ -234,6 +235,23 @@ def test_a_topic_deleted_and_created_anew_is_another(topic: Topic) -> None:
 
 
 # -- timestamps ------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_read_can_be_deleted_and_reading_goes_on(topic: Topic) -> None:
+    writer = topic.transactional()
+    topic.send(topic.producer(), "a", "b")
+    writer.begin_transaction()
+    topic.send(writer, "c")
+    writer.commit_transaction(30)
+    topic.reader.run()
+    topic.send(topic.producer(), "d")
+    later = datetime.now(UTC) + timedelta(seconds=1)
+    assert delete_sent(topic.settings, topic.name, later, topic.reader.positions[TABLE] or {}) == 1
+    assert topic.ends() == (4, 5)
+    topic.reader.run()
+    assert topic.values() == ["a", "b", "c", "d"]
+    assert delete_sent(topic.settings, topic.name, later, topic.reader.positions[TABLE] or {}) == 0
+    assert topic.ends() == (5, 5)
 
 
 def test_timestamps_of_every_kind_are_stored_or_null(topic: Topic) -> None:
