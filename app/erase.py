@@ -122,7 +122,7 @@ def erase(engine: Engine, asked: Asked | None, show: Show) -> list[Receipt]:
 
 def finish_begun(engine: Engine, show: Show) -> list[Receipt]:
     """Finish what an interrupted `erase` has left."""
-    _drop_unstored(engine.lake)
+    _drop_lists(engine.lake)
     return [finish(engine, one, show) for one in erasures(engine.lake) if not one.finished]
 
 
@@ -318,9 +318,12 @@ def _keeping(lake: Lake, one: Erasure, order: Order, before: Sums) -> Iterator[N
 
     Locked until the erasure is stored: what is not locked and belongs to no erasure was left by one that never began."""
     told = {"texts": order.texts, "shared": dict(order.shared), "before": asdict(before)}
-    descriptor = os.open(_order_file(lake, one), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    file = _order_file(lake, one)
+    draft = file.with_name(f".{one.id}.draft")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
+        draft.rename(file)  # not there by its name without the lock
         stream.write(json.dumps(told).encode())
         stream.flush()
         os.fsync(stream.fileno())
@@ -340,12 +343,12 @@ def _locked(file: Path) -> Iterator[None]:
         yield
 
 
-def _drop_unstored(lake: Lake) -> None:
-    """Delete the lists of erasures that never began."""
+def _drop_lists(lake: Lake) -> None:
+    """Delete the lists of erasures that never began, and of finished ones: of a process that was killed before it could."""
     for file in _directory(lake).glob("*" + ORDER):
         with contextlib.suppress(FileNotFoundError, BlockingIOError), file.open("rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if file.name.split(".")[0] not in {one.id for one in erasures(lake)}:
+            if file.name.split(".")[0] not in {one.id for one in erasures(lake) if not one.finished}:
                 file.unlink()
 
 

@@ -19,7 +19,7 @@ from confluent_kafka import Producer
 from erasure_world import World, holding, shop, somebody, texts_of
 
 import pipelines
-from app.erase import erase, request
+from app.erase import erase, finish, request
 from app.export import export
 from app.passes import rebuild, replay, run_pass
 from lakehouse.digest import digest
@@ -188,6 +188,19 @@ def test_others_keep_what_is_theirs(world: World) -> None:
         erase(engine, Asked(user_id=int(person["primary_user_id"])), quiet)
     after = world.lake.load(USERS_SCD).read(columns, pl.col("master_user_id") != person["master_user_id"]).sort(columns)
     assert after.equals(others)
+
+
+def test_the_list_of_what_to_look_for_outlives_no_erasure(world: World) -> None:
+    person, place = somebody(world.lake), world.home / "erasures"
+    with world.engine() as engine:
+        one = request(engine, Asked(email=person["email"]), quiet)
+        (kept,) = place.glob("*.order.json")
+        told = kept.read_bytes()
+        assert finish(engine, one, quiet).clean
+        kept.write_bytes(told)  # as a process leaves it that was killed before its last step
+        assert erase(engine, None, quiet) == []
+    assert not list(place.glob("*.order.json"))
+    assert not list(place.glob(".*"))
 
 
 @pytest.mark.slow
