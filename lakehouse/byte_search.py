@@ -1,7 +1,7 @@
 """Whether texts are anywhere in files, decoded: Parquet by columns, Avro by records, gzip and zstd, and every file as it is.
 
 A text is found where it stands alone: no letter or digit before or after it (of an e-mail address nor what may be part of
-one), whatever its case, as it is or as JSON writes it.
+one), whatever its case, as it is, as JSON may escape it (within JSON too) or as a URL does.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from urllib.parse import unquote, unquote_plus
 
 import polars as pl
 import pyarrow as pa
@@ -30,6 +31,10 @@ from pyiceberg.utils.schema_conversion import AvroSchemaConversion
 
 PIECE = 1 << 20
 """Characters of what is not made of columns that are searched at a time."""
+NESTED = 3
+"""How often a text is read as escaped: JSON in JSON, a URL in it."""
+_ESCAPED = re.compile(r"(?:\\u[0-9a-fA-F]{4})+|\\[nrtbf\"\\/]")
+_MAY_BE_ESCAPED = r"\\[unrtbf\"\\/]|%[0-9A-Fa-f]{2}"
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,19 @@ class Needles:
 
     def hits(self, texts: pl.Series, *, binary: bool = False) -> pl.Series:
         """Which of these strings hold one of the texts (null: does not). binary: they are no text but bytes read as such."""
+        found = self._hits(texts, binary)
+        if not self.forms:
+            return found
+        rest = texts.str.contains(_MAY_BE_ESCAPED).fill_null(False) & ~found
+        if binary:  # what is packed holds no escapes, only bytes that look like some
+            rest &= texts.str.count_matches("\ufffd", literal=True) * 100 < texts.str.len_chars()
+        rest = rest.arg_true()
+        read = [(at, text) for at, raw in zip(rest, texts.gather(rest).to_list(), strict=True) for text in _unescaped(raw)]
+        held = self._hits(pl.Series([text for _, text in read], dtype=pl.String), binary)
+        places = sorted({at for (at, _), hit in zip(read, held, strict=True) if hit})
+        return found.scatter(places, True) if places else found
+
+    def _hits(self, texts: pl.Series, binary: bool) -> pl.Series:
         nothing = pl.repeat(False, len(texts), dtype=pl.Boolean, eager=True)
         if not self.forms:
             return nothing
@@ -56,7 +74,8 @@ class Needles:
 
     def found_in(self, texts: pl.Series) -> set[str]:
         """Which of the texts these strings hold."""
-        lower = texts.filter(self.hits(texts)).str.to_lowercase().to_list()
+        held = texts.filter(self.hits(texts)).to_list()
+        lower = [text.lower() for raw in held for text in (raw, *_unescaped(raw))]
         forms = {form for form, pattern in self.forms.items() if any(form in one and pattern.search(one) for one in lower)}
         return {text for text in self.texts if forms & _forms(text)}
 
@@ -70,6 +89,23 @@ class Needles:
 def _forms(text: str) -> set[str]:
     every = (text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1])
     return {form.lower() for form in every if form.strip()}
+
+
+def _unescaped(text: str) -> Iterator[str]:
+    """A text without the escapes of JSON and of URLs, as often as it has some; a URL's plus sign may be a space."""
+    for _ in range(NESTED):
+        plain = unquote(_ESCAPED.sub(_meant, text))
+        if plain == text:
+            return
+        yield plain
+        if "+" in text:
+            yield unquote_plus(_ESCAPED.sub(_meant, text))
+        text = plain
+
+
+def _meant(escaped: re.Match[str]) -> str:
+    text: str = json.loads(f'"{escaped[0]}"')
+    return text.encode("utf-8", "replace").decode()  # a lone surrogate is no character
 
 
 def _alone(form: str) -> str:

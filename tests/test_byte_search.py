@@ -39,6 +39,18 @@ NEEDLES = Needles(("Ada@X.example", "+49 151 2345", "Zoë Straße"))
         ("zoë straße|12", True),
         ("call +49 151 2345", True),
         ("+49 151 23456", False),
+        # as others write it: line ends, what need not be escaped, JSON in JSON, URLs
+        ('{"note": "write to:\\nada@x.example"}', True),
+        ('{"note": "\\tAda@X.example\\r"}', True),
+        ('{"who": "ada\\u0040x.example"}', True),
+        ('{"who": "\\u002B49 151 2345"}', True),
+        ('{"body": "{\\"who\\": \\"Zo\\\\u00EB Stra\\\\u00DFe\\"}"}', True),
+        ("/?mail=ada%40x.example&page=2", True),
+        ("/?phone=%2B49%20151%202345", True),
+        ("/?phone=%2B49+151+2345", True),
+        ("/?name=Zo%C3%AB+Stra%C3%9Fe", True),
+        ("/?mail=j%61da%40x.example", False),
+        ("half a pair: \\ud83d, and half an escape: \\u00, 100 %", False),
         (None, False),
     ],
 )
