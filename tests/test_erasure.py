@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote_plus
 
 import polars as pl
 import psycopg
@@ -177,6 +178,40 @@ def test_quarantined_rows_go_too_and_their_correction_does_not_bring_anything_ba
         assert holding(world.home, texts) == []
     finally:
         collection.delete_one({"_id": "erasure-broken"})
+
+
+def test_what_names_the_person_goes_wherever_it_stands_in_what_concerns_them(world: World) -> None:
+    person = somebody(world.lake, 1)
+    name, email, account = person["name"], person["email_raw"], int(person["primary_user_id"])
+    moment = datetime(2026, 1, 2, tzinfo=UTC)
+    item = {"product_id": "P0001", "product_name": "Mug", "quantity": 1, "price": 5, "gift_message": f"Dear {name}"}
+    order = {"_id": "erasure-gift", "platform": "lazada", "mp_order_id": "LZ-GIFT", "user_email": email, "amount": 5}
+    order |= {"currency": "IDR", "order_time": moment, "items": [{**item, "variant": {"engraving": name}}]}
+    of_another = {**order, "_id": "erasure-other", "mp_order_id": "LZ-OTHER", "user_email": "somebody@else.example"}
+    of_another |= {"items": [{"product_id": "P0001", "product_name": "Mug", "quantity": 1, "price": 5}]}
+    of_another |= {"note": f"write to:\n{email}"}
+    shipped = {"event_id": "erasure-ship", "event_type": "order_shipped", "timestamp": moment.isoformat()}
+    shipped |= {"metadata": {"order_ref": "lazada:LZ-GIFT", "recipient": name}}
+    seen = {"event_id": "erasure-page", "event_type": "view_page", "timestamp": moment.isoformat(), "user_id": 1}
+    seen |= {"metadata": {"url": f"/?mail={quote_plus(email)}"}}
+    collection, producer = (
+        orders_of_marketplaces(world),
+        Producer({"bootstrap.servers": world.settings.kafka.bootstrap_servers}),
+    )
+    collection.insert_many([order, of_another])
+    for number, value in enumerate((shipped, seen, {**seen, "event_id": "erasure-key", "metadata": {}})):
+        producer.produce("events", json.dumps(value).encode(), key=email if number == 2 else None)
+    assert producer.flush(30) == 0
+    world = world.without_postgres
+    try:
+        run(world)
+        with world.engine() as engine:
+            (receipt,) = erase(engine, Asked(user_id=account), quiet)
+    finally:
+        collection.delete_many({"_id": {"$in": ["erasure-gift", "erasure-other"]}})
+    assert receipt.clean
+    assert "name" not in receipt.shared
+    assert holding(world.home, [*texts_of(person), quote_plus(email)]) == []
 
 
 @pytest.mark.slow

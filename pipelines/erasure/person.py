@@ -12,7 +12,7 @@ from lakehouse.byte_search import Needles
 from lakehouse.errors import ShopSphereError
 from lakehouse.iceberg import Lake
 from lakehouse.table import BOOKKEEPING, Table
-from pipelines.bronze.tables import DOCUMENT_PATHS, EVENTS, MARKETPLACE_ORDERS, TABLES
+from pipelines.bronze.tables import DOCUMENT_PATHS, EVENTS, MARKETPLACE_ORDERS, ORDERS, TABLES
 from pipelines.erasure.anonymise import KEYS, Anonymiser, Shown
 from pipelines.erasure.suppression import ACCOUNT, MENTION, RECORD, Digest, Pseudonyms, Suppression, spelled_once
 from pipelines.silver.contacts import addresses, normalise_email, normalise_phone, region_of
@@ -126,12 +126,22 @@ class Order:
     shared: Mapping[str, int] = field(default_factory=dict)
 
 
-def own_entries(person: Person, pseudonyms: Pseudonyms, documents: Iterable[str]) -> set[tuple[str, Digest]]:
+def own_entries(
+    person: Person, pseudonyms: Pseudonyms, orders: Iterable[str], documents: Iterable[str]
+) -> set[tuple[str, Digest]]:
     """What tells the person's rows from others'."""
     keys = [(ACCOUNT, str(number)) for number in person.accounts]
     keys += [(RECORD, one) for one in person.orders]
+    keys += [(RECORD, f"{ORDERS.name}|{one}") for one in orders]
     keys += [(RECORD, f"{MARKETPLACE_ORDERS.name}|{one}") for one in documents]
     return {(kind, pseudonyms.digest(kind, value)) for kind, value in keys}
+
+
+def orders_of(lake: Lake, person: Person) -> list[str]:
+    """The ids of the orders of the person's accounts, and of no other account at any time."""
+    orders = lake.load(ORDERS).read(["order_id", "user_id"]).drop_nulls()
+    theirs = orders.group_by("order_id").agg(pl.col("user_id").is_in(list(person.accounts)).all().alias("theirs"))
+    return theirs.filter("theirs")["order_id"].cast(pl.String).sort().to_list()
 
 
 def documents_of(lake: Lake, person: Person) -> list[str]:
@@ -144,7 +154,7 @@ def documents_of(lake: Lake, person: Person) -> list[str]:
 
 def collect(lake: Lake, person: Person, pseudonyms: Pseudonyms, erasure: str, moment: int) -> Order:
     """Everything that the person's rows show, and what of it is theirs alone. Reads all of bronze twice."""
-    entries = own_entries(person, pseudonyms, documents_of(lake, person))
+    entries = own_entries(person, pseudonyms, orders_of(lake, person), documents_of(lake, person))
     seen: set[Shown] = set(person.spelled)
     rows = {table.name: _bronze(lake, table) for table in TABLES if lake.exists(table)}
     wide, shared = _own_values(lake, person, pseudonyms, rows, entries, seen, erasure, moment)
@@ -161,12 +171,14 @@ def collect(lake: Lake, person: Person, pseudonyms: Pseudonyms, erasure: str, mo
     for table in TABLES:
         if table.name not in rows:
             continue
-        edited = after(table, rows[table.name]).rows
-        columns = _as_text(edited)
+        edited = after(table, rows[table.name])
+        columns = _as_text(edited.rows)
         if table.name in (EVENTS.name, MARKETPLACE_ORDERS.name, *KEYS):
             hit = _any(sure.hits(column) for column in columns)
-            entries |= {(MENTION, pseudonyms.digest(MENTION, key)) for key in keys_of(table, edited.filter(hit))}
-            left |= set().union(*(every.found_in(column) for column in columns)) if columns else set()
+            hit |= edited.mine & _any(every.hits(column) for column in columns)
+            entries |= {(MENTION, pseudonyms.digest(MENTION, key)) for key in keys_of(table, edited.rows.filter(hit))}
+            # what the person's own rows show is not others'
+            left |= set().union(*(every.found_in(column.filter(~edited.mine)) for column in columns))
     unsure = {text for kind, text in texts if kind not in SURE and text in left}
     for kind, text in texts:
         if text in unsure:
