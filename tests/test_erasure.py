@@ -238,6 +238,18 @@ def test_the_list_of_what_to_look_for_outlives_no_erasure(world: World) -> None:
     assert not list(place.glob(".*"))
 
 
+def test_whoever_is_erased_once_more_is_erased_still(world: World) -> None:
+    person = somebody(world.lake)
+    with world.engine() as engine:
+        (once,) = erase(engine, Asked(email=person["email"]), quiet)
+        names = set(engine.lake.load(USERS_SCD).read(["name"])["name"])
+        (again,) = erase(engine, Asked(user_id=int(person["primary_user_id"])), quiet)
+        assert set(engine.lake.load(USERS_SCD).read(["name"])["name"]) == names
+    assert once.clean
+    assert again.clean
+    assert again.values == 0
+
+
 @pytest.mark.slow
 def test_two_at_once_and_an_erasure_that_was_begun(world: World) -> None:
     one, other = somebody(world.lake), somebody(world.lake, 3)

@@ -14,7 +14,7 @@ from lakehouse.iceberg import Lake
 from lakehouse.table import BOOKKEEPING, Table
 from pipelines.bronze.tables import DOCUMENT_PATHS, EVENTS, MARKETPLACE_ORDERS, ORDERS, TABLES
 from pipelines.erasure.anonymise import KEYS, Anonymiser, Shown
-from pipelines.erasure.suppression import ACCOUNT, MENTION, RECORD, Digest, Pseudonyms, Suppression, spelled_once
+from pipelines.erasure.suppression import ACCOUNT, MENTION, RECORD, Digest, Pseudonyms, Suppression, erasures, spelled_once
 from pipelines.silver.contacts import addresses, normalise_email, normalise_phone, region_of
 from pipelines.silver.identity.evidence import ORDER, USER
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
@@ -164,7 +164,9 @@ def collect(lake: Lake, person: Person, pseudonyms: Pseudonyms, erasure: str, mo
         wide, shared = _own_values(lake, person, pseudonyms, rows, entries, seen, erasure, moment)
     # then the rows of others as they will be: whoever still mentions the person there is mentioned as well
     after = Anonymiser(_suppression(pseudonyms, entries, erasure, moment))
-    texts = _texts_of(seen, wide)
+    # who was erased before shows a name that was made
+    made = {pseudonyms.name(one.id) for one in erasures(lake)}
+    texts = _texts_of({one for one in seen if one.kind != "name" or one.raw not in made}, wide)
     left: set[str] = set()
     sure = Needles(tuple(sorted({text for kind, text in texts if kind in SURE})))
     every = Needles(tuple(sorted({text for _, text in texts})))
