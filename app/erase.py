@@ -109,7 +109,7 @@ class Receipt:
     @property
     def clean(self) -> bool:
         """Whether nothing of the person was found."""
-        return self.proved and not self.searched.matches and (self.sums_equal or self.arrived > 0)
+        return self.proved and not self.searched.matches and not self.searched.unread and (self.sums_equal or self.arrived > 0)
 
 
 def erase(engine: Engine, asked: Asked | None, show: Show) -> list[Receipt]:
@@ -178,7 +178,7 @@ def _finish(engine: Engine, one: Erasure, show: Show) -> Receipt:
     stage("follow", 2)
     forgotten = tuple(
         engine.retried(partial(forget, lake, table, tombstones=table.keeps_tombstones))
-        for table in TABLES.values()
+        for table in (*TABLES.values(), *OPERATIONS.values())
         if lake.exists(table)
     )
     stage("forget", 3)
@@ -413,6 +413,10 @@ def in_words(receipt: Receipt) -> Iterable[str]:
         else "  searched    no: the list of what to look for is not on this machine"
     )
     for path in found.matches:
+        yield f"              {path}"
+    if found.unread:
+        yield f"  unread      {len(found.unread)} files cannot be decoded and may hold one; delete them if nothing needs them:"
+    for path in found.unread:
         yield f"              {path}"
     if receipt.shared:
         told = ", ".join(f"{number} {kind}" for kind, number in sorted(receipt.shared.items()))

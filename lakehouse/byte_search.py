@@ -6,12 +6,10 @@ one), whatever its case, as it is, as JSON may escape it (within JSON too) or as
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import io
 import json
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -122,13 +120,18 @@ def _measured(form: str, lower: str) -> bool:
 
 @dataclass(frozen=True)
 class Searched:
-    """What was searched, and in how many files something was found. bytes_decoded: after decompression."""
+    """What was searched, and in which files something was found.
+
+    bytes_decoded  after decompression
+    matches        the paths of files that hold a text
+    unread         of files that cannot be read or decoded, a Parquet file without its end, say: these may hold one
+    """
 
     files: int = 0
     bytes_read: int = 0
     bytes_decoded: int = 0
     matches: tuple[str, ...] = ()
-    """The paths of files that hold a text."""
+    unread: tuple[str, ...] = ()
 
     def __add__(self, other: Searched) -> Searched:
         return Searched(
@@ -136,6 +139,7 @@ class Searched:
             self.bytes_read + other.bytes_read,
             self.bytes_decoded + other.bytes_decoded,
             self.matches + other.matches,
+            self.unread + other.unread,
         )
 
 
@@ -148,6 +152,9 @@ def search_files(filesystem: FileSystem, files: Iterable[FileInfo], needles: Nee
                 content = stream.read()
         except FileNotFoundError:
             continue
+        except OSError:
+            total += Searched(1, unread=(info.path,))
+            continue
         total += search_bytes(info.path, content, needles)
     return total
 
@@ -156,10 +163,14 @@ def search_bytes(path: str, content: bytes, needles: Needles) -> Searched:
     """Search one file: as it is, and decoded."""
     raw = _pieces(content)
     decoded, found = len(content), bool(needles.hits(raw, binary=True).any())
-    for texts in _decoded(content):
-        decoded += int(texts.str.len_bytes().sum())
-        found = found or bool(needles.hits(texts).any())
-    return Searched(1, len(content), decoded, (path,) if found else ())
+    broken = False
+    try:
+        for texts in _decoded(content):
+            decoded += int(texts.str.len_bytes().sum())
+            found = found or bool(needles.hits(texts).any())
+    except Exception:  # whatever a decoder says of what is none of its files, or half of one
+        broken = True
+    return Searched(1, len(content), decoded, (path,) if found else (), (path,) if broken else ())
 
 
 def _decoded(content: bytes) -> Iterator[pl.Series]:
@@ -169,8 +180,7 @@ def _decoded(content: bytes) -> Iterator[pl.Series]:
     elif content[:4] == b"Obj\x01":
         yield pl.Series(list(_avro(content)), dtype=pl.String)
     elif content[:2] == b"\x1f\x8b":
-        with contextlib.suppress(OSError, EOFError, zlib.error):
-            yield _pieces(gzip.decompress(content))
+        yield _pieces(gzip.decompress(content))
     elif content[:4] == b"\x28\xb5\x2f\xfd":
         yield _pieces(pa.input_stream(io.BytesIO(content), compression="zstd").read())
 

@@ -133,8 +133,9 @@ def forget(lake: Lake, table: Table, *, tombstones: bool) -> Forgotten:
     cleaned, buried = _cleaned(handle, tombstones)
     if cleaned:
         handle = lake.load(table)
-    if handle.snapshot is not None and _tells_of_removals(handle):
-        # the snapshot that removed files lists them, with the bounds of their values
+    if handle.snapshot is not None and (_tells_of_removals(handle) or _unreferenced(handle)[1]):
+        # the snapshot that removed files lists them, with the bounds of their values; and who wrote what nothing refers to
+        # yet cannot commit any more
         handle.commit(positions=handle.positions, changes_rows=False)
         handle = lake.load(table)
     before = referenced(handle)
@@ -187,15 +188,26 @@ def listed(handle: Handle) -> list[FileInfo]:
     return [info for info in found if info.type == FileType.File]
 
 
-def _delete_unreferenced(handle: Handle, before: set[str]) -> tuple[int, int]:
+def _unreferenced(handle: Handle) -> tuple[list[FileInfo], list[FileInfo]]:
+    """The files that nothing refers to: those older than the last commit, and those that a writer may be at."""
     io = handle.loaded.io
     filesystem, _ = file_system(handle)
     assert isinstance(io, PyArrowFileIO)
     found = listed(handle)
     keep = {io.parse_location(path)[2] for path in referenced(handle)}
-    known = {io.parse_location(path)[2] for path in before} - keep
     newest = filesystem.get_file_info([io.parse_location(handle.loaded.metadata_location)[2]])[0].mtime
-    gone = [info for info in found if info.path not in keep and (info.path in known or (newest and info.mtime < newest))]
+    left = [info for info in found if info.path not in keep]
+    older = [info for info in left if newest and info.mtime < newest]
+    return older, [info for info in left if info not in older]
+
+
+def _delete_unreferenced(handle: Handle, before: set[str]) -> tuple[int, int]:
+    io = handle.loaded.io
+    filesystem, _ = file_system(handle)
+    assert isinstance(io, PyArrowFileIO)
+    known = {io.parse_location(path)[2] for path in before}
+    older, newer = _unreferenced(handle)
+    gone = [*older, *(info for info in newer if info.path in known)]
     for info in gone:
         delete(filesystem, info.path)
     return len(gone), sum(int(info.size or 0) for info in gone)

@@ -97,6 +97,14 @@ def test_the_bounds_in_manifests_are_read(tmp_path: Path) -> None:
     assert searched.files >= 4
 
 
+@pytest.mark.parametrize("start", [b"PAR1", b"Obj\x01", b"\x1f\x8b", b"\x28\xb5\x2f\xfd"])
+def test_half_a_file_is_searched_as_it_is_and_told(start: bytes) -> None:
+    searched = search_bytes("f", start + b" ada@x.example", NEEDLES)
+    assert (searched.files, searched.matches, searched.unread) == (1, ("f",), ("f",))
+    assert search_bytes("f", start + b" nobody", NEEDLES).matches == ()
+    assert search_bytes("f", b"whole, and text", NEEDLES).unread == ()
+
+
 def test_a_file_that_vanishes_is_not_there() -> None:
     gone = LocalFileSystem().get_file_info("/nowhere/at/all")
     assert search_files(LocalFileSystem(), [gone], NEEDLES).files == 0

@@ -20,7 +20,7 @@ from confluent_kafka import Producer
 from erasure_world import World, holding, shop, somebody, texts_of
 
 import pipelines
-from app.erase import erase, finish, request
+from app.erase import erase, finish, in_words, request
 from app.export import export
 from app.passes import rebuild, replay, run_pass
 from lakehouse.digest import digest
@@ -248,6 +248,28 @@ def test_whoever_is_erased_once_more_is_erased_still(world: World) -> None:
     assert once.clean
     assert again.clean
     assert again.values == 0
+
+
+def test_half_written_files_go_with_what_they_hold_and_others_are_named(world: World) -> None:
+    person, warehouse = somebody(world.lake), world.home / "warehouse"
+    whole = next((warehouse / "gold" / "dim_stores").rglob("*.parquet")).read_bytes()
+    left = [next((warehouse / place).rglob("data")) / "half.parquet" for place in ("gold/dim_stores", "operations/runs")]
+    for file in left:
+        file.write_bytes(whole[:300])
+    outside = world.home / "half.parquet"
+    outside.write_bytes(whole[:300])
+    try:
+        with world.engine() as engine:
+            (receipt,) = erase(engine, Asked(email=person["email"]), quiet)
+            assert not receipt.clean
+            assert receipt.searched.unread == (str(outside),)
+            assert any(str(outside) in line for line in in_words(receipt))
+            assert not any(file.exists() for file in left)
+            outside.unlink()
+            (receipt,) = erase(engine, None, quiet)
+            assert receipt.clean
+    finally:
+        outside.unlink(missing_ok=True)
 
 
 @pytest.mark.slow
