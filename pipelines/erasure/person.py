@@ -64,7 +64,7 @@ def find(lake: Lake, asked: Asked) -> Person:
     """The person. Raises ShopSphereError when nobody is known, or several are."""
     region = lake.settings.default_region
     graph = lake.load(IDENTITY_GRAPH).read(["record_id", "node", "master_user_id"])
-    users = lake.load(USERS_SCD).read(["user_id", "email", "phone_number", "loyalty_id", "master_user_id"])
+    users = lake.load(USERS_SCD).read(["user_id", "email", "phone_number", "loyalty_id", "name", "master_user_id"])
     records, accounts, spelled = _named(asked, graph, users, region)
     masters = set(graph.filter(pl.col("record_id").is_in(records))["master_user_id"].drop_nulls())
     masters |= set(users.filter(pl.col("user_id").is_in(accounts))["master_user_id"].drop_nulls())
@@ -80,10 +80,14 @@ def find(lake: Lake, asked: Asked) -> Person:
         )
     members = set(graph.filter(pl.col("master_user_id").is_in(list(masters)))["record_id"]) | set(records if not masters else ())
     accounts |= {int(one.removeprefix(USER)) for one in members if one.startswith(USER)}
-    # closed accounts are in no graph: they are the person's when they showed an e-mail that the others show
-    emails = users.filter(pl.col("user_id").is_in(accounts))["email"].drop_nulls().unique()
+    # closed accounts are in no graph: they are the person's when they showed an e-mail that the others, or their orders, show
+    orders = lake.load(ORDERS_UNIFIED).read(["email"], pl.col("customer_record").is_in(sorted(members)))
+    emails = pl.concat([users.filter(pl.col("user_id").is_in(accounts))["email"], orders["email"]]).drop_nulls().unique()
+    showing = users.filter(pl.col("email").is_in(emails.implode()))
+    names = showing.group_by("email").agg(pl.col("name").str.to_lowercase().n_unique().alias("names"))
+    crowds = names.filter(pl.col("names") > lake.settings.identifier_crowd)["email"]
+    closed = showing.filter(~pl.col("email").is_in(crowds.implode()))["user_id"].unique().to_list()
     known = set(graph["record_id"])
-    closed = users.filter(pl.col("email").is_in(emails.implode()))["user_id"].unique().to_list()
     accounts |= {number for number in closed if f"{USER}{number}" not in known}
     return Person(frozenset(masters), frozenset(accounts), frozenset(one for one in members if one.startswith(ORDER)), spelled)
 
