@@ -236,6 +236,14 @@ def test_messages_keep_their_place_and_what_is_counted() -> None:
     assert [is_pseudonym(name, now[f"{name}_id"][0]) for name in ("device", "session")] == [True, True]
 
 
+@pytest.mark.parametrize("account", [7, 7.0, "7", "+7", "007", "7.00", "7.", " 7\n", 8, "8.0", "7.5", "seven", True, None])
+def test_a_message_is_the_persons_as_silver_reads_its_account(account: Any) -> None:
+    frame = rows(EVENTS, message(event(user_id=account, device_id="d-1")))
+    mine = parse_events(frame).rows["user_id"][0] == 7
+    after = once(EVENTS, frame, suppression(account="7"))
+    assert is_pseudonym("device", parse_events(after).rows["device_id"][0]) == mine
+
+
 def test_a_served_score_is_the_persons_by_its_order() -> None:
     entity = {"order_id": "1", "account": 7, "card": "c", "device": "d", "address": "jl mawar 8", "ip": "10.0.0.1", "amount": 5}
     told = event(

@@ -32,6 +32,7 @@ from pipelines.bronze.tables import (
 )
 from pipelines.erasure.suppression import ACCOUNT, MENTION, RECORD, Suppression, is_pseudonym, spelled_once
 from pipelines.silver.contacts import region_of
+from pipelines.silver.events_clean import whole_number
 from pipelines.silver.identity.evidence import ORDER
 
 TABLES_BY_NAME = {table.name: table for table in TABLES}
@@ -307,8 +308,8 @@ class Anonymiser:
         metadata = message.get("metadata")
         order = metadata.get("order") if isinstance(metadata, dict) else None
         for account in (message.get("user_id"), order.get("account") if isinstance(order, dict) else None):
-            text = str(account).strip().removesuffix(".0") if account is not None else ""
-            if text and (owner := self._owner_kept(ACCOUNT, text)) is not None:
+            number = whole_number(account)
+            if number is not None and (owner := self._owner_kept(ACCOUNT, str(number))) is not None:
                 return owner
         return self._owner(RECORD, place)
 
