@@ -132,10 +132,10 @@ def request(engine: Engine, asked: Asked, show: Show) -> Erasure:
     show("collect", 0, 1)
     bring_up_to_date(engine)
     person = people.find(lake, asked)
+    load_suppression(lake)  # no key, or another than before, is an error here; only the first erasure makes one
     key = key_of(lake.settings, create=True)
     assert key is not None
     pseudonyms = Pseudonyms(key, lake.settings.default_region)
-    load_suppression(lake)  # another key than before is an error here
     one = Erasure(secrets.token_hex(8), now(), False)
     order = people.collect(lake, person, pseudonyms, one.id, int(one.at.timestamp() * 1_000_000))
     if not person.records and not _mentioned(order):

@@ -296,6 +296,9 @@ def test_without_its_key_nothing_is_ingested(world: World) -> None:
     key.rename(world.home / "elsewhere")
     with world.engine() as engine, pytest.raises(SettingsError, match="key"):
         run_pass(engine, lambda name, report: None)
+    with world.engine() as engine, pytest.raises(SettingsError, match="is missing"):
+        erase(engine, Asked(user_id=int(somebody(world.lake, 1)["primary_user_id"])), quiet)
+    assert not key.exists(), "another key would stand in the way of the former one"
     key.write_text(os.urandom(32).hex())
     with world.engine() as engine, pytest.raises(SettingsError, match="another"):
         run_pass(engine, lambda name, report: None)
