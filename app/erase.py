@@ -78,11 +78,19 @@ class Sums:
 
 
 @dataclass(frozen=True)
+class Before:
+    """What it was when an erasure was requested. stored: the rows of bronze, not after the sums."""
+
+    sums: Sums
+    stored: int
+
+
+@dataclass(frozen=True)
 class Receipt:
     """What an erasure did, and the proof. Holds no personal value.
 
     proved   whether every text was looked for; not when the list of them was lost with the machine that began
-    arrived  rows that sources sent since it was requested: then the sums need not be what they were
+    arrived  rows that were stored since it was requested: then the sums need not be what they were
     clean    nothing was found, and the sums are equal, as far as they can be compared
     """
 
@@ -130,6 +138,7 @@ def request(engine: Engine, asked: Asked, show: Show) -> Erasure:
     """Find the person and suppress what is theirs: from then on the erasure is under way, and will be finished."""
     lake = engine.lake
     show("collect", 0, 1)
+    stored = rows_stored(lake)  # what a run stores from here on may be in the sums or not
     bring_up_to_date(engine)
     person = people.find(lake, asked)
     load_suppression(lake)  # no key, or another than before, is an error here; only the first erasure makes one
@@ -141,7 +150,7 @@ def request(engine: Engine, asked: Asked, show: Show) -> Erasure:
     if not person.records and not _mentioned(order):
         raise ShopSphereError("Nobody is known by that, and no row mentions it: there is nothing to erase.")
     rows = [(REQUESTED, pseudonyms.check), *sorted(order.entries)]
-    with _keeping(lake, one, order, sums(lake)):
+    with _keeping(lake, one, order, Before(sums(lake), stored)):
         engine.retried(lambda: append(lake, one.id, one.at, rows))
     return one
 
@@ -194,9 +203,9 @@ def _finish(engine: Engine, one: Erasure, show: Show) -> Receipt:
         forgotten,
         searched,
         texts is not None,
-        before,
+        before.sums if before is not None else None,
         sums(lake),
-        arrived_since(lake, one.at),
+        max(arrived_since(lake, one.at), rows_stored(lake) - before.stored if before is not None else 0),
         round(time.monotonic() - started, 3),
         stages,
     )
@@ -263,6 +272,11 @@ def sums(lake: Lake) -> Sums:
     return Sums(digest_of(handle), rows.height, totals)
 
 
+def rows_stored(lake: Lake) -> int:
+    """How many rows bronze has; it is append-only, and a rewrite leaves every row in its place."""
+    return sum(file.rows for table in BRONZE if lake.exists(table) for file in lake.load(table).files())
+
+
 def arrived_since(lake: Lake, moment: datetime) -> int:
     """How many rows runs that began after a moment have stored."""
     late = pl.col("_ingested_at") > moment
@@ -313,11 +327,11 @@ def _order_file(lake: Lake, one: Erasure) -> Path:
 
 
 @contextmanager
-def _keeping(lake: Lake, one: Erasure, order: Order, before: Sums) -> Iterator[None]:
+def _keeping(lake: Lake, one: Erasure, order: Order, before: Before) -> Iterator[None]:
     """Write what is to be looked for, for its owner alone: only these texts can prove that they are gone.
 
     Locked until the erasure is stored: what is not locked and belongs to no erasure was left by one that never began."""
-    told = {"texts": order.texts, "shared": dict(order.shared), "before": asdict(before)}
+    told = {"texts": order.texts, "shared": dict(order.shared), **asdict(before)}
     file = _order_file(lake, one)
     draft = file.with_name(f".{one.id}.draft")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -352,12 +366,12 @@ def _drop_lists(lake: Lake) -> None:
                 file.unlink()
 
 
-def _kept(lake: Lake, one: Erasure) -> tuple[tuple[str, ...] | None, Sums | None, dict[str, int]]:
+def _kept(lake: Lake, one: Erasure) -> tuple[tuple[str, ...] | None, Before | None, dict[str, int]]:
     try:
         told: dict[str, Any] = json.loads(_order_file(lake, one).read_text())
     except FileNotFoundError:
         return None, None, {}
-    return tuple(told["texts"]), Sums(**told["before"]), told["shared"]
+    return tuple(told["texts"]), Before(Sums(**told["sums"]), told["stored"]), told["shared"]
 
 
 def write_private(file: Path, content: bytes) -> None:

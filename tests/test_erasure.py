@@ -19,11 +19,13 @@ import pytest
 from confluent_kafka import Producer
 from erasure_world import World, holding, shop, somebody, texts_of
 
+import app.erase
 import pipelines
 from app.erase import erase, finish, in_words, request
 from app.export import export
 from app.passes import rebuild, replay, run_pass
 from lakehouse.digest import digest
+from lakehouse.engine import Engine
 from lakehouse.errors import SettingsError, ShopSphereError
 from lakehouse.iceberg import Lake
 from lakehouse.step import context_of
@@ -382,6 +384,31 @@ def test_a_shop_that_goes_on_selling_meanwhile_is_no_reason_to_stay_unfinished(w
     assert receipt.clean
     assert receipt.arrived >= 1
     assert holding(world.home, texts_of(person)) == []
+
+
+@pytest.mark.slow
+def test_a_sale_that_a_run_had_begun_to_read_is_no_difference_of_sums(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world, person = world.without_postgres, somebody(world.lake)
+    collection, begun = orders_of_marketplaces(world), app.erase.bring_up_to_date
+    sale = {"_id": "sold-before", "platform": "lazada", "mp_order_id": "LZ-BEFORE", "amount": 5, "currency": "IDR"}
+    item = {"product_id": "P0001", "product_name": "Thing", "quantity": 1, "price": 5}
+
+    def then_a_run_stores_it(engine: Engine) -> None:
+        begun(engine)
+        for source in pipelines.sources(world.settings):
+            engine.ingest(source, pipelines.TABLES)
+        monkeypatch.undo()
+
+    collection.insert_one({**sale, "order_time": datetime.now(UTC), "items": [item]})
+    monkeypatch.setattr(app.erase, "bring_up_to_date", then_a_run_stores_it)
+    try:
+        with world.engine() as engine:
+            (receipt,) = erase(engine, Asked(email=person["email"]), quiet)
+    finally:
+        collection.delete_one({"_id": "sold-before"})
+    assert not receipt.sums_equal
+    assert receipt.arrived >= 1
+    assert receipt.clean
 
 
 def orders_of_marketplaces(world: World) -> Any:
