@@ -81,11 +81,19 @@ class Sums:
 
 
 @dataclass(frozen=True)
+class Before:
+    """What it was when an erasure was requested. stored: the rows of bronze, not after the sums."""
+
+    sums: Sums
+    stored: int
+
+
+@dataclass(frozen=True)
 class Receipt:
     """What an erasure did, and the proof. Holds no personal value.
 
     proved   whether every text was looked for; not when the list of them was lost with the machine that began
-    arrived  rows that sources sent since it was requested: then the sums need not be what they were
+    arrived  rows that were stored since it was requested: then the sums need not be what they were
     clean    nothing was found, and the sums are equal, as far as they can be compared
     """
 
@@ -113,8 +121,8 @@ class Receipt:
     @property
     def clean(self) -> bool:
         """Whether nothing of the person was found."""
-        sums = self.sums_equal or self.arrived > 0
-        return self.proved and not self.searched.matches and not self.unreached and sums
+        sums, searched = self.sums_equal or self.arrived > 0, self.searched
+        return self.proved and sums and not (searched.matches or searched.unread or self.unreached)
 
 
 def erase(engine: Engine, asked: Asked | None, show: Show) -> list[Receipt]:
@@ -127,7 +135,7 @@ def erase(engine: Engine, asked: Asked | None, show: Show) -> list[Receipt]:
 
 def finish_begun(engine: Engine, show: Show) -> list[Receipt]:
     """Finish what an interrupted `erase` has left."""
-    _drop_unstored(engine.lake)
+    _drop_lists(engine.lake)
     return [finish(engine, one, show) for one in erasures(engine.lake) if not one.finished]
 
 
@@ -136,18 +144,19 @@ def request(engine: Engine, asked: Asked, show: Show) -> Erasure:
     lake = engine.lake
     show("collect", 0, 1)
     _take_in_scores(engine)
+    stored = rows_stored(lake)  # what a run stores from here on may be in the sums or not
     bring_up_to_date(engine)
     person = people.find(lake, asked)
+    load_suppression(lake)  # no key, or another than before, is an error here; only the first erasure makes one
     key = key_of(lake.settings, create=True)
     assert key is not None
     pseudonyms = Pseudonyms(key, lake.settings.default_region)
-    load_suppression(lake)  # another key than before is an error here
     one = Erasure(secrets.token_hex(8), now(), False)
     order = people.collect(lake, person, pseudonyms, one.id, int(one.at.timestamp() * 1_000_000))
     if not person.records and not _mentioned(order):
         raise ShopSphereError("Nobody is known by that, and no row mentions it: there is nothing to erase.")
     rows = [(REQUESTED, pseudonyms.check), *sorted(order.entries)]
-    with _keeping(lake, one, order, sums(lake)):
+    with _keeping(lake, one, order, Before(sums(lake), stored)):
         engine.retried(lambda: append(lake, one.id, one.at, rows))
     return one
 
@@ -184,7 +193,7 @@ def _finish(engine: Engine, one: Erasure, show: Show) -> Receipt:
     stage("follow", 2)
     forgotten = tuple(
         engine.retried(partial(forget, lake, table, tombstones=table.keeps_tombstones))
-        for table in TABLES.values()
+        for table in (*TABLES.values(), *OPERATIONS.values())
         if lake.exists(table)
     )
     stage("forget", 3)
@@ -203,9 +212,9 @@ def _finish(engine: Engine, one: Erasure, show: Show) -> Receipt:
         forgotten,
         searched + models,
         texts is not None,
-        before,
+        before.sums if before is not None else None,
         sums(lake),
-        arrived_since(lake, one.at),
+        max(arrived_since(lake, one.at), rows_stored(lake) - before.stored if before is not None else 0),
         round(time.monotonic() - started, 3),
         stages,
         unreached,
@@ -304,6 +313,11 @@ def sums(lake: Lake) -> Sums:
     return Sums(digest_of(handle), rows.height, totals)
 
 
+def rows_stored(lake: Lake) -> int:
+    """How many rows bronze has; it is append-only, and a rewrite leaves every row in its place."""
+    return sum(file.rows for table in BRONZE if lake.exists(table) for file in lake.load(table).files())
+
+
 def arrived_since(lake: Lake, moment: datetime) -> int:
     """How many rows runs that began after a moment have stored."""
     late = pl.col("_ingested_at") > moment
@@ -371,14 +385,17 @@ def _order_file(lake: Lake, one: Erasure) -> Path:
 
 
 @contextmanager
-def _keeping(lake: Lake, one: Erasure, order: Order, before: Sums) -> Iterator[None]:
+def _keeping(lake: Lake, one: Erasure, order: Order, before: Before) -> Iterator[None]:
     """Write what is to be looked for, for its owner alone: only these texts can prove that they are gone.
 
     Locked until the erasure is stored: what is not locked and belongs to no erasure was left by one that never began."""
-    told = {"texts": order.texts, "shared": dict(order.shared), "before": asdict(before)}
-    descriptor = os.open(_order_file(lake, one), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    told = {"texts": order.texts, "shared": dict(order.shared), **asdict(before)}
+    file = _order_file(lake, one)
+    draft = file.with_name(f".{one.id}.draft")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
+        draft.rename(file)  # not there by its name without the lock
         stream.write(json.dumps(told).encode())
         stream.flush()
         os.fsync(stream.fileno())
@@ -398,21 +415,21 @@ def _locked(file: Path) -> Iterator[None]:
         yield
 
 
-def _drop_unstored(lake: Lake) -> None:
-    """Delete the lists of erasures that never began."""
+def _drop_lists(lake: Lake) -> None:
+    """Delete the lists of erasures that never began, and of finished ones: of a process that was killed before it could."""
     for file in _directory(lake).glob("*" + ORDER):
         with contextlib.suppress(FileNotFoundError, BlockingIOError), file.open("rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if file.name.split(".")[0] not in {one.id for one in erasures(lake)}:
+            if file.name.split(".")[0] not in {one.id for one in erasures(lake) if not one.finished}:
                 file.unlink()
 
 
-def _kept(lake: Lake, one: Erasure) -> tuple[tuple[str, ...] | None, Sums | None, dict[str, int]]:
+def _kept(lake: Lake, one: Erasure) -> tuple[tuple[str, ...] | None, Before | None, dict[str, int]]:
     try:
         told: dict[str, Any] = json.loads(_order_file(lake, one).read_text())
     except FileNotFoundError:
         return None, None, {}
-    return tuple(told["texts"]), Sums(**told["before"]), told["shared"]
+    return tuple(told["texts"]), Before(Sums(**told["sums"]), told["stored"]), told["shared"]
 
 
 def write_private(file: Path, content: bytes) -> None:
@@ -468,6 +485,10 @@ def in_words(receipt: Receipt) -> Iterable[str]:
         else "  searched    no: the list of what to look for is not on this machine"
     )
     for path in found.matches:
+        yield f"              {path}"
+    if found.unread:
+        yield f"  unread      {len(found.unread)} files cannot be decoded and may hold one; delete them if nothing needs them:"
+    for path in found.unread:
         yield f"              {path}"
     if receipt.shared:
         told = ", ".join(f"{number} {kind}" for kind, number in sorted(receipt.shared.items()))

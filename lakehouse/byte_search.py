@@ -1,21 +1,20 @@
 """Whether texts are anywhere in files, decoded: Parquet by columns, Avro by records, gzip and zstd, and every file as it is.
 
 A text is found where it stands alone: no letter or digit before or after it (of an e-mail address nor what may be part of
-one), whatever its case, as it is or as JSON writes it.
+one), whatever its case, as it is, as JSON may escape it (within JSON too) or as a URL does.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import io
 import json
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from urllib.parse import unquote, unquote_plus
 
 import polars as pl
 import pyarrow as pa
@@ -30,6 +29,10 @@ from pyiceberg.utils.schema_conversion import AvroSchemaConversion
 
 PIECE = 1 << 20
 """Characters of what is not made of columns that are searched at a time."""
+NESTED = 3
+"""How often a text is read as escaped: JSON in JSON, a URL in it."""
+_ESCAPED = re.compile(r"(?:\\u[0-9a-fA-F]{4})+|\\[nrtbf\"\\/]")
+_MAY_BE_ESCAPED = r"\\[unrtbf\"\\/]|%[0-9A-Fa-f]{2}"
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,19 @@ class Needles:
 
     def hits(self, texts: pl.Series, *, binary: bool = False) -> pl.Series:
         """Which of these strings hold one of the texts (null: does not). binary: they are no text but bytes read as such."""
+        found = self._hits(texts, binary)
+        if not self.forms:
+            return found
+        rest = texts.str.contains(_MAY_BE_ESCAPED).fill_null(False) & ~found
+        if binary:  # what is packed holds no escapes, only bytes that look like some
+            rest &= texts.str.count_matches("\ufffd", literal=True) * 100 < texts.str.len_chars()
+        rest = rest.arg_true()
+        read = [(at, text) for at, raw in zip(rest, texts.gather(rest).to_list(), strict=True) for text in _unescaped(raw)]
+        held = self._hits(pl.Series([text for _, text in read], dtype=pl.String), binary)
+        places = sorted({at for (at, _), hit in zip(read, held, strict=True) if hit})
+        return found.scatter(places, True) if places else found
+
+    def _hits(self, texts: pl.Series, binary: bool) -> pl.Series:
         nothing = pl.repeat(False, len(texts), dtype=pl.Boolean, eager=True)
         if not self.forms:
             return nothing
@@ -56,7 +72,8 @@ class Needles:
 
     def found_in(self, texts: pl.Series) -> set[str]:
         """Which of the texts these strings hold."""
-        lower = texts.filter(self.hits(texts)).str.to_lowercase().to_list()
+        held = texts.filter(self.hits(texts)).to_list()
+        lower = [text.lower() for raw in held for text in (raw, *_unescaped(raw))]
         forms = {form for form, pattern in self.forms.items() if any(form in one and pattern.search(one) for one in lower)}
         return {text for text in self.texts if forms & _forms(text)}
 
@@ -70,6 +87,23 @@ class Needles:
 def _forms(text: str) -> set[str]:
     every = (text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1])
     return {form.lower() for form in every if form.strip()}
+
+
+def _unescaped(text: str) -> Iterator[str]:
+    """A text without the escapes of JSON and of URLs, as often as it has some; a URL's plus sign may be a space."""
+    for _ in range(NESTED):
+        plain = unquote(_ESCAPED.sub(_meant, text))
+        if plain == text:
+            return
+        yield plain
+        if "+" in text:
+            yield unquote_plus(_ESCAPED.sub(_meant, text))
+        text = plain
+
+
+def _meant(escaped: re.Match[str]) -> str:
+    text: str = json.loads(f'"{escaped[0]}"')
+    return text.encode("utf-8", "replace").decode()  # a lone surrogate is no character
 
 
 def _alone(form: str) -> str:
@@ -86,13 +120,18 @@ def _measured(form: str, lower: str) -> bool:
 
 @dataclass(frozen=True)
 class Searched:
-    """What was searched, and in how many files something was found. bytes_decoded: after decompression."""
+    """What was searched, and in which files something was found.
+
+    bytes_decoded  after decompression
+    matches        the paths of files that hold a text
+    unread         of files that cannot be read or decoded, a Parquet file without its end, say: these may hold one
+    """
 
     files: int = 0
     bytes_read: int = 0
     bytes_decoded: int = 0
     matches: tuple[str, ...] = ()
-    """The paths of files that hold a text."""
+    unread: tuple[str, ...] = ()
 
     def __add__(self, other: Searched) -> Searched:
         return Searched(
@@ -100,6 +139,7 @@ class Searched:
             self.bytes_read + other.bytes_read,
             self.bytes_decoded + other.bytes_decoded,
             self.matches + other.matches,
+            self.unread + other.unread,
         )
 
 
@@ -112,6 +152,9 @@ def search_files(filesystem: FileSystem, files: Iterable[FileInfo], needles: Nee
                 content = stream.read()
         except FileNotFoundError:
             continue
+        except OSError:
+            total += Searched(1, unread=(info.path,))
+            continue
         total += search_bytes(info.path, content, needles)
     return total
 
@@ -120,10 +163,14 @@ def search_bytes(path: str, content: bytes, needles: Needles) -> Searched:
     """Search one file: as it is, and decoded."""
     raw = _pieces(content)
     decoded, found = len(content), bool(needles.hits(raw, binary=True).any())
-    for texts in _decoded(content):
-        decoded += int(texts.str.len_bytes().sum())
-        found = found or bool(needles.hits(texts).any())
-    return Searched(1, len(content), decoded, (path,) if found else ())
+    broken = False
+    try:
+        for texts in _decoded(content):
+            decoded += int(texts.str.len_bytes().sum())
+            found = found or bool(needles.hits(texts).any())
+    except Exception:  # whatever a decoder says of what is none of its files, or half of one
+        broken = True
+    return Searched(1, len(content), decoded, (path,) if found else (), (path,) if broken else ())
 
 
 def _decoded(content: bytes) -> Iterator[pl.Series]:
@@ -133,8 +180,7 @@ def _decoded(content: bytes) -> Iterator[pl.Series]:
     elif content[:4] == b"Obj\x01":
         yield pl.Series(list(_avro(content)), dtype=pl.String)
     elif content[:2] == b"\x1f\x8b":
-        with contextlib.suppress(OSError, EOFError, zlib.error):
-            yield _pieces(gzip.decompress(content))
+        yield _pieces(gzip.decompress(content))
     elif content[:4] == b"\x28\xb5\x2f\xfd":
         yield _pieces(pa.input_stream(io.BytesIO(content), compression="zstd").read())
 

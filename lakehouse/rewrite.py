@@ -16,10 +16,12 @@ from typing import Any
 import polars as pl
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
 from pyiceberg.io.pyarrow import PyArrowFileIO
+from pyiceberg.table.refs import MAIN_BRANCH
 from pyiceberg.table.snapshots import Snapshot
 
+from lakehouse.catalog_errors import committing
 from lakehouse.errors import ShopSphereError
-from lakehouse.iceberg import File, Handle, Lake
+from lakehouse.iceberg import AUDIT_BRANCH, File, Handle, Lake
 from lakehouse.maintenance import expire, referenced
 from lakehouse.table import DELETED, SEQUENCE, Table
 
@@ -123,7 +125,8 @@ def _without(files: Iterable[File], removed: Iterable[File]) -> frozenset[str]:
 
 
 def forget(lake: Lake, table: Table, *, tombstones: bool) -> Forgotten:
-    """Leave of a table only its living rows, in files without deletes, and its newest snapshot.
+    """Leave of a table only its living rows, in files without deletes, and its newest snapshot, whatever branch or tag names
+    another.
 
     tombstones: take these out too; only when every table downstream has read them. A writer at work meanwhile begins anew.
     Files that nothing refers to are deleted at once, if they were referred to or are older than the last commit: who wrote
@@ -133,8 +136,14 @@ def forget(lake: Lake, table: Table, *, tombstones: bool) -> Forgotten:
     cleaned, buried = _cleaned(handle, tombstones)
     if cleaned:
         handle = lake.load(table)
-    if handle.snapshot is not None and _tells_of_removals(handle):
-        # the snapshot that removed files lists them, with the bounds of their values
+    if named := [name for name in handle.loaded.metadata.refs if name not in (MAIN_BRANCH, AUDIT_BRANCH)]:
+        _unname(handle, named)
+        handle = lake.load(table)
+    # the newest may be of another engine, and positions told by one before; or on a branch that has ended
+    needed = len(handle.telling) > 1 or bool(named)
+    if handle.snapshot is not None and (needed or _tells_of_removals(handle) or _unreferenced(handle)[1]):
+        # the snapshot that removed files lists them, with the bounds of their values; and who wrote what nothing refers to
+        # yet cannot commit any more
         handle.commit(positions=handle.positions, changes_rows=False)
         handle = lake.load(table)
     before = referenced(handle)
@@ -142,6 +151,13 @@ def forget(lake: Lake, table: Table, *, tombstones: bool) -> Forgotten:
     handle = lake.load(table)
     files, size = _delete_unreferenced(handle, before)
     return Forgotten(table.name, cleaned, buried, expired, files, size)
+
+
+def _unname(handle: Handle, names: Iterable[str]) -> None:
+    """End branches and tags that others have made: what they name could not be forgotten."""
+    with committing(handle.table.name), handle.loaded.manage_snapshots() as snapshots:
+        for name in names:
+            snapshots.remove_tag(name)  # of a branch the same: it says only which name goes
 
 
 def _tells_of_removals(handle: Handle) -> bool:
@@ -187,15 +203,26 @@ def listed(handle: Handle) -> list[FileInfo]:
     return [info for info in found if info.type == FileType.File]
 
 
-def _delete_unreferenced(handle: Handle, before: set[str]) -> tuple[int, int]:
+def _unreferenced(handle: Handle) -> tuple[list[FileInfo], list[FileInfo]]:
+    """The files that nothing refers to: those older than the last commit, and those that a writer may be at."""
     io = handle.loaded.io
     filesystem, _ = file_system(handle)
     assert isinstance(io, PyArrowFileIO)
     found = listed(handle)
     keep = {io.parse_location(path)[2] for path in referenced(handle)}
-    known = {io.parse_location(path)[2] for path in before} - keep
     newest = filesystem.get_file_info([io.parse_location(handle.loaded.metadata_location)[2]])[0].mtime
-    gone = [info for info in found if info.path not in keep and (info.path in known or (newest and info.mtime < newest))]
+    left = [info for info in found if info.path not in keep]
+    older = [info for info in left if newest and info.mtime < newest]
+    return older, [info for info in left if info not in older]
+
+
+def _delete_unreferenced(handle: Handle, before: set[str]) -> tuple[int, int]:
+    io = handle.loaded.io
+    filesystem, _ = file_system(handle)
+    assert isinstance(io, PyArrowFileIO)
+    known = {io.parse_location(path)[2] for path in before}
+    older, newer = _unreferenced(handle)
+    gone = [*older, *(info for info in newer if info.path in known)]
     for info in gone:
         delete(filesystem, info.path)
     return len(gone), sum(int(info.size or 0) for info in gone)

@@ -16,7 +16,7 @@ from lakehouse.errors import SettingsError
 from lakehouse.iceberg import polars_schema
 from lakehouse.settings import Settings
 from lakehouse.table import Table
-from pipelines.bronze.tables import EVENTS, MARKETPLACE_ORDERS, ORDERS, USERS, row_schema
+from pipelines.bronze.tables import CHARGEBACKS, EVENTS, MARKETPLACE_ORDERS, ORDER_ITEMS, ORDERS, USERS, row_schema
 from pipelines.erasure.anonymise import Anonymiser
 from pipelines.erasure.suppression import KEY_FILE, Pseudonyms, Suppression, is_pseudonym, key_of, spelled_once
 from pipelines.silver.contacts import normalise_address, normalise_email, normalise_name, normalise_phone
@@ -166,6 +166,57 @@ def test_documents_keep_what_sums_need_and_lose_the_rest() -> None:
     assert "for Ada" in mail
 
 
+def test_lines_and_chargebacks_of_the_persons_orders_lose_what_no_declaration_knows() -> None:
+    what = suppression(record=f"{ORDERS.name}|1")
+    lines = rows(
+        ORDER_ITEMS,
+        *({"order_id": n, "line_no": 1, "product_id": "P1", "gift_message": "Dear Ada", "_op": "r"} for n in (1, 2)),
+        gift_message=pl.String(),
+    )
+    after = once(ORDER_ITEMS, lines, what)
+    assert after["gift_message"].to_list() == [None, "Dear Ada"]
+    assert after.drop("gift_message").equals(lines.drop("gift_message"))
+    charged = rows(
+        CHARGEBACKS,
+        *(
+            {"chargeback_id": n, "order_ref": ref, "cardholder": "Ada L", "_op": "r"}
+            for n, ref in enumerate(("1", "11", "lazada:1"))
+        ),
+        cardholder=pl.String(),
+    )
+    assert once(CHARGEBACKS, charged, what)["cardholder"].to_list() == [None, "Ada L", "Ada L"]
+    of_marketplace = suppression(record="order:lazada:1")
+    assert once(CHARGEBACKS, charged, of_marketplace)["cardholder"].to_list() == ["Ada L", "Ada L", None]
+
+
+def test_whoever_ships_the_persons_order_keeps_their_device_and_loses_the_recipient() -> None:
+    told = event(event_type="order_shipped", device_id="scanner-3", metadata={"order_ref": "1", "recipient": "Ada L"})
+    other = event(event_id="E2", event_type="order_shipped", metadata={"order_ref": 2, "recipient": "Bo"})
+    frame = rows(EVENTS, message(told, key=b"Ada L"), message(other, 2, key=b"Bo"))
+    after = once(EVENTS, frame, suppression(record=f"{ORDERS.name}|1"))
+    assert after["key"].to_list() == [None, b"Bo"]
+    assert json.loads(after["value"][0]) == {**told, "metadata": {"order_ref": "1"}}
+    assert after["value"][1] == frame["value"][1]
+
+
+def test_items_of_the_persons_documents_keep_what_is_sold_and_their_wording_unless_it_names_them() -> None:
+    item = {"product_id": "P1", "product_name": "Mug", "quantity": {"$numberInt": "2"}, "variant": {"size": "M"}}
+    frame = rows(MARKETPLACE_ORDERS, document(items=[{**item, "gift_message": "Dear Ada"}, "for Ada"]))
+    mine = {"record": "order:lazada:LZ-1"}
+    (kept, nothing) = json.loads(once(MARKETPLACE_ORDERS, frame, suppression(**mine))["document"][0])["items"]
+    assert (kept, nothing) == (item, None)
+    named = suppression(**mine, mention=f"{MARKETPLACE_ORDERS.name}|65")
+    (kept, _) = json.loads(once(MARKETPLACE_ORDERS, frame, named)["document"][0])["items"]
+    assert kept == {**item, "product_name": "erased", "variant": "erased"}
+
+
+def test_a_key_or_header_that_mentions_the_person_goes() -> None:
+    frame = rows(EVENTS, message(event(), key=b"ada@x.example", headers="[]"), message(event(event_id="E2"), 2, key=b"8"))
+    after = once(EVENTS, frame, suppression(mention=f"{EVENTS.name}|events/0/1"))
+    assert after.select("key", "headers").rows() == [(None, None), (b"8", None)]
+    assert after["value"].equals(frame["value"])
+
+
 def test_messages_keep_their_place_and_what_is_counted() -> None:
     told = event(
         user_id=7,
@@ -183,6 +234,14 @@ def test_messages_keep_their_place_and_what_is_counted() -> None:
     assert now.select(kept).equals(was.select(kept))
     assert now["metadata"][0] == '{"product_id":"P1"}'
     assert [is_pseudonym(name, now[f"{name}_id"][0]) for name in ("device", "session")] == [True, True]
+
+
+@pytest.mark.parametrize("account", [7, 7.0, "7", "+7", "007", "7.00", "7.", " 7\n", 8, "8.0", "7.5", "seven", True, None])
+def test_a_message_is_the_persons_as_silver_reads_its_account(account: Any) -> None:
+    frame = rows(EVENTS, message(event(user_id=account, device_id="d-1")))
+    mine = parse_events(frame).rows["user_id"][0] == 7
+    after = once(EVENTS, frame, suppression(account="7"))
+    assert is_pseudonym("device", parse_events(after).rows["device_id"][0]) == mine
 
 
 def test_a_served_score_is_the_persons_by_its_order() -> None:

@@ -39,6 +39,18 @@ NEEDLES = Needles(("Ada@X.example", "+49 151 2345", "Zoë Straße"))
         ("zoë straße|12", True),
         ("call +49 151 2345", True),
         ("+49 151 23456", False),
+        # as others write it: line ends, what need not be escaped, JSON in JSON, URLs
+        ('{"note": "write to:\\nada@x.example"}', True),
+        ('{"note": "\\tAda@X.example\\r"}', True),
+        ('{"who": "ada\\u0040x.example"}', True),
+        ('{"who": "\\u002B49 151 2345"}', True),
+        ('{"body": "{\\"who\\": \\"Zo\\\\u00EB Stra\\\\u00DFe\\"}"}', True),
+        ("/?mail=ada%40x.example&page=2", True),
+        ("/?phone=%2B49%20151%202345", True),
+        ("/?phone=%2B49+151+2345", True),
+        ("/?name=Zo%C3%AB+Stra%C3%9Fe", True),
+        ("/?mail=j%61da%40x.example", False),
+        ("half a pair: \\ud83d, and half an escape: \\u00, 100 %", False),
         (None, False),
     ],
 )
@@ -83,6 +95,14 @@ def test_the_bounds_in_manifests_are_read(tmp_path: Path) -> None:
     searched = search_files(LocalFileSystem(), [info for info in found if info.type == FileType.File], NEEDLES)
     assert sorted({Path(path).suffix for path in searched.matches}) == [".avro", ".parquet"]
     assert searched.files >= 4
+
+
+@pytest.mark.parametrize("start", [b"PAR1", b"Obj\x01", b"\x1f\x8b", b"\x28\xb5\x2f\xfd"])
+def test_half_a_file_is_searched_as_it_is_and_told(start: bytes) -> None:
+    searched = search_bytes("f", start + b" ada@x.example", NEEDLES)
+    assert (searched.files, searched.matches, searched.unread) == (1, ("f",), ("f",))
+    assert search_bytes("f", start + b" nobody", NEEDLES).matches == ()
+    assert search_bytes("f", b"whole, and text", NEEDLES).unread == ()
 
 
 def test_a_file_that_vanishes_is_not_there() -> None:

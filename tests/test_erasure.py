@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote_plus
 
 import polars as pl
 import psycopg
@@ -21,11 +22,13 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from erasure_world import World, holding, shop, somebody, texts_of
 from mlflow_server import mlflow_server
 
+import app.erase
 import pipelines
 from app.erase import erase, finish, in_words, request
 from app.export import export
 from app.passes import rebuild, replay, run_pass
 from lakehouse.digest import digest
+from lakehouse.engine import Engine
 from lakehouse.errors import SettingsError, ShopSphereError
 from lakehouse.iceberg import Lake
 from lakehouse.step import context_of
@@ -184,6 +187,40 @@ def test_quarantined_rows_go_too_and_their_correction_does_not_bring_anything_ba
         collection.delete_one({"_id": "erasure-broken"})
 
 
+def test_what_names_the_person_goes_wherever_it_stands_in_what_concerns_them(world: World) -> None:
+    person = somebody(world.lake, 1)
+    name, email, account = person["name"], person["email_raw"], int(person["primary_user_id"])
+    moment = datetime(2026, 1, 2, tzinfo=UTC)
+    item = {"product_id": "P0001", "product_name": "Mug", "quantity": 1, "price": 5, "gift_message": f"Dear {name}"}
+    order = {"_id": "erasure-gift", "platform": "lazada", "mp_order_id": "LZ-GIFT", "user_email": email, "amount": 5}
+    order |= {"currency": "IDR", "order_time": moment, "items": [{**item, "variant": {"engraving": name}}]}
+    of_another = {**order, "_id": "erasure-other", "mp_order_id": "LZ-OTHER", "user_email": "somebody@else.example"}
+    of_another |= {"items": [{"product_id": "P0001", "product_name": "Mug", "quantity": 1, "price": 5}]}
+    of_another |= {"note": f"write to:\n{email}"}
+    shipped = {"event_id": "erasure-ship", "event_type": "order_shipped", "timestamp": moment.isoformat()}
+    shipped |= {"metadata": {"order_ref": "lazada:LZ-GIFT", "recipient": name}}
+    seen = {"event_id": "erasure-page", "event_type": "view_page", "timestamp": moment.isoformat(), "user_id": 1}
+    seen |= {"metadata": {"url": f"/?mail={quote_plus(email)}"}}
+    collection, producer = (
+        orders_of_marketplaces(world),
+        Producer({"bootstrap.servers": world.settings.kafka.bootstrap_servers}),
+    )
+    collection.insert_many([order, of_another])
+    for number, value in enumerate((shipped, seen, {**seen, "event_id": "erasure-key", "metadata": {}})):
+        producer.produce("events", json.dumps(value).encode(), key=email if number == 2 else None)
+    assert producer.flush(30) == 0
+    world = world.without_postgres
+    try:
+        run(world)
+        with world.engine() as engine:
+            (receipt,) = erase(engine, Asked(user_id=account), quiet)
+    finally:
+        collection.delete_many({"_id": {"$in": ["erasure-gift", "erasure-other"]}})
+    assert receipt.clean
+    assert "name" not in receipt.shared
+    assert holding(world.home, [*texts_of(person), quote_plus(email)]) == []
+
+
 @pytest.mark.slow
 def test_others_keep_what_is_theirs(world: World) -> None:
     lake, person = world.lake, somebody(world.lake, 2)
@@ -193,6 +230,53 @@ def test_others_keep_what_is_theirs(world: World) -> None:
         erase(engine, Asked(user_id=int(person["primary_user_id"])), quiet)
     after = world.lake.load(USERS_SCD).read(columns, pl.col("master_user_id") != person["master_user_id"]).sort(columns)
     assert after.equals(others)
+
+
+def test_the_list_of_what_to_look_for_outlives_no_erasure(world: World) -> None:
+    person, place = somebody(world.lake), world.home / "erasures"
+    with world.engine() as engine:
+        one = request(engine, Asked(email=person["email"]), quiet)
+        (kept,) = place.glob("*.order.json")
+        told = kept.read_bytes()
+        assert finish(engine, one, quiet).clean
+        kept.write_bytes(told)  # as a process leaves it that was killed before its last step
+        assert erase(engine, None, quiet) == []
+    assert not list(place.glob("*.order.json"))
+    assert not list(place.glob(".*"))
+
+
+def test_whoever_is_erased_once_more_is_erased_still(world: World) -> None:
+    person = somebody(world.lake)
+    with world.engine() as engine:
+        (once,) = erase(engine, Asked(email=person["email"]), quiet)
+        names = set(engine.lake.load(USERS_SCD).read(["name"])["name"])
+        (again,) = erase(engine, Asked(user_id=int(person["primary_user_id"])), quiet)
+        assert set(engine.lake.load(USERS_SCD).read(["name"])["name"]) == names
+    assert once.clean
+    assert again.clean
+    assert again.values == 0
+
+
+def test_half_written_files_go_with_what_they_hold_and_others_are_named(world: World) -> None:
+    person, warehouse = somebody(world.lake), world.home / "warehouse"
+    whole = next((warehouse / "gold" / "dim_stores").rglob("*.parquet")).read_bytes()
+    left = [next((warehouse / place).rglob("data")) / "half.parquet" for place in ("gold/dim_stores", "operations/runs")]
+    for file in left:
+        file.write_bytes(whole[:300])
+    outside = world.home / "half.parquet"
+    outside.write_bytes(whole[:300])
+    try:
+        with world.engine() as engine:
+            (receipt,) = erase(engine, Asked(email=person["email"]), quiet)
+            assert not receipt.clean
+            assert receipt.searched.unread == (str(outside),)
+            assert any(str(outside) in line for line in in_words(receipt))
+            assert not any(file.exists() for file in left)
+            outside.unlink()
+            (receipt,) = erase(engine, None, quiet)
+            assert receipt.clean
+    finally:
+        outside.unlink(missing_ok=True)
 
 
 @pytest.mark.slow
@@ -219,6 +303,9 @@ def test_without_its_key_nothing_is_ingested(world: World) -> None:
     key.rename(world.home / "elsewhere")
     with world.engine() as engine, pytest.raises(SettingsError, match="key"):
         run_pass(engine, lambda name, report: None)
+    with world.engine() as engine, pytest.raises(SettingsError, match="is missing"):
+        erase(engine, Asked(user_id=int(somebody(world.lake, 1)["primary_user_id"])), quiet)
+    assert not key.exists(), "another key would stand in the way of the former one"
     key.write_text(os.urandom(32).hex())
     with world.engine() as engine, pytest.raises(SettingsError, match="another"):
         run_pass(engine, lambda name, report: None)
@@ -377,6 +464,31 @@ def test_a_shop_that_goes_on_selling_meanwhile_is_no_reason_to_stay_unfinished(w
     assert receipt.clean
     assert receipt.arrived >= 1
     assert holding(world.home, texts_of(person)) == []
+
+
+@pytest.mark.slow
+def test_a_sale_that_a_run_had_begun_to_read_is_no_difference_of_sums(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world, person = world.without_postgres, somebody(world.lake)
+    collection, begun = orders_of_marketplaces(world), app.erase.bring_up_to_date
+    sale = {"_id": "sold-before", "platform": "lazada", "mp_order_id": "LZ-BEFORE", "amount": 5, "currency": "IDR"}
+    item = {"product_id": "P0001", "product_name": "Thing", "quantity": 1, "price": 5}
+
+    def then_a_run_stores_it(engine: Engine) -> None:
+        begun(engine)
+        for source in pipelines.sources(world.settings):
+            engine.ingest(source, pipelines.TABLES)
+        monkeypatch.undo()
+
+    collection.insert_one({**sale, "order_time": datetime.now(UTC), "items": [item]})
+    monkeypatch.setattr(app.erase, "bring_up_to_date", then_a_run_stores_it)
+    try:
+        with world.engine() as engine:
+            (receipt,) = erase(engine, Asked(email=person["email"]), quiet)
+    finally:
+        collection.delete_one({"_id": "sold-before"})
+    assert not receipt.sums_equal
+    assert receipt.arrived >= 1
+    assert receipt.clean
 
 
 def orders_of_marketplaces(world: World) -> Any:

@@ -76,6 +76,7 @@ def test_killed_at_any_moment_it_finishes_when_run_again(world: World) -> None:
         (1, "before"),
         (1, "after"),
         (2, "after"),
+        (writes, "after"),
         *((draw.randint(3, writes), draw.choice(("before", "after"))) for _ in range(MOMENTS)),
     ]
     for at, when in moments:

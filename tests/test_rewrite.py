@@ -109,6 +109,39 @@ def test_forgetting_leaves_the_rows_and_nothing_else(lake: Lake) -> None:
     assert forget(lake, TABLE, tombstones=True).files_deleted == 0
 
 
+def test_what_a_dead_writer_left_after_the_last_commit_goes_too(lake: Lake) -> None:
+    handle = lake.load(TABLE)
+    forget(lake, TABLE, tombstones=True)
+    stray = Path(listed(lake.load(TABLE))[0].path + ".left.parquet")
+    stray.write_bytes(b"PAR1 half a file")
+    was = digest(lake.load(TABLE))
+    assert forget(lake, TABLE, tombstones=True).files_deleted >= 1
+    assert not stray.exists()
+    assert digest(lake.load(TABLE)) == was
+    with pytest.raises(CommitConflict):  # whoever may have written it
+        write(handle, [99], "late")
+
+
+def test_no_branch_tag_or_other_engine_keeps_the_past(lake: Lake) -> None:
+    handle = lake.load(TABLE)
+    number = handle.snapshot.snapshot_id
+    with handle.loaded.manage_snapshots() as snapshots:
+        snapshots.create_tag(number, "year-end").create_branch(number, "trial")
+    extra = {"id": [80], "text": ["on a branch"], "_seq": [1], "_group_hash": [0], "_deleted": [False]}
+    schema = handle.loaded.schema().as_arrow()
+    handle.loaded.append(pa.table(extra, schema=schema), branch="trial")
+    write(lake.load(TABLE), [90], "kept")
+    loaded = lake.load(TABLE).loaded
+    loaded.append(pa.table({**extra, "text": ["of another engine"]}, schema=schema))
+    was, positions = digest(lake.load(TABLE)), lake.load(TABLE).positions
+    forget(lake, TABLE, tombstones=True)
+    after = lake.load(TABLE)
+    assert (digest(after), after.positions) == (was, positions)
+    assert list(after.loaded.metadata.refs) == ["main"]
+    assert len(after.loaded.metadata.snapshots) == 1
+    assert {info.path for info in listed(after)} == {path.removeprefix("file://") for path in referenced(after)}
+
+
 def test_a_writer_at_work_while_the_past_is_forgotten_begins_anew(lake: Lake) -> None:
     handle = lake.load(TABLE)
     written = handle.writer.write(pl.DataFrame({"id": [5], "text": ["x"], "_seq": [9], "_group_hash": [0], "_deleted": [False]}))

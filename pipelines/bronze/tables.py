@@ -166,7 +166,8 @@ POSTGRES_TABLES: dict[str, tuple[Table, tuple[str, ...]]] = {
 
 DOCUMENT_PATHS = (
     *((name, "") for name in ("_id", "platform", "mp_order_id", "order_time", "updated_at", "status", "currency", "amount")),
-    *((name, "") for name in ("payment_method", "items", "product_id", "product_name", "variant")),
+    *((name, "") for name in ("payment_method", "product_id", "items.product_id", "items.quantity", "items.price")),
+    *((name, "wording") for name in ("product_name", "variant", "items.product_name", "items.variant")),
     ("user_email", "email"),
     ("buyer_phone", "phone"),
     ("buyer_name", "name"),
@@ -176,7 +177,8 @@ DOCUMENT_PATHS = (
     ("device_id", "device"),
     ("ip_address", "ip"),
 )
-"""What is known of a document's fields: harmless, or personal of a kind."""
+"""What is known of a document's fields: harmless, or personal of a kind. wording: it tells of the product, and an engraving of
+the person."""
 
 MARKETPLACE_ORDERS = Table(
     "bronze.bronze_mongo__marketplace_orders",

@@ -19,15 +19,31 @@ import pyarrow as pa
 
 from lakehouse.iceberg import as_arrow
 from lakehouse.table import Table
-from pipelines.bronze.tables import DOCUMENT_PATHS, EVENT_PATHS, EVENTS, MARKETPLACE_ORDERS, POSTGRES_TABLES, TABLES
+from pipelines.bronze.tables import (
+    CHARGEBACKS,
+    DOCUMENT_PATHS,
+    EVENT_PATHS,
+    EVENTS,
+    MARKETPLACE_ORDERS,
+    ORDER_ITEMS,
+    ORDERS,
+    POSTGRES_TABLES,
+    TABLES,
+)
 from pipelines.erasure.suppression import ACCOUNT, MENTION, RECORD, Suppression, is_pseudonym, spelled_once
 from pipelines.silver.contacts import region_of
+from pipelines.silver.events_clean import whole_number
+from pipelines.silver.identity.evidence import ORDER
 
 TABLES_BY_NAME = {table.name: table for table in TABLES}
 KEYS: Mapping[str, tuple[str, ...]] = {table.name: key for table, key in POSTGRES_TABLES.values()}
+OF_ORDERS: Mapping[str, str] = {ORDER_ITEMS.name: "order_id", CHARGEBACKS.name: "order_ref"}
+"""Tables whose rows are the person's by the order that a column names."""
 ALWAYS = 2**63 - 1
 UNREADABLE = "erased"
-"""What stands for a document or message that cannot be read, and is the person's."""
+"""What stands for a document or message that cannot be read, and is the person's; and for wording that names them."""
+WORDING = "wording"
+"""Kind of what is left alone, unless the document names the person there or where no declaration knows of it."""
 _decode, _encode = msgspec.json.Decoder().decode, msgspec.json.Encoder().encode
 
 
@@ -36,11 +52,13 @@ class Edited:
     """Rows as they must be.
 
     changed  which of them are not as they were
+    mine     which of them are of an erased person
     keys     by which rows speak of the same thing (event ids); null: of themselves only
     """
 
     rows: pl.DataFrame
     changed: pl.Series
+    mine: pl.Series
     keys: pl.Series | None = None
 
 
@@ -68,12 +86,12 @@ class Anonymiser:
     def __call__(self, table: Table, rows: pl.DataFrame) -> Edited:
         """The rows of a bronze table."""
         if rows.is_empty():
-            return Edited(rows, pl.Series([], dtype=pl.Boolean))
+            return _untouched(rows)
         if table.name == EVENTS.name:
             return self._messages(rows)
         if table.name == MARKETPLACE_ORDERS.name:
             return self._documents(rows)
-        return self._rows(table, rows) if table.name in KEYS else Edited(rows, pl.repeat(False, rows.height, eager=True))
+        return self._rows(table, rows) if table.name in KEYS else _untouched(rows)
 
     # --- values
 
@@ -123,12 +141,17 @@ class Anonymiser:
         marks = {
             c.name: str(c.personal) for c in table.columns if c.personal and c.personal != ACCOUNT and c.name in rows.columns
         }
+        undeclared = [name for name in rows.columns if name not in names and not name.startswith("_")]
+        if marks.keys() <= {"_unreadable"} and not undeclared and not _any_unreadable(rows):
+            return _untouched(rows)
         accounts = [c.name for c in table.columns if c.personal == ACCOUNT]
         key = pl.concat_str([pl.lit(table.name), *(pl.col(name).cast(pl.String) for name in KEYS[table.name])], separator="|")
         owners = self._owners(RECORD, rows.select(key).to_series())
         for name in accounts:
             of_account = self._owners(ACCOUNT, rows[name].cast(pl.String))
             owners = [one if one is not None else other for one, other in zip(owners, of_account, strict=True)]
+        if table.name in OF_ORDERS:
+            owners = self._owners_of_orders(rows[OF_ORDERS[table.name]].cast(pl.String))
         mentions = self._owners(MENTION, rows.select(key).to_series())
         begun = _microseconds(rows, "created_at")
         result: dict[str, list[Any]] = {}
@@ -157,7 +180,6 @@ class Anonymiser:
         ]
         edited = rows.with_columns(pl.Series(name, values, dtype=rows.schema[name]) for name, values in result.items())
         if bare:
-            undeclared = [name for name in rows.columns if name not in names and not name.startswith("_")]
             mine = pl.Series(range(rows.height)).is_in(bare)
             edited = edited.with_columns(pl.when(mine).then(None).otherwise(pl.col(name)).alias(name) for name in undeclared)
             if "_unreadable" in rows.columns:
@@ -166,7 +188,13 @@ class Anonymiser:
                     _known_only(text, known) if at in set(bare) else text for at, text in enumerate(rows["_unreadable"].to_list())
                 ]
                 edited = edited.with_columns(pl.Series("_unreadable", texts, dtype=pl.String))
-        return Edited(edited, _differs(rows, edited))
+        return Edited(edited, _differs(rows, edited), pl.Series([owner is not None for owner in owners], dtype=pl.Boolean))
+
+    def _owners_of_orders(self, orders: pl.Series) -> list[str | None]:
+        """The erasure of each order, of the shop or of a marketplace."""
+        ours = self._owners(RECORD, pl.select(pl.lit(f"{ORDERS.name}|") + orders).to_series())
+        theirs = self._owners(RECORD, pl.select(pl.lit(ORDER) + orders).to_series())
+        return [one if one is not None else other for one, other in zip(ours, theirs, strict=True)]
 
     def _owners(self, kind: str, values: pl.Series) -> list[str | None]:
         """The erasure of each value; looked up once for each distinct one."""
@@ -180,21 +208,23 @@ class Anonymiser:
 
     def _documents(self, rows: pl.DataFrame) -> Edited:
         documents: list[str | None] = []
-        changed = []
+        changed, mine = [], []
         columns = rows.select("document_id", "platform", "mp_order_id", "document")
         for document_id, platform, mp_order_id, text in columns.iter_rows():
-            new = self._document(document_id, platform, mp_order_id, text)
+            key = f"{MARKETPLACE_ORDERS.name}|{document_id}"
+            keys = (key, f"{ORDER}{platform}:{mp_order_id}")
+            owner = next((found for one in keys if (found := self._owner(RECORD, one)) is not None), None)
+            new = self._document(owner, self._owner(MENTION, key) is not None, platform, text)
             documents.append(new)
             changed.append(new != text)
+            mine.append(owner is not None)
         edited = rows.with_columns(pl.Series("document", documents, dtype=pl.String))
-        return Edited(edited, pl.Series(changed, dtype=pl.Boolean))
+        return Edited(edited, pl.Series(changed, dtype=pl.Boolean), pl.Series(mine, dtype=pl.Boolean))
 
-    def _document(self, document_id: str | None, platform: str | None, order: str | None, text: str | None) -> str | None:
+    def _document(self, owner: str | None, mentioned: bool, platform: str | None, text: str | None) -> str | None:
+        """A document as it must be. mentioned: what tells of the product names the person."""
         if text is None:
             return None
-        keys = (f"{MARKETPLACE_ORDERS.name}|{document_id}", f"order:{platform}:{order}")
-        owner = next((found for key in keys if (found := self._owner(RECORD, key)) is not None), None)
-        mentioned = self._owner(MENTION, keys[0]) is not None
         try:
             document = json.loads(text)
         except ValueError:
@@ -205,49 +235,58 @@ class Anonymiser:
         region = region_of(None, told if isinstance(told, str) else None, platform) or ""
         begun = _moment_of_document(document.get("order_time"))
         bare = owner is not None or mentioned
-        tree = _Tree(DOCUMENT_PATHS, lambda kind, raw: self._replaced(kind, raw, owner, begun, region), bare)
-        new = tree.without(document)
+
+        def replaced(kind: str, raw: str) -> str | None:
+            if kind == WORDING:
+                return UNREADABLE if mentioned else raw
+            return self._replaced(kind, raw, owner, begun, region)
+
+        new = _Tree(DOCUMENT_PATHS, replaced, bare).without(document)
         return text if new == document else json.dumps(new, ensure_ascii=False, separators=(",", ":"))
 
     # --- Kafka
 
     def _messages(self, rows: pl.DataFrame) -> Edited:
-        values, keys, headers, ids, changed = [], [], [], [], []
+        values, keys, headers, ids, changed, owned = [], [], [], [], [], []
         columns = rows.select("topic", "partition", "offset", "key", "value", "headers", "_source_time")
         for topic, partition, offset, key, value, header, at in columns.iter_rows():
             place = f"{EVENTS.name}|{topic}/{partition}/{offset}"
-            new, event_id, mine = self._message(place, value, at)
+            new, event_id, mine, mentioned = self._message(place, value, at)
             other = new != value
-            # a key or header may be what was replaced
+            bare = mine or mentioned or other  # a key or header may be what was replaced
             values.append(new)
-            keys.append(None if mine or other else key)
-            headers.append(None if mine or other else header)
+            keys.append(None if bare else key)
+            headers.append(None if bare else header)
             ids.append(event_id)
-            changed.append(other or (mine and (key is not None or header is not None)))
+            changed.append(other or (bare and (key is not None or header is not None)))
+            owned.append(mine)
         edited = rows.with_columns(
             pl.Series("value", values, dtype=pl.Binary),
             pl.Series("key", keys, dtype=pl.Binary),
             pl.Series("headers", headers, dtype=pl.String),
         )
-        return Edited(edited, pl.Series(changed, dtype=pl.Boolean), pl.Series(ids, dtype=pl.String))
+        mine_of_all = pl.Series(owned, dtype=pl.Boolean)
+        return Edited(edited, pl.Series(changed, dtype=pl.Boolean), mine_of_all, pl.Series(ids, dtype=pl.String))
 
-    def _message(self, place: str, value: bytes | None, at: datetime | None) -> tuple[bytes | None, str | None, bool]:
-        """A message as it must be, its event id, and whether it is the person's."""
+    def _message(self, place: str, value: bytes | None, at: datetime | None) -> tuple[bytes | None, str | None, bool, bool]:
+        """A message as it must be, its event id, whether it is the person's, and whether it mentions them."""
         try:
             message = _decode(value) if value else None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             message = None
+        mentioned = self._owner(MENTION, place) is not None
         if not isinstance(message, dict):
-            mine = any(self._owner(kind, place) is not None for kind in (RECORD, MENTION))
-            return (UNREADABLE.encode() if mine and value is not None else value), None, mine
+            mine = self._owner(RECORD, place) is not None
+            return (UNREADABLE.encode() if (mine or mentioned) and value is not None else value), None, mine, mentioned
         event_id = message.get("event_id")
         event_id = event_id if isinstance(event_id, str) else None
-        owner = self._owner_of_message(message, place, event_id)
-        mentioned = owner is None and self._owner(MENTION, place) is not None
+        owner = self._owner_of_message(message, place)
+        # whoever packs or ships the order tells of it too: their device is theirs, what no declaration knows is not
+        mine = owner is not None or self._of_order(message)
         begun = _moment_of_event(message.get("timestamp"), at)
-        tree = _Tree(EVENT_PATHS, lambda kind, raw: self._replaced(kind, raw, owner, begun), owner is not None or mentioned)
+        tree = _Tree(EVENT_PATHS, lambda kind, raw: self._replaced(kind, raw, owner, begun), mine or mentioned)
         new = tree.without(message)
-        return (value if new == message else _encode(new)), event_id, owner is not None
+        return (value if new == message else _encode(new)), event_id, mine, mentioned
 
     def order(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """An order as the fraud features take it, as a served score tells of it."""
@@ -258,12 +297,19 @@ class Anonymiser:
         new = {name: self._replaced(name, value, owner, begun) for name, value in kinds.items()}
         return row if new == kinds else {**row, **new}
 
-    def _owner_of_message(self, message: dict[str, Any], place: str, event_id: str | None) -> str | None:
+    def _of_order(self, message: dict[str, Any]) -> bool:
+        metadata = message.get("metadata")
+        told = metadata.get("order_ref") if isinstance(metadata, dict) else None
+        if not isinstance(told, str | int):
+            return False
+        return any(self._owner_kept(RECORD, f"{before}{told}") is not None for before in (f"{ORDERS.name}|", ORDER))
+
+    def _owner_of_message(self, message: dict[str, Any], place: str) -> str | None:
         metadata = message.get("metadata")
         order = metadata.get("order") if isinstance(metadata, dict) else None
         for account in (message.get("user_id"), order.get("account") if isinstance(order, dict) else None):
-            text = str(account).strip().removesuffix(".0") if account is not None else ""
-            if text and (owner := self._owner_kept(ACCOUNT, text)) is not None:
+            number = whole_number(account)
+            if number is not None and (owner := self._owner_kept(ACCOUNT, str(number))) is not None:
                 return owner
         return self._owner(RECORD, place)
 
@@ -297,9 +343,16 @@ class _Tree:
                 result[name] = value if what in ("", ACCOUNT) else self._leaf(what, value)
             elif isinstance(value, dict):
                 result[name] = self._object(value, what)
+            elif isinstance(value, list):
+                result[name] = [self._element(one, what) for one in value]
             elif value is None or not self.bare:
                 result[name] = value
         return result
+
+    def _element(self, value: Any, known: Mapping[str, Any]) -> Any:
+        if isinstance(value, dict):
+            return self._object(value, known)
+        return None if self.bare else value
 
     def _leaf(self, kind: str, value: Any) -> Any:
         if isinstance(value, str):
@@ -326,6 +379,15 @@ def _nested(paths: tuple[tuple[str, str], ...]) -> dict[str, Any]:
             at[last] = kind
         _NESTED[paths] = found
     return found
+
+
+def _untouched(rows: pl.DataFrame) -> Edited:
+    nothing = pl.repeat(False, rows.height, dtype=pl.Boolean, eager=True)
+    return Edited(rows, nothing, nothing)
+
+
+def _any_unreadable(rows: pl.DataFrame) -> bool:
+    return "_unreadable" in rows.columns and rows["_unreadable"].null_count() < rows.height
 
 
 def _texts(value: Any) -> Iterator[str]:

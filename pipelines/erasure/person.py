@@ -12,9 +12,9 @@ from lakehouse.byte_search import Needles
 from lakehouse.errors import ShopSphereError
 from lakehouse.iceberg import Lake
 from lakehouse.table import BOOKKEEPING, Table
-from pipelines.bronze.tables import DOCUMENT_PATHS, EVENTS, MARKETPLACE_ORDERS, TABLES
+from pipelines.bronze.tables import DOCUMENT_PATHS, EVENTS, MARKETPLACE_ORDERS, ORDERS, TABLES
 from pipelines.erasure.anonymise import KEYS, Anonymiser, Shown
-from pipelines.erasure.suppression import ACCOUNT, MENTION, RECORD, Digest, Pseudonyms, Suppression, spelled_once
+from pipelines.erasure.suppression import ACCOUNT, MENTION, RECORD, Digest, Pseudonyms, Suppression, erasures, spelled_once
 from pipelines.silver.contacts import addresses, normalise_email, normalise_phone, region_of
 from pipelines.silver.identity.evidence import ORDER, USER
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
@@ -64,7 +64,7 @@ def find(lake: Lake, asked: Asked) -> Person:
     """The person. Raises ShopSphereError when nobody is known, or several are."""
     region = lake.settings.default_region
     graph = lake.load(IDENTITY_GRAPH).read(["record_id", "node", "master_user_id"])
-    users = lake.load(USERS_SCD).read(["user_id", "email", "phone_number", "loyalty_id", "master_user_id"])
+    users = lake.load(USERS_SCD).read(["user_id", "email", "phone_number", "loyalty_id", "name", "master_user_id"])
     records, accounts, spelled = _named(asked, graph, users, region)
     masters = set(graph.filter(pl.col("record_id").is_in(records))["master_user_id"].drop_nulls())
     masters |= set(users.filter(pl.col("user_id").is_in(accounts))["master_user_id"].drop_nulls())
@@ -80,10 +80,14 @@ def find(lake: Lake, asked: Asked) -> Person:
         )
     members = set(graph.filter(pl.col("master_user_id").is_in(list(masters)))["record_id"]) | set(records if not masters else ())
     accounts |= {int(one.removeprefix(USER)) for one in members if one.startswith(USER)}
-    # closed accounts are in no graph: they are the person's when they showed an e-mail that the others show
-    emails = users.filter(pl.col("user_id").is_in(accounts))["email"].drop_nulls().unique()
+    # closed accounts are in no graph: they are the person's when they showed an e-mail that the others, or their orders, show
+    orders = lake.load(ORDERS_UNIFIED).read(["email"], pl.col("customer_record").is_in(sorted(members)))
+    emails = pl.concat([users.filter(pl.col("user_id").is_in(accounts))["email"], orders["email"]]).drop_nulls().unique()
+    showing = users.filter(pl.col("email").is_in(emails.implode()))
+    names = showing.group_by("email").agg(pl.col("name").str.to_lowercase().n_unique().alias("names"))
+    crowds = names.filter(pl.col("names") > lake.settings.identifier_crowd)["email"]
+    closed = showing.filter(~pl.col("email").is_in(crowds.implode()))["user_id"].unique().to_list()
     known = set(graph["record_id"])
-    closed = users.filter(pl.col("email").is_in(emails.implode()))["user_id"].unique().to_list()
     accounts |= {number for number in closed if f"{USER}{number}" not in known}
     return Person(frozenset(masters), frozenset(accounts), frozenset(one for one in members if one.startswith(ORDER)), spelled)
 
@@ -126,12 +130,22 @@ class Order:
     shared: Mapping[str, int] = field(default_factory=dict)
 
 
-def own_entries(person: Person, pseudonyms: Pseudonyms, documents: Iterable[str]) -> set[tuple[str, Digest]]:
+def own_entries(
+    person: Person, pseudonyms: Pseudonyms, orders: Iterable[str], documents: Iterable[str]
+) -> set[tuple[str, Digest]]:
     """What tells the person's rows from others'."""
     keys = [(ACCOUNT, str(number)) for number in person.accounts]
     keys += [(RECORD, one) for one in person.orders]
+    keys += [(RECORD, f"{ORDERS.name}|{one}") for one in orders]
     keys += [(RECORD, f"{MARKETPLACE_ORDERS.name}|{one}") for one in documents]
     return {(kind, pseudonyms.digest(kind, value)) for kind, value in keys}
+
+
+def orders_of(lake: Lake, person: Person) -> list[str]:
+    """The ids of the orders of the person's accounts, and of no other account at any time."""
+    orders = lake.load(ORDERS).read(["order_id", "user_id"]).drop_nulls()
+    theirs = orders.group_by("order_id").agg(pl.col("user_id").is_in(list(person.accounts)).all().alias("theirs"))
+    return theirs.filter("theirs")["order_id"].cast(pl.String).sort().to_list()
 
 
 def documents_of(lake: Lake, person: Person) -> list[str]:
@@ -144,7 +158,7 @@ def documents_of(lake: Lake, person: Person) -> list[str]:
 
 def collect(lake: Lake, person: Person, pseudonyms: Pseudonyms, erasure: str, moment: int) -> Order:
     """Everything that the person's rows show, and what of it is theirs alone. Reads all of bronze twice."""
-    entries = own_entries(person, pseudonyms, documents_of(lake, person))
+    entries = own_entries(person, pseudonyms, orders_of(lake, person), documents_of(lake, person))
     seen: set[Shown] = set(person.spelled)
     rows = {table.name: _bronze(lake, table) for table in TABLES if lake.exists(table)}
     wide, shared = _own_values(lake, person, pseudonyms, rows, entries, seen, erasure, moment)
@@ -154,19 +168,23 @@ def collect(lake: Lake, person: Person, pseudonyms: Pseudonyms, erasure: str, mo
         wide, shared = _own_values(lake, person, pseudonyms, rows, entries, seen, erasure, moment)
     # then the rows of others as they will be: whoever still mentions the person there is mentioned as well
     after = Anonymiser(_suppression(pseudonyms, entries, erasure, moment))
-    texts = _texts_of(seen, wide)
+    # who was erased before shows a name that was made
+    made = {pseudonyms.name(one.id) for one in erasures(lake)}
+    texts = _texts_of({one for one in seen if one.kind != "name" or one.raw not in made}, wide)
     left: set[str] = set()
     sure = Needles(tuple(sorted({text for kind, text in texts if kind in SURE})))
     every = Needles(tuple(sorted({text for _, text in texts})))
     for table in TABLES:
         if table.name not in rows:
             continue
-        edited = after(table, rows[table.name]).rows
-        columns = _as_text(edited)
+        edited = after(table, rows[table.name])
+        columns = _as_text(edited.rows)
         if table.name in (EVENTS.name, MARKETPLACE_ORDERS.name, *KEYS):
             hit = _any(sure.hits(column) for column in columns)
-            entries |= {(MENTION, pseudonyms.digest(MENTION, key)) for key in keys_of(table, edited.filter(hit))}
-            left |= set().union(*(every.found_in(column) for column in columns)) if columns else set()
+            hit |= edited.mine & _any(every.hits(column) for column in columns)
+            entries |= {(MENTION, pseudonyms.digest(MENTION, key)) for key in keys_of(table, edited.rows.filter(hit))}
+            # what the person's own rows show is not others'
+            left |= set().union(*(every.found_in(column.filter(~edited.mine)) for column in columns))
     unsure = {text for kind, text in texts if kind not in SURE and text in left}
     for kind, text in texts:
         if text in unsure:

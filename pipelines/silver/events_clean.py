@@ -250,10 +250,11 @@ def _texts(values: list[Any]) -> pl.Series:
 
 def _integers(values: list[Any]) -> pl.Series:
     """Whole numbers of 64 bits, whether written 2, 2.0, '2' or '2.0'."""
-    return pl.Series([value if value is None else _integer(value) for value in values], dtype=pl.Int64)
+    return pl.Series([value if value is None else whole_number(value) for value in values], dtype=pl.Int64)
 
 
-def _integer(value: Any) -> int | None:
+def whole_number(value: Any) -> int | None:
+    """A whole number of 64 bits, however a message writes it; None when it is none."""
     kind = type(value)
     if kind is str and _WHOLE_NUMBER.fullmatch(value):
         value = int(value.split(".")[0])
