@@ -29,6 +29,7 @@ from pyiceberg.manifest import DataFile
 from lakehouse.difference import Difference, difference
 from lakehouse.errors import CommitConflict, UnknownColumn
 from lakehouse.expectations import (
+    REASON,
     ExpectationsFailed,
     Fresh,
     OfRows,
@@ -450,7 +451,7 @@ def held_back(table: Table, rows: pl.DataFrame) -> pl.DataFrame:
     declared = [column.name for column in table.columns]
     found = rows.select(
         pl.lit(table.name).alias("source_table"),
-        "reason",
+        pl.col(REASON).alias("reason"),
         in_json(table.key).alias("source_position"),
         in_json(declared).cast(pl.Binary).alias("original"),
         pl.lit(None, pl.Datetime("us", "UTC")).alias("_source_time"),

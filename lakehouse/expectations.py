@@ -23,6 +23,8 @@ Severity = Literal["warn", "quarantine", "fail"]
 Bound = int | float | Decimal | datetime | None
 EXAMPLES = 3
 """Keys of offending rows that a message names."""
+REASON = "__reason"
+"""Beside the columns of rows that are held back: a table may have a `reason` of its own."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ class Judged:
 
     kept: pl.DataFrame
     held: pl.DataFrame
-    """With `reason`: what is wrong with the row, never a value."""
+    """With `REASON`: what is wrong with the row, never a value."""
     results: tuple[Result, ...] = ()
 
     @property
@@ -212,7 +214,7 @@ def judge(
 ) -> Judged:
     """Judge rows. named_by: the columns that examples show, so no personal ones. withhold=False: hold no row back."""
     rules = [rule for rule in expectations if isinstance(rule, OfRows)]
-    nothing = rows.clear().with_columns(pl.lit(None, pl.String).alias("reason"))
+    nothing = rows.clear().with_columns(pl.lit(None, pl.String).alias(REASON))
     if not rules:
         return Judged(rows, nothing)
     marks = [f"__{number}" for number in range(len(rules))]
@@ -233,7 +235,7 @@ def judge(
         return Judged(rows, nothing, tuple(results))
     bad = broken.select(pl.any_horizontal([mark for _, mark in holding])).to_series()
     texts = [pl.when(pl.col(mark)).then(pl.lit(f"breaks {rule}")) for rule, mark in holding]
-    reason = broken.select(pl.concat_str(texts, separator="; ", ignore_nulls=True).alias("reason"))
+    reason = broken.select(pl.concat_str(texts, separator="; ", ignore_nulls=True).alias(REASON))
     return Judged(rows.filter(~bad), pl.concat([rows, reason], how="horizontal").filter(bad), tuple(results))
 
 

@@ -254,6 +254,17 @@ def test_a_quarantined_row_is_held_back_until_it_is_good(engine):
     assert held(engine) == []
 
 
+def test_a_table_with_a_reason_of_its_own_holds_rows_back(engine):
+    table = replace(SALES, columns=(*SALES.columns, column("reason", pa.string(), "why it was sold")))
+    step = replace(
+        SALES_STEP, target=table, fill=lambda frames, context: fill_sales(frames, context).with_columns(reason=pl.lit("x"))
+    )
+    receive(engine, (1, "north", 10), (2, "north", 2_000_000))
+    engine.refresh(step)
+    assert held(engine) == [('{"id":"2"}', "breaks within(-1000 <= amount <= 1000000)")]
+    assert engine.lake.load(table).read(["id", "reason"]).rows() == [(1, "x")]
+
+
 def test_any_order_and_split_gives_the_same_tables_and_the_same_quarantine(tmp_path):
     chance = random.Random(5)
     sales = [(chance.randrange(12), "north", chance.choice([5, 70, 2_000_000]), str(n)) for n in range(60)]
