@@ -193,7 +193,8 @@ def publish(engine: Engine, name: str) -> int:
     table = table_named(name)
     handle = engine.lake.load(table, create=False)
     if handle.build is None:
-        raise ShopSphereError(f"{table.name} has no build that waits: its readers have the newest. See `python -m app status`.")
+        others = "" if table.layer == "gold" else " Only gold is built beside what is read: other tables keep the rows of before."
+        raise ShopSphereError(f"{table.name} has no build that waits to be published.{others} See `python -m app status`.")
     with recorded(engine, "publish") as reports:
         snapshot = handle.publish()
         reports.append(Report(table.name, "published", snapshot=snapshot))

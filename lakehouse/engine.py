@@ -176,11 +176,17 @@ def living_after(before: int | None, merged: Sequence[Merged], full: bool) -> in
 
 def waits(target: Handle, positions: Mapping[str, Any], shape: str) -> bool:
     """Whether a build with these positions waits to be published, and continues the table as it is."""
-    build, main = target.build, target.snapshot
-    if build is None or build.parent_snapshot_id != (main.snapshot_id if main else None):
+    build = target.build
+    if build is None or not target.continued:
         return False
     told = build.summary.additional_properties if build.summary else {}
     return told.get(POSITIONS) == json.dumps(dict(positions), sort_keys=True) and told.get(SHAPE) == shape
+
+
+def drop_passed_over(target: Handle) -> None:
+    """Drop a refused build when the table has gone on without it: its rows were corrected to what the table has."""
+    if target.build is not None and not target.continued:
+        target.discard()
 
 
 def of_groups(positions: pl.Series, table: Table, groups: Sequence[pl.DataFrame]) -> pl.Series:
@@ -674,6 +680,7 @@ class Engine:
             and not made_anew
             and (not stale or all(handles[name].data_sequence == 0 for name in handles))
         ):
+            drop_passed_over(target)
             return Report(
                 step.target.name, "unchanged", seconds=time.monotonic() - started, cpu_seconds=time.process_time() - cpu
             )
@@ -727,6 +734,8 @@ class Engine:
             if audits:
                 results = self.audited(target)
                 target.publish()
+            else:
+                drop_passed_over(target)
         results = (*results, *self.freshnesses(target))
         return Report(
             step.target.name,

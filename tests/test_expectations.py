@@ -404,6 +404,28 @@ def test_a_build_that_does_not_continue_the_table_is_not_published(engine):
     assert totals(engine) == {"north": 10}
 
 
+def test_a_build_that_the_table_has_passed_over_is_dropped(engine):
+    receive(engine, (1, "north", 10))
+    run(engine)
+    receive(engine, (2, "north", -500), position="2")
+    refused(engine)
+    receive(engine, (2, "north", -500), position="3", op="d")
+    _, report = run(engine)
+    assert report.status == "read", "the table is as it was: nothing is built"
+    assert engine.lake.load(TOTALS).build is None
+    receive(engine, (2, "north", -500), position="4")
+    refused(engine)
+    receive(engine, (2, "north", -500), position="5", op="d")
+    engine.refresh(SALES_STEP)
+    handle = engine.lake.load(TOTALS)
+    behind = {SALES.name: engine.lake.load(SALES).position}
+    handle.commit(positions={**handle.positions, **behind}, changes_rows=False)  # as one that is killed right after it
+    assert engine.lake.load(TOTALS).build is not None
+    assert engine.refresh(TOTALS_STEP).status == "unchanged"
+    assert engine.lake.load(TOTALS).build is None
+    assert totals(engine) == {"north": 10}
+
+
 def test_two_builds_at_once_publish_one(engine):
     receive(engine, (1, "north", 10))
     run(engine)
