@@ -115,6 +115,8 @@ def _pass(
             raise  # nothing can go on
         except Exception as error:
             errors.append(_expected(error))
+            if events:
+                events.failed += 1
             if isinstance(errors[-1], CatalogUnreachable):
                 break
             continue
