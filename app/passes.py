@@ -6,7 +6,7 @@ import base64
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -72,10 +72,10 @@ def recorded(engine: Engine, kind: str) -> Iterator[list[Report]]:
     with reported(engine, run, code_version) as events:
         try:
             yield reports
-        except ShopSphereError as error:
-            if events:
+        except BaseException as error:
+            if events and isinstance(error, ShopSphereError):
                 events.fail(str(getattr(error, "table", "")), error)
-            History(engine.lake).note(engine, run, reports, [error])
+            _note_end(History(engine.lake), engine, run, reports, [], error)
             raise
         finally:
             for report in reports if events else ():
@@ -89,8 +89,14 @@ def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: 
     pass did goes to `history` (default: a new one)."""
     run = Run("run")
     started, cpu = time.monotonic(), time.process_time()
-    with reported(engine, run, code_version) as events:
-        reports, errors = _pass(engine, tell, stopping, events)
+    reports: list[Report] = []
+    errors: list[ShopSphereError] = []
+    try:
+        with reported(engine, run, code_version) as events:
+            _pass(engine, tell, stopping, events, reports, errors)
+    except BaseException as error:
+        _note_end(history or History(engine.lake), engine, run, reports, errors, error)
+        raise
     if not any(isinstance(error, CatalogUnreachable) for error in errors):  # else there is nowhere to note it
         try:
             (history or History(engine.lake)).note(engine, run, reports, errors)
@@ -100,11 +106,39 @@ def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: 
     return Pass(tuple(reports), tuple(errors), time.monotonic() - started, time.process_time() - cpu + elsewhere)
 
 
+def _note_end(
+    history: History,
+    engine: Engine,
+    run: Run,
+    reports: Sequence[Report],
+    errors: Sequence[ShopSphereError],
+    error: BaseException,
+) -> None:
+    """Note what a run did before it ended early, and why: of an unforeseen error the kind alone, its text may hold values."""
+    if isinstance(error, ShopSphereError):
+        why = error
+    elif (failed := outage(error)) is not None:
+        why = failed
+    elif isinstance(error, Exception):
+        why = ShopSphereError(
+            f"The run ended early with an unforeseen {type(error).__name__}. Run again with --debug to see where."
+        )
+    else:
+        why = ShopSphereError("The run was stopped before its end.")
+    if isinstance(why, CatalogUnreachable):
+        return  # nowhere to note it
+    with suppress(Exception):  # the error that ended the run is the one to be told
+        history.note(engine, run, reports, [*errors, why])
+
+
 def _pass(
-    engine: Engine, tell: Tell, stopping: Callable[[], bool], events: Events | None
-) -> tuple[list[Report], list[ShopSphereError]]:
-    reports: list[Report] = []
-    errors: list[ShopSphereError] = []
+    engine: Engine,
+    tell: Tell,
+    stopping: Callable[[], bool],
+    events: Events | None,
+    reports: list[Report],
+    errors: list[ShopSphereError],
+) -> None:
     for source in pipelines.sources(engine.lake.settings):
         if stopping():
             break
@@ -144,7 +178,6 @@ def _pass(
         if events:
             events.complete(report)
         reports.append(report)
-    return reports, errors
 
 
 def _expected(error: Exception) -> ShopSphereError:

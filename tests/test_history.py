@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -102,6 +103,35 @@ def test_old_days_are_dropped_and_young_ones_stay(engine):
         if engine.lake.exists(table):
             maintain(engine.lake, table, datetime.now(UTC))
     assert len(past_runs(engine.lake, 10)) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "code"),
+    [
+        (ValueError("north@example.org"), "The run ended early with an unforeseen ValueError.", 1),
+        (KeyboardInterrupt(), "The run was stopped before its end.", 130),
+    ],
+)
+def test_a_run_that_ends_early_is_noted_with_what_it_had_done(tmp_path, monkeypatch, capsys, error, told, code):
+    import pipelines
+    from app.command_line import main
+
+    def fill(frames: object, context: object) -> None:
+        raise error
+
+    monkeypatch.setenv("SHOPSPHERE_HOME", str(tmp_path))
+    for source in ("POSTGRES", "MONGO", "KAFKA"):
+        monkeypatch.setenv(f"SHOPSPHERE_{source}__ENABLED", "false")
+    monkeypatch.setattr(pipelines, "STEPS", (SALES_STEP, replace(TOTALS_STEP, fill=fill)))
+    receive(make_engine(tmp_path), (1, "north", 10))
+    assert main(["run"]) == code
+    capsys.readouterr()
+    assert main(["status", "--runs", "3", "--json"]) == 0
+    (past,) = json.loads(capsys.readouterr().out)["runs"]
+    assert (past["tables"], past["rows_written"]) == (1, 1), "silver.sales was filled"
+    assert len(past["errors"]) == 1
+    assert past["errors"][0].startswith(told)
+    assert "example.org" not in past["errors"][0]
 
 
 def test_status_and_publish_on_the_command_line(tmp_path, monkeypatch, capsys):
