@@ -245,11 +245,21 @@ def status(
 
 def print_results(output: Output, results: list[Any]) -> None:
     """How every expectation came out when it was judged last."""
+    columns = ("table", "expectation", "severity", "outcome", "rows", "violations", "in the table", "what was found")
     rows = [
-        (r.table, _clipped(r.expectation, 60), r.severity, r.outcome, r.rows, r.violations, r.detail or "; ".join(r.examples))
+        (
+            r.table,
+            _clipped(r.expectation, 60),
+            r.severity,
+            r.outcome,
+            r.rows,
+            r.violations,
+            r.standing,
+            r.detail or "; ".join(r.examples),
+        )
         for r in results
     ]
-    output.table(("table", "expectation", "severity", "outcome", "rows", "violations", "what was found"), rows)
+    output.table(columns, rows)
 
 
 def print_runs(output: Output, runs: list[Any]) -> None:

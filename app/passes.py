@@ -18,8 +18,9 @@ import polars as pl
 import pipelines
 from lakehouse.engine import Engine, Report
 from lakehouse.errors import CatalogUnreachable, SettingsError, ShopSphereError, SourceError
+from lakehouse.expectations import by_hand, from_text
 from lakehouse.history import History, Run
-from lakehouse.iceberg import Handle, Lake, tables_on_disk
+from lakehouse.iceberg import EXPECTATIONS, Handle, Lake, tables_on_disk
 from lakehouse.lineage import Events, reported
 from lakehouse.outages import outage
 from lakehouse.parallel import Pool
@@ -231,8 +232,9 @@ def publish(engine: Engine, name: str) -> int:
         others = "" if table.layer == "gold" else " Only gold is built beside what is read: other tables keep the rows of before."
         raise ShopSphereError(f"{table.name} has no build that waits to be published.{others} See `python -m app status`.")
     with recorded(engine, "publish") as reports:
+        results = tuple(by_hand(result) for result in from_text(handle.summary(EXPECTATIONS, handle.build.snapshot_id)))
         snapshot = handle.publish()
-        reports.append(Report(table.name, "published", snapshot=snapshot))
+        reports.append(Report(table.name, "published", snapshot=snapshot, results=results))
     return snapshot
 
 

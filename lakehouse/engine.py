@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -42,6 +43,9 @@ from lakehouse.expectations import (
     from_text,
     joined,
     judge,
+    standing_after,
+    violations,
+    with_standing,
 )
 from lakehouse.iceberg import (
     AUDIT_BRANCH,
@@ -51,6 +55,7 @@ from lakehouse.iceberg import (
     POSITIONS,
     ROWS,
     SHAPE,
+    VIOLATIONS,
     File,
     FileReader,
     FileWriter,
@@ -162,6 +167,8 @@ class Merged:
     rows: int = 0
     """Living rows of these groups now."""
     rows_before: int = 0
+    violations_before: Mapping[str, int] = field(default_factory=dict)
+    """Of the rows that these groups had, how many broke each expectation."""
     held: pl.DataFrame | None = None
     """Rows for quarantine; None for a table that holds none back."""
     groups: pl.DataFrame | None = None
@@ -172,6 +179,16 @@ def living_after(before: int | None, merged: Sequence[Merged], full: bool) -> in
     """Living rows of a table after its groups were merged; None when nobody knows how many there were."""
     now = sum(part.rows for part in merged)
     return now if full else None if before is None else before + now - sum(part.rows_before for part in merged)
+
+
+def standing_of(target: Handle, merged: Sequence[Merged], results: Iterable[Result], full: bool) -> dict[str, int] | None:
+    """How many rows of the whole table break each expectation, now that some groups, or all, were judged."""
+    stored = target.summary(VIOLATIONS)
+    before = {} if full or target.snapshot is None else json.loads(stored) if stored is not None else None
+    gone: Counter[str] = Counter()
+    for part in merged:
+        gone.update(part.violations_before)
+    return standing_after(before, gone, results)
 
 
 def waits(target: Handle, positions: Mapping[str, Any], shape: str) -> bool:
@@ -427,6 +444,7 @@ def merge(work: Merge, pieces: Pieces) -> Merged:
         results=judged.results,
         rows=judged.kept.height,
         rows_before=alive.height,
+        violations_before={} if work.full else violations(target.rules, known.select(declared)),
         held=held_back(target, judged.held) if target.holds_back else None,
         groups=groups.select(target.group) if target.holds_back else None,
     )
@@ -712,14 +730,19 @@ class Engine:
         rows_deleted = sum(part.rows_deleted for part in merged)
         before = int(told) if (told := target.summary(ROWS)) is not None else 0 if target.snapshot is None else None
         rows = living_after(before, merged, full)
+        standing = standing_of(target, merged, results, full)
+        results = tuple(with_standing(result, standing) for result in results)
         if not may_be_looked_at(step.target, results):
             results = self.settled(step.target, results, before, rows)
         self._quarantine(step, handles, pieces, kept, full or replayed, merged, full)
         snapshot = target.snapshot.snapshot_id if target.snapshot else None
-        if files or positions != stored or target.summary(SHAPE) != shape:
+        uncounted = standing is not None and target.summary(VIOLATIONS) is None
+        if files or positions != stored or target.summary(SHAPE) != shape or uncounted:
             properties = {"shopsphere.rows-changed": str(rows_written), SHAPE: shape}
             if rows is not None:
                 properties[ROWS] = str(rows)
+            if standing is not None:
+                properties[VIOLATIONS] = json.dumps(standing, sort_keys=True)
             # rows that break a new expectation may be there already: then the build is one without files
             refused = any(result.outcome == "fail" for result in results)
             if audits := (bool(files) or refused) and step.target.layer == "gold":

@@ -60,6 +60,11 @@ RESULTS = Table(
         column("examples", pa.string(), "Keys of a few of them."),
         column("detail", pa.string(), "What was measured, for expectations of tables."),
         column("snapshot", pa.int64(), "Snapshot that was published; null when it was not."),
+        column(
+            "standing",
+            pa.int64(),
+            "Rows of the whole table that break it, judged in this run or before; null where they were not counted.",
+        ),
     ),
     partition_by=(Partition("judged_at", "day"),),
     sort_by=("judged_at", "table", "expectation"),
@@ -83,7 +88,7 @@ class History:
     """Notes runs; remembers what it has noted, so that the same is not noted again and again by one process."""
 
     lake: Lake
-    _outcomes: dict[tuple[str, str], tuple[str, int]] = field(default_factory=dict)
+    _outcomes: dict[tuple[str, str], tuple[str, int, int | None]] = field(default_factory=dict)
     _errors: frozenset[str] = frozenset()
 
     def note(self, engine: Engine, run: Run, reports: Sequence[Report], errors: Sequence[ShopSphereError] = ()) -> None:
@@ -96,12 +101,12 @@ class History:
         fresh = [
             (result, snapshot)
             for result, snapshot in results
-            if self._outcomes.get((result.table, result.expectation)) != (result.outcome, result.violations)
+            if self._outcomes.get((result.table, result.expectation)) != _came_out(result)
         ]
         rows = [*(_done(run, ended, report) for report in busy), *(_failed(run, ended, error) for error in failed)]
         self._append(engine, RUNS, rows)
         self._append(engine, RESULTS, [_result(run, ended, result, snapshot) for result, snapshot in fresh])
-        self._outcomes |= {(result.table, result.expectation): (result.outcome, result.violations) for result, _ in results}
+        self._outcomes |= {(result.table, result.expectation): _came_out(result) for result, _ in results}
         self._errors = said
 
     def _append(self, engine: Engine, table: Table, rows: list[dict[str, Any]]) -> None:
@@ -114,6 +119,10 @@ class History:
 
         if rows:
             engine.retried(attempt)
+
+
+def _came_out(result: Result) -> tuple[str, int, int | None]:
+    return result.outcome, result.violations, result.standing
 
 
 def _of_reports(reports: Iterable[Report]) -> list[tuple[Result, int | None]]:
@@ -167,6 +176,7 @@ def _result(run: Run, ended: datetime, result: Result, snapshot: int | None) -> 
         "examples": "; ".join(result.examples) or None,
         "detail": result.detail or None,
         "snapshot": snapshot,
+        "standing": result.standing,
     }
 
 
@@ -190,6 +200,7 @@ def last_results(lake: Lake) -> list[Result]:
             row["violations"],
             tuple((row["examples"] or "").split("; ")) if row["examples"] else (),
             row["detail"] or "",
+            row["standing"],
         )
         for row in rows.sort("table", order, "expectation").to_dicts()
     ]

@@ -72,6 +72,8 @@ POSITIONS = "shopsphere.positions"
 DATA_SEQUENCE = "shopsphere.data-sequence"
 SHAPE = "shopsphere.shape"
 ROWS = "shopsphere.rows"
+VIOLATIONS = "shopsphere.violations"
+"""Rows of the table that break each expectation of rows, as JSON."""
 EXPECTATIONS = "shopsphere.expectations"
 AUDIT_BRANCH = "audit"
 """Where a build of a gold table waits until it is published."""
@@ -535,7 +537,7 @@ class Handle:
         branch: AUDIT_BRANCH (default: main) leaves the table as it is for its readers until `publish`.
         """
         transaction = self._transaction or self.loaded.transaction()
-        kept = {name: told for name in (SHAPE, ROWS) if (told := self.summary(name)) is not None}
+        kept = {name: told for name in (SHAPE, ROWS, VIOLATIONS) if (told := self.summary(name)) is not None}
         summary = {
             **kept,
             POSITIONS: json.dumps(dict(positions), sort_keys=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -32,7 +33,7 @@ from lakehouse.expectations import (
     unique,
     within,
 )
-from lakehouse.iceberg import EXPECTATIONS, Lake, as_arrow
+from lakehouse.iceberg import EXPECTATIONS, VIOLATIONS, Lake, as_arrow
 from lakehouse.maintenance import expire, maintain
 from lakehouse.parallel import Pool
 from lakehouse.query import query
@@ -231,6 +232,51 @@ def test_warnings_keep_the_row(engine):
     sales, _ = run(engine)
     assert outcomes(sales)["accepted(shop: east, north, south)"] == ("warn", 1)
     assert totals(engine) == {"moon": 20, "north": 10}
+
+
+def test_a_warning_stays_as_long_as_its_rows(engine):
+    rule = "accepted(shop: east, north, south)"
+    receive(engine, (1, "north", 10), (2, "moon", 20), (3, "moon", 30))
+    run(engine)
+    receive(engine, (4, "north", 10), position="2")
+    sales, _ = run(engine)
+    (found,) = [result for result in sales.results if result.expectation == rule]
+    assert (found.outcome, found.rows, found.violations, found.standing) == ("warn", 1, 0, 2)
+    assert str(found) == f"{rule}: 0 of 1 rows break it, 2 in the whole table"
+    receive(engine, (2, "south", 20), (5, "mars", 1), position="3")
+    sales, _ = run(engine)
+    (found,) = [result for result in sales.results if result.expectation == rule]
+    assert (found.rows, found.violations, found.standing) == (2, 1, 2)
+    receive(engine, (3, "moon", 30), (5, "mars", 1), position="4", op="d")
+    assert outcomes(run(engine)[0])[rule] == ("pass", 0)
+
+
+def test_any_split_counts_the_same_rows_that_break_an_expectation(tmp_path):
+    chance = random.Random(8)
+    sales = [(chance.randrange(9), chance.choice(["north", "moon", "mars"]), 1, f"{n:03}") for n in range(24)]
+    counted = set()
+    for number, size in enumerate((5, 24)):
+        engine = make_engine(tmp_path / str(number))
+        for start in range(0, 24, size):
+            for id_, shop, amount, position in sales[start : start + size]:
+                receive(engine, (id_, shop, amount), position=position)
+            run(engine)
+            maintain(engine.lake, SALES, NOW)
+        counted.add(engine.lake.load(SALES).summary(VIOLATIONS))
+        broken = engine.lake.load(SALES).read(["shop"], ~pl.col("shop").is_in(["north", "south", "east"])).height
+        assert json.loads(engine.lake.load(SALES).summary(VIOLATIONS))["accepted(shop: east, north, south)"] == broken > 0
+    assert len(counted) == 1
+
+
+def test_rows_published_by_hand_are_warned_of_and_keep_no_other_from_readers(engine):
+    receive(engine, (1, "north", -10))
+    refused(engine)
+    engine.lake.load(TOTALS).publish()
+    receive(engine, (2, "south", 5), position="2")
+    _, report = run(engine)
+    (found,) = [result for result in report.results if result.expectation == "within(amount >= 0)"]
+    assert (found.outcome, found.violations, found.standing) == ("warn", 0, 1)
+    assert totals(engine) == {"north": -10, "south": 5}
 
 
 def test_a_quarantined_row_is_held_back_until_it_is_good(engine):

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from test_expectations import SALES, SALES_STEP, TOTALS, TOTALS_STEP, make_engine, receive
+from test_expectations import NOW, SALES, SALES_STEP, TOTALS, TOTALS_STEP, make_engine, receive
 
 from lakehouse.engine import Engine, Report
 from lakehouse.errors import ShopSphereError, SourceError
@@ -132,6 +132,36 @@ def test_a_run_that_ends_early_is_noted_with_what_it_had_done(tmp_path, monkeypa
     assert len(past["errors"]) == 1
     assert past["errors"][0].startswith(told)
     assert "example.org" not in past["errors"][0]
+
+
+def test_a_build_published_by_hand_is_noted_as_what_readers_have(tmp_path, monkeypatch, capsys):
+    import pipelines
+    from app.command_line import main
+    from ml import tables_status
+
+    monkeypatch.setenv("SHOPSPHERE_HOME", str(tmp_path))
+    for source in ("POSTGRES", "MONGO", "KAFKA"):
+        monkeypatch.setenv(f"SHOPSPHERE_{source}__ENABLED", "false")
+    monkeypatch.setattr(pipelines, "STEPS", (SALES_STEP, TOTALS_STEP))
+    monkeypatch.setattr("app.passes.TABLES", {TOTALS.name: TOTALS})
+    receive(make_engine(tmp_path), (1, "north", -10))
+    assert main(["run"]) == 1
+    lake = make_engine(tmp_path).lake
+
+    def shown() -> tuple[str, str]:
+        results = [result for result in last_results(lake) if result.table == TOTALS.name]
+        told = tables_status._expectations(lake, lake.load(TOTALS), results, NOW)
+        return told["expectations"], "; ".join(told["broken"])
+
+    assert shown()[0] == "1 fail"
+    assert main(["publish", "totals"]) == 0
+    assert shown()[0] == "1 warn"
+    assert "within(amount >= 0): 1 of 1 rows break it, published by hand, for example shop=north" in shown()[1]
+    (seen,) = query(
+        lake, OPERATIONS, "SELECT snapshot FROM operations.expectation_results WHERE detail LIKE '%by hand'"
+    ).to_pylist()
+    assert seen["snapshot"] == lake.load(TOTALS).snapshot.snapshot_id
+    assert main(["run"]) == 0
 
 
 def test_status_and_publish_on_the_command_line(tmp_path, monkeypatch, capsys):
