@@ -95,7 +95,8 @@ class Within:
         value = pl.col(self.columns[0])
         below = value < self.least if self.least is not None else pl.lit(False)
         above = value > self.most if self.most is not None else pl.lit(False)
-        # no number is in no range: in polars NaN is above all others
+        if isinstance(self.least if self.least is not None else self.most, int | float | Decimal):
+            above |= value.cast(pl.Float64).is_nan()  # no number is in no range; polars has it above all others
         return (below | above).fill_null(False)
 
 

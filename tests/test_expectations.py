@@ -11,6 +11,7 @@ import sys
 import threading
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 
 import polars as pl
@@ -194,10 +195,23 @@ def test_each_kind_of_expectation_counts_what_breaks_it():
         ("accepted(b: x)", 1, ("k=2",)),
         ("within(1 <= c <= 4)", 3, ("k=1", "k=2", "k=4")),
         ("within(c <= 5)", 1, ("k=4",)),
-        ("within(c >= 0)", 0, ()),
+        ("within(c >= 0)", 1, ("k=4",)),
     ]
     assert judged.failed
     assert judged.kept.equals(rows)
+
+
+def test_a_range_holds_values_of_every_type_with_an_order():
+    rows = pl.DataFrame(
+        {
+            "k": [1, 2, 3],
+            "money": pl.Series([None, "-0.0001", "5"]).cast(pl.Decimal(20, 4)),
+            "at": pl.Series([NOW, NOW - timedelta(days=1), None], dtype=pl.Datetime("us", "UTC")),
+            "day": [NOW.date(), (NOW - timedelta(days=1)).date(), None],
+        }
+    )
+    rules = (within("money", Decimal("0"), None), within("at", NOW, None), within("day", NOW.date(), None))
+    assert [result.examples for result in judge("t", rules, rows, ["k"]).results] == [("k=2",)] * 3
 
 
 def test_no_rows_break_nothing():
