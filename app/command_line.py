@@ -200,7 +200,7 @@ def publish(table: Annotated[str, typer.Argument(help="Table, e.g. gold.sales_da
 @app.command()
 def status(
     expectations: Annotated[bool, typer.Option("--expectations", help="How every expectation came out last")] = False,
-    runs: Annotated[int, typer.Option(help="So many of the newest runs that did or found something")] = 0,
+    runs: Annotated[int, typer.Option(min=0, help="So many of the newest runs that did or found something")] = 0,
     json: Json = False,
 ) -> None:
     """Per table: rows, snapshot, position, lag behind its source, last run, how its expectations came out."""

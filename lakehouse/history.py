@@ -19,7 +19,7 @@ from lakehouse.catalog_errors import committing
 from lakehouse.engine import Engine, Report
 from lakehouse.errors import ShopSphereError
 from lakehouse.expectations import ExpectationsFailed, Result
-from lakehouse.iceberg import Lake, polars_schema
+from lakehouse.iceberg import File, Lake, polars_schema
 from lakehouse.table import SEQUENCE, TIMESTAMP, Partition, Table, column
 
 RUNS = Table(
@@ -206,6 +206,34 @@ def last_results(lake: Lake) -> list[Result]:
     ]
 
 
+def _newest(lake: Lake, limit: int) -> tuple[pl.DataFrame, int]:
+    """What is noted of so many of the newest runs, at least; and the day, since 1970, of the oldest of them."""
+    if not lake.exists(RUNS):
+        return pl.DataFrame(schema=polars_schema(RUNS.schema)), 0
+    handle = lake.load(RUNS)
+    files = handle.files()
+    found: list[pl.DataFrame] = []
+    first = 0
+    for first in sorted({_day(file) for file in files}, reverse=True):
+        found.append(handle.reader.read([file for file in files if _day(file) == first], RUNS.schema.names))
+        if sum(part["run_id"].n_unique() for part in found) >= limit:
+            break
+    return pl.concat(found) if found else handle.reader.read((), RUNS.schema.names), first
+
+
+def _since(lake: Lake, table: Table, day: int) -> pl.DataFrame:
+    """The rows of a day, since 1970, and those after it."""
+    if not lake.exists(table):
+        return pl.DataFrame(schema=polars_schema(table.schema))
+    handle = lake.load(table)
+    return handle.reader.read([file for file in handle.files() if _day(file) >= day], table.schema.names)
+
+
+def _day(file: File) -> int:
+    """Days since 1970: both tables are partitioned by them."""
+    return int(file.partition[0])
+
+
 @dataclass(frozen=True)
 class PastRun:
     """A run as `status --runs` shows it."""
@@ -223,9 +251,9 @@ class PastRun:
 
 
 def past_runs(lake: Lake, limit: int) -> list[PastRun]:
-    """The newest runs that did or found something, the newest first."""
-    runs = _read(lake, RUNS)
-    broken = _read(lake, RESULTS).filter(pl.col("outcome") != "pass").group_by("run_id").len("warnings")
+    """The newest runs that did or found something, the newest first. Reads no day before that of the oldest of them."""
+    runs, first = _newest(lake, limit)
+    broken = _since(lake, RESULTS, first).filter(pl.col("outcome") != "pass").group_by("run_id").len("warnings")
     found = (
         runs.group_by("run_id", "kind", "started_at")
         .agg(
@@ -261,7 +289,7 @@ def forget(lake: Lake, retention_days: float, now: datetime) -> int:
     for table in OPERATIONS.values():
         if lake.exists(table):
             handle = lake.load(table)
-            old = frozenset(file.path for file in handle.files() if int(file.partition[0]) < first)
+            old = frozenset(file.path for file in handle.files() if _day(file) < first)
             if old:
                 handle.commit(positions={}, removed_paths=old, changes_rows=False)
                 dropped += len(old)

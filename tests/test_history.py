@@ -8,6 +8,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import polars as pl
 import pytest
 from test_expectations import NOW, SALES, SALES_STEP, TOTALS, TOTALS_STEP, make_engine, receive
 
@@ -15,6 +16,7 @@ from lakehouse.engine import Engine, Report
 from lakehouse.errors import ShopSphereError, SourceError
 from lakehouse.expectations import ExpectationsFailed
 from lakehouse.history import OPERATIONS, RESULTS, RUNS, History, Run, forget, last_results, past_runs
+from lakehouse.iceberg import File, FileReader
 from lakehouse.maintenance import maintain
 from lakehouse.query import query
 
@@ -132,6 +134,23 @@ def test_a_run_that_ends_early_is_noted_with_what_it_had_done(tmp_path, monkeypa
     assert len(past["errors"]) == 1
     assert past["errors"][0].startswith(told)
     assert "example.org" not in past["errors"][0]
+
+
+def test_the_newest_runs_are_shown_without_a_look_at_older_days(engine, monkeypatch):
+    for days in (9, 8, 3, 1):
+        one = Run("run", started_at=datetime.now(UTC) - timedelta(days=days))
+        History(engine.lake).note(engine, one, [Report(SALES.name, "changed", rows_written=days)])
+    read: list[int] = []
+    whole = FileReader.read
+
+    def watched(self: FileReader, files: list[File], *rest: object, **more: object) -> pl.DataFrame:
+        read.append(len(files))
+        return whole(self, files, *rest, **more)
+
+    monkeypatch.setattr(FileReader, "read", watched)
+    assert [run.rows_written for run in past_runs(engine.lake, 2)] == [1, 3]
+    assert sum(read) == 2
+    assert [run.rows_written for run in past_runs(engine.lake, 10)] == [1, 3, 8, 9]
 
 
 def test_a_build_published_by_hand_is_noted_as_what_readers_have(tmp_path, monkeypatch, capsys):
