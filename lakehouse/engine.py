@@ -54,6 +54,7 @@ from lakehouse.iceberg import (
     POS,
     POSITIONS,
     ROWS,
+    ROWS_CHANGED,
     SHAPE,
     VIOLATIONS,
     File,
@@ -708,13 +709,16 @@ class Engine:
         if not rebuild and not replayed and waits(target, positions, shape):
             # what an audit has refused, or a run left when it was killed: nothing has come since, so it is not built again
             results = self.audited(target)
+            self.begun(step, target, handles)
+            published = target.publish()
             return Report(
                 step.target.name,
                 "changed",
+                rows_written=int(target.summary(ROWS_CHANGED) or 0),
                 seconds=time.monotonic() - started,
                 cpu_seconds=time.process_time() - cpu,
-                snapshot=target.publish(),
-                results=results,
+                snapshot=published,
+                results=(*results, *self.freshnesses(target)),
             )
         self.begun(step, target, handles)
         if target.snapshot is None and step.target.layer == "gold":
@@ -738,7 +742,7 @@ class Engine:
         snapshot = target.snapshot.snapshot_id if target.snapshot else None
         uncounted = standing is not None and target.summary(VIOLATIONS) is None
         if files or positions != stored or target.summary(SHAPE) != shape or uncounted:
-            properties = {"shopsphere.rows-changed": str(rows_written), SHAPE: shape}
+            properties = {ROWS_CHANGED: str(rows_written), SHAPE: shape}
             if rows is not None:
                 properties[ROWS] = str(rows)
             if standing is not None:

@@ -20,6 +20,7 @@ from lakehouse import lineage
 from lakehouse.engine import Engine
 from lakehouse.expectations import ExpectationsFailed
 from lakehouse.history import Run
+from lakehouse.iceberg import Handle
 from lakehouse.lineage import Receiver, configured, reported
 from lakehouse.step import Gather
 from ml.tables import DECLARED
@@ -239,6 +240,29 @@ def test_a_run_that_is_cut_short_ends_what_it_has_begun(engine, to_file, error, 
         (state, "run"),
     ]
     assert "example.org" not in to_file.read_text()
+
+
+def test_what_a_killed_run_has_built_is_told_by_the_run_that_publishes_it(engine, to_file, monkeypatch):
+    receive(engine, (1, "north", 10))
+    engine.refresh(SALES_STEP)
+
+    def stopped(handle: Handle) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Handle, "publish", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            engine.refresh(TOTALS_STEP)
+    run(engine)
+    told = events_in(to_file)
+    assert [(event["eventType"], event["job"]["name"]) for event in told[1:-1]] == [
+        ("START", TOTALS.name),
+        ("COMPLETE", TOTALS.name),
+    ]
+    made = told[-2]["outputs"][0]
+    assert made["outputFacets"]["outputStatistics"]["rowCount"] == 1
+    assert made["facets"]["version"]["datasetVersion"] == str(engine.lake.load(TOTALS).snapshot.snapshot_id)
+    assert "fresh(newest: 24 h)" in [one["name"] for one in made["facets"]["dataQualityAssertions"]["assertions"]]
 
 
 def test_a_wrong_configuration_does_not_end_the_run(engine, monkeypatch, tmp_path, caplog):
