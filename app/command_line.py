@@ -124,7 +124,7 @@ def print_pass(output: Output, done: Any) -> None:
     print_reports(output, done.reports)
     for result in [result for report in done.reports for result in report.results if result.outcome != "pass"]:
         output.say(f"{result.outcome}: {result.table}: {result}")
-    changed = sum(report.snapshot is not None and report.status != "unchanged" for report in done.reports)
+    changed = sum(report.status == "changed" for report in done.reports)  # not those that were only read for
     output.say(f"{changed} of {len(done.reports)} tables changed, in {done.seconds:.1f} s ({done.cpu_seconds:.1f} CPU s).")
 
 

@@ -136,6 +136,24 @@ def test_a_run_that_ends_early_is_noted_with_what_it_had_done(tmp_path, monkeypa
     assert "example.org" not in past["errors"][0]
 
 
+def test_a_run_and_its_history_count_the_same_tables(tmp_path, monkeypatch, capsys):
+    import pipelines
+    from app.command_line import main
+
+    monkeypatch.setenv("SHOPSPHERE_HOME", str(tmp_path))
+    for source in ("POSTGRES", "MONGO", "KAFKA"):
+        monkeypatch.setenv(f"SHOPSPHERE_{source}__ENABLED", "false")
+    monkeypatch.setattr(pipelines, "STEPS", (SALES_STEP, TOTALS_STEP))
+    engine = make_engine(tmp_path)
+    receive(engine, (1, "north", 10))
+    assert main(["run"]) == 0
+    assert "2 of 2 tables changed" in capsys.readouterr().out
+    receive(engine, (1, "north", 10), position="2", at=NOW)  # as it was: silver has nothing to write, nor has gold
+    assert main(["run"]) == 0
+    assert "0 of 2 tables changed" in capsys.readouterr().out
+    assert [run.tables for run in past_runs(engine.lake, 2)] == [0, 2]
+
+
 def test_the_newest_runs_are_shown_without_a_look_at_older_days(engine, monkeypatch):
     for days in (9, 8, 3, 1):
         one = Run("run", started_at=datetime.now(UTC) - timedelta(days=days))
