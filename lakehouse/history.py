@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import polars as pl
@@ -20,6 +21,7 @@ from lakehouse.engine import Engine, Report
 from lakehouse.errors import ShopSphereError
 from lakehouse.expectations import ExpectationsFailed, Result
 from lakehouse.iceberg import File, Lake, polars_schema
+from lakehouse.maintenance import retried
 from lakehouse.table import SEQUENCE, TIMESTAMP, Partition, Table, column
 
 RUNS = Table(
@@ -283,14 +285,14 @@ def past_runs(lake: Lake, limit: int) -> list[PastRun]:
 
 def forget(lake: Lake, retention_days: float, now: datetime) -> int:
     """Drop the days of both tables that ended longer ago than the retention; gives how many files. No row is rewritten."""
-    dropped = 0
     limit = (now - timedelta(days=retention_days)).date()
     first = (limit - datetime(1970, 1, 1, tzinfo=UTC).date()).days
-    for table in OPERATIONS.values():
-        if lake.exists(table):
-            handle = lake.load(table)
-            old = frozenset(file.path for file in handle.files() if _day(file) < first)
-            if old:
-                handle.commit(positions={}, removed_paths=old, changes_rows=False)
-                dropped += len(old)
-    return dropped
+
+    def drop(table: Table) -> int:
+        handle = lake.load(table)
+        old = frozenset(file.path for file in handle.files() if _day(file) < first)
+        if old:
+            handle.commit(positions={}, removed_paths=old, changes_rows=False)
+        return len(old)
+
+    return sum(retried(partial(drop, table)) for table in OPERATIONS.values() if lake.exists(table))

@@ -16,9 +16,10 @@ from lakehouse.engine import Engine, Report
 from lakehouse.errors import ShopSphereError, SourceError
 from lakehouse.expectations import ExpectationsFailed
 from lakehouse.history import OPERATIONS, RESULTS, RUNS, History, Run, forget, last_results, past_runs
-from lakehouse.iceberg import File, FileReader
+from lakehouse.iceberg import File, FileReader, Handle, Lake
 from lakehouse.maintenance import maintain
 from lakehouse.query import query
+from lakehouse.table import Table
 
 
 @pytest.fixture
@@ -134,6 +135,31 @@ def test_a_run_that_ends_early_is_noted_with_what_it_had_done(tmp_path, monkeypa
     assert len(past["errors"]) == 1
     assert past["errors"][0].startswith(told)
     assert "example.org" not in past["errors"][0]
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_old_days_go_while_a_run_notes_its_own(engine, monkeypatch, after):
+    now = datetime.now(UTC)
+    for days in (200, 3):
+        History(engine.lake).note(engine, Run("run", started_at=now - timedelta(days=days)), [Report(SALES.name, "changed")])
+    load, loaded = Lake.load, 0
+
+    def overtaken(lake: Lake, table: Table, **more: bool) -> Handle:
+        nonlocal loaded
+        handle = load(lake, table, **more)
+        loaded += 1
+        if loaded == after:  # of `forget`, or of `maintain` when it expires snapshots
+            other = load(lake, table)
+            other.commit(positions=other.positions, changes_rows=False)
+        return handle
+
+    monkeypatch.setattr(Lake, "load", overtaken)
+    if after == 1:
+        assert forget(engine.lake, 120, now) == 1
+    else:
+        assert maintain(engine.lake, RUNS, now + timedelta(days=9)).snapshots_expired
+    assert loaded > after
+    assert len(past_runs(engine.lake, 10)) == (1 if after == 1 else 2)
 
 
 def test_a_run_and_its_history_count_the_same_tables(tmp_path, monkeypatch, capsys):
