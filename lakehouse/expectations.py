@@ -195,7 +195,7 @@ class Result:
         shown = f", for example {'; '.join(self.examples)}" if self.examples else ""
         told = self.detail or f"{self.violations:,} of {self.rows:,} rows break it"
         others = f", {self.standing:,} in the whole table" if self.standing and self.standing > self.violations else ""
-        return f"{self.expectation}: {told}{shown}{others}"
+        return f"{self.expectation}: {told}{others}{shown}"
 
 
 @dataclass(frozen=True)
