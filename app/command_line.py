@@ -69,13 +69,15 @@ def run(
     try:
         with open_engine(settings) as engine:
             history = History(engine.lake)
-            finish_erasures(engine, output)
+            finished = finish_erasures(engine, output)
             while True:
                 begun = time.monotonic()
                 with output.progress() as show:
                     done = run_pass(engine, teller(show), stop.is_set, history)
                 print_pass(output, done)
-                failed = bool(done.errors)
+                if not finished and not stop.is_set():
+                    finished = finish_erasures(engine, output)  # the pass may have read what was corrected
+                failed = bool(done.errors) or not finished
                 for error in done.errors:
                     print(f"error: {error}", file=sys.stderr, flush=True)
                 if pause is None or stop.wait(max(0.0, pause - (time.monotonic() - begun))):
@@ -122,7 +124,7 @@ def print_pass(output: Output, done: Any) -> None:
     print_reports(output, done.reports)
     for result in [result for report in done.reports for result in report.results if result.outcome != "pass"]:
         output.say(f"{result.outcome}: {result.table}: {result}")
-    changed = sum(report.snapshot is not None and report.status != "unchanged" for report in done.reports)
+    changed = sum(report.status == "changed" for report in done.reports)  # not those that were only read for
     output.say(f"{changed} of {len(done.reports)} tables changed, in {done.seconds:.1f} s ({done.cpu_seconds:.1f} CPU s).")
 
 
@@ -198,7 +200,7 @@ def publish(table: Annotated[str, typer.Argument(help="Table, e.g. gold.sales_da
 @app.command()
 def status(
     expectations: Annotated[bool, typer.Option("--expectations", help="How every expectation came out last")] = False,
-    runs: Annotated[int, typer.Option(help="So many of the newest runs that did or found something")] = 0,
+    runs: Annotated[int, typer.Option(min=0, help="So many of the newest runs that did or found something")] = 0,
     json: Json = False,
 ) -> None:
     """Per table: rows, snapshot, position, lag behind its source, last run, how its expectations came out."""
@@ -243,11 +245,21 @@ def status(
 
 def print_results(output: Output, results: list[Any]) -> None:
     """How every expectation came out when it was judged last."""
+    columns = ("table", "expectation", "severity", "outcome", "rows", "violations", "in the table", "what was found")
     rows = [
-        (r.table, _clipped(r.expectation, 60), r.severity, r.outcome, r.rows, r.violations, r.detail or "; ".join(r.examples))
+        (
+            r.table,
+            _clipped(r.expectation, 60),
+            r.severity,
+            r.outcome,
+            r.rows,
+            r.violations,
+            r.standing,
+            r.detail or "; ".join(r.examples),
+        )
         for r in results
     ]
-    output.table(("table", "expectation", "severity", "outcome", "rows", "violations", "what was found"), rows)
+    output.table(columns, rows)
 
 
 def print_runs(output: Output, runs: list[Any]) -> None:
@@ -319,7 +331,7 @@ def maintain(
     }
     output, settings = Output(json), load_settings(**overrides)
     with open_engine(settings) as engine:
-        finish_erasures(engine, output)
+        finished = finish_erasures(engine, output)
     lake = Lake(settings)
     every = (*TABLES.values(), *OPERATIONS.values())
     chosen = [OPERATIONS.get(name) or table_named(name) for name in tables] if tables else [t for t in every if lake.exists(t)]
@@ -332,7 +344,6 @@ def maintain(
             done.append(maintain_table(lake, table, datetime.now(UTC)))
     if json:
         output.json([asdict(item) for item in done])
-        return
     output.table(
         ("table", "files before", "files after", "delete files merged", "snapshots expired", "orphans deleted", "freed"),
         [
@@ -348,6 +359,8 @@ def maintain(
             for m in done
         ],
     )
+    if not finished:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -403,15 +416,22 @@ def export(
     output.say(f"Written to {done.directory}: person.json, and a CSV file for each table. It is personal data: keep it so.")
 
 
-def finish_erasures(engine: Engine, output: Output) -> None:
-    """Finish what an interrupted `erase` has left, and tell of it."""
+def finish_erasures(engine: Engine, output: Output) -> bool:
+    """Finish what an interrupted `erase` has left, and tell of it. False when rows that break an expectation keep it from
+    that: only a pass reads their correction, so that nothing else may wait for the erasure."""
     from app import erase as erasing
+    from lakehouse.expectations import ExpectationsFailed
 
-    with output.progress() as show:
-        receipts = erasing.finish_begun(engine, show)
+    try:
+        with output.progress() as show:
+            receipts = erasing.finish_begun(engine, show)
+    except ExpectationsFailed as error:
+        print(f"error: An erasure is under way and cannot be finished yet. {error}", file=sys.stderr, flush=True)
+        return False
     for one in receipts:
         for line in erasing.in_words(one):
             print(line, file=sys.stderr)
+    return True
 
 
 def asked_for(

@@ -6,7 +6,7 @@ import base64
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -18,8 +18,9 @@ import polars as pl
 import pipelines
 from lakehouse.engine import Engine, Report
 from lakehouse.errors import CatalogUnreachable, SettingsError, ShopSphereError, SourceError
+from lakehouse.expectations import by_hand, from_text
 from lakehouse.history import History, Run
-from lakehouse.iceberg import Handle, Lake, tables_on_disk
+from lakehouse.iceberg import EXPECTATIONS, Handle, Lake, tables_on_disk
 from lakehouse.lineage import Events, reported
 from lakehouse.outages import outage
 from lakehouse.parallel import Pool
@@ -72,10 +73,10 @@ def recorded(engine: Engine, kind: str) -> Iterator[list[Report]]:
     with reported(engine, run, code_version) as events:
         try:
             yield reports
-        except ShopSphereError as error:
-            if events:
+        except BaseException as error:
+            if events and isinstance(error, ShopSphereError):
                 events.fail(str(getattr(error, "table", "")), error)
-            History(engine.lake).note(engine, run, reports, [error])
+            _note_end(History(engine.lake), engine, run, reports, [], error)
             raise
         finally:
             for report in reports if events else ():
@@ -89,8 +90,14 @@ def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: 
     pass did goes to `history` (default: a new one)."""
     run = Run("run")
     started, cpu = time.monotonic(), time.process_time()
-    with reported(engine, run, code_version) as events:
-        reports, errors = _pass(engine, tell, stopping, events)
+    reports: list[Report] = []
+    errors: list[ShopSphereError] = []
+    try:
+        with reported(engine, run, code_version) as events:
+            _pass(engine, tell, stopping, events, reports, errors)
+    except BaseException as error:
+        _note_end(history or History(engine.lake), engine, run, reports, errors, error)
+        raise
     if not any(isinstance(error, CatalogUnreachable) for error in errors):  # else there is nowhere to note it
         try:
             (history or History(engine.lake)).note(engine, run, reports, errors)
@@ -100,11 +107,39 @@ def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: 
     return Pass(tuple(reports), tuple(errors), time.monotonic() - started, time.process_time() - cpu + elsewhere)
 
 
+def _note_end(
+    history: History,
+    engine: Engine,
+    run: Run,
+    reports: Sequence[Report],
+    errors: Sequence[ShopSphereError],
+    error: BaseException,
+) -> None:
+    """Note what a run did before it ended early, and why: of an unforeseen error the kind alone, its text may hold values."""
+    if isinstance(error, ShopSphereError):
+        why = error
+    elif (failed := outage(error)) is not None:
+        why = failed
+    elif isinstance(error, Exception):
+        why = ShopSphereError(
+            f"The run ended early with an unforeseen {type(error).__name__}. Run again with --debug to see where."
+        )
+    else:
+        why = ShopSphereError("The run was stopped before its end.")
+    if isinstance(why, CatalogUnreachable):
+        return  # nowhere to note it
+    with suppress(Exception):  # the error that ended the run is the one to be told
+        history.note(engine, run, reports, [*errors, why])
+
+
 def _pass(
-    engine: Engine, tell: Tell, stopping: Callable[[], bool], events: Events | None
-) -> tuple[list[Report], list[ShopSphereError]]:
-    reports: list[Report] = []
-    errors: list[ShopSphereError] = []
+    engine: Engine,
+    tell: Tell,
+    stopping: Callable[[], bool],
+    events: Events | None,
+    reports: list[Report],
+    errors: list[ShopSphereError],
+) -> None:
     for source in pipelines.sources(engine.lake.settings):
         if stopping():
             break
@@ -115,6 +150,8 @@ def _pass(
             raise  # nothing can go on
         except Exception as error:
             errors.append(_expected(error))
+            if events:
+                events.failed += 1
             if isinstance(errors[-1], CatalogUnreachable):
                 break
             continue
@@ -142,7 +179,6 @@ def _pass(
         if events:
             events.complete(report)
         reports.append(report)
-    return reports, errors
 
 
 def _expected(error: Exception) -> ShopSphereError:
@@ -193,10 +229,12 @@ def publish(engine: Engine, name: str) -> int:
     table = table_named(name)
     handle = engine.lake.load(table, create=False)
     if handle.build is None:
-        raise ShopSphereError(f"{table.name} has no build that waits: its readers have the newest. See `python -m app status`.")
+        others = "" if table.layer == "gold" else " Only gold is built beside what is read: other tables keep the rows of before."
+        raise ShopSphereError(f"{table.name} has no build that waits to be published.{others} See `python -m app status`.")
     with recorded(engine, "publish") as reports:
+        results = tuple(by_hand(result) for result in from_text(handle.summary(EXPECTATIONS, handle.build.snapshot_id)))
         snapshot = handle.publish()
-        reports.append(Report(table.name, "published", snapshot=snapshot))
+        reports.append(Report(table.name, "published", snapshot=snapshot, results=results))
     return snapshot
 
 

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -29,6 +30,7 @@ from pyiceberg.manifest import DataFile
 from lakehouse.difference import Difference, difference
 from lakehouse.errors import CommitConflict, UnknownColumn
 from lakehouse.expectations import (
+    REASON,
     ExpectationsFailed,
     Fresh,
     OfRows,
@@ -41,6 +43,9 @@ from lakehouse.expectations import (
     from_text,
     joined,
     judge,
+    standing_after,
+    violations,
+    with_standing,
 )
 from lakehouse.iceberg import (
     AUDIT_BRANCH,
@@ -49,7 +54,9 @@ from lakehouse.iceberg import (
     POS,
     POSITIONS,
     ROWS,
+    ROWS_CHANGED,
     SHAPE,
+    VIOLATIONS,
     File,
     FileReader,
     FileWriter,
@@ -161,6 +168,8 @@ class Merged:
     rows: int = 0
     """Living rows of these groups now."""
     rows_before: int = 0
+    violations_before: Mapping[str, int] = field(default_factory=dict)
+    """Of the rows that these groups had, how many broke each expectation."""
     held: pl.DataFrame | None = None
     """Rows for quarantine; None for a table that holds none back."""
     groups: pl.DataFrame | None = None
@@ -173,13 +182,29 @@ def living_after(before: int | None, merged: Sequence[Merged], full: bool) -> in
     return now if full else None if before is None else before + now - sum(part.rows_before for part in merged)
 
 
+def standing_of(target: Handle, merged: Sequence[Merged], results: Iterable[Result], full: bool) -> dict[str, int] | None:
+    """How many rows of the whole table break each expectation, now that some groups, or all, were judged."""
+    stored = target.summary(VIOLATIONS)
+    before = {} if full or target.snapshot is None else json.loads(stored) if stored is not None else None
+    gone: Counter[str] = Counter()
+    for part in merged:
+        gone.update(part.violations_before)
+    return standing_after(before, gone, results)
+
+
 def waits(target: Handle, positions: Mapping[str, Any], shape: str) -> bool:
     """Whether a build with these positions waits to be published, and continues the table as it is."""
-    build, main = target.build, target.snapshot
-    if build is None or build.parent_snapshot_id != (main.snapshot_id if main else None):
+    build = target.build
+    if build is None or not target.continued:
         return False
     told = build.summary.additional_properties if build.summary else {}
     return told.get(POSITIONS) == json.dumps(dict(positions), sort_keys=True) and told.get(SHAPE) == shape
+
+
+def drop_passed_over(target: Handle) -> None:
+    """Drop a refused build when the table has gone on without it: its rows were corrected to what the table has."""
+    if target.build is not None and not target.continued:
+        target.discard()
 
 
 def of_groups(positions: pl.Series, table: Table, groups: Sequence[pl.DataFrame]) -> pl.Series:
@@ -420,6 +445,7 @@ def merge(work: Merge, pieces: Pieces) -> Merged:
         results=judged.results,
         rows=judged.kept.height,
         rows_before=alive.height,
+        violations_before={} if work.full else violations(target.rules, known.select(declared)),
         held=held_back(target, judged.held) if target.holds_back else None,
         groups=groups.select(target.group) if target.holds_back else None,
     )
@@ -450,7 +476,7 @@ def held_back(table: Table, rows: pl.DataFrame) -> pl.DataFrame:
     declared = [column.name for column in table.columns]
     found = rows.select(
         pl.lit(table.name).alias("source_table"),
-        "reason",
+        pl.col(REASON).alias("reason"),
         in_json(table.key).alias("source_position"),
         in_json(declared).cast(pl.Binary).alias("original"),
         pl.lit(None, pl.Datetime("us", "UTC")).alias("_source_time"),
@@ -673,6 +699,7 @@ class Engine:
             and not made_anew
             and (not stale or all(handles[name].data_sequence == 0 for name in handles))
         ):
+            drop_passed_over(target)
             return Report(
                 step.target.name, "unchanged", seconds=time.monotonic() - started, cpu_seconds=time.process_time() - cpu
             )
@@ -682,13 +709,16 @@ class Engine:
         if not rebuild and not replayed and waits(target, positions, shape):
             # what an audit has refused, or a run left when it was killed: nothing has come since, so it is not built again
             results = self.audited(target)
+            self.begun(step, target, handles)
+            published = target.publish()
             return Report(
                 step.target.name,
                 "changed",
+                rows_written=int(target.summary(ROWS_CHANGED) or 0),
                 seconds=time.monotonic() - started,
                 cpu_seconds=time.process_time() - cpu,
-                snapshot=target.publish(),
-                results=results,
+                snapshot=published,
+                results=(*results, *self.freshnesses(target)),
             )
         self.begun(step, target, handles)
         if target.snapshot is None and step.target.layer == "gold":
@@ -704,14 +734,19 @@ class Engine:
         rows_deleted = sum(part.rows_deleted for part in merged)
         before = int(told) if (told := target.summary(ROWS)) is not None else 0 if target.snapshot is None else None
         rows = living_after(before, merged, full)
+        standing = standing_of(target, merged, results, full)
+        results = tuple(with_standing(result, standing) for result in results)
         if not may_be_looked_at(step.target, results):
             results = self.settled(step.target, results, before, rows)
         self._quarantine(step, handles, pieces, kept, full or replayed, merged, full)
         snapshot = target.snapshot.snapshot_id if target.snapshot else None
-        if files or positions != stored or target.summary(SHAPE) != shape:
-            properties = {"shopsphere.rows-changed": str(rows_written), SHAPE: shape}
+        uncounted = standing is not None and target.summary(VIOLATIONS) is None
+        if files or positions != stored or target.summary(SHAPE) != shape or uncounted:
+            properties = {ROWS_CHANGED: str(rows_written), SHAPE: shape}
             if rows is not None:
                 properties[ROWS] = str(rows)
+            if standing is not None:
+                properties[VIOLATIONS] = json.dumps(standing, sort_keys=True)
             # rows that break a new expectation may be there already: then the build is one without files
             refused = any(result.outcome == "fail" for result in results)
             if audits := (bool(files) or refused) and step.target.layer == "gold":
@@ -726,6 +761,8 @@ class Engine:
             if audits:
                 results = self.audited(target)
                 target.publish()
+            else:
+                drop_passed_over(target)
         results = (*results, *self.freshnesses(target))
         return Report(
             step.target.name,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, Literal
@@ -23,6 +23,8 @@ Severity = Literal["warn", "quarantine", "fail"]
 Bound = int | float | Decimal | datetime | None
 EXAMPLES = 3
 """Keys of offending rows that a message names."""
+REASON = "__reason"
+"""Beside the columns of rows that are held back: a table may have a `reason` of its own."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ class Within:
         value = pl.col(self.columns[0])
         below = value < self.least if self.least is not None else pl.lit(False)
         above = value > self.most if self.most is not None else pl.lit(False)
-        # no number is in no range: in polars NaN is above all others
+        if isinstance(self.least if self.least is not None else self.most, int | float | Decimal):
+            above |= value.cast(pl.Float64).is_nan()  # no number is in no range; polars has it above all others
         return (below | above).fill_null(False)
 
 
@@ -185,11 +188,14 @@ class Result:
     examples: tuple[str, ...] = ()
     """Keys of a few offending rows."""
     detail: str = ""
+    standing: int | None = None
+    """Rows of the whole table that break it, judged now or before; None where they were not counted."""
 
     def __str__(self) -> str:
         shown = f", for example {'; '.join(self.examples)}" if self.examples else ""
         told = self.detail or f"{self.violations:,} of {self.rows:,} rows break it"
-        return f"{self.expectation}: {told}{shown}"
+        others = f", {self.standing:,} in the whole table" if self.standing and self.standing > self.violations else ""
+        return f"{self.expectation}: {told}{others}{shown}"
 
 
 @dataclass(frozen=True)
@@ -198,7 +204,7 @@ class Judged:
 
     kept: pl.DataFrame
     held: pl.DataFrame
-    """With `reason`: what is wrong with the row, never a value."""
+    """With `REASON`: what is wrong with the row, never a value."""
     results: tuple[Result, ...] = ()
 
     @property
@@ -212,7 +218,7 @@ def judge(
 ) -> Judged:
     """Judge rows. named_by: the columns that examples show, so no personal ones. withhold=False: hold no row back."""
     rules = [rule for rule in expectations if isinstance(rule, OfRows)]
-    nothing = rows.clear().with_columns(pl.lit(None, pl.String).alias("reason"))
+    nothing = rows.clear().with_columns(pl.lit(None, pl.String).alias(REASON))
     if not rules:
         return Judged(rows, nothing)
     marks = [f"__{number}" for number in range(len(rules))]
@@ -233,8 +239,40 @@ def judge(
         return Judged(rows, nothing, tuple(results))
     bad = broken.select(pl.any_horizontal([mark for _, mark in holding])).to_series()
     texts = [pl.when(pl.col(mark)).then(pl.lit(f"breaks {rule}")) for rule, mark in holding]
-    reason = broken.select(pl.concat_str(texts, separator="; ", ignore_nulls=True).alias("reason"))
+    reason = broken.select(pl.concat_str(texts, separator="; ", ignore_nulls=True).alias(REASON))
     return Judged(rows.filter(~bad), pl.concat([rows, reason], how="horizontal").filter(bad), tuple(results))
+
+
+def violations(expectations: Sequence[Expectation], rows: pl.DataFrame) -> dict[str, int]:
+    """How many rows break each expectation of rows that are kept nevertheless."""
+    rules = [rule for rule in expectations if isinstance(rule, OfRows) and rule.severity != "quarantine"]
+    if not rows.height or not rules:
+        return {str(rule): 0 for rule in rules}
+    counts = rows.select(rule.violated().sum().alias(str(number)) for number, rule in enumerate(rules)).row(0)
+    return {str(rule): int(count or 0) for rule, count in zip(rules, counts, strict=True)}
+
+
+def standing_after(before: Mapping[str, int] | None, gone: Mapping[str, int], results: Iterable[Result]) -> dict[str, int] | None:
+    """Rows of a table that break each expectation after some of its groups were judged; None when nobody knows how many did
+    before. gone: of the rows that these groups had."""
+    found = {result.expectation: result.violations for result in results if result.severity != "quarantine"}
+    if before is None:
+        return None
+    return dict(before) | {name: before.get(name, 0) - gone.get(name, 0) + count for name, count in found.items()}
+
+
+def with_standing(result: Result, standing: Mapping[str, int] | None) -> Result:
+    """A result with what breaks it in the whole table. Rows that were not judged now are warned of, whatever the severity:
+    they were published before, by a warning or by hand."""
+    count = standing.get(result.expectation) if standing is not None else None
+    return replace(result, standing=count, outcome="warn" if count and result.outcome == "pass" else result.outcome)
+
+
+def by_hand(result: Result) -> Result:
+    """A result that has refused a build, when the build was published all the same."""
+    if result.outcome != "fail":
+        return result
+    return replace(result, outcome="warn", detail=f"{result.violations:,} of {result.rows:,} rows break it, published by hand")
 
 
 def joined(results: Iterable[Result]) -> tuple[Result, ...]:

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import polars as pl
@@ -19,7 +20,8 @@ from lakehouse.catalog_errors import committing
 from lakehouse.engine import Engine, Report
 from lakehouse.errors import ShopSphereError
 from lakehouse.expectations import ExpectationsFailed, Result
-from lakehouse.iceberg import Lake, polars_schema
+from lakehouse.iceberg import File, Lake, polars_schema
+from lakehouse.maintenance import retried
 from lakehouse.table import SEQUENCE, TIMESTAMP, Partition, Table, column
 
 RUNS = Table(
@@ -60,6 +62,11 @@ RESULTS = Table(
         column("examples", pa.string(), "Keys of a few of them."),
         column("detail", pa.string(), "What was measured, for expectations of tables."),
         column("snapshot", pa.int64(), "Snapshot that was published; null when it was not."),
+        column(
+            "standing",
+            pa.int64(),
+            "Rows of the whole table that break it, judged in this run or before; null where they were not counted.",
+        ),
     ),
     partition_by=(Partition("judged_at", "day"),),
     sort_by=("judged_at", "table", "expectation"),
@@ -83,7 +90,7 @@ class History:
     """Notes runs; remembers what it has noted, so that the same is not noted again and again by one process."""
 
     lake: Lake
-    _outcomes: dict[tuple[str, str], tuple[str, int]] = field(default_factory=dict)
+    _outcomes: dict[tuple[str, str], tuple[str, int, int | None]] = field(default_factory=dict)
     _errors: frozenset[str] = frozenset()
 
     def note(self, engine: Engine, run: Run, reports: Sequence[Report], errors: Sequence[ShopSphereError] = ()) -> None:
@@ -96,12 +103,12 @@ class History:
         fresh = [
             (result, snapshot)
             for result, snapshot in results
-            if self._outcomes.get((result.table, result.expectation)) != (result.outcome, result.violations)
+            if self._outcomes.get((result.table, result.expectation)) != _came_out(result)
         ]
         rows = [*(_done(run, ended, report) for report in busy), *(_failed(run, ended, error) for error in failed)]
         self._append(engine, RUNS, rows)
         self._append(engine, RESULTS, [_result(run, ended, result, snapshot) for result, snapshot in fresh])
-        self._outcomes |= {(result.table, result.expectation): (result.outcome, result.violations) for result, _ in results}
+        self._outcomes |= {(result.table, result.expectation): _came_out(result) for result, _ in results}
         self._errors = said
 
     def _append(self, engine: Engine, table: Table, rows: list[dict[str, Any]]) -> None:
@@ -114,6 +121,10 @@ class History:
 
         if rows:
             engine.retried(attempt)
+
+
+def _came_out(result: Result) -> tuple[str, int, int | None]:
+    return result.outcome, result.violations, result.standing
 
 
 def _of_reports(reports: Iterable[Report]) -> list[tuple[Result, int | None]]:
@@ -167,6 +178,7 @@ def _result(run: Run, ended: datetime, result: Result, snapshot: int | None) -> 
         "examples": "; ".join(result.examples) or None,
         "detail": result.detail or None,
         "snapshot": snapshot,
+        "standing": result.standing,
     }
 
 
@@ -190,9 +202,38 @@ def last_results(lake: Lake) -> list[Result]:
             row["violations"],
             tuple((row["examples"] or "").split("; ")) if row["examples"] else (),
             row["detail"] or "",
+            row["standing"],
         )
         for row in rows.sort("table", order, "expectation").to_dicts()
     ]
+
+
+def _newest(lake: Lake, limit: int) -> tuple[pl.DataFrame, int]:
+    """What is noted of so many of the newest runs, at least; and the day, since 1970, of the oldest of them."""
+    if not lake.exists(RUNS):
+        return pl.DataFrame(schema=polars_schema(RUNS.schema)), 0
+    handle = lake.load(RUNS)
+    files = handle.files()
+    found: list[pl.DataFrame] = []
+    first = 0
+    for first in sorted({_day(file) for file in files}, reverse=True):
+        found.append(handle.reader.read([file for file in files if _day(file) == first], RUNS.schema.names))
+        if sum(part["run_id"].n_unique() for part in found) >= limit:
+            break
+    return pl.concat(found) if found else handle.reader.read((), RUNS.schema.names), first
+
+
+def _since(lake: Lake, table: Table, day: int) -> pl.DataFrame:
+    """The rows of a day, since 1970, and those after it."""
+    if not lake.exists(table):
+        return pl.DataFrame(schema=polars_schema(table.schema))
+    handle = lake.load(table)
+    return handle.reader.read([file for file in handle.files() if _day(file) >= day], table.schema.names)
+
+
+def _day(file: File) -> int:
+    """Days since 1970: both tables are partitioned by them."""
+    return int(file.partition[0])
 
 
 @dataclass(frozen=True)
@@ -212,9 +253,9 @@ class PastRun:
 
 
 def past_runs(lake: Lake, limit: int) -> list[PastRun]:
-    """The newest runs that did or found something, the newest first."""
-    runs = _read(lake, RUNS)
-    broken = _read(lake, RESULTS).filter(pl.col("outcome") != "pass").group_by("run_id").len("warnings")
+    """The newest runs that did or found something, the newest first. Reads no day before that of the oldest of them."""
+    runs, first = _newest(lake, limit)
+    broken = _since(lake, RESULTS, first).filter(pl.col("outcome") != "pass").group_by("run_id").len("warnings")
     found = (
         runs.group_by("run_id", "kind", "started_at")
         .agg(
@@ -244,14 +285,14 @@ def past_runs(lake: Lake, limit: int) -> list[PastRun]:
 
 def forget(lake: Lake, retention_days: float, now: datetime) -> int:
     """Drop the days of both tables that ended longer ago than the retention; gives how many files. No row is rewritten."""
-    dropped = 0
     limit = (now - timedelta(days=retention_days)).date()
     first = (limit - datetime(1970, 1, 1, tzinfo=UTC).date()).days
-    for table in OPERATIONS.values():
-        if lake.exists(table):
-            handle = lake.load(table)
-            old = frozenset(file.path for file in handle.files() if int(file.partition[0]) < first)
-            if old:
-                handle.commit(positions={}, removed_paths=old, changes_rows=False)
-                dropped += len(old)
-    return dropped
+
+    def drop(table: Table) -> int:
+        handle = lake.load(table)
+        old = frozenset(file.path for file in handle.files() if _day(file) < first)
+        if old:
+            handle.commit(positions={}, removed_paths=old, changes_rows=False)
+        return len(old)
+
+    return sum(retried(partial(drop, table)) for table in OPERATIONS.values() if lake.exists(table))

@@ -73,6 +73,9 @@ POSITIONS = "shopsphere.positions"
 DATA_SEQUENCE = "shopsphere.data-sequence"
 SHAPE = "shopsphere.shape"
 ROWS = "shopsphere.rows"
+ROWS_CHANGED = "shopsphere.rows-changed"
+VIOLATIONS = "shopsphere.violations"
+"""Rows of the table that break each expectation of rows, as JSON."""
 EXPECTATIONS = "shopsphere.expectations"
 AUDIT_BRANCH = "audit"
 """Where a build of a gold table waits until it is published."""
@@ -536,7 +539,7 @@ class Handle:
         branch: AUDIT_BRANCH (default: main) leaves the table as it is for its readers until `publish`.
         """
         transaction = self._transaction or self.loaded.transaction()
-        kept = {name: told for name in (SHAPE, ROWS) if (told := self.summary(name)) is not None}
+        kept = {name: told for name in (SHAPE, ROWS, VIOLATIONS) if (told := self.summary(name)) is not None}
         summary = {
             **kept,
             POSITIONS: json.dumps(dict(positions), sort_keys=True),
@@ -563,14 +566,23 @@ class Handle:
         ref = self.loaded.metadata.refs.get(AUDIT_BRANCH)
         return self.loaded.metadata.snapshot_by_id(ref.snapshot_id) if ref else None
 
+    @property
+    def continued(self) -> bool:
+        """Whether the waiting build continues the table as it is: no other can be published."""
+        build, main = self.build, self.snapshot
+        return build is not None and (main is None or build.parent_snapshot_id == main.snapshot_id)
+
     def publish(self) -> int:
         """Make the waiting build the table: main goes forward to it and the branch ends, in one commit. Gives its id.
 
         Raises CommitConflict when the build does not continue main as it was loaded, or either has moved since.
         """
-        build, main = self.build, self.snapshot
-        if build is None or (main is not None and build.parent_snapshot_id != main.snapshot_id):
-            raise CommitConflict(f"{self.table.name}: the build on '{AUDIT_BRANCH}' does not continue the table. Run again.")
+        build = self.build
+        if build is None or not self.continued:
+            raise CommitConflict(
+                f"{self.table.name}: the build on '{AUDIT_BRANCH}' does not continue the table, which has changed since. "
+                "`python -m app run` builds what is still to be built, and drops it."
+            )
         self._move(
             (
                 SetSnapshotRefUpdate(

@@ -1,19 +1,25 @@
 """OpenLineage events of a run: which step made which table from which others, how many rows, how its expectations came out.
 
 Sent where OpenLineage's own configuration says (OPENLINEAGE_URL, OPENLINEAGE_CONFIG, OPENLINEAGE__..., openlineage.yml);
-without any, nothing is sent and the client is not even imported. A receiver that is down never ends a run: the rest of the
-run goes unreported, and that is logged. Events hold names, types, counts and settings, never a value of a row.
+without any, nothing is sent and the client is not even imported. A receiver that is down neither ends a run nor holds it up:
+events are sent beside it, and that it is away is logged once. Events hold names, types, counts and settings, never a value of a
+row.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from lakehouse.engine import Engine, Report, roots
@@ -30,6 +36,82 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 PRODUCER = "urn:shopsphere:lakehouse"
+PATIENCE = 5.0
+"""Seconds that the end of a run waits for the next event to be taken."""
+PAUSE = 300.0
+"""Seconds for which this process sends nothing to a receiver that was away."""
+
+
+@dataclass
+class Receiver:
+    """What this process knows of the receiver of its events."""
+
+    paused_until: float = 0.0
+    """By the monotonic clock."""
+    away: bool = False
+    """Whether it has been said that it is away."""
+
+    def lost(self, what: str) -> None:
+        """It is away, or cannot be used: said once, and nothing is sent for a while."""
+        self.paused_until = time.monotonic() + PAUSE
+        if not self.away:
+            logger.warning("OpenLineage: %s. It is tried again every %g minutes.", what, PAUSE / 60)
+        self.away = True
+
+    def reached(self) -> None:
+        """It takes events."""
+        if self.away:
+            logger.warning("OpenLineage: events are received again.")
+        self.away = False
+
+
+RECEIVER = Receiver()
+
+
+class Delivery:
+    """Sends the events of a run in their order, beside it: a receiver that does not answer holds nothing up."""
+
+    def __init__(self, client: OpenLineageClient) -> None:
+        self.client = client
+        self.lost = ""
+        """The error of the transport, once it could not send."""
+        self.sent = 0
+        self._events: SimpleQueue[RunEvent | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._waiting, self._since = 0, 0.0
+        # not waited for when the process ends: it may be stuck in a request
+        self._thread = threading.Thread(target=self._send, name="openlineage", daemon=True)
+        self._thread.start()
+
+    def put(self, event: RunEvent | None) -> None:
+        """Send an event; None: there is none after it."""
+        with self._lock:
+            if not self._waiting:
+                self._since = time.monotonic()
+            self._waiting += 1
+        self._events.put(event)
+
+    def _send(self) -> None:
+        try:
+            for event in iter(self._events.get, None):
+                self.client.emit(event)
+                self.sent += 1
+                with self._lock:
+                    self._waiting -= 1
+                    self._since = time.monotonic()
+        except Exception as error:  # every transport has errors of its own, and none of them is worth a run
+            # nothing of the address: it may hold a key
+            self.lost = type(error).__name__
+        with contextlib.suppress(Exception):
+            self.client.close(timeout=PATIENCE)
+
+    def end(self) -> None:
+        """Wait until everything is sent, as long as events are taken."""
+        self.put(None)
+        while self._thread.is_alive() and (left := self._since + PATIENCE - time.monotonic()) > 0:
+            self._thread.join(left)
+        if self._thread.is_alive():
+            self.lost = f"no answer for {PATIENCE:g} s"
 
 
 def configured() -> bool:
@@ -54,16 +136,14 @@ class Begun:
 class Events:
     """The events of one run. Nothing is sent before a step has something to do."""
 
-    client: OpenLineageClient
+    delivery: Delivery
     namespace: str
     run: Run
     version: str
     begun: dict[str, Begun] = field(default_factory=dict)
     announced: bool = False
     failed: int = 0
-    """Steps that failed."""
-    lost: str = ""
-    """The error of the transport, once it could not send."""
+    """Steps that failed, and sources that could not be read."""
 
     def start(self, step: Step, target: Handle, upstream: Mapping[str, Handle]) -> None:
         """A step has something to do. Called again for another attempt: it is the same run."""
@@ -106,13 +186,14 @@ class Events:
         self._emit(lambda: self._reception(run_id, RunState.COMPLETE, source, table, report))
 
     def end(self, error: BaseException | None) -> None:
-        """The whole run is over; nothing when no step had anything to do."""
+        """The whole run is over, and with it every step that it has begun; nothing when no step had anything to do."""
         from openlineage.client.event_v2 import RunState
 
+        state = RunState.FAIL if isinstance(error, Exception) else RunState.ABORT
+        for begun in self.begun.values():
+            self._emit(partial(self._event, begun, state, None, ()))
         if self.announced:
-            self._emit(lambda: self._whole(RunState.FAIL if error is not None or self.failed else RunState.COMPLETE))
-        if self.lost:
-            logger.warning("OpenLineage: events of this run were lost, the transport failed (%s).", self.lost)
+            self._emit(lambda: self._whole(state if error is not None else RunState.FAIL if self.failed else RunState.COMPLETE))
 
     def _announce(self) -> None:
         from openlineage.client.event_v2 import RunState
@@ -122,13 +203,12 @@ class Events:
             self._emit(lambda: self._whole(RunState.START))
 
     def _emit(self, make: Callable[[], RunEvent]) -> None:
-        if self.lost:
-            return
         try:
-            self.client.emit(make())
-        except Exception as error:  # every transport has errors of its own, and none of them is worth a run
-            # nothing of the address: it may hold a key
-            self.lost = type(error).__name__
+            event = make()
+        except Exception as error:  # the client's own checks; no event is worth a run
+            self.delivery.lost = self.delivery.lost or type(error).__name__
+        else:
+            self.delivery.put(event)
 
     def _whole(self, state: Any) -> RunEvent:
         from openlineage.client.event_v2 import Job, RunEvent
@@ -223,8 +303,9 @@ class Events:
 
 @contextmanager
 def reported(engine: Engine, run: Run, version: Callable[[], str]) -> Iterator[Events | None]:
-    """The events of a run, None where OpenLineage is not configured. version: of the source code, asked for only then."""
-    if not configured():
+    """The events of a run, None where OpenLineage is not configured, or was away a moment ago. version: of the source code,
+    asked for only then."""
+    if not configured() or time.monotonic() < RECEIVER.paused_until:
         yield None
         return
     from openlineage.client import OpenLineageClient
@@ -232,10 +313,11 @@ def reported(engine: Engine, run: Run, version: Callable[[], str]) -> Iterator[E
     try:
         client = OpenLineageClient()
     except Exception as wrong:
-        logger.warning("OpenLineage is configured, but cannot be used (%s): nothing is sent.", type(wrong).__name__)
+        RECEIVER.lost(f"it is configured, but cannot be used ({type(wrong).__name__}): nothing is sent")
         yield None
         return
-    events = Events(client, engine.lake.settings.catalog.name, run, version())
+    delivery = Delivery(client)
+    events = Events(delivery, engine.lake.settings.catalog.name, run, version())
     before, engine.begun = engine.begun, events.start
     error: BaseException | None = None
     try:
@@ -246,7 +328,11 @@ def reported(engine: Engine, run: Run, version: Callable[[], str]) -> Iterator[E
     finally:
         engine.begun = before
         events.end(error)
-        client.close(timeout=5)
+        delivery.end()
+        if delivery.lost:
+            RECEIVER.lost(f"events of this run were lost, the transport failed ({delivery.lost})")
+        elif delivery.sent:
+            RECEIVER.reached()
 
 
 def now() -> str:

@@ -8,10 +8,11 @@ over. Orphans are deleted only when they are older than any write under way can 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from typing import TypeVar
 
 from pyarrow.fs import FileSelector, FileType
 from pyiceberg.io.pyarrow import PyArrowFileIO
@@ -24,6 +25,7 @@ from lakehouse.table import Table
 
 TARGET_BYTES = 64 * 1024 * 1024
 ATTEMPTS = 5
+Done = TypeVar("Done")
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,18 @@ def worth_compacting(files: Iterable[File]) -> list[File]:
 
 def compact(lake: Lake, table: Table) -> tuple[int, int, int]:
     """Rewrite small and dirty files, partition by partition, in one commit; gives files before, after, deletes merged."""
-    for attempt in range(ATTEMPTS):
+    return retried(lambda: _compact(lake.load(table, create=False)))
+
+
+def retried(attempt: Callable[[], Done]) -> Done:
+    """What `attempt` gives; when another writer commits first, it is called again. Raises CommitConflict."""
+    for number in range(ATTEMPTS):
         try:
-            return _compact(lake.load(table, create=False))
+            return attempt()
         except CommitConflict:
-            if attempt == ATTEMPTS - 1:
+            if number == ATTEMPTS - 1:
                 raise
-            time.sleep(0.2 * 2**attempt)
+            time.sleep(0.2 * 2**number)
     raise AssertionError
 
 
@@ -159,6 +166,6 @@ def delete_orphans(lake: Lake, table: Table, retention_hours: float, now: dateti
 def maintain(lake: Lake, table: Table, now: datetime) -> Maintained:
     """Compact, expire, and clean one table."""
     before, after, merged = compact(lake, table)
-    expired = expire(lake, table, lake.settings.snapshot_retention_hours, now)
+    expired = retried(lambda: expire(lake, table, lake.settings.snapshot_retention_hours, now))
     orphans, size = delete_orphans(lake, table, lake.settings.orphan_retention_hours, now)
     return Maintained(table.name, before, after, merged, expired, orphans, size)

@@ -11,6 +11,7 @@ entity's own rows alone.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterable
@@ -21,8 +22,8 @@ from typing import Any
 import polars as pl
 
 from lakehouse.engine import Engine, Report, Upstream, chunks, conform, stamp
-from lakehouse.expectations import Result, joined, judge
-from lakehouse.iceberg import ROWS, SHAPE, FileWriter, Handle, group_hash
+from lakehouse.expectations import Result, joined, judge, standing_after
+from lakehouse.iceberg import ROWS, SHAPE, VIOLATIONS, FileWriter, Handle, group_hash
 from lakehouse.parallel import Piece, Pieces
 from lakehouse.step import Read, Step
 from lakehouse.table import DELETED, Table
@@ -113,7 +114,11 @@ def _build(engine: Engine, step: Step, delay: timedelta) -> Report:
         files,
         positions={name: handle.position for name, handle in handles.items()},
         removed_paths=frozenset(file.path for file in target.files()),
-        properties={SHAPE: engine.shape(step), ROWS: str(count)},
+        properties={
+            SHAPE: engine.shape(step),
+            ROWS: str(count),
+            VIOLATIONS: json.dumps(standing_after({}, {}, of_rows), sort_keys=True),
+        },
     )
     elsewhere += spread.cpu_seconds + parts.cpu_seconds
     return Report(

@@ -30,6 +30,7 @@ from lakehouse.iceberg import Lake
 from lakehouse.sizes import size
 from lakehouse.table import Table
 from ml.tables_status import TableStatus, statuses
+from pipelines.erasure.suppression import ERASURES
 from pipelines.gold.cohort_retention import COHORT_RETENTION
 from pipelines.gold.customer_360 import CUSTOMER_360
 from pipelines.gold.dim_products import DIM_PRODUCTS
@@ -106,6 +107,8 @@ def condition(table: TableStatus) -> Condition:
     """What the status of a table means."""
     if table.table == QUARANTINE.name:  # fed by the steps that read: nothing to be behind of
         return Condition(f"{table.rows:,} rows wait" if table.rows else "empty", not table.rows)
+    if table.table == ERASURES.name:  # fed by `erase` alone
+        return Condition("up to date" if table.rows else "empty", True)
     if table.last_run is None:
         return Condition("never filled", False)
     return Condition(table.lag, table.lag in UP_TO_DATE)

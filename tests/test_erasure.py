@@ -24,12 +24,14 @@ from mlflow_server import mlflow_server
 
 import app.erase
 import pipelines
+from app.command_line import main
 from app.erase import erase, finish, in_words, request
 from app.export import export
 from app.passes import rebuild, replay, run_pass
 from lakehouse.digest import digest
 from lakehouse.engine import Engine
 from lakehouse.errors import SettingsError, ShopSphereError
+from lakehouse.expectations import accepted
 from lakehouse.iceberg import Lake
 from lakehouse.step import context_of
 from ml import order_features
@@ -147,6 +149,37 @@ def test_a_source_that_still_has_the_row_does_not_bring_the_person_back(world: W
         with psycopg.connect(world.settings.postgres.dsn.get_secret_value(), autocommit=True) as source:
             source.execute("UPDATE users SET email = %s WHERE user_id = %s", [person["email_raw"], person["primary_user_id"]])
             source.execute("DELETE FROM users WHERE user_id = 987654")
+
+
+def test_a_broken_expectation_keeps_an_erasure_waiting_and_nothing_else(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strict = replace(FACT_ORDERS, expectations=(accepted("channel", {"web", "pos", "marketplace"}),))
+    steps = tuple(replace(one, target=strict) if one.target.name == strict.name else one for one in pipelines.STEPS)
+    monkeypatch.setattr(pipelines, "STEPS", steps)
+    monkeypatch.setenv("SHOPSPHERE_HOME", str(world.home))
+    run(world)
+    person = somebody(world.lake, 2)
+    with psycopg.connect(world.settings.postgres.dsn.get_secret_value(), autocommit=True) as source:
+        source.execute(
+            "INSERT INTO orders (order_id, source, status, currency, total_amount, created_at, updated_at) "
+            "VALUES (876543, 'phone', 'paid', 'USD', 10, now(), now())"
+        )
+        try:
+            with world.engine() as engine:
+                one = request(engine, Asked(email=person["email_raw"]), quiet)
+                for known in pipelines.sources(world.settings):  # as a run does that is killed after this
+                    engine.ingest(known, pipelines.TABLES)
+            capsys.readouterr()
+            assert main(["maintain", "silver.products"]) == 1
+            told = capsys.readouterr()
+            assert "An erasure is under way and cannot be finished yet. gold.fact_orders: not published" in told.err
+            assert "silver.products" in told.out, "it maintains what it was asked to"
+        finally:
+            source.execute("DELETE FROM orders WHERE order_id = 876543")
+    assert main(["run"]) == 0, "the pass reads the correction, and the erasure ends after it"
+    assert [found.finished for found in erasures(world.lake) if found.id == one.id] == [True]
+    assert holding(world.home, texts_of(person)) == []
 
 
 def test_quarantined_rows_go_too_and_their_correction_does_not_bring_anything_back(world: World, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ import sys
 import threading
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 
 import polars as pl
@@ -32,7 +34,7 @@ from lakehouse.expectations import (
     unique,
     within,
 )
-from lakehouse.iceberg import EXPECTATIONS, Lake, as_arrow
+from lakehouse.iceberg import EXPECTATIONS, VIOLATIONS, Lake, as_arrow
 from lakehouse.maintenance import expire, maintain
 from lakehouse.parallel import Pool
 from lakehouse.query import query
@@ -193,10 +195,23 @@ def test_each_kind_of_expectation_counts_what_breaks_it():
         ("accepted(b: x)", 1, ("k=2",)),
         ("within(1 <= c <= 4)", 3, ("k=1", "k=2", "k=4")),
         ("within(c <= 5)", 1, ("k=4",)),
-        ("within(c >= 0)", 0, ()),
+        ("within(c >= 0)", 1, ("k=4",)),
     ]
     assert judged.failed
     assert judged.kept.equals(rows)
+
+
+def test_a_range_holds_values_of_every_type_with_an_order():
+    rows = pl.DataFrame(
+        {
+            "k": [1, 2, 3],
+            "money": pl.Series([None, "-0.0001", "5"]).cast(pl.Decimal(20, 4)),
+            "at": pl.Series([NOW, NOW - timedelta(days=1), None], dtype=pl.Datetime("us", "UTC")),
+            "day": [NOW.date(), (NOW - timedelta(days=1)).date(), None],
+        }
+    )
+    rules = (within("money", Decimal("0"), None), within("at", NOW, None), within("day", NOW.date(), None))
+    assert [result.examples for result in judge("t", rules, rows, ["k"]).results] == [("k=2",)] * 3
 
 
 def test_no_rows_break_nothing():
@@ -233,6 +248,51 @@ def test_warnings_keep_the_row(engine):
     assert totals(engine) == {"moon": 20, "north": 10}
 
 
+def test_a_warning_stays_as_long_as_its_rows(engine):
+    rule = "accepted(shop: east, north, south)"
+    receive(engine, (1, "north", 10), (2, "moon", 20), (3, "moon", 30))
+    run(engine)
+    receive(engine, (4, "north", 10), position="2")
+    sales, _ = run(engine)
+    (found,) = [result for result in sales.results if result.expectation == rule]
+    assert (found.outcome, found.rows, found.violations, found.standing) == ("warn", 1, 0, 2)
+    assert str(found) == f"{rule}: 0 of 1 rows break it, 2 in the whole table"
+    receive(engine, (2, "south", 20), (5, "mars", 1), position="3")
+    sales, _ = run(engine)
+    (found,) = [result for result in sales.results if result.expectation == rule]
+    assert (found.rows, found.violations, found.standing) == (2, 1, 2)
+    receive(engine, (3, "moon", 30), (5, "mars", 1), position="4", op="d")
+    assert outcomes(run(engine)[0])[rule] == ("pass", 0)
+
+
+def test_any_split_counts_the_same_rows_that_break_an_expectation(tmp_path):
+    chance = random.Random(8)
+    sales = [(chance.randrange(9), chance.choice(["north", "moon", "mars"]), 1, f"{n:03}") for n in range(24)]
+    counted = set()
+    for number, size in enumerate((5, 24)):
+        engine = make_engine(tmp_path / str(number))
+        for start in range(0, 24, size):
+            for id_, shop, amount, position in sales[start : start + size]:
+                receive(engine, (id_, shop, amount), position=position)
+            run(engine)
+            maintain(engine.lake, SALES, NOW)
+        counted.add(engine.lake.load(SALES).summary(VIOLATIONS))
+        broken = engine.lake.load(SALES).read(["shop"], ~pl.col("shop").is_in(["north", "south", "east"])).height
+        assert json.loads(engine.lake.load(SALES).summary(VIOLATIONS))["accepted(shop: east, north, south)"] == broken > 0
+    assert len(counted) == 1
+
+
+def test_rows_published_by_hand_are_warned_of_and_keep_no_other_from_readers(engine):
+    receive(engine, (1, "north", -10))
+    refused(engine)
+    engine.lake.load(TOTALS).publish()
+    receive(engine, (2, "south", 5), position="2")
+    _, report = run(engine)
+    (found,) = [result for result in report.results if result.expectation == "within(amount >= 0)"]
+    assert (found.outcome, found.violations, found.standing) == ("warn", 0, 1)
+    assert totals(engine) == {"north": -10, "south": 5}
+
+
 def test_a_quarantined_row_is_held_back_until_it_is_good(engine):
     receive(engine, (1, "north", 10), (2, "north", 2_000_000))
     sales, _ = run(engine)
@@ -252,6 +312,17 @@ def test_a_quarantined_row_is_held_back_until_it_is_good(engine):
     receive(engine, (2, "north", 3_000_000), position="5", op="d")
     run(engine)
     assert held(engine) == []
+
+
+def test_a_table_with_a_reason_of_its_own_holds_rows_back(engine):
+    table = replace(SALES, columns=(*SALES.columns, column("reason", pa.string(), "why it was sold")))
+    step = replace(
+        SALES_STEP, target=table, fill=lambda frames, context: fill_sales(frames, context).with_columns(reason=pl.lit("x"))
+    )
+    receive(engine, (1, "north", 10), (2, "north", 2_000_000))
+    engine.refresh(step)
+    assert held(engine) == [('{"id":"2"}', "breaks within(-1000 <= amount <= 1000000)")]
+    assert engine.lake.load(table).read(["id", "reason"]).rows() == [(1, "x")]
 
 
 def test_any_order_and_split_gives_the_same_tables_and_the_same_quarantine(tmp_path):
@@ -393,6 +464,28 @@ def test_a_build_that_does_not_continue_the_table_is_not_published(engine):
     assert totals(engine) == {"north": 10}
 
 
+def test_a_build_that_the_table_has_passed_over_is_dropped(engine):
+    receive(engine, (1, "north", 10))
+    run(engine)
+    receive(engine, (2, "north", -500), position="2")
+    refused(engine)
+    receive(engine, (2, "north", -500), position="3", op="d")
+    _, report = run(engine)
+    assert report.status == "read", "the table is as it was: nothing is built"
+    assert engine.lake.load(TOTALS).build is None
+    receive(engine, (2, "north", -500), position="4")
+    refused(engine)
+    receive(engine, (2, "north", -500), position="5", op="d")
+    engine.refresh(SALES_STEP)
+    handle = engine.lake.load(TOTALS)
+    behind = {SALES.name: engine.lake.load(SALES).position}
+    handle.commit(positions={**handle.positions, **behind}, changes_rows=False)  # as one that is killed right after it
+    assert engine.lake.load(TOTALS).build is not None
+    assert engine.refresh(TOTALS_STEP).status == "unchanged"
+    assert engine.lake.load(TOTALS).build is None
+    assert totals(engine) == {"north": 10}
+
+
 def test_two_builds_at_once_publish_one(engine):
     receive(engine, (1, "north", 10))
     run(engine)
@@ -492,6 +585,7 @@ def test_a_kill_around_the_publication_loses_and_shows_nothing(tmp_path, before)
     assert report.status == ("changed" if before else "unchanged")
     assert engine.lake.load(TOTALS).build is None
     if before:
+        assert report.rows_written == 1
         assert report.rows_read == 0, "what the killed run built is audited and published, not built again"
 
 

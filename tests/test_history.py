@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import polars as pl
 import pytest
-from test_expectations import SALES, SALES_STEP, TOTALS, TOTALS_STEP, make_engine, receive
+from test_expectations import NOW, SALES, SALES_STEP, TOTALS, TOTALS_STEP, make_engine, receive
 
 from lakehouse.engine import Engine, Report
 from lakehouse.errors import ShopSphereError, SourceError
 from lakehouse.expectations import ExpectationsFailed
 from lakehouse.history import OPERATIONS, RESULTS, RUNS, History, Run, forget, last_results, past_runs
+from lakehouse.iceberg import File, FileReader, Handle, Lake
 from lakehouse.maintenance import maintain
 from lakehouse.query import query
+from lakehouse.table import Table
 
 
 @pytest.fixture
@@ -104,6 +108,125 @@ def test_old_days_are_dropped_and_young_ones_stay(engine):
     assert len(past_runs(engine.lake, 10)) == 2
 
 
+@pytest.mark.parametrize(
+    ("error", "told", "code"),
+    [
+        (ValueError("north@example.org"), "The run ended early with an unforeseen ValueError.", 1),
+        (KeyboardInterrupt(), "The run was stopped before its end.", 130),
+    ],
+)
+def test_a_run_that_ends_early_is_noted_with_what_it_had_done(tmp_path, monkeypatch, capsys, error, told, code):
+    import pipelines
+    from app.command_line import main
+
+    def fill(frames: object, context: object) -> None:
+        raise error
+
+    monkeypatch.setenv("SHOPSPHERE_HOME", str(tmp_path))
+    for source in ("POSTGRES", "MONGO", "KAFKA"):
+        monkeypatch.setenv(f"SHOPSPHERE_{source}__ENABLED", "false")
+    monkeypatch.setattr(pipelines, "STEPS", (SALES_STEP, replace(TOTALS_STEP, fill=fill)))
+    receive(make_engine(tmp_path), (1, "north", 10))
+    assert main(["run"]) == code
+    capsys.readouterr()
+    assert main(["status", "--runs", "3", "--json"]) == 0
+    (past,) = json.loads(capsys.readouterr().out)["runs"]
+    assert (past["tables"], past["rows_written"]) == (1, 1), "silver.sales was filled"
+    assert len(past["errors"]) == 1
+    assert past["errors"][0].startswith(told)
+    assert "example.org" not in past["errors"][0]
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_old_days_go_while_a_run_notes_its_own(engine, monkeypatch, after):
+    now = datetime.now(UTC)
+    for days in (200, 3):
+        History(engine.lake).note(engine, Run("run", started_at=now - timedelta(days=days)), [Report(SALES.name, "changed")])
+    load, loaded = Lake.load, 0
+
+    def overtaken(lake: Lake, table: Table, **more: bool) -> Handle:
+        nonlocal loaded
+        handle = load(lake, table, **more)
+        loaded += 1
+        if loaded == after:  # of `forget`, or of `maintain` when it expires snapshots
+            other = load(lake, table)
+            other.commit(positions=other.positions, changes_rows=False)
+        return handle
+
+    monkeypatch.setattr(Lake, "load", overtaken)
+    if after == 1:
+        assert forget(engine.lake, 120, now) == 1
+    else:
+        assert maintain(engine.lake, RUNS, now + timedelta(days=9)).snapshots_expired
+    assert loaded > after
+    assert len(past_runs(engine.lake, 10)) == (1 if after == 1 else 2)
+
+
+def test_a_run_and_its_history_count_the_same_tables(tmp_path, monkeypatch, capsys):
+    import pipelines
+    from app.command_line import main
+
+    monkeypatch.setenv("SHOPSPHERE_HOME", str(tmp_path))
+    for source in ("POSTGRES", "MONGO", "KAFKA"):
+        monkeypatch.setenv(f"SHOPSPHERE_{source}__ENABLED", "false")
+    monkeypatch.setattr(pipelines, "STEPS", (SALES_STEP, TOTALS_STEP))
+    engine = make_engine(tmp_path)
+    receive(engine, (1, "north", 10))
+    assert main(["run"]) == 0
+    assert "2 of 2 tables changed" in capsys.readouterr().out
+    receive(engine, (1, "north", 10), position="2", at=NOW)  # as it was: silver has nothing to write, nor has gold
+    assert main(["run"]) == 0
+    assert "0 of 2 tables changed" in capsys.readouterr().out
+    assert [run.tables for run in past_runs(engine.lake, 2)] == [0, 2]
+
+
+def test_the_newest_runs_are_shown_without_a_look_at_older_days(engine, monkeypatch):
+    for days in (9, 8, 3, 1):
+        one = Run("run", started_at=datetime.now(UTC) - timedelta(days=days))
+        History(engine.lake).note(engine, one, [Report(SALES.name, "changed", rows_written=days)])
+    read: list[int] = []
+    whole = FileReader.read
+
+    def watched(self: FileReader, files: list[File], *rest: object, **more: object) -> pl.DataFrame:
+        read.append(len(files))
+        return whole(self, files, *rest, **more)
+
+    monkeypatch.setattr(FileReader, "read", watched)
+    assert [run.rows_written for run in past_runs(engine.lake, 2)] == [1, 3]
+    assert sum(read) == 2
+    assert [run.rows_written for run in past_runs(engine.lake, 10)] == [1, 3, 8, 9]
+
+
+def test_a_build_published_by_hand_is_noted_as_what_readers_have(tmp_path, monkeypatch, capsys):
+    import pipelines
+    from app.command_line import main
+    from ml import tables_status
+
+    monkeypatch.setenv("SHOPSPHERE_HOME", str(tmp_path))
+    for source in ("POSTGRES", "MONGO", "KAFKA"):
+        monkeypatch.setenv(f"SHOPSPHERE_{source}__ENABLED", "false")
+    monkeypatch.setattr(pipelines, "STEPS", (SALES_STEP, TOTALS_STEP))
+    monkeypatch.setattr("app.passes.TABLES", {TOTALS.name: TOTALS})
+    receive(make_engine(tmp_path), (1, "north", -10))
+    assert main(["run"]) == 1
+    lake = make_engine(tmp_path).lake
+
+    def shown() -> tuple[str, str]:
+        results = [result for result in last_results(lake) if result.table == TOTALS.name]
+        told = tables_status._expectations(lake, lake.load(TOTALS), results, NOW)
+        return told["expectations"], "; ".join(told["broken"])
+
+    assert shown()[0] == "1 fail"
+    assert main(["publish", "totals"]) == 0
+    assert shown()[0] == "1 warn"
+    assert "within(amount >= 0): 1 of 1 rows break it, published by hand, for example shop=north" in shown()[1]
+    (seen,) = query(
+        lake, OPERATIONS, "SELECT snapshot FROM operations.expectation_results WHERE detail LIKE '%by hand'"
+    ).to_pylist()
+    assert seen["snapshot"] == lake.load(TOTALS).snapshot.snapshot_id
+    assert main(["run"]) == 0
+
+
 def test_status_and_publish_on_the_command_line(tmp_path, monkeypatch, capsys):
     from app.command_line import main
     from app.passes import open_engine
@@ -130,3 +253,5 @@ def test_status_and_publish_on_the_command_line(tmp_path, monkeypatch, capsys):
     assert "publish" in capsys.readouterr().out
     assert main(["publish", "dim_date"]) == 1
     assert "no build that waits" in capsys.readouterr().err
+    assert main(["publish", "silver.products"]) == 1
+    assert "tables keep the rows of before" in capsys.readouterr().err

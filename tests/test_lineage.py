@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from uuid import UUID
@@ -17,14 +20,16 @@ from lakehouse import lineage
 from lakehouse.engine import Engine
 from lakehouse.expectations import ExpectationsFailed
 from lakehouse.history import Run
-from lakehouse.lineage import configured, reported
+from lakehouse.iceberg import Handle
+from lakehouse.lineage import Receiver, configured, reported
 from lakehouse.step import Gather
 from ml.tables import DECLARED
 
 
 @pytest.fixture(autouse=True)
 def unconfigured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nothing of this machine's own configuration."""
+    """Nothing of this machine's own configuration, nor of what an earlier test found of a receiver."""
+    monkeypatch.setattr(lineage, "RECEIVER", Receiver())
     monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
     for name in ("OPENLINEAGE_URL", "OPENLINEAGE_CONFIG", "OPENLINEAGE_DISABLED"):
         monkeypatch.delenv(name, raising=False)
@@ -186,6 +191,78 @@ def test_a_receiver_that_is_down_does_not_end_the_run(engine, receiver, monkeypa
     assert engine.lake.load(TOTALS).read(["amount"])["amount"].to_list() == [10]
     assert len(got) == (1 if away == "refuses" else 0), "after one failure the run is quiet"
     assert [record.name for record in caplog.records if "events of this run were lost" in record.message] == [lineage.__name__]
+
+
+def test_a_receiver_that_never_answers_holds_no_run_up(engine, monkeypatch, caplog):
+    monkeypatch.setattr(lineage, "PATIENCE", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
+        monkeypatch.setenv("OPENLINEAGE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        receive(engine, (1, "north", 10))
+        begun = time.monotonic()
+        run(engine)
+        receive(engine, (2, "north", 10), position="2")
+        run(engine)
+        assert time.monotonic() - begun < 5, "the client itself gives up after 5 s, for the sixth time"
+    assert engine.lake.load(TOTALS).read(["amount"])["amount"].to_list() == [20]
+    assert caplog.text.count("events of this run were lost") == 1, "the second run does not try, and says nothing"
+
+
+def test_a_receiver_that_comes_back_gets_events_again(engine, receiver, monkeypatch, caplog):
+    address, got, status = receiver
+    monkeypatch.setenv("OPENLINEAGE_URL", address)
+    status[0] = 403
+    for number in range(3):
+        receive(engine, (number, "north", 10), position=str(number))
+        run(engine)
+        lineage.RECEIVER.paused_until = 0.0
+    assert len(got) == 3, "each run tries once"
+    assert caplog.text.count("events of this run were lost") == 1
+    status[0] = 201
+    receive(engine, (9, "north", 10), position="9")
+    run(engine)
+    assert [event["eventType"] for event in got[3:]] == ["START", "START", "COMPLETE", "START", "COMPLETE", "COMPLETE"]
+    assert "received again" in caplog.text
+
+
+@pytest.mark.parametrize(("error", "state"), [(ValueError, "FAIL"), (KeyboardInterrupt, "ABORT")])
+def test_a_run_that_is_cut_short_ends_what_it_has_begun(engine, to_file, error, state):
+    receive(engine, (1, "north", 10))
+
+    def fill(frames: object, context: object) -> None:
+        raise error("north@example.org")
+
+    with pytest.raises(error), reported(engine, Run("run"), lambda: "abc123"):
+        engine.refresh(replace(SALES_STEP, fill=fill))
+    assert [(event["eventType"], event["job"]["name"]) for event in events_in(to_file)] == [
+        ("START", "run"),
+        ("START", SALES.name),
+        (state, SALES.name),
+        (state, "run"),
+    ]
+    assert "example.org" not in to_file.read_text()
+
+
+def test_what_a_killed_run_has_built_is_told_by_the_run_that_publishes_it(engine, to_file, monkeypatch):
+    receive(engine, (1, "north", 10))
+    engine.refresh(SALES_STEP)
+
+    def stopped(handle: Handle) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Handle, "publish", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            engine.refresh(TOTALS_STEP)
+    run(engine)
+    told = events_in(to_file)
+    assert [(event["eventType"], event["job"]["name"]) for event in told[1:-1]] == [
+        ("START", TOTALS.name),
+        ("COMPLETE", TOTALS.name),
+    ]
+    made = told[-2]["outputs"][0]
+    assert made["outputFacets"]["outputStatistics"]["rowCount"] == 1
+    assert made["facets"]["version"]["datasetVersion"] == str(engine.lake.load(TOTALS).snapshot.snapshot_id)
+    assert "fresh(newest: 24 h)" in [one["name"] for one in made["facets"]["dataQualityAssertions"]["assertions"]]
 
 
 def test_a_wrong_configuration_does_not_end_the_run(engine, monkeypatch, tmp_path, caplog):

@@ -30,6 +30,8 @@ from lakehouse.iceberg import Lake
 from lakehouse.settings import Settings
 from lakehouse.table import Table
 from ml.registry import Registry
+from ml.tables_status import TableStatus
+from pipelines.erasure.suppression import ERASURES
 from pipelines.gold.cohort_retention import COHORT_RETENTION
 from pipelines.gold.customer_360 import CUSTOMER_360
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
@@ -37,7 +39,7 @@ from serve import charts, segments
 from serve.customers import AccountVersion, Channel, Entry, Link
 from serve.edges import COOKIE, AccessLog
 from serve.keys import SCOPES, Keys
-from serve.page import DIRECTORY, HEADERS, breakable, changes, kinds, own_path
+from serve.page import DIRECTORY, HEADERS, breakable, changes, condition, kinds, own_path
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 TABS = ("/", "/stock", "/stock?product_id=P0001", "/fraud", "/freshness")
@@ -436,6 +438,13 @@ def test_freshness_tells_what_is_expected_and_does_not_hold(filled: Settings) ->
     assert "3 of 10 rows break it" in text.replace("<wbr>", "")
     assert "channel=<web>" in text, "text, not a tag"
     assert "Tables changed" in text
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_a_table_that_no_run_fills_is_not_behind(rows: int) -> None:
+    told = TableStatus(ERASURES.name, rows, 1 if rows else None, None, "", T0 if rows else None, 1, 100)
+    assert condition(told).good
+    assert condition(told).text
 
 
 def test_without_a_state_it_says_so(filled: Settings) -> None:
