@@ -682,6 +682,40 @@ def test_a_wrong_password_and_missing_privileges_are_errors(shop: Shop) -> None:
         shop(f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
+def test_a_publication_that_leaves_out_operations_is_an_error(shop: Shop) -> None:
+    shop("ALTER PUBLICATION shopsphere SET (publish = 'insert')")
+    with pytest.raises(SourceError, match=r"leaves out update, delete, truncate.*ALTER PUBLICATION.*and run again"):
+        shop.reader.run()
+    shop("ALTER PUBLICATION shopsphere SET (publish = 'insert, update, delete, truncate')")
+    shop.add_products(1, 2)
+    shop.reader.run()
+    shop("ALTER PUBLICATION shopsphere SET (publish = 'insert, update, truncate')")
+    shop("DELETE FROM products WHERE product_id = 'P1'")
+    with pytest.raises(SourceError, match=rf"leaves out delete, so changes are being missed.*rebuild .*{PRODUCTS}"):
+        shop.reader.run()
+    shop("ALTER PUBLICATION shopsphere SET (publish = 'insert, update, delete, truncate')")
+    shop.reader.positions = {table: again(position) for table, position in shop.reader.positions.items()}  # type: ignore[misc]
+    shop.reader.run()
+    assert list(shop.reader.latest(PRODUCTS, ("product_id",))) == [("P2",)]
+
+
+def test_rows_that_a_policy_hides_are_an_error(shop: Shop) -> None:
+    role = f"r{time.time_ns():x}"
+    shop.add_products(1, 2)
+    shop(f"CREATE ROLE {role} LOGIN REPLICATION PASSWORD 'right'; GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}")
+    shop("ALTER TABLE products ENABLE ROW LEVEL SECURITY; CREATE POLICY one ON products USING (product_id = 'P1')")
+    try:
+        dsn = make_conninfo(shop.dsn, user=role, password="right")
+        shop.reader.source = PostgresSource(PostgresSettings(dsn=dsn, slot=shop.name))  # type: ignore[arg-type, call-arg]
+        with pytest.raises(SourceError, match=r"row-level security policy.*BYPASSRLS"):
+            shop.reader.run()
+        shop(f"ALTER ROLE {role} BYPASSRLS")
+        shop.reader.run()
+        assert sorted(shop.reader.latest(PRODUCTS, ("product_id",))) == [("P1",), ("P2",)]
+    finally:
+        shop(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
 def test_states_of_the_server_that_cannot_be_made_here(shop: Shop) -> None:
     with psycopg.connect(shop.dsn) as connection:
         state = postgres._state(connection, shop.settings)
