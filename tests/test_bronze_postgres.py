@@ -711,6 +711,10 @@ def test_settings_that_are_wrong_are_errors_without_secrets(shop: Shop) -> None:
     assert "See that it runs" in message(host="127.0.0.1", port=1, connect_timeout=2)
     assert "database" in message(dbname="nowhere", password=None)
     assert "no libpq connection string" in message(dsn=f"postgres:/{secret} broken")
+    for password in (f"odd@{secret}", f"odd/{secret}", f"5432/{secret}", f"odd@5/{secret}"):
+        assert "as %XX" in message(dsn=f"postgresql://reader:{password}@127.0.0.1:1/shopsphere")
+    for password in ("o%40d%2F", "o?d#", "o:d"):
+        assert "See that it runs" in message(dsn=f"postgresql://reader:{password}@127.0.0.1:1/shop?application_name=a@b/c")
     with pytest.raises(SourceError, match="SHOPSPHERE_POSTGRES__DSN"):
         PostgresSource(PostgresSettings()).plan({}, {})  # type: ignore[call-arg]
     wrong = shop.settings.model_copy(update={"publication": "nothing"})

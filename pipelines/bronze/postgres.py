@@ -546,9 +546,12 @@ def _connect(settings: PostgresSettings, **options: Any) -> psycopg.Connection[A
     try:
         given = conninfo_to_dict(dsn)
     except psycopg.ProgrammingError:
+        given = None
+    # else libpq takes a part of the password for the host or the database, and errors would name it
+    if given is None or _splits_password(dsn):
         raise SourceError(
             "PostgreSQL: postgres.dsn is no libpq connection string or URI. Write it like "
-            "postgresql://user:password@host:5432/shopsphere."
+            "postgresql://user:password@host:5432/shopsphere (special characters in the password as %XX)."
         ) from None
     connection = psycopg.connect(
         dsn,
@@ -565,6 +568,13 @@ def _connect(settings: PostgresSettings, **options: Any) -> psycopg.Connection[A
     with suppress(psycopg.Error):
         connection.execute("SET client_connection_check_interval TO '2s'")
     return connection
+
+
+def _splits_password(dsn: str) -> bool:
+    """Whether a URI has an '@' or '/' within the password that is not written as %40 or %2F."""
+    _, uri, rest = dsn.partition("://")
+    authority, _, path = rest.partition("/")
+    return bool(uri) and (authority.count("@") > 1 or "@" in path.partition("?")[0])
 
 
 WAYS_OUT = {
