@@ -48,7 +48,9 @@ def main_options(debug: Annotated[bool, typer.Option("--debug", help="Show trace
 
 @app.command()
 def run(
-    every: Annotated[str, typer.Option(help="Keep going: one pass every so often, e.g. 5s, 2m; SIGTERM ends it cleanly")] = "",
+    every: Annotated[
+        str, typer.Option(help="Keep going: one pass every so often, e.g. 5s, 2m; SIGTERM ends it cleanly, twice at once")
+    ] = "",
     json: Json = False,
 ) -> None:
     """Read what is new at the sources and bring every table up to date."""
@@ -59,12 +61,15 @@ def run(
     settings = load_settings()
     stop = threading.Event()
 
+    previous: dict[int, Any] = {}
+
     def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set() and callable(previous.get(number)):  # what is under way may wait for a server that never answers
+            previous[number](number, frame)
         stop.set()
 
-    previous = (
-        {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)} if pause is not None else {}
-    )
+    if pause is not None:
+        previous |= {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     failed = False
     try:
         with open_engine(settings) as engine:
@@ -540,6 +545,10 @@ register(app)
 register_serving(app)
 
 
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code after Ctrl-C."""
+
+
 class Terminated(BaseException):
     """SIGTERM, as `ray job stop` sends it: ends a command as Ctrl-C does, so that what it started is ended too."""
 
@@ -556,18 +565,20 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         code = app(args=[a for a in arguments if a != "--debug"], prog_name="python -m app", standalone_mode=False)
+        if code == INTERRUPTED:  # Typer has made that of a KeyboardInterrupt
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except ShopSphereError as error:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except typer.Abort:
-        return 130
-    except KeyboardInterrupt:
+    except (typer.Abort, KeyboardInterrupt):
         print("interrupted; nothing half-written is visible. Run again to go on.", file=sys.stderr)
-        return 130
-    except Terminated:
+        return INTERRUPTED
+    except (Terminated, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != signal.SIGTERM:  # that is what Ray makes of it while it starts
+            raise
         print("stopped; nothing half-written is visible. Run again to go on.", file=sys.stderr)
         return 128 + signal.SIGTERM
     except Exception as error:

@@ -31,9 +31,11 @@ from pipelines.bronze.tables import POSTGRES_TABLES, TABLES
 PRODUCTS, STORES, USERS, ITEMS, RATES = (
     POSTGRES_TABLES[name][0].name for name in ("products", "stores", "users", "order_items", "exchange_rates")
 )
-SCHEMA = """
+MADE = """
 CREATE TABLE products (product_id text PRIMARY KEY, name text, category text, brand text, list_price numeric(18,2),
                        currency char(3), updated_at timestamptz);
+"""
+SCHEMA = f"""{MADE}
 CREATE TABLE stores (store_id text PRIMARY KEY, name text, kind text, city text, country char(2), updated_at timestamptz);
 CREATE TABLE order_items (order_id bigint, line_no int, product_id text, quantity int, unit_price numeric(18,4),
                           PRIMARY KEY (order_id, line_no));
@@ -354,6 +356,59 @@ def test_a_table_that_joins_the_publication_later_is_read(servers: Any) -> None:
             shop.reader.plan()
 
 
+MADE_ANEW = {
+    "dropped and made again": ("DROP TABLE products", MADE),
+    "another in its place": (
+        "CREATE TABLE products_new (LIKE products INCLUDING ALL)",
+        "ALTER TABLE products RENAME TO products_old",
+        "ALTER TABLE products_new RENAME TO products",
+    ),
+    "left and joined again": (
+        "ALTER PUBLICATION shopsphere DROP TABLES IN SCHEMA public",
+        "DELETE FROM products WHERE product_id = 'P1'",
+        "ALTER PUBLICATION shopsphere ADD TABLES IN SCHEMA public",
+    ),
+    "published one by one": ("ALTER PUBLICATION shopsphere SET TABLE products, stores, order_items, exchange_rates",),
+    "publication made again": (
+        "DROP PUBLICATION shopsphere",
+        "DELETE FROM products WHERE product_id = 'P1'",
+        "CREATE PUBLICATION shopsphere FOR TABLES IN SCHEMA public",
+    ),
+}
+
+
+@pytest.mark.parametrize("statements", MADE_ANEW.values(), ids=MADE_ANEW)
+def test_a_table_that_is_another_one_is_an_error_until_it_is_read_again(servers: Any, statements: tuple[str, ...]) -> None:
+    schema = SCHEMA.replace("FOR ALL TABLES", "FOR TABLES IN SCHEMA public")
+    with database(servers.postgres_dsn, f"anew_{time.time_ns():x}", schema) as shop:
+        shop.add_products(1, 2)
+        shop("INSERT INTO stores VALUES ('S', 'one', 'store')")
+        shop.reader.run()
+        shop("UPDATE products SET name = 'moved'; TRUNCATE stores; ALTER TABLE products ADD COLUMN more int DEFAULT 1")
+        shop.reader.run()  # the same tables still
+        for statement in statements:
+            shop(statement)
+        shop.add_products(5, 6)
+        with pytest.raises(OffsetGone, match=rf"products.* made anew, or left publication.*rebuild .*{PRODUCTS}") as error:
+            shop.reader.run()
+        named = str(error.value).rpartition("rebuild ")[2].split()
+        shop.reader.positions |= {table: again(shop.reader.positions[table]) for table in named}  # type: ignore[dict-item]
+        shop.reader.run()
+        shop.add_products(7, 7)
+        shop.reader.run()
+        there = sorted(shop("SELECT product_id FROM products"))
+        assert sorted(shop.reader.latest(PRODUCTS, ("product_id",))) == there
+
+
+def test_a_position_of_before_tables_were_told_apart_goes_on(shop: Shop) -> None:
+    shop.add_products(1, 1)
+    shop.reader.run()
+    (origin,) = {position.pop("origin") for table, position in shop.reader.positions.items() if table == PRODUCTS}  # type: ignore[attr-defined]
+    shop.add_products(2, 2)
+    shop.reader.run()
+    assert shop.reader.positions[PRODUCTS]["origin"] == origin
+
+
 def test_published_columns_and_rows_only(servers: Any) -> None:
     schema = SCHEMA.replace("FOR ALL TABLES", "FOR TABLE products (product_id, name) WHERE (product_id > 'P5')")
     with database(servers.postgres_dsn, f"part_{time.time_ns():x}", schema) as shop:
@@ -656,6 +711,10 @@ def test_settings_that_are_wrong_are_errors_without_secrets(shop: Shop) -> None:
     assert "See that it runs" in message(host="127.0.0.1", port=1, connect_timeout=2)
     assert "database" in message(dbname="nowhere", password=None)
     assert "no libpq connection string" in message(dsn=f"postgres:/{secret} broken")
+    for password in (f"odd@{secret}", f"odd/{secret}", f"5432/{secret}", f"odd@5/{secret}"):
+        assert "as %XX" in message(dsn=f"postgresql://reader:{password}@127.0.0.1:1/shopsphere")
+    for password in ("o%40d%2F", "o?d#", "o:d"):
+        assert "See that it runs" in message(dsn=f"postgresql://reader:{password}@127.0.0.1:1/shop?application_name=a@b/c")
     with pytest.raises(SourceError, match="SHOPSPHERE_POSTGRES__DSN"):
         PostgresSource(PostgresSettings()).plan({}, {})  # type: ignore[call-arg]
     wrong = shop.settings.model_copy(update={"publication": "nothing"})
@@ -678,6 +737,40 @@ def test_a_wrong_password_and_missing_privileges_are_errors(shop: Shop) -> None:
         with pytest.raises(SourceError, match="Correct user and password") as error:
             wrong.plan({}, {})
         assert "wr0ng-one" not in str(error.value)
+    finally:
+        shop(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+def test_a_publication_that_leaves_out_operations_is_an_error(shop: Shop) -> None:
+    shop("ALTER PUBLICATION shopsphere SET (publish = 'insert')")
+    with pytest.raises(SourceError, match=r"leaves out update, delete, truncate.*ALTER PUBLICATION.*and run again"):
+        shop.reader.run()
+    shop("ALTER PUBLICATION shopsphere SET (publish = 'insert, update, delete, truncate')")
+    shop.add_products(1, 2)
+    shop.reader.run()
+    shop("ALTER PUBLICATION shopsphere SET (publish = 'insert, update, truncate')")
+    shop("DELETE FROM products WHERE product_id = 'P1'")
+    with pytest.raises(SourceError, match=rf"leaves out delete, so changes are being missed.*rebuild .*{PRODUCTS}"):
+        shop.reader.run()
+    shop("ALTER PUBLICATION shopsphere SET (publish = 'insert, update, delete, truncate')")
+    shop.reader.positions = {table: again(position) for table, position in shop.reader.positions.items()}  # type: ignore[misc]
+    shop.reader.run()
+    assert list(shop.reader.latest(PRODUCTS, ("product_id",))) == [("P2",)]
+
+
+def test_rows_that_a_policy_hides_are_an_error(shop: Shop) -> None:
+    role = f"r{time.time_ns():x}"
+    shop.add_products(1, 2)
+    shop(f"CREATE ROLE {role} LOGIN REPLICATION PASSWORD 'right'; GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}")
+    shop("ALTER TABLE products ENABLE ROW LEVEL SECURITY; CREATE POLICY one ON products USING (product_id = 'P1')")
+    try:
+        dsn = make_conninfo(shop.dsn, user=role, password="right")
+        shop.reader.source = PostgresSource(PostgresSettings(dsn=dsn, slot=shop.name))  # type: ignore[arg-type, call-arg]
+        with pytest.raises(SourceError, match=r"row-level security policy.*BYPASSRLS"):
+            shop.reader.run()
+        shop(f"ALTER ROLE {role} BYPASSRLS")
+        shop.reader.run()
+        assert sorted(shop.reader.latest(PRODUCTS, ("product_id",))) == [("P1",), ("P2",)]
     finally:
         shop(f"DROP OWNED BY {role}; DROP ROLE {role}")
 

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -476,7 +477,8 @@ def test_a_second_sandbox_in_the_same_home_is_refused(cli):
     assert "python -m app sandbox stop" in err
 
 
-def test_sigterm_ends_a_command_as_an_interruption_does():
+@pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGTERM, 143, "stopped"), (signal.SIGINT, 130, "interrupted")])
+def test_a_signal_ends_a_command_and_says_so(number, code, said):
     waits = (
         "import sys, time; from app import command_line\n"
         "@command_line.app.command()\n"
@@ -491,10 +493,49 @@ def test_sigterm_ends_a_command_as_an_interruption_does():
     process = subprocess.Popen([sys.executable, "-c", waits], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "waiting\n"
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     out, err = process.communicate(timeout=30)
-    assert (process.returncode, out) == (143, "cleaned up\n")
-    assert err == "stopped; nothing half-written is visible. Run again to go on.\n"
+    assert (process.returncode, out) == (code, "cleaned up\n")
+    assert err.strip() == f"{said}; nothing half-written is visible. Run again to go on."
+
+
+def test_sigterm_while_ray_starts_is_no_other_than_any(tmp_path):
+    starts = (
+        "import os, signal, sys; from app import command_line; from lakehouse.parallel import Pool\n"
+        "from lakehouse.settings import RaySettings\n"
+        "import ray._private.node\n"
+        "def struck(*given, **named): os.kill(os.getpid(), signal.SIGTERM)\n"
+        "ray._private.node.Node.__init__ = struck\n"
+        "@command_line.app.command()\n"
+        "def start(): Pool(RaySettings(cpus=1)).start()\n"
+        "sys.exit(command_line.main(['start']))"
+    )
+    done = subprocess.run([sys.executable, "-c", starts], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 143, done.stderr
+    assert "stopped; nothing half-written" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_run_every_that_waits_for_a_server(home, tmp_path, number):
+    """The catalog's server takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        catalog = {"type": "rest", "uri": f"http://127.0.0.1:{silent.getsockname()[1]}"}
+        env = {**os.environ, "SHOPSPHERE_HOME": str(tmp_path), "SHOPSPHERE_CATALOG__PROPERTIES": json.dumps(catalog)}
+        process, _ = run_every_second(env)
+        try:
+            silent.settimeout(60)
+            asked, _ = silent.accept()
+            process.send_signal(number)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(2)
+            process.send_signal(number)
+            _, err = process.communicate(timeout=20)
+            asked.close()
+        finally:
+            process.kill()
+            process.wait()
+    assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    assert err.strip().endswith("nothing half-written is visible. Run again to go on.")
 
 
 def run_every_second(env: dict[str, str]) -> tuple[subprocess.Popen[str], Iterator[dict[str, Any]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import zipfile
@@ -18,6 +19,8 @@ import yaml
 from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
+
+from serve.deployment import FAST_PATH
 
 ROOT = Path(__file__).resolve().parents[1]
 KUBERAY = sorted((ROOT / "deploy" / "kuberay").glob("*.yaml"))
@@ -38,6 +41,29 @@ def test_the_cluster_launcher_takes_cluster_yaml() -> None:
     assert config["available_node_types"]["head"]["resources"]["CPU"] == 0
     with pytest.raises(Exception, match="max_workrs"):
         validate_config({**config, "max_workrs": 1})
+
+
+def test_the_cluster_launcher_writes_where_the_ssh_user_may() -> None:
+    """Ray makes the directories of file_mounts as ssh_user, without sudo, before any other command."""
+    config = loaded(ROOT / "cluster.yaml")
+    mounts = config["file_mounts"]
+    assert all(remote.startswith("~/") for remote in mounts)
+    assert not re.search(r"(?<!~)/(etc|opt)/", json.dumps(config))
+    (environment,) = (remote for remote in mounts if remote.endswith("environment"))
+    assert mounts[environment] == environment
+    assert f"\n# {environment}\n" in (ROOT / "docs" / "operations.md").read_text()
+    for kind in ("head", "worker"):
+        assert f". {environment}" in " ".join(config[f"{kind}_start_ray_commands"])
+
+
+def test_kuberays_serving_nodes_have_the_fast_path() -> None:
+    """HAProxy's node has it in its own environment, or each request's path goes to whatever listens on UDP port 514."""
+    groups = loaded(ROOT / "deploy" / "kuberay" / "serve.yaml")["spec"]["rayClusterConfig"]
+    for group in (groups["headGroupSpec"], *groups["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        given = {one["name"]: one["value"] for one in container["env"]}
+        assert FAST_PATH.items() <= given.items()
+    assert all(f"{name}={value}" in (ROOT / "serve" / "deploy.yaml").read_text() for name, value in FAST_PATH.items())
 
 
 def test_serve_takes_both_of_its_files() -> None:

@@ -48,6 +48,8 @@ WAL_PER_ROW = 200
 """Bytes of WAL that a changed row leaves, roughly; fewer than most do, so that the estimate is rather high."""
 PATIENCE = 20.0
 """Seconds to wait for a slot that another run is reading."""
+ORIGIN = "origin"
+"""Of a position: which table was read, see `Catalog`; positions of before that was recorded have none."""
 RESERVED = frozenset({*(column.name for column in POSTGRES_EXTRA), INGESTED_AT.name})
 
 T = TypeVar("T")
@@ -62,7 +64,11 @@ class SlotMoved(OffsetGone, CommitConflict):
 
 @dataclass(frozen=True)
 class Catalog:
-    """A published table as the source's catalogue has it now."""
+    """A published table as the source's catalogue has it now.
+
+    origin  which table it is, and since when it is published: another one when it was made anew, or left the publication
+            and joined it again
+    """
 
     name: str
     columns: tuple[SourceColumn, ...]
@@ -71,6 +77,7 @@ class Catalog:
     splittable: bool
     row_filter: str | None
     storage: int
+    origin: str = ""
 
     @property
     def table(self) -> str:
@@ -83,6 +90,7 @@ class SlotState:
     """What the server says about the slot, the publication and itself.
 
     written  how far its log is written
+    left_out operations that the publication does not publish
     upto     how far it may be read: not beyond what the standbys have received that are to have everything first
              (synchronized_standby_slots); the server would let us wait for them, without end if one is away
     """
@@ -93,6 +101,7 @@ class SlotState:
     timeline: int
     wal_level: str
     published: bool
+    left_out: str
     slot_exists: bool
     plugin: str | None
     database: str | None
@@ -127,6 +136,7 @@ class PostgresSource:
             _check_timelines(state, self.settings, known, read)
             catalog = _catalog(connection, self.settings)
             _check_published(catalog, self.settings, read)
+            _check_origins(catalog, self.settings, known)
             planned = {item.table: _planned(item, schemas.get(item.table), self.settings) for item in catalog}
             unread = [item for item in catalog if item.table not in known]
             if unread:
@@ -137,7 +147,9 @@ class PostgresSource:
             if state.upto - state.confirmed < IDLE_WAL and not _decodable(connection, self.settings, state.upto):
                 return Plan()
         return Plan(
-            tasks=(StreamTask(self.settings, state.upto, state.system, state.timeline, known, planned),),
+            tasks=(
+                StreamTask(self.settings, state.upto, state.system, state.timeline, known, planned, origins=_origins(catalog)),
+            ),
             schemas=planned,
             rows=(state.upto - state.confirmed) // WAL_PER_ROW,
         )
@@ -176,7 +188,18 @@ class PostgresSource:
             if (known or ended) and state.confirmed is not None and start > state.confirmed:
                 # what the slot still holds of the tables that are read anew belongs to their history
                 everyone = {**ended, **known}
-                tasks.append(StreamTask(self.settings, start, state.system, state.timeline, everyone, planned, frozenset(ended)))
+                tasks.append(
+                    StreamTask(
+                        self.settings,
+                        start,
+                        state.system,
+                        state.timeline,
+                        everyone,
+                        planned,
+                        frozenset(ended),
+                        _origins(everything),
+                    )
+                )
             slot = max(map(_slot_time, (known or read).values()), default=0)
             slot = slot if known or ended else max(moment, slot + 1)
         except BaseException:
@@ -186,7 +209,8 @@ class PostgresSource:
             tasks=tuple(tasks),
             schemas=planned,
             positions={
-                item.table: _position(start, state.system, state.timeline, slot, generations[item.table]) for item in reading
+                item.table: _position(start, state.system, state.timeline, slot, generations[item.table], item.origin)
+                for item in reading
             },
             rows=sum(item.rows for item in reading),
             held=holder,
@@ -310,6 +334,7 @@ class StreamTask:
     positions: Mapping[str, Position]
     schemas: Mapping[str, pa.Schema] = field(repr=False)
     ended: frozenset[str] = frozenset()
+    origins: Mapping[str, str] = field(default_factory=dict)
     batch_rows: int = BATCH_ROWS
 
     def read(self) -> Iterator[Rows | Reached]:
@@ -320,8 +345,8 @@ class StreamTask:
                 filled.add(rows.table)
                 yield rows
         for table in sorted(filled - self.ended) or sorted(self.positions.keys() - self.ended)[:1]:
-            before = self.positions[table]
-            yield Reached(table, _position(self.upto, self.system, self.timeline, _slot_time(before), generation(before)))
+            before, origin = self.positions[table], self.origins.get(table, "")
+            yield Reached(table, _position(self.upto, self.system, self.timeline, _slot_time(before), generation(before), origin))
 
     def decode(self, messages: Iterator[bytes]) -> Iterator[Rows]:
         """Rows from the slot's messages."""
@@ -521,9 +546,12 @@ def _connect(settings: PostgresSettings, **options: Any) -> psycopg.Connection[A
     try:
         given = conninfo_to_dict(dsn)
     except psycopg.ProgrammingError:
+        given = None
+    # else libpq takes a part of the password for the host or the database, and errors would name it
+    if given is None or _splits_password(dsn):
         raise SourceError(
             "PostgreSQL: postgres.dsn is no libpq connection string or URI. Write it like "
-            "postgresql://user:password@host:5432/shopsphere."
+            "postgresql://user:password@host:5432/shopsphere (special characters in the password as %XX)."
         ) from None
     connection = psycopg.connect(
         dsn,
@@ -532,7 +560,8 @@ def _connect(settings: PostgresSettings, **options: Any) -> psycopg.Connection[A
     )
     connection.execute(
         "SET datestyle TO 'ISO, YMD'; SET timezone TO 'UTC'; SET intervalstyle TO 'postgres'; SET extra_float_digits TO 1; "
-        "SET bytea_output TO 'hex'; SET lock_timeout TO '30s'; SET statement_timeout TO 0; "
+        # rows that a policy hides from the role would be missing from the first read, and come by the stream: an error
+        "SET row_security TO off; SET bytea_output TO 'hex'; SET lock_timeout TO '30s'; SET statement_timeout TO 0; "
         "SET idle_in_transaction_session_timeout TO 0"
     )
     # So that a killed run does not keep the slot busy; not every server can look.
@@ -541,11 +570,18 @@ def _connect(settings: PostgresSettings, **options: Any) -> psycopg.Connection[A
     return connection
 
 
+def _splits_password(dsn: str) -> bool:
+    """Whether a URI has an '@' or '/' within the password that is not written as %40 or %2F."""
+    _, uri, rest = dsn.partition("://")
+    authority, _, path = rest.partition("/")
+    return bool(uri) and (authority.count("@") > 1 or "@" in path.partition("?")[0])
+
+
 WAYS_OUT = {
     "28P01": "Correct user and password in postgres.dsn (SHOPSPHERE_POSTGRES__DSN).",
     "28000": "Correct the user in postgres.dsn, or let it in (pg_hba.conf; the role needs LOGIN and REPLICATION).",
     "3D000": "Correct the database in postgres.dsn (SHOPSPHERE_POSTGRES__DSN).",
-    "42501": "The role needs REPLICATION, and SELECT on the published tables.",
+    "42501": "The role needs REPLICATION, SELECT on the published tables, and BYPASSRLS if they have row level security.",
     "53300": "Raise max_connections, or use fewer tasks.",
     "53400": "Raise max_replication_slots, or drop a slot that nobody reads.",
     "55P03": "A table is locked. Run again when the lock is gone.",
@@ -601,12 +637,15 @@ def _state(connection: psycopg.Connection[Any], settings: PostgresSettings) -> S
                     THEN (SELECT system_identifier::text FROM pg_control_system()) ELSE '' END,
                CASE WHEN pg_is_in_recovery() THEN '0' ELSE left(pg_walfile_name(pg_current_wal_flush_lsn()), 8) END,
                current_setting('wal_level'),
-               EXISTS (SELECT FROM pg_publication WHERE pubname = %(publication)s),
+               p.oid IS NOT NULL,
+               concat_ws(', ', CASE WHEN NOT p.pubinsert THEN 'insert' END, CASE WHEN NOT p.pubupdate THEN 'update' END,
+                         CASE WHEN NOT p.pubdelete THEN 'delete' END, CASE WHEN NOT p.pubtruncate THEN 'truncate' END),
                s.slot_name IS NOT NULL, s.plugin, s.database, s.wal_status,
                s.confirmed_flush_lsn - '0/0'::pg_lsn, current_database(),
                current_setting('synchronous_commit') = 'off' AND NOT pg_is_in_recovery()
                    AND pg_current_wal_insert_lsn() - pg_current_wal_flush_lsn() > 40
         FROM (SELECT) AS one LEFT JOIN pg_replication_slots s ON s.slot_name = %(slot)s
+        LEFT JOIN pg_publication p ON p.pubname = %(publication)s
         """,
         {"publication": settings.publication, "slot": settings.slot},
     ).fetchone()
@@ -621,13 +660,14 @@ def _state(connection: psycopg.Connection[Any], settings: PostgresSettings) -> S
         timeline=int(row[3], 16),
         wal_level=row[4],
         published=row[5],
-        slot_exists=row[6],
-        plugin=row[7],
-        database=row[8],
-        wal_status=row[9],
-        confirmed=None if row[10] is None else int(row[10]),
-        this_database=row[11],
-        unwritten=bool(row[12]),
+        left_out=row[6],
+        slot_exists=row[7],
+        plugin=row[8],
+        database=row[9],
+        wal_status=row[10],
+        confirmed=None if row[11] is None else int(row[11]),
+        this_database=row[12],
+        unwritten=bool(row[13]),
     )
 
 
@@ -654,6 +694,12 @@ def _check(state: SlotState, settings: PostgresSettings, known: Mapping[str, Pos
             f"CREATE PUBLICATION {settings.publication} FOR TABLES IN SCHEMA {settings.schema_name}, or set postgres.publication."
         )
     again = f"Read the tables anew: python -m app rebuild {' '.join(sorted(read))}"
+    if state.left_out:
+        raise SourceError(
+            f"PostgreSQL: publication '{settings.publication}' leaves out {state.left_out}, so changes are being missed. "
+            f"ALTER PUBLICATION {settings.publication} SET (publish = 'insert, update, delete, truncate')"
+            + (f". {again}" if read else ", and run again.")
+        )
     systems = {str(position["system"]) for position in known.values() if position.get("system")}
     if state.system and systems - {state.system}:
         raise OffsetGone(
@@ -777,23 +823,44 @@ def _check_published(catalog: Sequence[Catalog], settings: PostgresSettings, kno
         )
 
 
+def _origins(catalog: Sequence[Catalog]) -> dict[str, str]:
+    return {item.table: item.origin for item in catalog}
+
+
+def _check_origins(catalog: Sequence[Catalog], settings: PostgresSettings, known: Mapping[str, Position]) -> None:
+    """Raises OffsetGone when a table is not the one that was read, or was not published all the time since."""
+    before = {table: position[ORIGIN] for table, position in known.items() if ORIGIN in position}
+    if others := [item for item in catalog if before.get(item.table, item.origin) != item.origin]:
+        raise OffsetGone(
+            f"PostgreSQL: {', '.join(item.name for item in others)} was made anew, or left publication "
+            f"'{settings.publication}' and joined it again, so changes are missing. "
+            f"Read it anew: python -m app rebuild {' '.join(item.table for item in others)}"
+        )
+
+
 def _catalog(connection: psycopg.Connection[Any], settings: PostgresSettings) -> list[Catalog]:
     """The published tables that bronze knows, with the published columns."""
-    rows = connection.execute(
+    by_schema = "SELECT oid FROM pg_publication_namespace WHERE pnpubid = b.oid AND pnnspid = n.oid"
+    joined = sql.SQL(
+        "coalesce((SELECT oid FROM pg_publication_rel WHERE prpubid = b.oid AND prrelid = c.oid), ({}), 0)"  # 0: all tables
+    ).format(sql.SQL(by_schema if connection.info.server_version >= 150_000 else "NULL"))
+    query = sql.SQL(
         """
         SELECT p.tablename, to_jsonb(p)->>'rowfilter', c.relkind = 'r', greatest(c.reltuples, 0)::bigint,
                pg_relation_size(c.oid) / current_setting('block_size')::int, coalesce(pg_relation_filenode(c.oid)::bigint, 0),
                (SELECT json_agg(json_build_array(a.attname, a.atttypid::bigint, a.atttypmod) ORDER BY a.attnum)
                 FROM pg_attribute a
                 WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-                  AND coalesce(to_jsonb(p)->'attnames' ? a.attname, a.attgenerated = ''))
+                  AND coalesce(to_jsonb(p)->'attnames' ? a.attname, a.attgenerated = '')),
+               concat_ws('/', c.oid, b.oid, {joined})
         FROM pg_publication_tables p
+        JOIN pg_publication b ON b.pubname = p.pubname
         JOIN pg_namespace n ON n.nspname = p.schemaname
         JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename
         WHERE p.pubname = %s AND p.schemaname = %s AND p.tablename = ANY(%s)
-        """,
-        (settings.publication, settings.schema_name, list(POSTGRES_TABLES)),
-    ).fetchall()
+        """
+    ).format(joined=joined)
+    rows = connection.execute(query, (settings.publication, settings.schema_name, list(POSTGRES_TABLES))).fetchall()
     found = {row[0]: row for row in rows}
     return [
         Catalog(
@@ -804,6 +871,7 @@ def _catalog(connection: psycopg.Connection[Any], settings: PostgresSettings) ->
             splittable=found[name][2],
             row_filter=found[name][1],
             storage=found[name][5],
+            origin=found[name][7],
         )
         for name in POSTGRES_TABLES
         if name in found
@@ -918,9 +986,10 @@ def _advance(connection: psycopg.Connection[Any], settings: PostgresSettings, up
     _patiently(connection, settings, lambda: connection.execute(query).fetchall())
 
 
-def _position(lsn: int, system: str, timeline: int, slot: int, number: int) -> dict[str, Any]:
-    """A position as it is stored. slot: see `_slot_time`. number: of the generation."""
+def _position(lsn: int, system: str, timeline: int, slot: int, number: int, origin: str) -> dict[str, Any]:
+    """A position as it is stored. slot: see `_slot_time`. number: of the generation. origin: see `Catalog`."""
     position: dict[str, Any] = {"lsn": _lsn_text(lsn), "system": system, "timeline": timeline}
+    position |= {ORIGIN: origin} if origin else {}
     return position | ({"slot": slot} if slot else {}) | ({GENERATION: number} if number else {})
 
 
