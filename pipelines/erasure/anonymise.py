@@ -77,7 +77,7 @@ class Anonymiser:
 
     suppression: Suppression
     seen: set[Shown] | None = None
-    _kept: dict[tuple[str, str, str, str], tuple[str, int]] = field(default_factory=dict)
+    _kept: dict[tuple[str, str, str, str], tuple[str, int | None]] = field(default_factory=dict)
     _accounts: dict[str, str | None] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,21 +95,21 @@ class Anonymiser:
 
     # --- values
 
-    def _value(self, kind: str, raw: str, region: str = "", city: str = "") -> tuple[str, int]:
-        """What stands for a value, and until which moment it is suppressed in rows of others (0: not)."""
+    def _value(self, kind: str, raw: str, region: str = "", city: str = "") -> tuple[str, int | None]:
+        """What stands for a value, and until which moment it is suppressed in rows of others (None: it is not)."""
         place = (kind, raw, region, city)
         if (found := self._kept.get(place)) is None:
             found = self._kept[place] = self._new_value(*place)
         return found
 
-    def _new_value(self, kind: str, raw: str, region: str, city: str) -> tuple[str, int]:
+    def _new_value(self, kind: str, raw: str, region: str, city: str) -> tuple[str, int | None]:
         pseudonyms = self.suppression.pseudonyms
         if is_pseudonym(kind, raw):
-            return raw, 0
+            return raw, None
         spelling = spelled_once(kind, raw, region or pseudonyms.region, city)
         entry = self.suppression.of(kind, spelling) if spelling is not None else None
         instead = pseudonyms.instead(kind, spelling) if spelling is not None else pseudonyms.instead("text", raw)
-        return instead, entry[1] if entry is not None else 0
+        return instead, entry[1] if entry is not None else None
 
     def _note(self, kind: str, raw: str, region: str = "", city: str = "") -> None:
         if self.seen is not None and not is_pseudonym(kind, raw):
@@ -122,7 +122,7 @@ class Anonymiser:
             if kind in ("name", "city", "text"):
                 return raw
             instead, until = self._value(kind, raw, region, city)
-            return instead if begun <= until else raw
+            return instead if until is not None and begun <= until else raw
         self._note(kind, raw, region, city)
         if kind == "name":
             return self.suppression.pseudonyms.name(owner)
