@@ -218,6 +218,27 @@ def test_what_names_the_person_goes_wherever_it_stands_in_what_concerns_them(wor
     assert holding(world.home, [*texts_of(person), quote_plus(email), b64encode(email.encode()).decode()]) == []
 
 
+def test_a_row_that_claims_to_begin_in_the_future_is_no_hiding_place(world: World) -> None:
+    person = somebody(world.lake, 2)
+    later = {"timestamp": "2090-01-01T00:00:00Z", "event_type": "view_page", "metadata": {}}
+    mine = {**later, "event_id": "erasure-signed", "user_id": int(person["primary_user_id"]), "device_id": "d-of-the-future"}
+    unsigned = {**later, "event_id": "erasure-unsigned", "device_id": "d-of-the-future"}
+    producer = Producer({"bootstrap.servers": world.settings.kafka.bootstrap_servers})
+    for value in (mine, unsigned):
+        producer.produce("events", json.dumps(value).encode())
+    assert producer.flush(30) == 0
+    world = world.without_postgres
+    run(world)
+    assert holding(world.home, ["d-of-the-future"])
+    with world.engine() as engine:
+        (receipt,) = erase(engine, Asked(email=person["email"]), quiet)
+        assert receipt.clean
+        assert holding(world.home, [*texts_of(person), "d-of-the-future"]) == []
+        rebuild(engine, [EVENTS.name])
+    run(world)
+    assert holding(world.home, ["d-of-the-future"]) == []
+
+
 @pytest.mark.slow
 def test_others_keep_what_is_theirs(world: World) -> None:
     lake, person = world.lake, somebody(world.lake, 2)

@@ -30,7 +30,7 @@ from pipelines.bronze.tables import (
     POSTGRES_TABLES,
     TABLES,
 )
-from pipelines.erasure.suppression import ACCOUNT, MENTION, RECORD, Suppression, is_pseudonym, spelled_once
+from pipelines.erasure.suppression import ACCOUNT, MENTION, RECORD, Digest, Suppression, is_pseudonym, spelled_once
 from pipelines.silver.contacts import region_of
 from pipelines.silver.events_clean import whole_number
 from pipelines.silver.identity.evidence import ORDER
@@ -73,15 +73,20 @@ class Shown:
 
 @dataclass
 class Anonymiser:
-    """Applies a suppression to bronze rows. seen: what was replaced in rows that are the person's, where wanted."""
+    """Applies a suppression to bronze rows.
+
+    seen    what was replaced in rows that are the person's, where wanted
+    latest  where wanted: when the last record of others began in which a value was replaced
+    """
 
     suppression: Suppression
     seen: set[Shown] | None = None
+    latest: dict[Digest, int] | None = None
     _kept: dict[tuple[str, str, str, str], tuple[str, int | None]] = field(default_factory=dict)
     _accounts: dict[str, str | None] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"suppression": self.suppression, "seen": None, "_kept": {}, "_accounts": {}}
+        return {"suppression": self.suppression, "seen": None, "latest": None, "_kept": {}, "_accounts": {}}
 
     def __call__(self, table: Table, rows: pl.DataFrame) -> Edited:
         """The rows of a bronze table."""
@@ -122,7 +127,13 @@ class Anonymiser:
             if kind in ("name", "city", "text"):
                 return raw
             instead, until = self._value(kind, raw, region, city)
-            return instead if until is not None and begun <= until else raw
+            if until is None or begun > until:
+                return raw
+            if self.latest is not None:
+                spelling = spelled_once(kind, raw, region or self.suppression.pseudonyms.region, city) or ""
+                digest = self.suppression.pseudonyms.digest(kind, spelling)
+                self.latest[digest] = max(begun, self.latest.get(digest, begun))
+            return instead
         self._note(kind, raw, region, city)
         if kind == "name":
             return self.suppression.pseudonyms.name(owner)
