@@ -157,7 +157,7 @@ def request(engine: Engine, asked: Asked, show: Show) -> Erasure:
         raise ShopSphereError("Nobody is known by that, and no row mentions it: there is nothing to erase.")
     rows = [(REQUESTED, pseudonyms.check), *sorted(order.entries)]
     with _keeping(lake, one, order, Before(sums(lake), stored)):
-        engine.retried(lambda: append(lake, one.id, one.at, rows))
+        engine.retried(lambda: append(lake, one.id, one.at, rows, order.until))
     return one
 
 

@@ -1,11 +1,14 @@
 """Whether texts are anywhere in files, decoded: Parquet by columns, Avro by records, gzip and zstd, and every file as it is.
 
 A text is found where it stands alone: no letter or digit before or after it (of an e-mail address nor what may be part of
-one), whatever its case, as it is, as JSON may escape it (within JSON too) or as a URL does.
+one), whatever its case, as it is, as JSON may escape it (within JSON too), as a URL does, or in base64 as the value of a
+message's header.
 """
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import gzip
 import io
 import json
@@ -32,7 +35,10 @@ PIECE = 1 << 20
 NESTED = 3
 """How often a text is read as escaped: JSON in JSON, a URL in it."""
 _ESCAPED = re.compile(r"(?:\\u[0-9a-fA-F]{4})+|\\[nrtbf\"\\/]")
-_MAY_BE_ESCAPED = r"\\[unrtbf\"\\/]|%[0-9A-Fa-f]{2}"
+_BASE64 = re.compile(r'"([A-Za-z0-9+/]+={0,2})"')
+_PAIRS = '[["'
+"""How a JSON list of [name, value in base64] begins: headers of messages."""
+_MAY_BE_ESCAPED = r"^\[\[\"|\\[unrtbf\"\\/]|%[0-9A-Fa-f]{2}"
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,12 @@ def _forms(text: str) -> set[str]:
 
 
 def _unescaped(text: str) -> Iterator[str]:
-    """A text without the escapes of JSON and of URLs, as often as it has some; a URL's plus sign may be a space."""
+    """A text without the escapes of JSON and of URLs, as often as it has some; a URL's plus sign may be a space. Of a list of
+    pairs also what stands there in base64."""
+    if text.startswith(_PAIRS):
+        for packed in _BASE64.findall(text):
+            with contextlib.suppress(ValueError):  # it only looked like base64, or is no text
+                yield base64.b64decode(packed, validate=True).decode()
     for _ in range(NESTED):
         plain = unquote(_ESCAPED.sub(_meant, text))
         if plain == text:

@@ -128,6 +128,20 @@ def test_in_rows_of_others_only_what_is_suppressed_goes_and_only_of_before() -> 
     assert (row["name"], row["phone_number"], row["loyalty_id"], row["city"]) == ("Bo", "0811 111 1112", "L-8", None)
 
 
+@pytest.mark.parametrize("begun", [None, datetime(1969, 7, 20, tzinfo=UTC), datetime(1970, 1, 1, tzinfo=UTC)])
+def test_a_row_whose_beginning_nobody_knows_loses_what_is_suppressed_and_nothing_else(begun: datetime | None) -> None:
+    housemate = user(user_id=8, created_at=begun, phone_number="0811 111 1112")
+    stranger = user(user_id=9, created_at=begun, email="eve@x.example", address="Elsewhere 1", phone_number="0811 111 1113")
+    before = rows(USERS, housemate, stranger)
+    after = once(USERS, before, suppression(email="adalovelace@gmail.com"))
+    assert after.drop("email").equals(before.drop("email"))
+    assert is_pseudonym("email", after["email"][0])
+    assert after["email"][1] == "eve@x.example"
+    order = document(user_email="eve@x.example", order_time="whenever")
+    frame = rows(MARKETPLACE_ORDERS, order)
+    assert once(MARKETPLACE_ORDERS, frame, suppression(email="adalovelace@gmail.com")).equals(frame)
+
+
 def test_columns_that_no_declaration_knows_are_emptied_in_the_persons_rows_only() -> None:
     frame = rows(
         USERS, user(nickname="Addie", born=3), user(user_id=8, nickname="Bo", born=4), nickname=pl.String(), born=pl.Int64()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 from pathlib import Path
@@ -50,6 +51,11 @@ NEEDLES = Needles(("Ada@X.example", "+49 151 2345", "Zoë Straße"))
         ("/?phone=%2B49+151+2345", True),
         ("/?name=Zo%C3%AB+Stra%C3%9Fe", True),
         ("/?mail=j%61da%40x.example", False),
+        (json.dumps([["h", "x"], ["user", base64.b64encode("Zoë Straße".encode()).decode()]]), True),
+        (
+            json.dumps([["user", base64.b64encode(b"somebody else").decode()], ["b", base64.b64encode(b"\xff\xfe").decode()]]),
+            False,
+        ),
         ("half a pair: \\ud83d, and half an escape: \\u00, 100 %", False),
         (None, False),
     ],

@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -241,6 +242,7 @@ def test_what_names_the_person_goes_wherever_it_stands_in_what_concerns_them(wor
     collection.insert_many([order, of_another])
     for number, value in enumerate((shipped, seen, {**seen, "event_id": "erasure-key", "metadata": {}})):
         producer.produce("events", json.dumps(value).encode(), key=email if number == 2 else None)
+    producer.produce("events", json.dumps({**seen, "event_id": "erasure-header", "metadata": {}}), headers={"user": email})
     assert producer.flush(30) == 0
     world = world.without_postgres
     try:
@@ -251,7 +253,28 @@ def test_what_names_the_person_goes_wherever_it_stands_in_what_concerns_them(wor
         collection.delete_many({"_id": {"$in": ["erasure-gift", "erasure-other"]}})
     assert receipt.clean
     assert "name" not in receipt.shared
-    assert holding(world.home, [*texts_of(person), quote_plus(email)]) == []
+    assert holding(world.home, [*texts_of(person), quote_plus(email), b64encode(email.encode()).decode()]) == []
+
+
+def test_a_row_that_claims_to_begin_in_the_future_is_no_hiding_place(world: World) -> None:
+    person = somebody(world.lake, 2)
+    later = {"timestamp": "2090-01-01T00:00:00Z", "event_type": "view_page", "metadata": {}}
+    mine = {**later, "event_id": "erasure-signed", "user_id": int(person["primary_user_id"]), "device_id": "d-of-the-future"}
+    unsigned = {**later, "event_id": "erasure-unsigned", "device_id": "d-of-the-future"}
+    producer = Producer({"bootstrap.servers": world.settings.kafka.bootstrap_servers})
+    for value in (mine, unsigned):
+        producer.produce("events", json.dumps(value).encode())
+    assert producer.flush(30) == 0
+    world = world.without_postgres
+    run(world)
+    assert holding(world.home, ["d-of-the-future"])
+    with world.engine() as engine:
+        (receipt,) = erase(engine, Asked(email=person["email"]), quiet)
+        assert receipt.clean
+        assert holding(world.home, [*texts_of(person), "d-of-the-future"]) == []
+        rebuild(engine, [EVENTS.name])
+    run(world)
+    assert holding(world.home, ["d-of-the-future"]) == []
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from pipelines.bronze.tables import (
     POSTGRES_TABLES,
     TABLES,
 )
-from pipelines.erasure.suppression import ACCOUNT, MENTION, RECORD, Suppression, is_pseudonym, spelled_once
+from pipelines.erasure.suppression import ACCOUNT, MENTION, RECORD, Digest, Suppression, is_pseudonym, spelled_once
 from pipelines.silver.contacts import region_of
 from pipelines.silver.events_clean import whole_number
 from pipelines.silver.identity.evidence import ORDER
@@ -73,15 +73,20 @@ class Shown:
 
 @dataclass
 class Anonymiser:
-    """Applies a suppression to bronze rows. seen: what was replaced in rows that are the person's, where wanted."""
+    """Applies a suppression to bronze rows.
+
+    seen    what was replaced in rows that are the person's, where wanted
+    latest  where wanted: when the last record of others began in which a value was replaced
+    """
 
     suppression: Suppression
     seen: set[Shown] | None = None
-    _kept: dict[tuple[str, str, str, str], tuple[str, int]] = field(default_factory=dict)
+    latest: dict[Digest, int] | None = None
+    _kept: dict[tuple[str, str, str, str], tuple[str, int | None]] = field(default_factory=dict)
     _accounts: dict[str, str | None] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"suppression": self.suppression, "seen": None, "_kept": {}, "_accounts": {}}
+        return {"suppression": self.suppression, "seen": None, "latest": None, "_kept": {}, "_accounts": {}}
 
     def __call__(self, table: Table, rows: pl.DataFrame) -> Edited:
         """The rows of a bronze table."""
@@ -95,21 +100,21 @@ class Anonymiser:
 
     # --- values
 
-    def _value(self, kind: str, raw: str, region: str = "", city: str = "") -> tuple[str, int]:
-        """What stands for a value, and until which moment it is suppressed in rows of others (0: not)."""
+    def _value(self, kind: str, raw: str, region: str = "", city: str = "") -> tuple[str, int | None]:
+        """What stands for a value, and until which moment it is suppressed in rows of others (None: it is not)."""
         place = (kind, raw, region, city)
         if (found := self._kept.get(place)) is None:
             found = self._kept[place] = self._new_value(*place)
         return found
 
-    def _new_value(self, kind: str, raw: str, region: str, city: str) -> tuple[str, int]:
+    def _new_value(self, kind: str, raw: str, region: str, city: str) -> tuple[str, int | None]:
         pseudonyms = self.suppression.pseudonyms
         if is_pseudonym(kind, raw):
-            return raw, 0
+            return raw, None
         spelling = spelled_once(kind, raw, region or pseudonyms.region, city)
         entry = self.suppression.of(kind, spelling) if spelling is not None else None
         instead = pseudonyms.instead(kind, spelling) if spelling is not None else pseudonyms.instead("text", raw)
-        return instead, entry[1] if entry is not None else 0
+        return instead, entry[1] if entry is not None else None
 
     def _note(self, kind: str, raw: str, region: str = "", city: str = "") -> None:
         if self.seen is not None and not is_pseudonym(kind, raw):
@@ -122,7 +127,13 @@ class Anonymiser:
             if kind in ("name", "city", "text"):
                 return raw
             instead, until = self._value(kind, raw, region, city)
-            return instead if begun <= until else raw
+            if until is None or begun > until:
+                return raw
+            if self.latest is not None:
+                spelling = spelled_once(kind, raw, region or self.suppression.pseudonyms.region, city) or ""
+                digest = self.suppression.pseudonyms.digest(kind, spelling)
+                self.latest[digest] = max(begun, self.latest.get(digest, begun))
+            return instead
         self._note(kind, raw, region, city)
         if kind == "name":
             return self.suppression.pseudonyms.name(owner)

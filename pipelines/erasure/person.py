@@ -13,7 +13,7 @@ from lakehouse.errors import ShopSphereError
 from lakehouse.iceberg import Lake
 from lakehouse.table import BOOKKEEPING, Table
 from pipelines.bronze.tables import DOCUMENT_PATHS, EVENTS, MARKETPLACE_ORDERS, ORDERS, TABLES
-from pipelines.erasure.anonymise import KEYS, Anonymiser, Shown
+from pipelines.erasure.anonymise import ALWAYS, KEYS, Anonymiser, Shown
 from pipelines.erasure.suppression import ACCOUNT, MENTION, RECORD, Digest, Pseudonyms, Suppression, erasures, spelled_once
 from pipelines.silver.contacts import addresses, normalise_email, normalise_phone, region_of
 from pipelines.silver.identity.evidence import ORDER, USER
@@ -121,12 +121,14 @@ def _named(asked: Asked, graph: pl.DataFrame, users: pl.DataFrame, region: str) 
 class Order:
     """What an erasure is to do: hashes to suppress, and the clear texts to look for afterwards.
 
+    until   by hash, up to when records of others are concerned, where rows are there that claim to begin after the erasure
     shared  by kind, how many values of the person others show too (a namesake, an address of many): these are replaced in
             the person's own rows, and not looked for in the rest
     """
 
     entries: frozenset[tuple[str, Digest]]
     texts: tuple[str, ...]
+    until: Mapping[Digest, int] = field(default_factory=dict)
     shared: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -167,7 +169,8 @@ def collect(lake: Lake, person: Person, pseudonyms: Pseudonyms, erasure: str, mo
         entries |= unlinked
         wide, shared = _own_values(lake, person, pseudonyms, rows, entries, seen, erasure, moment)
     # then the rows of others as they will be: whoever still mentions the person there is mentioned as well
-    after = Anonymiser(_suppression(pseudonyms, entries, erasure, moment))
+    # (all that are there: also one that claims to begin later, by a clock that is wrong)
+    after = Anonymiser(_suppression(pseudonyms, entries, erasure, ALWAYS), latest={})
     # who was erased before shows a name that was made
     made = {pseudonyms.name(one.id) for one in erasures(lake)}
     texts = _texts_of({one for one in seen if one.kind != "name" or one.raw not in made}, wide)
@@ -189,7 +192,8 @@ def collect(lake: Lake, person: Person, pseudonyms: Pseudonyms, erasure: str, mo
     for kind, text in texts:
         if text in unsure:
             shared[kind] = shared.get(kind, 0) + 1
-    return Order(frozenset(entries), tuple(sorted({text for _, text in texts} - unsure)), shared)
+    until = {digest: at for digest, at in (after.latest or {}).items() if at > moment}
+    return Order(frozenset(entries), tuple(sorted({text for _, text in texts} - unsure)), until, shared)
 
 
 def _own_values(

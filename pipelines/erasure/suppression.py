@@ -8,7 +8,7 @@ import secrets
 import string
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from hashlib import blake2b
 from ipaddress import IPv6Address
@@ -36,7 +36,13 @@ ERASURES = Table(
             required=True,
         ),
         column("digest", pa.string(), "Keyed hash (BLAKE2b) of the kind and the value.", required=True),
-        column("at", TIMESTAMP, "When it was requested; values are replaced in records that began before.", required=True),
+        column(
+            "at",
+            TIMESTAMP,
+            "When it was requested (or, of a value shown by rows that claim to begin later, when the last of them does): values "
+            "are replaced in records that began before.",
+            required=True,
+        ),
     ),
     owner="data protection",
 )
@@ -237,12 +243,17 @@ def load_suppression(lake: Lake) -> Suppression | None:
     return Suppression(pseudonyms, entries)
 
 
-def append(lake: Lake, erasure: str, at: datetime, rows: Iterable[tuple[str, Digest]]) -> None:
-    """Store hashes, in one commit. Raises CommitConflict."""
+def append(
+    lake: Lake, erasure: str, at: datetime, rows: Iterable[tuple[str, Digest]], until: Mapping[Digest, int] | None = None
+) -> None:
+    """Store hashes, in one commit; `until`: of some a moment (microseconds since 1970) instead of `at`. Raises CommitConflict."""
     handle = lake.load(ERASURES)
-    frame = pl.DataFrame(list(rows), schema={"kind": pl.String, "digest": pl.String}, orient="row").with_columns(
+    later, requested = until or {}, (at - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+    told = [(kind, digest, later.get(digest, requested)) for kind, digest in rows]
+    schema = {"kind": pl.String, "digest": pl.String, "at": pl.Int64}
+    frame = pl.DataFrame(told, schema=schema, orient="row").with_columns(
         pl.lit(erasure).alias("erasure"),
-        pl.lit(at).dt.convert_time_zone("UTC").cast(pl.Datetime("us", "UTC")).alias("at"),
+        pl.col("at").cast(pl.Datetime("us", "UTC")),
         pl.lit(handle.sequence, pl.Int64).alias(SEQUENCE),
     )
     handle.commit(handle.writer.write(frame), positions=handle.positions)
