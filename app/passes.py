@@ -16,13 +16,14 @@ from typing import Any
 import polars as pl
 
 import pipelines
+from lakehouse.damage import damage, missing_file
 from lakehouse.engine import Engine, Report
 from lakehouse.errors import CatalogUnreachable, SettingsError, ShopSphereError, SourceError
 from lakehouse.expectations import by_hand, from_text
 from lakehouse.history import History, Run
 from lakehouse.iceberg import EXPECTATIONS, Handle, Lake, tables_on_disk
 from lakehouse.lineage import Events, reported
-from lakehouse.outages import outage
+from lakehouse.outages import file_is_gone, outage
 from lakehouse.parallel import Pool
 from lakehouse.settings import Settings
 from lakehouse.step import Changes, Gather, Parsed, Step, context_of
@@ -98,6 +99,7 @@ def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: 
     except BaseException as error:
         _note_end(history or History(engine.lake), engine, run, reports, errors, error)
         raise
+    errors = list({str(error): error for error in errors}.values())  # what is wrong upstream is said once
     if not any(isinstance(error, CatalogUnreachable) for error in errors):  # else there is nowhere to note it
         try:
             (history or History(engine.lake)).note(engine, run, reports, errors)
@@ -149,7 +151,7 @@ def _pass(
         except SettingsError:
             raise  # nothing can go on
         except Exception as error:
-            errors.append(_expected(error))
+            errors.append(_expected(error, engine.lake, source.tables))
             if events:
                 events.failed += 1
             if isinstance(errors[-1], CatalogUnreachable):
@@ -169,7 +171,7 @@ def _pass(
         except SettingsError:
             raise  # nothing can go on
         except Exception as error:
-            errors.append(_expected(error))
+            errors.append(_expected(error, engine.lake, _touched(step)))
             if events:
                 events.fail(step.target.name, errors[-1])
             if isinstance(errors[-1], CatalogUnreachable):
@@ -181,9 +183,15 @@ def _pass(
         reports.append(report)
 
 
-def _expected(error: Exception) -> ShopSphereError:
-    """An error that a pass goes on after; raises any other."""
+def _touched(step: Step) -> tuple[str, ...]:
+    return (*sorted(pipelines.upstream(step)), QUARANTINE.name, step.target.name)
+
+
+def _expected(error: Exception, lake: Lake | None = None, tables: Sequence[str] = ()) -> ShopSphereError:
+    """An error that a pass goes on after; raises any other. tables: those that it may come from."""
     found = error if isinstance(error, ShopSphereError) else outage(error)
+    if found is None and lake is not None and file_is_gone(error):
+        found = damage(lake, [TABLES[name] for name in tables])
     if found is None:
         raise error
     return found
@@ -199,7 +207,9 @@ def table_named(name: str) -> Table:
 
 def rebuild(engine: Engine, names: Sequence[str]) -> list[Report]:
     """Fill tables again from everything upstream; bronze tables: read their source again from the beginning, those of
-    one source all at once. Bronze first, then each table after those that it reads."""
+    one source all at once. Bronze first, then each table after those that it reads. One that has lost files is made anew.
+
+    Raises DamagedTable when a bronze table has lost files: there is nothing that could fill it."""
     tables = {table_named(name).name: None for name in names}
     with recorded(engine, "rebuild") as reports:
         for report in _rebuilt(engine, tables):
@@ -214,13 +224,22 @@ def _rebuilt(engine: Engine, tables: Mapping[str, None]) -> Iterator[Report]:
     bronze = {name for name in tables if TABLES[name].layer == "bronze"}
     if off := sorted(bronze - {name for source in known for name in source.tables}):
         raise SourceError(f"The source of {off[0]} is switched off. Switch it on in the settings.")
+    if (lost := damage(engine.lake, [TABLES[name] for name in bronze])) is not None:
+        raise lost
+    for name in tables.keys() - bronze:
+        if missing_file(engine.lake, TABLES[name]) is not None:
+            engine.lake.drop(TABLES[name])
     for source in known:
         if chosen := bronze.intersection(source.tables):
             done = engine.ingest(source, pipelines.TABLES, again=frozenset(chosen))
             yield from (report for report in done if report.table in chosen)
     for step in pipelines.STEPS:
         if step.target.name in tables or (QUARANTINE.name in tables and (_bronze_reads(step) or step.target.holds_back)):
-            yield engine.refresh(step, rebuild=True)
+            try:
+                report = engine.refresh(step, rebuild=True)
+            except FileNotFoundError as error:
+                raise _expected(error, engine.lake, _touched(step)) from error
+            yield report
     yield from (rebuild_model_table(engine, TABLES[name]) for name in TABLES if name in tables and name in MODEL_TABLES)
 
 

@@ -9,6 +9,7 @@ ShopSphereError            anything this project raises on purpose (one line, ex
 |- CommitConflict          another writer committed first, or the answer to a commit was lost: to be tried again
 |  |- CatalogUnreachable   the catalog does not answer
 |- TableNotFound           no such table
+|- DamagedTable            a table has lost a file
 |- Outage                  the disk, the object store, the catalog or Ray failed; what was committed is whole
 |- QueryError              a SQL statement cannot be run
 |- ExpectationsFailed      a build broke an expectation and was not published (lakehouse/expectations.py)
@@ -69,6 +70,10 @@ class CatalogUnreachable(CommitConflict):
 
 class TableNotFound(ShopSphereError):
     """No such table in the lakehouse."""
+
+
+class DamagedTable(ShopSphereError):
+    """A table has lost a file that its newest snapshot needs."""
 
 
 class Outage(ShopSphereError):

@@ -763,6 +763,12 @@ class Lake:
             loaded = catalog.load_table(table.name)
         return Handle(table, loaded)
 
+    def drop(self, table: Table) -> None:
+        """Forget a table, whatever is left of its files; they stay. Raises CatalogUnreachable."""
+        catalog = self.catalog
+        with catalog_errors(table.name), contextlib.suppress(NoSuchTableError):
+            catalog.drop_table(table.name)
+
     def exists(self, table: Table) -> bool:
         """Whether the table has been made."""
         catalog = self.catalog

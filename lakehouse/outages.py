@@ -27,6 +27,11 @@ def outage(error: BaseException) -> Outage | None:
     return None
 
 
+def file_is_gone(error: BaseException) -> bool:
+    """Whether an error tells of a file that is not there."""
+    return any(isinstance(cause, FileNotFoundError) for cause in _causes(error))
+
+
 def _causes(error: BaseException) -> Iterator[BaseException]:
     seen: set[int] = set()
     cause: BaseException | None = error

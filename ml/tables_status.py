@@ -6,17 +6,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final, Literal
 
 import polars as pl
 
 import pipelines
-from lakehouse.errors import OffsetGone, SourceError
+from lakehouse.errors import OffsetGone, SourceError, TableNotFound
 from lakehouse.expectations import Fresh, Result, freshness
 from lakehouse.history import last_results
 from lakehouse.iceberg import Handle, Lake
 from lakehouse.table import DELETED, Table
 from ml.tables import DECLARED, MODEL_TABLES, TABLES
+
+LOST: Final = "has lost a file"
+"""Instead of a lag."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,9 @@ class TableStatus:
 
 def statuses(lake: Lake) -> list[TableStatus]:
     """The state of every table, bronze first. A source that cannot be reached shows as such in `lag`."""
-    handles = {name: lake.load(table) if lake.exists(table) else None for name, table in TABLES.items()}
-    lags = {**_source_lags(lake, handles), **_step_lags(handles)}
+    loaded = {name: _loaded(lake, table) for name, table in TABLES.items()}
+    handles = {name: None if handle == LOST else handle for name, handle in loaded.items()}
+    lags = {**_source_lags(lake, handles), **_step_lags(handles), **{name: LOST for name in loaded if loaded[name] == LOST}}
     judged: dict[str, list[Result]] = {}
     for result in last_results(lake):
         judged.setdefault(result.table, []).append(result)
@@ -49,6 +53,15 @@ def statuses(lake: Lake) -> list[TableStatus]:
         replace(_status(TABLES[name], handle, lags.get(name, "")), **_expectations(lake, handle, judged.get(name, []), now))
         for name, handle in handles.items()
     ]
+
+
+def _loaded(lake: Lake, table: Table) -> Handle | Literal["has lost a file"] | None:
+    try:
+        return lake.load(table, create=False)
+    except TableNotFound:
+        return None
+    except FileNotFoundError:
+        return LOST
 
 
 def _expectations(lake: Lake, handle: Handle | None, results: list[Result], now: datetime) -> dict[str, Any]:
@@ -114,10 +127,14 @@ def living_rows(handle: Handle) -> int:
 def _status(table: Table, handle: Handle | None, lag: str) -> TableStatus:
     if handle is None or handle.snapshot is None:
         return TableStatus(table.name, 0, None, None, lag, None, 0, 0)
-    files = handle.files()
+    try:
+        files = handle.files()
+        rows = living_rows(handle)
+    except FileNotFoundError:
+        return TableStatus(table.name, 0, handle.snapshot.snapshot_id, None, LOST, None, 0, 0)
     return TableStatus(
         table.name,
-        living_rows(handle),
+        rows,
         handle.snapshot.snapshot_id,
         handle.positions,
         lag,

@@ -346,6 +346,42 @@ def test_a_table_that_cannot_be_filled_does_not_stop_the_others(cli, home, monke
     assert cli("run", "--json")[0] == 0
 
 
+@pytest.mark.parametrize("lost", ["data", "metadata", "metadata/*.avro"])
+def test_a_table_that_lost_files_is_named_and_made_anew(cli, home, monkeypatch, lost):
+    monkeypatch.setattr("lakehouse.engine.ATTEMPTS", 2)
+    before, folder = digests(cli), home / "warehouse" / "gold" / "fact_orders"
+    for one in folder.glob(lost):
+        shutil.rmtree(one) if one.is_dir() else one.unlink()
+    listed = {one["table"]: one["lag"] for one in from_json(cli("status", "--json")[1])}
+    assert listed.keys() == before.keys()
+    assert lost == "data" or "has lost a file" in listed["gold.fact_orders"]
+    cli("rebuild", "silver.orders_unified")
+    code, out, err = cli("run", "--json")
+    if lost == "metadata":  # else the rows that are there are not read when nothing is new
+        assert code == 1
+        assert err.count("gold.fact_orders has lost a file") == 1
+        assert "python -m app rebuild gold.fact_orders" in err
+        assert {"gold.sales_daily", "gold.customer_360"} <= {one["table"] for one in from_json(out)["steps"]}
+    assert cli("rebuild", "gold.fact_orders")[0] == 0
+    assert cli("run")[0] == 0
+    assert digests(cli) == before
+
+
+def test_a_bronze_table_that_lost_a_file_is_not_thrown_away(cli, home, tmp_path, monkeypatch):
+    monkeypatch.setattr("lakehouse.engine.ATTEMPTS", 2)
+    before = digests(cli)
+    file = next((home / "warehouse" / "bronze" / "bronze_kafka__events" / "data").rglob("*.parquet"))
+    kept = shutil.move(file, tmp_path / "kept")
+    for command in (("rebuild", "bronze.bronze_kafka__events"), ("rebuild", "silver.events_clean")):
+        code, _, err = cli(*command)
+        assert code == 1
+        assert "bronze.bronze_kafka__events has lost a file" in err
+        assert "Put it back" in err
+    shutil.move(kept, file)
+    assert cli("run")[0] == 0
+    assert digests(cli) == before
+
+
 def test_a_correction_that_meets_another_writer_is_tried_again(cli, home, monkeypatch):
     producer = Producer({"bootstrap.servers": load_settings().kafka.bootstrap_servers})
     producer.produce("events", key="1", value=b'{"event_id": "broken-2", "event_type": "cl')
