@@ -54,6 +54,8 @@ class Supervised:
     env: dict[str, str]
     log: Path
     starts: int = 0
+    gave_up: list[str] = field(default_factory=list)
+    """What it said last, each time that it ended without having been killed."""
     process: subprocess.Popen[bytes] | None = None
     _ending: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
@@ -83,7 +85,8 @@ class Supervised:
                     self.command, cwd=ROOT, env=self.env, stdout=log, stderr=log, stdin=subprocess.DEVNULL
                 )
             self.starts += 1
-            self.process.wait()
+            if self.process.wait() != -signal.SIGKILL and not self._ending.is_set():
+                self.gave_up.append(f"exit code {self.process.returncode}: {tail(self.log, 4000)}")
             self._ending.wait(0.3)
 
 
