@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import polars as pl
+import psycopg
 import pytest
 
 from app import sandbox
@@ -32,7 +33,8 @@ class World:
     settings: Settings
 
     def put_back(self) -> None:
-        """The lakehouse as it was filled. (Tables name their files by absolute paths, so it must be at the same place.)"""
+        """The lakehouse as it was filled, and its replication slot. (Tables name their files by absolute paths, so it must be at
+        the same place.)"""
         for part in PARTS:
             place, kept = self.home / part, self.backup / part
             shutil.rmtree(place, ignore_errors=True) if place.is_dir() else place.unlink(missing_ok=True)
@@ -40,6 +42,10 @@ class World:
                 shutil.copytree(kept, place)
             elif kept.exists():
                 shutil.copy2(kept, place)
+        slot = self.settings.postgres.slot
+        with psycopg.connect(self.settings.postgres.dsn.get_secret_value(), autocommit=True) as source:
+            source.execute("SELECT pg_drop_replication_slot(%s)", [slot])
+            source.execute("SELECT pg_copy_logical_replication_slot('kept', %s)", [slot])
 
     @property
     def lake(self) -> Lake:
@@ -70,6 +76,8 @@ def shop(home: Path, orders: int, seed: int) -> Iterator[World]:
         with open_engine(settings) as engine:
             done = run_pass(engine, lambda name, report: None)
             assert not done.errors
+        with psycopg.connect(settings.postgres.dsn.get_secret_value(), autocommit=True) as source:
+            source.execute("SELECT pg_copy_logical_replication_slot(%s, 'kept')", [settings.postgres.slot])
         world = World(home, home.with_name(home.name + "-kept"), settings)
         world.backup.mkdir()
         for part in PARTS:
