@@ -165,7 +165,7 @@ class Pool:
         def run(row: dict[str, Any]) -> dict[str, Any]:
             started = time.process_time()
             # object references travel in the closure, where Ray sees them: hidden in pickled bytes they would never resolve
-            with known_errors():
+            with in_task():
                 result = cloudpickle.loads(payload)(pickle.loads(row["item"]), pieces)
             return {"number": row["number"], "result": pickle.dumps(result), "cpu": time.process_time() - started}
 
@@ -197,7 +197,7 @@ class Pool:
             started = time.process_time()
             work = cloudpickle.loads(payload)
             # object references travel in the closure, as in `map`
-            with known_errors():
+            with in_task():
                 made = [piece for item in batch.column("item").to_pylist() for piece in work(pickle.loads(item), pieces)]
             cpu = Piece("cpu", -1, pa.table({"seconds": [time.process_time() - started]}))
             return _serialised([*made, cpu])
@@ -241,11 +241,17 @@ def _own_handler(number: signal.Signals) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def known_errors() -> Iterator[None]:
-    """Raise an outage as what it is, in the task: on its way to the driver an error loses what caused it."""
+def in_task() -> Iterator[None]:
+    """Around what a task does: it has a working directory, and an outage is raised as what it is, since an error loses what
+    caused it on its way to the driver."""
     from lakehouse.errors import ShopSphereError
     from lakehouse.outages import outage
 
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        # Ray deletes the code of a job that died under a worker that goes on to work for the next one
+        os.chdir(ROOT if ROOT.exists() else "/")
     try:
         yield
     except ShopSphereError:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 
 import cloudpickle
@@ -25,6 +27,22 @@ def pool() -> Iterator[Pool]:
     yield made
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     made.close()
+
+
+def test_a_worker_whose_working_directory_was_deleted_goes_on(pool: Pool) -> None:
+    def lose(*_: object) -> str:
+        gone = tempfile.mkdtemp()
+        os.chdir(gone)
+        os.rmdir(gone)
+        return gone
+
+    def look(*_: object) -> str:
+        return os.getcwd()
+
+    places, _ = pool.map(lose, range(8), Pieces(), parallel=True)
+    found, _ = pool.map(look, range(8), Pieces(), parallel=True)
+    assert len(found) == 8
+    assert not set(found) & set(places)
 
 
 def store_away() -> None:

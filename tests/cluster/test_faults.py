@@ -52,8 +52,8 @@ def small_disk(tmp_path) -> Iterator[Path]:
 @pytest.fixture
 def shop(tmp_path) -> Iterator[Shop]:
     """A shop of its own, in its servers."""
-    # its messages are of long ago: a broker with the usual retention would forget them at once
-    with Broker(tmp_path / "kafka", {"log.retention.ms": "-1"}) as broker:
+    # its messages are of long ago, and may be of later: a broker with the usual settings would forget or refuse them
+    with Broker(tmp_path / "kafka", {"log.retention.ms": "-1", "log.message.timestamp.after.max.ms": str(2**63 - 1)}) as broker:
         made = Shop(tmp_path / "shop", broker)
         try:
             made.start(ORDERS, SEED)
