@@ -118,8 +118,10 @@ class Pool:
         context.enable_operator_progress_bars = False
         # wrapped in Ray's own exception, an error comes without what it is and what caused it
         context.raise_original_map_exception = True
-        for name in ("ray.data", "ray", "ray._private"):
+        for name in ("ray", "ray._private"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        # an error is raised to us: pages of Ray's own stack beside it tell nothing
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         self.started = True
 
     def _init(self, address: str | None) -> None:
