@@ -28,6 +28,7 @@ from lakehouse.engine import Engine
 from lakehouse.errors import CommitConflict
 from lakehouse.iceberg import Handle, Lake
 from lakehouse.settings import load_settings
+from pipelines.bronze.tables import EVENTS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -370,7 +371,8 @@ def test_a_table_that_lost_files_is_named_and_made_anew(cli, home, monkeypatch, 
 def test_a_bronze_table_that_lost_a_file_is_not_thrown_away(cli, home, tmp_path, monkeypatch):
     monkeypatch.setattr("lakehouse.engine.ATTEMPTS", 2)
     before = digests(cli)
-    file = next((home / "warehouse" / "bronze" / "bronze_kafka__events" / "data").rglob("*.parquet"))
+    needed = Lake(load_settings()).load(EVENTS).files()[0].path
+    file = Path(needed.removeprefix("file://"))
     kept = shutil.move(file, tmp_path / "kept")
     for command in (("rebuild", "bronze.bronze_kafka__events"), ("rebuild", "silver.events_clean")):
         code, _, err = cli(*command)
