@@ -270,13 +270,13 @@ def _unwrapped(action: Callable[[], Any]) -> Any:
 
     try:
         return action()
-    except ShopSphereError:
-        raise
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            inner = getattr(cause, "cause", None) or cause.__cause__
-            if isinstance(cause, ShopSphereError):
-                raise cause from None
-            cause = inner
-        raise
+        causes: list[BaseException] = [error]
+        while (inner := getattr(causes[-1], "cause", None) or causes[-1].__cause__) is not None:
+            causes.append(inner)
+        # the innermost: what Ray makes of an error of ours is one too, but its text is the task's whole stack
+        ours = next((cause for cause in reversed(causes) if isinstance(cause, ShopSphereError)), None)
+        if ours is None:
+            raise
+        ours.args = (str(ours).split("\n", 1)[0], *ours.args[1:])  # Ray has put its own advice below
+        raise ours from None

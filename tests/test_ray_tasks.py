@@ -84,3 +84,4 @@ def test_an_error_in_a_task_is_what_it_is(pool: Pool, fail: Callable[[], None], 
         with pytest.raises(comes_out) as met:
             run(work, [1, 2], Pieces(), parallel=True)
         assert isinstance(met.value, Outage) or outage(met.value) is None
+        assert comes_out is KeyError or "\n" not in str(met.value), "one line for people, without Ray's stack"
