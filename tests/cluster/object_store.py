@@ -40,6 +40,7 @@ class ObjectStore:
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     endpoint: str = ""
     control: str = ""
+    _proxy: dict[str, str] = field(default_factory=dict)
 
     def start(self) -> None:
         """Start the store and the proxy, and make the bucket."""
@@ -48,8 +49,8 @@ class ObjectStore:
         self._run([sys.executable, "-m", "moto.server", "-H", self.host, "-p", str(behind)], "store")
         self._run([str(program), "-host", "127.0.0.1", "-port", str(control)], "proxy")
         self.control, self.endpoint = f"http://127.0.0.1:{control}", f"http://{self.host}:{proxied}"
-        proxy = {"name": "store", "listen": f"{self.host}:{proxied}", "upstream": f"{self.host}:{behind}"}
-        eventually(lambda: self._ask("/proxies", proxy))
+        self._proxy = {"name": "store", "listen": f"{self.host}:{proxied}", "upstream": f"{self.host}:{behind}"}
+        eventually(lambda: self._ask("/proxies", self._proxy))
         client = boto3.client(
             "s3",
             endpoint_url=self.endpoint,
@@ -73,8 +74,9 @@ class ObjectStore:
         self._ask("/proxies/store/toxics", {"type": "limit_data", "attributes": {"bytes": 20_000}})
 
     def heal(self) -> None:
-        """As if nothing had been."""
-        self._ask("/reset", {})
+        """A proxy made anew: Toxiproxy's own reset waits for connections that are slow, sometimes without end."""
+        self._ask("/proxies/store", {}, "DELETE")
+        eventually(lambda: self._ask("/proxies", self._proxy))
 
     def stop(self) -> None:
         """End both."""
@@ -98,9 +100,9 @@ class ObjectStore:
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=env))
 
-    def _ask(self, path: str, body: dict[str, Any]) -> None:
+    def _ask(self, path: str, body: dict[str, Any], method: str = "POST") -> None:
         request = urllib.request.Request(
-            self.control + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
+            self.control + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method=method
         )
         try:
             urllib.request.urlopen(request, timeout=10).close()
