@@ -197,9 +197,9 @@ class Pool:
 
         def run(batch: pa.Table) -> pa.Table:
             started = time.process_time()
-            work = cloudpickle.loads(payload)
             # object references travel in the closure, as in `map`
             with in_task():
+                work = cloudpickle.loads(payload)
                 made = [piece for item in batch.column("item").to_pylist() for piece in work(pickle.loads(item), pieces)]
             cpu = Piece("cpu", -1, pa.table({"seconds": [time.process_time() - started]}))
             return _serialised([*made, cpu])
@@ -246,14 +246,14 @@ def _own_handler(number: signal.Signals) -> Iterator[None]:
 def in_task() -> Iterator[None]:
     """Around what a task does: it has a working directory, and an outage is raised as what it is, since an error loses what
     caused it on its way to the driver."""
-    from lakehouse.errors import ShopSphereError
-    from lakehouse.outages import outage
-
     try:
         os.getcwd()
     except FileNotFoundError:
         # Ray deletes the code of a job that died under a worker that goes on to work for the next one
         os.chdir(ROOT if ROOT.exists() else "/")
+    from lakehouse.errors import ShopSphereError
+    from lakehouse.outages import outage
+
     try:
         yield
     except ShopSphereError:

@@ -319,7 +319,7 @@ def descendants(node: Supervised) -> list[psutil.Process]:
 
 @dataclass
 class Storm:
-    """Strikes one or two faults at a time, heals them, and waits until the lakehouse goes on by itself."""
+    """Strikes two to four faults at a time, heals them, and waits until the lakehouse goes on by itself."""
 
     world: World
     results: list[Result] = field(default_factory=list)
@@ -329,7 +329,7 @@ class Storm:
         chance = self.world.chance
         waiting = chance.sample(faults, len(faults))
         while waiting:
-            together = [waiting.pop() for _ in range(min(len(waiting), chance.choice((1, 2, 2, 3))))]
+            together = [waiting.pop() for _ in range(min(len(waiting), chance.choice((2, 3, 3, 4))))]
             time.sleep(chance.uniform(0.0, 1.2))
             self._strike(together, report)
 
