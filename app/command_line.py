@@ -74,14 +74,15 @@ def run(
     try:
         with open_engine(settings) as engine:
             history = History(engine.lake)
-            finished = finish_erasures(engine, output)
+            finished = finish_erasures(engine, output, keep_going=pause is not None)
             while True:
                 begun = time.monotonic()
                 with output.progress() as show:
                     done = run_pass(engine, teller(show), stop.is_set, history)
                 print_pass(output, done)
                 if not finished and not stop.is_set():
-                    finished = finish_erasures(engine, output)  # the pass may have read what was corrected
+                    # the pass may have read what was corrected
+                    finished = finish_erasures(engine, output, keep_going=pause is not None)
                 failed = bool(done.errors) or not finished
                 for error in done.errors:
                     print(f"error: {error}", file=sys.stderr, flush=True)
@@ -421,10 +422,11 @@ def export(
     output.say(f"Written to {done.directory}: person.json, and a CSV file for each table. It is personal data: keep it so.")
 
 
-def finish_erasures(engine: Engine, output: Output) -> bool:
+def finish_erasures(engine: Engine, output: Output, *, keep_going: bool = False) -> bool:
     """Finish what an interrupted `erase` has left, and tell of it. False when rows that break an expectation keep it from
-    that: only a pass reads their correction, so that nothing else may wait for the erasure."""
+    that: only a pass reads their correction, so that nothing else may wait for the erasure. keep_going: nor for an outage."""
     from app import erase as erasing
+    from lakehouse.errors import CatalogUnreachable
     from lakehouse.expectations import ExpectationsFailed
 
     try:
@@ -432,6 +434,12 @@ def finish_erasures(engine: Engine, output: Output) -> bool:
             receipts = erasing.finish_begun(engine, show)
     except ExpectationsFailed as error:
         print(f"error: An erasure is under way and cannot be finished yet. {error}", file=sys.stderr, flush=True)
+        return False
+    except Exception as error:
+        away = error if isinstance(error, CatalogUnreachable) else outage(error)
+        if not keep_going or away is None:
+            raise
+        print(f"error: {away}", file=sys.stderr, flush=True)
         return False
     for one in receipts:
         for line in erasing.in_words(one):
