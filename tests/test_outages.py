@@ -11,6 +11,8 @@ from sqlalchemy.exc import OperationalError
 
 import app.passes
 import pipelines
+from app.command_line import finish_erasures
+from app.output import Output
 from app.passes import open_engine, run_pass
 from lakehouse.errors import Outage
 from lakehouse.outages import outage
@@ -78,3 +80,15 @@ def test_a_pass_goes_on_after_an_outage_and_stops_at_a_mistake(tmp_path, monkeyp
         monkeypatch.setattr(app.passes, "outage", lambda error: None)
         with pytest.raises(OSError, match="PutObject"):
             run_pass(engine, lambda name, report: None)
+
+
+def test_run_every_may_start_during_an_outage(tmp_path, monkeypatch, capsys):
+    def away(engine, show):
+        raise OSError("AWS Error NETWORK_CONNECTION during HeadObject operation")
+
+    monkeypatch.setattr("app.erase.finish_begun", away)
+    with open_engine(Settings(home=tmp_path)) as engine:
+        assert not finish_erasures(engine, Output(False), keep_going=True)
+        assert "cannot be used: AWS Error NETWORK_CONNECTION" in capsys.readouterr().err
+        with pytest.raises(OSError, match="HeadObject"):
+            finish_erasures(engine, Output(False))
