@@ -129,7 +129,7 @@ def test_two_hundred_faults_leave_the_tables_of_an_undisturbed_run(tmp_path, sho
     began = time.monotonic()
     python("run", env=calm)
     say(f"\nthe undisturbed run of {ORDERS:,} orders took {time.monotonic() - began:.0f} s")
-    driver = Supervised([sys.executable, "-m", "app", "--debug", "run", "--every", "0.5s"], struck, tmp_path / "driver.log")
+    driver = Supervised([sys.executable, "-m", "app", "run", "--every", "0.5s"], struck, tmp_path / "driver.log")
     settings = load_settings(home=small_disk, catalog=load_settings().catalog.model_copy(update={"properties": catalog}))
     from_sources = {name for source in pipelines.sources(settings) for name in source.tables}
     read_once: set[str] = set()
@@ -169,4 +169,6 @@ def test_two_hundred_faults_leave_the_tables_of_an_undisturbed_run(tmp_path, sho
     assert digests[0] == digests[1]
     assert positions[0] == positions[1]
     say(f"{len(digests[0])} tables: the same digests")
-    assert not driver.gave_up, "a fault ended the driver:\n" + "\n\n".join(driver.gave_up)
+    ends = [said.splitlines()[-1] for said in driver.gave_up]
+    say(f"the driver ended by itself, and was started again, {len(ends)} times: {ends}")
+    assert not [end for end in driver.gave_up if "please report it" in end], "a fault was taken for a mistake"
