@@ -15,7 +15,7 @@ NOTHING_LOST = "what was committed is whole, the rest is read again"
 
 def outage(error: BaseException) -> Outage | None:
     """The outage that an error tells of, or None when it tells of something else (a mistake in a program, say)."""
-    causes = list(_causes(error))
+    causes = list(causes_of(error))
     if any(_disk_is_full(cause) for cause in causes):
         return Outage(f"The disk is full. Free some space and run again: {NOTHING_LOST}.")
     for cause in causes:
@@ -29,10 +29,11 @@ def outage(error: BaseException) -> Outage | None:
 
 def file_is_gone(error: BaseException) -> bool:
     """Whether an error tells of a file that is not there."""
-    return any(isinstance(cause, FileNotFoundError) for cause in _causes(error))
+    return any(isinstance(cause, FileNotFoundError) for cause in causes_of(error))
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def causes_of(error: BaseException) -> Iterator[BaseException]:
+    """An error and what caused it, the innermost last; through Ray's exceptions too."""
     seen: set[int] = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:

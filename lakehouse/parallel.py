@@ -267,15 +267,15 @@ def in_task() -> Iterator[None]:
 def _unwrapped(action: Callable[[], Any]) -> Any:
     """Run a Ray Data action; an error of ours raised in a task comes out as itself."""
     from lakehouse.errors import ShopSphereError
+    from lakehouse.outages import causes_of
 
     try:
         return action()
     except Exception as error:
-        causes: list[BaseException] = [error]
-        while (inner := getattr(causes[-1], "cause", None) or causes[-1].__cause__) is not None:
-            causes.append(inner)
-        # the innermost: what Ray makes of an error of ours is one too, but its text is the task's whole stack
-        ours = next((cause for cause in reversed(causes) if isinstance(cause, ShopSphereError)), None)
+        ours = None
+        for cause in causes_of(error):
+            # the innermost: what Ray makes of an error of ours is one too, but its text is the task's whole stack
+            ours = cause if isinstance(cause, ShopSphereError) else ours
         if ours is None:
             raise
         ours.args = (str(ours).split("\n", 1)[0], *ours.args[1:])  # Ray has put its own advice below
