@@ -350,9 +350,9 @@ def search_models(lake: Lake, needles: Needles) -> tuple[Searched, str]:
             registry.copy_to(Path(place))
         except RegistryError as error:
             return Searched(), str(error)
-        files = LocalFileSystem().get_file_info(FileSelector(place, recursive=True))
-        found = search_files(LocalFileSystem(), [info for info in files if info.type == FileType.File], needles)
-        return replace(found, matches=tuple(path.replace(place, "mlflow", 1) for path in found.matches)), ""
+        found = search_files(LocalFileSystem(), _files_below(Path(place)), needles)
+        matches, unread = (tuple(path.replace(place, "mlflow", 1) for path in of) for of in (found.matches, found.unread))
+        return replace(found, matches=matches, unread=unread), ""
 
 
 def _beside(home: Path) -> list[FileInfo]:
@@ -361,14 +361,16 @@ def _beside(home: Path) -> list[FileInfo]:
     others = [
         place for place in home.iterdir() if place.is_dir() and (place.name == "sandbox" or (place / "catalog.db").exists())
     ]
-    found = LocalFileSystem().get_file_info(FileSelector(str(home), recursive=True))
     return [
         info
-        for info in found
-        if info.type == FileType.File
-        and not info.path.endswith(ORDER)
-        and not any(Path(info.path).is_relative_to(other) for other in others)
+        for info in _files_below(home)
+        if not info.path.endswith(ORDER) and not any(Path(info.path).is_relative_to(other) for other in others)
     ]
+
+
+def _files_below(directory: Path) -> list[FileInfo]:
+    found = LocalFileSystem().get_file_info(FileSelector(str(directory), recursive=True))
+    return [info for info in found if info.type == FileType.File]
 
 
 # --- what is kept beside the warehouse until the erasure is done
