@@ -118,3 +118,10 @@ def test_a_file_that_vanishes_is_not_there() -> None:
 
 def test_nothing_is_looked_for_without_texts() -> None:
     assert search_bytes("f", b"anything", Needles(())).matches == ()
+
+
+def test_a_file_whose_content_did_not_come_is_not_one_that_holds_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("something")
+    listed = LocalFileSystem().get_file_info(str(tmp_path / "a"))
+    (tmp_path / "a").write_bytes(b"")
+    assert search_files(LocalFileSystem(), [listed], NEEDLES).unread == (str(tmp_path / "a"),)
