@@ -24,6 +24,13 @@ def outage(error: BaseException) -> Outage | None:
     lost = [cause for cause in causes if _is(cause, "ray.exceptions", "RayError")]
     if lost and not any(_is(cause, "ray.exceptions", "RayTaskError") for cause in lost):
         return Outage(f"Ray lost what was under way ({type(lost[0]).__name__}). Run again: {NOTHING_LOST}.")
+    missing = [cause for cause in causes if isinstance(cause, ModuleNotFoundError)]
+    if lost and missing:
+        # what the driver has and a worker has not: Ray deletes the code of a job that died under its workers
+        return Outage(
+            f"A Ray worker has not the code it needs ({_first_line(missing[0])}). Run again: {NOTHING_LOST}. "
+            "Where it stays so, the nodes lack packages of requirements.lock."
+        )
     return None
 
 

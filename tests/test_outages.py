@@ -56,6 +56,9 @@ def test_a_lost_ray_node_is_an_outage_and_a_mistake_in_a_task_is_not():
     mistake = RayTaskError("map", "Traceback", ValueError("wrong"))
     assert outage(mistake) is None
     assert isinstance(outage(RayTaskError("map", "Traceback", OSError("AWS Error SLOW_DOWN"))), Outage)
+    without_code = ModuleNotFoundError("No module named 'lakehouse.engine'", name="lakehouse.engine")
+    assert "No module named 'lakehouse.engine'" in str(outage(RayTaskError("map", "Traceback", without_code)))
+    assert outage(without_code) is None, "here it is a mistake"
 
 
 def test_a_pass_goes_on_after_an_outage_and_stops_at_a_mistake(tmp_path, monkeypatch):
