@@ -25,11 +25,11 @@ test: $(READY) ## The fast tests, two at a time
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(READY) ## The slow tests: kills, Ray, servers under load, the model from shop to rollback, serving under fire
-	@$(BIN)/python -m pytest -m slow -n 2 --dist load tests/test_kill.py tests/test_rebuild.py tests/test_engine.py \
-		tests/test_laws.py tests/test_ray_tasks.py tests/test_object_store.py tests/test_online_retail_lakehouse.py tests/test_erasure.py tests/test_erasure_kill.py
-	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile tests/test_fraud_model.py tests/test_training.py \
-		tests/test_registry.py tests/test_order_features.py
-	@$(BIN)/python -m pytest -m slow tests/test_serve_ray.py tests/test_serve_edges.py tests/test_serve_openapi.py tests/test_demo.py
+	@$(BIN)/python -m pytest -m slow -n 2 --dist load tests/pipelines/test_kill.py tests/pipelines/test_rebuild.py tests/lakehouse/test_engine.py \
+		tests/pipelines/test_laws.py tests/lakehouse/test_ray_tasks.py tests/lakehouse/test_object_store.py tests/pipelines/test_online_retail_lakehouse.py tests/pipelines/test_erasure.py tests/pipelines/test_erasure_kill.py
+	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile tests/ml/test_fraud_model.py tests/ml/test_training.py \
+		tests/ml/test_registry.py tests/ml/test_order_features.py
+	@$(BIN)/python -m pytest -m slow tests/serve/test_serve_on_ray.py tests/serve/test_edges.py tests/serve/test_openapi.py tests/app/test_demo.py
 
 build/iceberg-rest/.ready: tests/servers/iceberg-pom.xml
 	@mvn -q -B -f $< dependency:copy-dependencies -DoutputDirectory=$(CURDIR)/build/iceberg-rest
@@ -48,7 +48,7 @@ test-servers: $(READY) build/iceberg-rest/.ready build/iceberg-spark/.ready buil
 	@$(BIN)/python -m pytest -m servers -n 2 --dist loadfile --durations 10 tests/servers
 
 test-cluster: $(READY) ## Ray jobs on several nodes, nodes killed; 200 faults over a run of 200,000 orders; needs root, Go and Java 17
-	@$(BIN)/python -m pytest -m "cluster or faults" --durations 10 tests/cluster tests/test_deploy.py
+	@$(BIN)/python -m pytest -m "cluster or faults" --durations 10 tests/cluster tests/app/test_deploy.py
 
 test-faults: $(READY) ## Of these the faults alone: processes killed, store and disk failing
 	@$(BIN)/python -m pytest -m faults tests/cluster/test_faults.py

@@ -28,17 +28,17 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lakehouse.engine import Engine, conform, stamp  # noqa: E402
-from lakehouse.iceberg import Lake  # noqa: E402
+from lakehouse.engine.engine import Engine, conform, stamp  # noqa: E402
+from lakehouse.iceberg.table_handle import Lake  # noqa: E402
 from lakehouse.parallel import Pool  # noqa: E402
 from lakehouse.settings import RaySettings, Settings  # noqa: E402
 from lakehouse.step import Context  # noqa: E402
 from lakehouse.table import DELETED, Table  # noqa: E402
 from ml import category_amounts, fraud_ratios, order_features  # noqa: E402
-from ml.feature_build import build  # noqa: E402
-from ml.features import FEATURES, LABEL_DELAY  # noqa: E402
-from ml.order_entities import ORDER_ENTITIES  # noqa: E402
-from ml.training_set import labelled_orders  # noqa: E402
+from ml.features.build import build  # noqa: E402
+from ml.features.features import FEATURES, LABEL_DELAY  # noqa: E402
+from ml.tables.order_entities import ORDER_ENTITIES  # noqa: E402
+from ml.training.training_set import labelled_orders  # noqa: E402
 from pipelines.silver.events_clean import EVENTS_CLEAN  # noqa: E402
 from pipelines.silver.quarantine import QUARANTINE  # noqa: E402
 

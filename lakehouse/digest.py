@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import duckdb
 
-from lakehouse.iceberg import Handle, living
+from lakehouse.iceberg.table_handle import Handle, living
 
 MODULUS = 2**64
 

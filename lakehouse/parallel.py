@@ -252,7 +252,7 @@ def in_task() -> Iterator[None]:
         # Ray deletes the code of a job that died under a worker that goes on to work for the next one
         os.chdir(ROOT if ROOT.exists() else "/")
     from lakehouse.errors import ShopSphereError
-    from lakehouse.outages import outage
+    from lakehouse.transient_errors import outage
 
     try:
         yield
@@ -267,7 +267,7 @@ def in_task() -> Iterator[None]:
 def _unwrapped(action: Callable[[], Any]) -> Any:
     """Run a Ray Data action; an error of ours raised in a task comes out as itself."""
     from lakehouse.errors import ShopSphereError
-    from lakehouse.outages import causes_of
+    from lakehouse.transient_errors import causes_of
 
     try:
         return action()

@@ -18,7 +18,7 @@ from sqlglot import TokenType, exp
 from sqlglot.errors import SqlglotError
 
 from lakehouse.errors import QueryError
-from lakehouse.iceberg import Handle, Lake, living
+from lakehouse.iceberg.table_handle import Handle, Lake, living
 from lakehouse.table import BOOKKEEPING, Table
 
 

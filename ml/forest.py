@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ml.training import FittedModel, TrainingError
+from ml.training.training import FittedModel, TrainingError
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]

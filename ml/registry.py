@@ -33,10 +33,10 @@ import polars as pl
 
 from lakehouse.errors import ShopSphereError
 from lakehouse.settings import home_directory
-from ml.evaluation import Evaluation
-from ml.features import LABEL_DELAY
-from ml.search import Trial
-from ml.training import FeatureLike, FittedModel
+from ml.evaluation.metrics import Evaluation
+from ml.features.features import LABEL_DELAY
+from ml.training.search import Trial
+from ml.training.training import FeatureLike, FittedModel
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -9,10 +9,6 @@ from lakehouse.source import Source
 from lakehouse.step import Join, Step, Whole
 from lakehouse.table import Table
 from pipelines.bronze import tables as bronze
-from pipelines.bronze.kafka import KafkaSource
-from pipelines.bronze.mongo import MongoSource
-from pipelines.bronze.postgres import PostgresSource
-from pipelines.erasure.suppression import ERASURES
 from pipelines.gold import (
     cohort_retention,
     customer_360,
@@ -26,6 +22,7 @@ from pipelines.gold import (
     sales_daily,
     user_risk_scores,
 )
+from pipelines.privacy.suppression import ERASURES
 from pipelines.silver import (
     chargebacks,
     events_clean,
@@ -39,6 +36,9 @@ from pipelines.silver import (
     users_scd,
 )
 from pipelines.silver.quarantine import QUARANTINE
+from pipelines.sources.kafka.source import KafkaSource
+from pipelines.sources.mongo.source import MongoSource
+from pipelines.sources.postgres.source import PostgresSource
 
 DECLARED: tuple[Step, ...] = (
     products.STEP,

@@ -17,26 +17,26 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from lakehouse.iceberg import Lake
+from lakehouse.iceberg.table_handle import Lake
 from lakehouse.settings import Settings
 from lakehouse.step import Context
 from ml.registry import Registry
 from pipelines.silver.orders_unified import ORDERS_UNIFIED
-from serve.base import StateError
-from serve.customers import Customers
-from serve.edges import LATER, MULTIPROCESS, REJECTED, STALENESS, AccessLog, Asked, Edge, Endpoint, Gate, Routes, answer
-from serve.fraud import SETTLE, Fraud
-from serve.inventory import Inventory
-from serve.keys import Keys
-from serve.line import Line
-from serve.models import ModelWatch
-from serve.openapi import describe
-from serve.page import Page
-from serve.problems import Problem, busy
-from serve.scores import ScoreLog
+from serve.api.customers import Customers
+from serve.api.fraud import SETTLE, Fraud
+from serve.api.inventory import Inventory
+from serve.api.openapi import describe
+from serve.http.edges import LATER, MULTIPROCESS, REJECTED, STALENESS, AccessLog, Asked, Edge, Endpoint, Gate, Routes, answer
+from serve.http.keys import Keys
+from serve.http.problems import Problem, busy
+from serve.pages.pages import Page
 from serve.settings import ServeSettings
-from serve.snapshots import Snapshots
-from serve.state import State
+from serve.state.lake_snapshot import StateError
+from serve.state.models import ModelWatch
+from serve.state.online_state import State
+from serve.state.score_topic import ScoreLog
+from serve.state.table_cache import Snapshots
+from serve.state.topic_follower import Line
 
 logger = logging.getLogger("shopsphere.serve")
 

@@ -20,8 +20,8 @@ from lakehouse.errors import SettingsError, ShopSphereError
 from lakehouse.settings import Settings, load_settings
 from lakehouse.step import context_of
 from serve.application import MULTIPROCESS, Application
-from serve.edges import DIRECT
-from serve.keys import Keys
+from serve.http.edges import DIRECT
+from serve.http.keys import Keys
 from serve.settings import ServeSettings, load_serve_settings
 
 logger = logging.getLogger("shopsphere.serve")

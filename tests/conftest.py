@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from app import sandbox
-from app.passes import open_engine, run_pass
 from app.sandbox.servers import Addresses, start_servers, stop_servers
 from lakehouse.settings import Settings, load_settings
+from pipelines.runner import open_engine, run_pass
 
 
 @pytest.fixture(scope="session")

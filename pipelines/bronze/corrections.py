@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from lakehouse.errors import ShopSphereError
 from lakehouse.table import BOOKKEEPING, Table
-from pipelines.bronze.postgres_types import type_name, typed
 from pipelines.bronze.tables import EVENTS, INGESTED_AT, MARKETPLACE_ORDERS, POSTGRES_EXTRA, POSTGRES_TABLES
+from pipelines.sources.postgres.types import type_name, typed
 
 OWN = frozenset({*(column.name for column in POSTGRES_EXTRA), INGESTED_AT.name, *BOOKKEEPING})
 """Columns of a bronze table that its source does not have."""

@@ -10,10 +10,10 @@ import pyarrow as pa
 from lakehouse.expectations import row_count_drift, within
 from lakehouse.step import Context, Gather, Step, Whole
 from lakehouse.table import MONEY, TIMESTAMP, Table, column, references
+from pipelines.gold.affected_rows import rows_with
 from pipelines.gold.dim_products import DIM_PRODUCTS
 from pipelines.gold.dim_stores import DIM_STORES
-from pipelines.gold.touched import rows_with
-from pipelines.silver.amounts import line_amounts, to_base
+from pipelines.parsing.amounts import line_amounts, to_base
 from pipelines.silver.exchange_rates import EXCHANGE_RATES, with_rates
 from pipelines.silver.inventory_snapshots import GROUP, INVENTORY_SNAPSHOTS
 from pipelines.silver.products import PRODUCTS

@@ -7,7 +7,7 @@ import json
 import polars as pl
 
 from lakehouse.step import Parsed
-from pipelines.bronze.generations import is_marker, prefix_of
+from pipelines.sources.epochs import is_marker, prefix_of
 
 _FIX = "_is_fix"
 _ROW = "_row"

@@ -11,7 +11,7 @@ from lakehouse.expectations import accepted, row_count_drift
 from lakehouse.step import Context, Gather, Join, Lookup, Step
 from lakehouse.table import TIMESTAMP, Table, column
 from pipelines.bronze.tables import MARKETPLACE_ORDERS, ORDERS, USERS
-from pipelines.silver.identity.closure import (
+from pipelines.identity.closure import (
     DOCUMENT_COLUMNS,
     ORDER_COLUMNS,
     ORDER_KEY,
@@ -20,8 +20,8 @@ from pipelines.silver.identity.closure import (
     crowded_groups,
     widened,
 )
-from pipelines.silver.identity.evidence import Evidence, read_evidence
-from pipelines.silver.identity.links import resolve
+from pipelines.identity.evidence import Evidence, read_evidence
+from pipelines.identity.links import resolve
 
 IDENTITY_GRAPH = Table(
     name="silver.identity_graph",

@@ -11,9 +11,9 @@ from lakehouse.expectations import not_null, row_count_drift
 from lakehouse.step import Context, Gather, Step
 from lakehouse.table import MONEY, TIMESTAMP, Table, column
 from pipelines.bronze.tables import MARKETPLACE_ORDERS, ORDER_ITEMS, ORDER_ITEMS_KEY
-from pipelines.silver.amounts import line_amounts, to_base
+from pipelines.parsing.amounts import line_amounts, to_base
+from pipelines.parsing.marketplace_documents import parse_items
 from pipelines.silver.current_rows import current_rows, unreadable_rows
-from pipelines.silver.marketplace import parse_items
 from pipelines.silver.orders_unified import MARKETPLACE_COLUMNS, MARKETPLACE_KEY, ORDERS_UNIFIED
 
 ORDER_ITEMS_UNIFIED = Table(

@@ -11,12 +11,12 @@ from lakehouse.expectations import accepted, fresh, not_null, row_count_drift
 from lakehouse.step import Context, Gather, Join, Step, Whole
 from lakehouse.table import MONEY, TIMESTAMP, Table, column
 from pipelines.bronze.tables import MARKETPLACE_ORDERS, ORDERS, ORDERS_KEY
-from pipelines.silver import contacts
-from pipelines.silver.amounts import to_base
+from pipelines.parsing import contacts
+from pipelines.parsing.amounts import to_base
+from pipelines.parsing.marketplace_documents import judge_documents, parse_documents
 from pipelines.silver.current_rows import current_rows, unreadable_rows
 from pipelines.silver.exchange_rates import EXCHANGE_RATES, with_rates
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
-from pipelines.silver.marketplace import judge_documents, parse_documents
 from pipelines.silver.stores import STORES
 from pipelines.silver.users_scd import USERS_SCD
 

@@ -11,7 +11,7 @@ from lakehouse.expectations import row_count_drift
 from lakehouse.step import Context, Gather, Join, Step
 from lakehouse.table import TIMESTAMP, Table, column
 from pipelines.bronze.tables import USERS
-from pipelines.silver.contacts import emails, phones, regions
+from pipelines.parsing.contacts import emails, phones, regions
 from pipelines.silver.current_rows import row_versions, unreadable_rows
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
-from object_store import ObjectStore
+from cluster.object_store import ObjectStore
 from servers.kafka_broker import Broker
-from waiting import eventually, wait_for
+from support.waiting import eventually, wait_for
 
 from app import sandbox
 from app.sandbox import filling

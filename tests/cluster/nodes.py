@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from waiting import free_port, wait_for
+from support.waiting import free_port, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 90.0

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-from waiting import eventually, free_port, missing
+from support.waiting import eventually, free_port, missing
 
 TOXIPROXY = "github.com/Shopify/toxiproxy/v2/cmd/server@v2.12.0"
 BUILD = Path(__file__).resolve().parents[2] / "build"

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import boto3
 import psycopg
-from mlflow_server import http_server, mlflow_server
-from nodes import ROOT
-from waiting import free_port
+from cluster.nodes import ROOT
+from support.mlflow_server import http_server, mlflow_server
+from support.waiting import free_port
 
 from app import sandbox
 from serve.deployment import FAST_PATH

@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import FAULTS, Shop, Storm, Supervised, World, is_up, line, python, table
-from object_store import ObjectStore
+from cluster.faults import FAULTS, Shop, Storm, Supervised, World, is_up, line, python, table
+from cluster.object_store import ObjectStore
 from servers.kafka_broker import Broker
-from waiting import eventually, free_port, missing, wait_for
+from support.waiting import eventually, free_port, missing, wait_for
 
 import pipelines
 from app import sandbox
-from lakehouse.iceberg import Lake
+from lakehouse.iceberg.table_handle import Lake
 from lakehouse.settings import load_settings
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3000)]

@@ -17,14 +17,14 @@ from typing import Any
 
 import mlflow
 import pytest
-from nodes import Cluster
-from shop import NODE_HOME, Shop, opened
-from waiting import wait_for
+from cluster.nodes import Cluster
+from cluster.shop import NODE_HOME, Shop, opened
+from support.waiting import wait_for
 
 from app import sandbox
 from lakehouse.parallel import IN_A_JOB
 from ml.registry import Registry
-from serve.keys import Keys
+from serve.http.keys import Keys
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 

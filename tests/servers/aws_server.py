@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import boto3
-from waiting import eventually, free_port
+from support.waiting import eventually, free_port
 
 BUCKET = "lake"
 STARTS_WITHIN = 60.0

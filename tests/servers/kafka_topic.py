@@ -6,15 +6,15 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from bronze_reading import Reader
 from confluent_kafka import KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic, ResourceType
 from servers.kafka_broker import Broker
-from waiting import wait_for
+from support.bronze_reading import Reader
+from support.waiting import wait_for
 
 from lakehouse.settings import KafkaSettings
-from pipelines.bronze.kafka import KafkaSource, open_consumer
 from pipelines.bronze.tables import EVENTS
+from pipelines.sources.kafka.source import KafkaSource, open_consumer
 
 DAY_MS = 86_400_000
 

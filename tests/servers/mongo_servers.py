@@ -13,7 +13,7 @@ from typing import Any, Self
 import pymongo
 from pymongo.errors import PyMongoError
 from servers.programs import HERE, end, ferretdb, jars, wait_until_ready
-from waiting import free_port
+from support.waiting import free_port
 
 
 class MongoWire(ABC):

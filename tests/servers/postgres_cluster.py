@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import psycopg
 from servers.programs import end, wait_until_ready
-from waiting import free_port, wait_for
+from support.waiting import free_port, wait_for
 
 from app.sandbox.servers import _as_server_user, _environment, _postgres_programs, _server_user
 

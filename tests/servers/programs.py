@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from waiting import missing, wait_for
+from support.waiting import missing, wait_for
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build" / "servers"

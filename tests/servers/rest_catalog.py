@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from servers.programs import wait_until_ready
-from waiting import free_port, missing
+from support.waiting import free_port, missing
 
 BUILD = Path(__file__).resolve().parents[2] / "build"
 JARS = BUILD / "iceberg-rest"

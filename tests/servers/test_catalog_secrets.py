@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from aws_server import BUCKET, aws_server
-from rest_catalog import rest_catalog
-from waiting import free_port
+from servers.aws_server import BUCKET, aws_server
+from servers.rest_catalog import rest_catalog
+from support.waiting import free_port
 
-from app.command_line import main
-from lakehouse.iceberg import Lake
+from app.cli.main import main
+from lakehouse.iceberg.table_handle import Lake
 from lakehouse.settings import load_settings
 from pipelines.gold.dim_stores import DIM_STORES
 

@@ -8,16 +8,16 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from aws_server import BUCKET, aws_server
-from rest_catalog import rest_catalog
+from servers.aws_server import BUCKET, aws_server
+from servers.rest_catalog import rest_catalog
 
 import pipelines
 from app import sandbox
-from app.passes import open_engine, rebuild, run_pass
 from lakehouse.digest import digest
-from lakehouse.iceberg import Lake
-from lakehouse.maintenance import maintain
+from lakehouse.iceberg.maintenance import maintain
+from lakehouse.iceberg.table_handle import Lake
 from lakehouse.settings import Settings, load_settings
+from pipelines.runner import open_engine, rebuild, run_pass
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(480)]
 

@@ -10,16 +10,16 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from rest_catalog import BUILD, needed, rest_catalog
+from servers.rest_catalog import BUILD, needed, rest_catalog
 
 import pipelines
 from app import sandbox
-from app.passes import open_engine, run_pass
 from lakehouse.digest import digest
-from lakehouse.iceberg import Lake
-from lakehouse.maintenance import maintain
+from lakehouse.iceberg.maintenance import maintain
+from lakehouse.iceberg.table_handle import Lake
 from lakehouse.query import query
 from lakehouse.settings import Settings, load_settings
+from pipelines.runner import open_engine, run_pass
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(300)]
 STATEMENTS = (

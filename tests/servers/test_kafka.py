@@ -10,19 +10,19 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from bronze_reading import Reader
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import (
     NewPartitions,
 )
 from servers.kafka_broker import Broker
 from servers.kafka_topic import Topic
-from waiting import wait_for
+from support.bronze_reading import Reader
+from support.waiting import wait_for
 
 from lakehouse.errors import OffsetGone, SourceError
 from lakehouse.source import Reached, Rows, again
-from pipelines.bronze.kafka import KafkaSource, Range, RangesTask, delete_sent
 from pipelines.bronze.tables import EVENTS
+from pipelines.sources.kafka.source import KafkaSource, Range, RangesTask, delete_sent
 
 pytestmark = pytest.mark.servers
 TABLE = EVENTS.name

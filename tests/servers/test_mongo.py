@@ -10,16 +10,16 @@ from typing import Any
 
 import pymongo
 import pytest
-from bronze_reading import Reader, living
 from bson import Binary, Decimal128, Int64, ObjectId, json_util
 from servers.mongo_servers import FerretDB, MongoWire
+from support.bronze_reading import Reader, living
 
 from lakehouse.errors import SourceError
 from lakehouse.settings import MongoSettings
 from lakehouse.source import again
-from pipelines.bronze import mongo
-from pipelines.bronze.mongo import MongoSource
 from pipelines.bronze.tables import MARKETPLACE_ORDERS
+from pipelines.sources.mongo import source as mongo
+from pipelines.sources.mongo.source import MongoSource
 
 pytestmark = pytest.mark.servers
 TABLE = MARKETPLACE_ORDERS.name

@@ -15,16 +15,16 @@ from typing import Any
 
 import psycopg
 import pytest
-from bronze_reading import Reader
 from servers.postgres_cluster import Cluster
-from waiting import wait_for
+from support.bronze_reading import Reader
+from support.waiting import wait_for
 
 from lakehouse.errors import OffsetGone, SchemaConflict, SourceError
 from lakehouse.settings import PostgresSettings
 from lakehouse.source import again
-from pipelines.bronze import postgres
-from pipelines.bronze.postgres import PostgresSource
 from pipelines.bronze.tables import POSTGRES_TABLES
+from pipelines.sources.postgres import source as postgres
+from pipelines.sources.postgres.source import PostgresSource
 
 pytestmark = pytest.mark.servers
 PRODUCTS, STORES = (POSTGRES_TABLES[name][0].name for name in ("products", "stores"))

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from faulty_proxy import FAULTS, Fault, faulty_proxy
-from rest_catalog import rest_catalog
+from servers.faulty_proxy import FAULTS, Fault, faulty_proxy
+from servers.rest_catalog import rest_catalog
 
 import pipelines
 from app import sandbox
-from app.passes import open_engine, run_pass
 from lakehouse.digest import digest
 from lakehouse.errors import CommitConflict
-from lakehouse.iceberg import Lake, as_arrow
+from lakehouse.iceberg.table_handle import Lake, as_arrow
 from lakehouse.settings import CatalogSettings, Settings, load_settings
 from pipelines.gold.dim_stores import DIM_STORES
+from pipelines.runner import open_engine, run_pass
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(400)]
 ROOT = Path(__file__).resolve().parents[2]

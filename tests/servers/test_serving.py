@@ -13,28 +13,28 @@ from pathlib import Path
 
 import pytest
 from confluent_kafka import KafkaException, Producer
-from serve_world import figures_of, figures_online, ingest
 from servers.kafka_broker import Broker
 from servers.kafka_topic import Topic
-from waiting import wait_for
+from support.serve_world import figures_of, figures_online, ingest
+from support.waiting import wait_for
 
-from app.passes import rebuild
-from lakehouse.engine import Engine
+from lakehouse.engine.engine import Engine
 from lakehouse.errors import OffsetGone
-from lakehouse.iceberg import Lake
+from lakehouse.iceberg.table_handle import Lake
 from lakehouse.parallel import Pool
 from lakehouse.settings import KafkaSettings, MongoSettings, PostgresSettings, RaySettings, Settings
 from lakehouse.step import context_of
-from pipelines.bronze.kafka import KafkaSource
 from pipelines.bronze.tables import EVENTS
+from pipelines.runner import rebuild
 from pipelines.silver.events_clean import EVENTS_CLEAN
 from pipelines.silver.inventory_snapshots import INVENTORY_SNAPSHOTS
 from pipelines.silver.quarantine import QUARANTINE
-from serve import line as line_module
-from serve.line import Line
-from serve.scores import Score, ScoreLog
+from pipelines.sources.kafka.source import KafkaSource
 from serve.settings import ServeSettings
-from serve.state import State
+from serve.state import topic_follower as line_module
+from serve.state.online_state import State
+from serve.state.score_topic import Score, ScoreLog
+from serve.state.topic_follower import Line
 
 pytestmark = pytest.mark.servers
 

@@ -15,13 +15,13 @@ from servers.postgres_cluster import Cluster
 
 import pipelines
 from app import sandbox
-from app.passes import open_engine, rebuild, run_pass
 from app.sandbox import filling
 from app.sandbox.schema import create_sources
 from app.sandbox.servers import Addresses
 from lakehouse.digest import business_columns, digest
-from lakehouse.iceberg import Lake, living
+from lakehouse.iceberg.table_handle import Lake, living
 from lakehouse.settings import KafkaSettings, MongoSettings, PostgresSettings, RaySettings, Settings
+from pipelines.runner import open_engine, rebuild, run_pass
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(600)]
 ORDERS, SEED, STEPS = 200, 11, (15, 25)

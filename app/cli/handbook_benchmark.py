@@ -1,0 +1,51 @@
+"""`python -m app benchmark handbook`: the published protocol, with our figures beside the published ones."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from app.cli.output import Output
+from ml.evaluation import handbook
+
+FILE = "handbook.parquet"
+
+
+def run_handbook(output: Output, data: Path) -> handbook.Outcome:
+    """Run the protocol on `data` (the file, or the directory that has it), and print the figures."""
+    started = time.monotonic()
+    path = data / FILE if data.is_dir() else data
+    with output.progress() as show:
+        total = len(handbook.TEST_WEEKS)
+        done: list[handbook.Week] = []
+
+        def seen(week: handbook.Week) -> None:
+            done.append(week)
+            show("test weeks", len(done), total)
+
+        show("test weeks", 0, total)
+        outcome = handbook.run(path, seen=seen)
+    if output.as_json:
+        summary = {"mean": asdict(outcome.mean), "short_of_target": outcome.short_of_target, "gate": outcome.verdict.summary()}
+        output.json({**asdict(outcome), **summary, "seconds": time.monotonic() - started})
+        return outcome
+    output.table(handbook.HEADINGS, handbook.table(outcome))
+    told = ", ".join(f"{name} {low:.3f} to {high:.3f}" for name, (low, high) in outcome.spread.items())
+    output.say(f"\n95% interval of the mean over the weeks, transactions drawn anew: {told}.")
+    beaten = "beaten on all three figures" if outcome.beats_published else "NOT beaten on all three figures"
+    output.say(f"The book's XGBoost is {beaten}.")
+    if outcome.reaches_target:
+        output.say("The target is reached.")
+    else:
+        gaps = ", ".join(f"{name} by {gap:.3f}" for name, gap in outcome.short_of_target.items())
+        output.say(f"The target is NOT reached: short in {gaps}.")
+    if outcome.smells_of_a_leak:
+        output.say("Average precision is above what one who knows the simulator reaches: look for a leak.")
+    output.table(
+        ("check", "passed", "what was measured"),
+        [(check.name, check.passed, check.text) for check in outcome.verdict.checks],
+        title="Gate, on the last week's model",
+    )
+    output.say(f"\nDone in {time.monotonic() - started:.0f} s.")
+    return outcome

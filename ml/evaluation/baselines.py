@@ -1,0 +1,223 @@
+"""What the model has to beat, and what nobody can beat.
+
+Three baselines score the same orders from the same features as the model: the amount alone, the hand-weighted rules of
+gold.user_risk_scores, and a logistic regression. The ceiling needs the truth, which only a simulated shop knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from ml.evaluation.metrics import Array, Interval, average_precision, capacity_threshold, interval, roc_auc
+from ml.features.features import FEATURES, Feature
+from pipelines.gold.user_risk_scores import RULES
+
+Floats = npt.NDArray[np.float64]
+STRENGTHS = (3.0, 30.0, 300.0)
+"""L2 penalties that are tried on the validation orders."""
+
+STEPS, CLOSE = 15, 1e-4
+"""Newton steps at most, and the relative gain of one below which the fit is done."""
+
+FARTHEST = 5.0
+"""Deviations from the mean beyond which a value of the logistic regression is cut off."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One scoring on the newest labelled window."""
+
+    name: str
+    average_precision: Interval
+    roc_auc: float
+    recall_at_capacity: float
+    against_truth: float | None = None
+    """Average precision where every fraud counts, reported or not; None: the truth is not known."""
+
+
+def standing(name: str, label: Array, score: Array, capacity: float, fraud: Array | None = None) -> Standing:
+    """How a scoring ranks the orders. fraud: the truth, where it is known."""
+    within = score >= capacity_threshold(score, capacity)
+    recall = float(label[within].sum() / max(int(label.sum()), 1))
+    truth = average_precision(fraud, score) if fraud is not None else None
+    return Standing(name, interval(label, score, average_precision), roc_auc(label, score), recall, truth)
+
+
+def baselines(train: pl.DataFrame, validation: pl.DataFrame, known: pl.DataFrame, test: pl.DataFrame) -> dict[str, Floats]:
+    """The scores of `test` by each baseline. Frames have FEATURES and `label`; the logistic regression takes its penalty
+    from train and validation, its weights from all orders that are `known`."""
+    return {
+        "amount only": test["amount"].cast(pl.Float64).fill_null(0.0).to_numpy(),
+        "hand-weighted risk score": risk_score(test),
+        "logistic regression": regression(train, validation, known).score(test),
+    }
+
+
+# --- the rules of gold.user_risk_scores, as of each order ----------------------------------------------------------
+
+SIGNALS: Mapping[str, pl.Expr] = {
+    "fraud_chargebacks": pl.coalesce("person_frauds_ever", "customer_frauds_ever"),
+    "most_orders_1h": pl.col("customer_orders_1h") + 1,
+    "most_orders_24h": pl.coalesce("person_orders_24h", "customer_orders_24h") + 1,
+    "cards": pl.col("customer_cards_ever") + pl.col("new_card"),
+    "shared_cards": (pl.col("card_customers_ever") > (pl.col("new_card") == 0).cast(pl.Int64)).cast(pl.Int64),
+    "crowded_devices": (pl.col("device_customers_ever") > 8).cast(pl.Int64),
+    "shipping_addresses": pl.col("customer_addresses_ever") + pl.col("new_address"),
+    "most_failed_payments_24h": pl.col("account_failed_payments_24h"),
+    "most_failed_logins_1h": pl.col("account_failed_logins_1h"),
+}
+"""The rules' signals as they stood when the order was placed; counts within an hour or a day are those up to the order.
+The share of cancelled orders and chargebacks for other reasons are no features, so their rules are silent."""
+
+
+def risk_score(frame: pl.DataFrame) -> Floats:
+    """The hand-weighted score of each order, 0 to 100."""
+    signals = frame.select(
+        (SIGNALS[rule.signal].fill_null(0).cast(pl.Int64) if rule.signal in SIGNALS else pl.lit(0, pl.Int64)).alias(rule.signal)
+        for rule in RULES
+    )
+    total = signals.select(pl.min_horizontal(pl.sum_horizontal(rule.points for rule in RULES), 100).cast(pl.Float64))
+    return total.to_series().to_numpy()
+
+
+# --- logistic regression -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A logistic regression with the scaling of its columns."""
+
+    features: tuple[Feature, ...]
+    mean: Floats
+    deviation: Floats
+    weights: Floats
+    """The intercept first."""
+
+    def score(self, frame: pl.DataFrame) -> Floats:
+        """The probability of fraud of each order."""
+        return _sigmoid(self.weights[0] + _scaled(columns_of(frame, self.features), self.mean, self.deviation) @ self.weights[1:])
+
+
+def regression(
+    train: pl.DataFrame, validation: pl.DataFrame, known: pl.DataFrame, features: Sequence[Feature] = FEATURES
+) -> Regression:
+    """The regression with the penalty that ranks the validation orders best, fitted to all known orders."""
+    label = validation["label"].to_numpy()
+    reached = {}
+    for strength in STRENGTHS:
+        found = average_precision(label, fit_regression(train, features, strength).score(validation))
+        reached[strength] = -1.0 if np.isnan(found) else found
+    return fit_regression(known, features, max(STRENGTHS, key=lambda strength: (reached[strength], strength)))
+
+
+def fit_regression(frame: pl.DataFrame, features: Sequence[Feature], strength: float) -> Regression:
+    """Newton's method on the log loss with `strength` / 2 times the squared weights (the intercept's is free)."""
+    raw = columns_of(frame, features)
+    mean = raw.mean(axis=0)
+    deviation = raw.std(axis=0)
+    columns = np.hstack([np.ones((len(raw), 1)), _scaled(raw, mean, deviation)])
+    label = frame["label"].cast(pl.Float64).to_numpy()
+    penalty = np.full(columns.shape[1], strength)
+    penalty[0] = 1e-9
+    weights = np.zeros(columns.shape[1])
+    weights[0] = _log_odds(float(label.mean()))
+    loss = _loss(columns, label, weights, penalty)
+    for _ in range(STEPS):
+        chance = _sigmoid(columns @ weights)
+        slope = columns.T @ (chance - label) + penalty * weights
+        curve = (columns * (chance * (1 - chance))[:, None]).T @ columns + np.diag(penalty)
+        step = np.linalg.solve(curve, slope)
+        size = 1.0
+        while (lower := _loss(columns, label, weights - size * step, penalty)) > loss and size > 1e-4:
+            size /= 2
+        weights = weights - size * step
+        if loss - lower < CLOSE * loss:
+            break
+        loss = lower
+    return Regression(tuple(features), mean, deviation, weights)
+
+
+def columns_of(frame: pl.DataFrame, features: Sequence[Feature]) -> Floats:
+    """Features as a regression can take them: logarithms of what has a long tail, a column per category, and a column that
+    says where a value is missing."""
+    made: list[Floats] = []
+    for feature in features:
+        column = frame[feature.name]
+        if feature.type == "category":
+            made += [(column == category).fill_null(False).cast(pl.Float64).to_numpy() for category in feature.categories]
+            continue
+        values = column.cast(pl.Float64).fill_null(float("nan")).to_numpy()
+        missing = np.isnan(values)
+        values = np.where(missing, 0.0, values)
+        if feature.type != "flag" and feature.name != "hour":
+            values = np.sign(values) * np.log1p(np.abs(values))
+        made += [values, missing.astype(np.float64)]
+    return np.column_stack(made)
+
+
+def _scaled(raw: Floats, mean: Floats, deviation: Floats) -> Floats:
+    known = deviation > 1e-12
+    scaled = np.where(known, (raw - mean) / np.where(known, deviation, 1.0), 0.0)
+    return np.clip(scaled, -FARTHEST, FARTHEST)
+
+
+def _sigmoid(odds: Floats) -> Floats:
+    result: Floats = 1.0 / (1.0 + np.exp(-np.clip(odds, -35, 35)))
+    return result
+
+
+def _log_odds(share: float) -> float:
+    share = min(max(share, 1e-6), 1 - 1e-6)
+    return float(np.log(share / (1 - share)))
+
+
+def _loss(columns: Floats, label: Floats, weights: Floats, penalty: Floats) -> float:
+    odds = columns @ weights
+    return float(np.sum(np.logaddexp(0.0, odds) - label * odds) + 0.5 * np.sum(penalty * weights * weights))
+
+
+# --- the ceiling ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """What an oracle reaches that knows which orders are fraud, but not which of these will be reported."""
+
+    average_precision: float
+    frauds: int
+    reported: int
+
+
+def ceiling(label: Array, fraud: Array) -> Ceiling:
+    """The ceiling over labelled orders whose truth (1: fraud) is known. label: 1 where a fraud was reported.
+
+    Which frauds are never reported is drawn by lot after the order, so nothing known at the order tells them apart: the
+    oracle gives all frauds the same score, and its average precision is the share of them that was reported."""
+    frauds = int(np.count_nonzero(fraud))
+    return Ceiling(average_precision(label, fraud.astype(np.float64)), frauds, int(np.count_nonzero((fraud == 1) & (label == 1))))
+
+
+def as_text(standings: Sequence[Standing], limit: Ceiling | None) -> str:
+    """A table for people, as Markdown."""
+    lines = [
+        "| scoring | average precision | 95% interval | ROC AUC | recall at capacity | against the truth |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in standings:
+        ap = one.average_precision
+        lines.append(
+            f"| {one.name} | {ap.value:.3f} | {ap.low:.3f} to {ap.high:.3f} | {one.roc_auc:.3f} | {one.recall_at_capacity:.3f} "
+            f"| {_told(one.against_truth)} |"
+        )
+    if limit is not None:
+        lines.append(f"| ceiling (knows every fraud, not which are reported) | {limit.average_precision:.3f} | | | | 1.000 |")
+    return "\n".join(lines) + "\n"
+
+
+def _told(figure: float | None) -> str:
+    return "" if figure is None else f"{figure:.3f}"

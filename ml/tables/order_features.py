@@ -1,0 +1,215 @@
+"""silver.order_features: the features of every order, kept, so that a training set is a read.
+
+A run computes the orders that are new and those that a change concerns: a late order, a report of fraud, an event or
+a merge of identities moves the later orders of the entities it touches, and no others. They are computed exactly as a
+server computes a single order: by `features.compute` with the slice of history around them. The first build, and a
+rebuild, go entity by entity instead (`ml/features/build.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from functools import partial
+
+import polars as pl
+import pyarrow as pa
+
+from lakehouse.engine.engine import Engine, Report
+from lakehouse.expectations import row_count_drift
+from lakehouse.iceberg.table_handle import Lake
+from lakehouse.step import Context, Gather, Join, Step, Whole
+from lakehouse.table import TIMESTAMP, Table, column
+from ml.features.features import ENTITIES, EVENT_COLUMNS, FEATURES, LABEL_DELAY, TIME, History, compute
+from ml.tables import category_amounts, fraud_ratios, order_entities
+from ml.tables.category_amounts import CATEGORY_AMOUNTS
+from ml.tables.fraud_ratios import FRAUD_RATIOS
+from ml.tables.order_entities import ORDER_ENTITIES
+from pipelines.gold.user_risk_scores import SUCCESSES
+from pipelines.silver.events_clean import EVENTS_CLEAN, STOCK_EVENTS
+
+ORDER_FEATURES = Table(
+    "silver.order_features",
+    doc="What the fraud model knows of each order at the moment it was placed: see ml/features/features.py.",
+    columns=(
+        column("order_id", pa.string(), "Order, as in silver.orders_unified.", required=True),
+        column("placed_at", TIMESTAMP, "When it was placed: what the features know ends there.", required=True),
+        column("customer", pa.string(), "The account or contact that ordered.", personal="identifier"),
+        *(
+            column(f.name, pa.string() if f.type == "category" else pa.float64(), f"{f.doc} ({f.type}, {f.window})")
+            for f in FEATURES
+        ),
+    ),
+    key=("order_id",),
+    sort_by=("placed_at", "order_id"),
+    owner="risk",
+    expectations=(row_count_drift(0.5),),
+)
+
+EVENT_READS = ("event_type", "occurred_at", "user_id", "device_id", "outcome")
+
+
+def account_events(events: pl.DataFrame) -> pl.DataFrame:
+    """Rows of silver.events_clean as features take them; stock events are left out."""
+    kind = (
+        pl.when(pl.col("event_type").is_in(["login_failed", "account_changed"]))
+        .then("event_type")
+        .when((pl.col("event_type") == "payment_attempted") & ~pl.col("outcome").str.to_lowercase().is_in(list(SUCCESSES)))
+        .then(pl.lit("payment_failed"))
+        .otherwise(pl.lit("visit"))
+    )
+    return (
+        events.filter(~pl.col("event_type").is_in(list(STOCK_EVENTS)))
+        .select(pl.col("user_id").alias("account"), pl.col("device_id").alias("device"), "occurred_at", kind.alias("kind"))
+        .select(list(EVENT_COLUMNS))
+    )
+
+
+def fill(frames: Mapping[str, pl.DataFrame], context: Context, delay: timedelta = LABEL_DELAY) -> pl.DataFrame:
+    """The features of the gathered orders."""
+    orders = frames["orders"].unique("order_id")
+    around = pl.concat([frames[_of(kind)].select(orders.columns) for kind in ENTITIES]).unique("order_id")
+    events = pl.concat([frames["account_events"], frames["device_events"]]).unique("event_id")
+    ratios = frames["ratios"].select("order_id", "ratio").unique("order_id")
+    around = around.join(ratios, on="order_id", how="left")
+    history = History(around, account_events(events), frames["categories"], delay)
+    orders = orders.join(ratios, on="order_id", how="left")
+    return compute(orders, history).join(orders.select("order_id", "customer"), on="order_id").select(ORDER_FEATURES.schema.names)
+
+
+def read_orders(lake: Lake, wanted: pl.Expr) -> pl.DataFrame:
+    """The orders of silver.order_entities for which `wanted` holds, as features take them: with the ratios of reported frauds."""
+    orders = lake.load(ORDER_ENTITIES, create=False).read(ORDER_ENTITIES.schema.names, wanted)
+    frauds = orders.filter(pl.col("known_at").is_not_null())["order_id"]
+    ratios = lake.load(FRAUD_RATIOS).read(["order_id", "ratio"], pl.col("order_id").is_in(frauds.implode()))
+    return orders.join(ratios, on="order_id", how="left")
+
+
+def history_of(lake: Lake, asked: pl.DataFrame, delay: timedelta = LABEL_DELAY) -> History:
+    """All that concerns these orders (ORDER_COLUMNS): what one who scores them needs to look up, the future included."""
+    shared = pl.any_horizontal(pl.col(kind).is_in(asked[kind].drop_nulls().implode()) for kind in ENTITIES)
+    own = pl.col("user_id").is_in(asked["account"].drop_nulls().implode())
+    theirs = pl.col("device_id").is_in(asked["device"].drop_nulls().implode())
+    return History(
+        read_orders(lake, shared),
+        account_events(lake.load(EVENTS_CLEAN).read(EVENT_READS, own | theirs)),
+        lake.load(CATEGORY_AMOUNTS).read(CATEGORY_AMOUNTS.schema.names),
+        delay,
+    )
+
+
+def later(column: str, values: str, moments: str) -> Callable[[pl.DataFrame], pl.Expr]:
+    """For `touch`: the rows whose `column` is one of the changed `values`, from that value's first changed moment on."""
+
+    def touch(changed: pl.DataFrame) -> pl.Expr:
+        firsts = changed.drop_nulls([values, moments]).group_by(values).agg(pl.col(moments).min())
+        if firsts.is_empty():
+            return pl.lit(False)
+        since = pl.col(column).replace_strict(firsts[values], firsts[moments], default=None, return_dtype=TIME)
+        return (pl.col("placed_at") >= since).fill_null(False)
+
+    return touch
+
+
+def in_following_month(changed: pl.DataFrame) -> pl.Expr:
+    """For `touch`: the orders that are measured against a changed category's month."""
+    months = (
+        changed.select("category", pl.col("month").dt.offset_by("1mo").alias("measured")).unique().sort("category", "measured")
+    )
+    month = pl.col("placed_at").dt.month_start().dt.date()
+    touched = [(pl.col("category") == category) & (month == measured) for category, measured in months.iter_rows()]
+    return pl.any_horizontal(touched)
+
+
+def _of(kind: str) -> str:
+    return f"of_{kind}"
+
+
+def _values(kind: str) -> Callable[[Mapping[str, pl.DataFrame]], pl.Series]:
+    return lambda frames: frames["orders"][kind].drop_nulls()
+
+
+def _neighbours(kind: str) -> Join:
+    """The orders that share an entity with the gathered ones."""
+    return Join(
+        ORDER_ENTITIES,
+        on=kind,
+        values=_values(kind),
+        columns=tuple(ORDER_ENTITIES.schema.names),
+        touch=later(kind, kind, "placed_at"),
+        touch_columns=(kind, "placed_at"),
+        through=ORDER_ENTITIES,
+        touch_keys=(pl.col("order_id"),),
+    )
+
+
+def _events(order_column: str, event_column: str) -> Join:
+    return Join(
+        EVENTS_CLEAN,
+        on=event_column,
+        values=_values(order_column),
+        columns=("event_id", *EVENT_READS),
+        touch=later(order_column, event_column, "occurred_at"),
+        touch_columns=(order_column, "placed_at"),
+        through=ORDER_ENTITIES,
+        touch_keys=(pl.col("order_id"),),
+    )
+
+
+def step(delay: timedelta = LABEL_DELAY) -> Step:
+    """The step that fills the table, for a label delay."""
+    return Step(
+        target=ORDER_FEATURES,
+        reads={
+            "orders": Gather(ORDER_ENTITIES, keys=((pl.col("order_id"),),)),
+            **{_of(kind): _neighbours(kind) for kind in ENTITIES},
+            "account_events": _events("account", "user_id"),
+            "device_events": _events("device", "device_id"),
+            "ratios": Join(
+                FRAUD_RATIOS,
+                on="device",
+                values=_values("device"),
+                columns=("order_id", "ratio"),
+                touch=later("device", "device", "known_at"),
+                touch_columns=("device", "placed_at"),
+                through=ORDER_ENTITIES,
+                touch_keys=(pl.col("order_id"),),
+            ),
+            "categories": Whole(
+                CATEGORY_AMOUNTS,
+                columns=tuple(CATEGORY_AMOUNTS.schema.names),
+                touch=in_following_month,
+                touch_columns=("category", "placed_at"),
+                through=ORDER_ENTITIES,
+                touch_keys=(pl.col("order_id"),),
+            ),
+        },
+        fill=partial(fill, delay=delay),
+        shaped_by=(("label delay", str(delay)),),
+    )
+
+
+STEP = step()
+STEPS = (order_entities.STEP, category_amounts.STEP, fraud_ratios.STEP, STEP)
+"""The steps of the features' tables, each after what it reads."""
+
+
+def rebuild(engine: Engine, table: Table, *, delay: timedelta = LABEL_DELAY) -> Report:
+    """Fill one of the four tables again from everything upstream."""
+    from ml.features.build import build
+
+    if table.name == ORDER_FEATURES.name:
+        return build(engine, step(delay), delay)
+    return engine.refresh(next(one for one in STEPS if one.target.name == table.name), rebuild=True)
+
+
+def refresh(engine: Engine, *, rebuild: bool = False, delay: timedelta = LABEL_DELAY) -> list[Report]:
+    """Bring the four tables up to date."""
+    from ml.features.build import build, must_be_built
+
+    *sources, _ = STEPS
+    before = [engine.refresh(source, rebuild=rebuild) for source in sources]
+    last = step(delay)
+    if rebuild or must_be_built(engine, last):
+        return [*before, build(engine, last, delay)]
+    return [*before, engine.refresh(last)]

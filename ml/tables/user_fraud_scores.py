@@ -1,0 +1,115 @@
+"""gold.user_fraud_scores: what the champion says of each person, beside the hand-weighted gold.user_risk_scores.
+
+A new champion scores everybody again; until then only those whom new orders, or changed features, concern.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from functools import partial
+
+import polars as pl
+import pyarrow as pa
+
+from lakehouse.engine.engine import Engine, Report
+from lakehouse.errors import ShopSphereError
+from lakehouse.expectations import within
+from lakehouse.step import Context, Gather, Join, Step
+from lakehouse.table import TIMESTAMP, Table, column, references
+from ml.features.features import FEATURE_NAMES
+from ml.registry import Loaded
+from ml.tables.order_entities import ORDER_ENTITIES
+from ml.tables.order_features import ORDER_FEATURES
+from pipelines.gold.customer_360 import CUSTOMER_360
+
+RECENT = timedelta(days=30)
+
+USER_FRAUD_SCORES = Table(
+    "gold.user_fraud_scores",
+    doc="Fraud risk per person with an order, by the champion of the fraud model: the chance that an order is fraudulent, "
+    "from what was known when it was placed.",
+    columns=(
+        column("master_user_id", pa.string(), "The person.", required=True),
+        column("fraud_score", pa.float64(), "Of the newest order, 0 to 1.", required=True),
+        column(
+            "highest_score",
+            pa.float64(),
+            f"The highest of the orders in the {RECENT.days} days up to the newest.",
+            required=True,
+        ),
+        column("orders", pa.int32(), "Orders that were scored.", required=True),
+        column("orders_over_threshold", pa.int32(), "Of them, at or above the model's threshold.", required=True),
+        column("last_order_id", pa.string(), "The newest order, as in silver.orders_unified.", required=True),
+        column("last_order_at", TIMESTAMP, "When it was placed.", required=True),
+        column("model_version", pa.int32(), "Version of the registered model.", required=True),
+    ),
+    key=("master_user_id",),
+    references=(references("master_user_id", CUSTOMER_360),),
+    owner="risk",
+    expectations=(
+        within("fraud_score", 0, 1),
+        within("highest_score", 0, 1),
+        within("orders", 1, None),
+    ),
+)
+
+
+def fill(frames: Mapping[str, pl.DataFrame], context: Context, champion: Loaded) -> pl.DataFrame:
+    """The touched persons."""
+    orders = frames["orders"].unique("order_id").join(frames["features"].unique("order_id"), on="order_id")
+    scored = orders.select(
+        "order_id",
+        "placed_at",
+        pl.col("person").alias("master_user_id"),
+        pl.Series("score", champion.model.score(orders), dtype=pl.Float64),
+    ).sort("master_user_id", "placed_at", "order_id")
+    recent = pl.col("placed_at") > pl.col("placed_at").last() - RECENT
+    return scored.group_by("master_user_id", maintain_order=True).agg(
+        pl.col("score").last().alias("fraud_score"),
+        pl.col("score").filter(recent).max().alias("highest_score"),
+        pl.len().cast(pl.Int32).alias("orders"),
+        (pl.col("score") >= champion.threshold).sum().cast(pl.Int32).alias("orders_over_threshold"),
+        pl.col("order_id").last().alias("last_order_id"),
+        pl.col("placed_at").last().alias("last_order_at"),
+        pl.lit(champion.version.number, pl.Int32).first().alias("model_version"),
+    )
+
+
+def of_changed_orders(changed: pl.DataFrame) -> pl.Expr:
+    """For `touch`: the orders whose features changed."""
+    return pl.col("order_id").is_in(changed["order_id"].unique().implode())
+
+
+READS: Mapping[str, Gather | Join] = {
+    "orders": Gather(ORDER_ENTITIES, keys=((pl.col("person"),),), columns=("order_id", "placed_at", "person")),
+    "features": Join(
+        ORDER_FEATURES,
+        on="order_id",
+        values=lambda frames: frames["orders"]["order_id"],
+        columns=("order_id", *FEATURE_NAMES),
+        touch=of_changed_orders,
+        touch_columns=("order_id",),
+        through=ORDER_ENTITIES,
+        touch_keys=(pl.col("person"),),
+    ),
+}
+
+
+def step(champion: Loaded) -> Step:
+    """The step that fills the table with a champion's scores."""
+    shape = ("champion", f"{champion.version.number} {champion.model.digest} {champion.threshold!r}")
+    return Step(target=USER_FRAUD_SCORES, reads=READS, fill=partial(fill, champion=champion), shaped_by=(shape,))
+
+
+def refresh(engine: Engine, champion: Loaded, *, rebuild: bool = False) -> Report:
+    """Bring the table up to date with silver.order_features and the champion."""
+    return engine.refresh(step(champion), rebuild=rebuild)
+
+
+def _without_champion(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+    raise ShopSphereError(f"{USER_FRAUD_SCORES.name} is filled by a champion. Train one: python -m app train.")
+
+
+DECLARED = Step(target=USER_FRAUD_SCORES, reads=READS, fill=_without_champion)
+"""What the table is made from; `step` fills it."""

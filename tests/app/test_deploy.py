@@ -1,0 +1,177 @@
+"""The files that put it on a cluster: against Ray's and KubeRay's own schemas, and what a job takes along."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from ray._private.runtime_env.packaging import create_package
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.serve.schema import ServeDeploySchema
+
+from serve.deployment import FAST_PATH
+
+ROOT = Path(__file__).resolve().parents[2]
+KUBERAY = sorted((ROOT / "deploy" / "kuberay").glob("*.yaml"))
+OPERATOR = "github.com/ray-project/kuberay/ray-operator@v1.6.1"
+PACKAGE_BYTES = 3_000_000
+PACKAGES = ("app", "serve", "ml", "pipelines", "lakehouse")
+
+
+def loaded(file: Path) -> Any:
+    return yaml.safe_load(file.read_text())
+
+
+def test_the_cluster_launcher_takes_cluster_yaml() -> None:
+    config = prepare_config(loaded(ROOT / "cluster.yaml"))
+    validate_config(config)
+    assert config["head_node_type"] == "head"
+    # the head does the cluster's own work only
+    assert config["available_node_types"]["head"]["resources"]["CPU"] == 0
+    with pytest.raises(Exception, match="max_workrs"):
+        validate_config({**config, "max_workrs": 1})
+
+
+def test_the_cluster_launcher_writes_where_the_ssh_user_may() -> None:
+    """Ray makes the directories of file_mounts as ssh_user, without sudo, before any other command."""
+    config = loaded(ROOT / "cluster.yaml")
+    mounts = config["file_mounts"]
+    assert all(remote.startswith("~/") for remote in mounts)
+    assert not re.search(r"(?<!~)/(etc|opt)/", json.dumps(config))
+    (environment,) = (remote for remote in mounts if remote.endswith("environment"))
+    assert mounts[environment] == environment
+    assert f"\n# {environment}\n" in (ROOT / "docs" / "operations.md").read_text()
+    for kind in ("head", "worker"):
+        assert f". {environment}" in " ".join(config[f"{kind}_start_ray_commands"])
+
+
+def test_kuberays_serving_nodes_have_the_fast_path() -> None:
+    """HAProxy's node has it in its own environment, or each request's path goes to whatever listens on UDP port 514."""
+    groups = loaded(ROOT / "deploy" / "kuberay" / "serve.yaml")["spec"]["rayClusterConfig"]
+    for group in (groups["headGroupSpec"], *groups["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        given = {one["name"]: one["value"] for one in container["env"]}
+        assert FAST_PATH.items() <= given.items()
+    assert all(f"{name}={value}" in (ROOT / "serve" / "deploy.yaml").read_text() for name, value in FAST_PATH.items())
+
+
+def test_serve_takes_both_of_its_files() -> None:
+    plain = ServeDeploySchema.model_validate(loaded(ROOT / "serve" / "deploy.yaml"))
+    spread = ServeDeploySchema.model_validate(yaml.safe_load(loaded(ROOT / "deploy/kuberay/serve.yaml")["spec"]["serveConfigV2"]))
+    for one in (plain, spread):
+        (application,) = one.applications
+        assert application.import_path == "serve.deployment:build"
+        assert application.args["host"] == one.http_options.host
+        assert application.args["port"] == one.http_options.port
+        assert not application.runtime_env
+
+
+@pytest.mark.parametrize("file", [ROOT / "cluster.yaml", *KUBERAY], ids=lambda file: file.name)
+def test_no_secret_and_no_account_stands_in_a_file(file: Path) -> None:
+    def texts(value: Any) -> Iterator[tuple[str, str]]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from ((str(key), text) if not at else (at, text) for at, text in texts(inner))
+            if {"name", "value"} <= value.keys():
+                yield str(value["name"]), str(value["value"])
+        elif isinstance(value, list):
+            for inner in value:
+                yield from texts(inner)
+        else:
+            yield "", str(value)
+
+    for name, text in texts(loaded(file)):
+        assert not any(word in name.upper() for word in ("PASSWORD", "TOKEN", "SECRET_ACCESS", "DSN")), (name, text)
+        assert not (text.isdigit() and len(text) == 12), f"an account id: {text}"
+
+
+def test_a_job_takes_the_code_and_nothing_else(tmp_path: Path) -> None:
+    copied = tmp_path / "project"
+    skipped = shutil.ignore_patterns(".git", ".venv", ".shopsphere", "__pycache__")
+    shutil.copytree(ROOT, copied, ignore=skipped)
+    for name in (".shopsphere/shopsphere.toml", ".env", ".venv/bin/python", ".git/config"):
+        (copied / name).parent.mkdir(parents=True, exist_ok=True)
+        (copied / name).write_text("secret")
+    package = tmp_path / "package.zip"
+    create_package(str(copied), package, include_gitignore=True)
+    with zipfile.ZipFile(package) as archive:
+        names = archive.namelist()
+    assert package.stat().st_size < PACKAGE_BYTES
+    tops = {name.split("/")[0] for name in names}
+    assert set(PACKAGES) <= tops
+    assert not {name for name in tops if name.startswith(".") or name in ("tests", "bench", "docs", "deploy")}
+    code = {path.relative_to(ROOT).as_posix() for top in PACKAGES for path in (ROOT / top).rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts}  # fmt: skip
+    assert code <= set(names)
+
+
+@pytest.fixture(scope="module")
+def definitions() -> dict[str, dict[str, Any]]:
+    """KubeRay's custom resource definitions by kind, through Go's module proxy."""
+    missing = f"needs Go and its module proxy for {OPERATOR}: install Go from your system's packages"
+    try:
+        got = subprocess.run(
+            ["go", "mod", "download", "-json", OPERATOR],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+            cwd="/",
+            env={**os.environ, "GOFLAGS": "-mod=mod"},
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        if os.environ.get("CI") in ("1", "true"):
+            pytest.fail(f"{missing} ({error})")
+        pytest.skip(missing)
+    bases = Path(json.loads(got.stdout)["Dir"]) / "config" / "crd" / "bases"
+    found = [yaml.safe_load(file.read_text())["spec"] for file in bases.glob("ray.io_*.yaml")]
+    return {
+        one["names"]["kind"]: strict(version["schema"]["openAPIV3Schema"])
+        for one in found
+        for version in one["versions"]
+        if version["name"] == "v1"
+    }
+
+
+def strict(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema as `kubectl --validate=strict` sees it: a field that is not known is an error, not dropped."""
+    schema = copy.copy(schema)
+    if schema.get("x-kubernetes-int-or-string"):
+        return {"type": ["integer", "string"]}
+    if "properties" in schema:
+        schema["properties"] = {name: strict(inner) for name, inner in schema["properties"].items()}
+        if not schema.get("x-kubernetes-preserve-unknown-fields"):
+            schema["additionalProperties"] = False
+    if isinstance(schema.get("additionalProperties"), dict):
+        schema["additionalProperties"] = strict(schema["additionalProperties"])
+    if "items" in schema:
+        schema["items"] = strict(schema["items"])
+    return schema
+
+
+def whole(schema: dict[str, Any]) -> dict[str, Any]:
+    """With what every Kubernetes object has."""
+    return {**schema, "properties": {**schema["properties"], "metadata": {"type": "object"}}}
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("file", KUBERAY, ids=lambda file: file.name)
+def test_kuberay_takes_its_files(file: Path, definitions: dict[str, dict[str, Any]]) -> None:
+    manifest = loaded(file)
+    schema = whole(definitions[manifest["kind"]])
+    jsonschema.validate(manifest, schema)
+    wrong = copy.deepcopy(manifest)
+    wrong["spec"]["headGroupSpecs"] = {}
+    with pytest.raises(jsonschema.ValidationError, match="headGroupSpecs"):
+        jsonschema.validate(wrong, schema)

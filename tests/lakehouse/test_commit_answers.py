@@ -1,0 +1,61 @@
+"""A commit that arrives, of which the catalog says something else. Over a real REST catalog: tests/servers/."""
+
+from __future__ import annotations
+
+import polars as pl
+import pytest
+from pyiceberg.exceptions import CommitFailedException, ForbiddenError, ServerError
+from requests.exceptions import ConnectionError as NoConnection
+from support.shop_history import make_engine
+
+from lakehouse.errors import CatalogUnreachable, CommitConflict, ShopSphereError
+from pipelines.gold.dim_stores import DIM_STORES
+from pipelines.runner import run_pass
+
+
+def saying(monkeypatch, catalog, method: str, error: Exception, *, arrives: bool = True) -> None:
+    """Let the catalog do what it is asked, and then say that it did not."""
+    asked = getattr(catalog, method)
+
+    def answer(*arguments, **named):
+        if arrives:
+            asked(*arguments, **named)
+        raise error
+
+    monkeypatch.setattr(catalog, method, answer)
+
+
+@pytest.mark.parametrize("error", [CommitFailedException("no"), ServerError("?"), NoConnection("gone")])
+def test_what_arrived_is_whole_and_seen(tmp_path, monkeypatch, error):
+    lake = make_engine(tmp_path).lake
+    handle = lake.load(DIM_STORES)
+    rows = pl.DataFrame({"store_id": ["S1", "S2"], "_seq": [1, 1]})
+    with monkeypatch.context() as patch:
+        saying(patch, lake.catalog, "commit_table", error)
+        with pytest.raises(CommitConflict):
+            handle.commit(handle.writer.write(rows), positions={"a": 1})
+    now = lake.load(DIM_STORES)
+    assert now.positions == {"a": 1}
+    assert sorted(now.read(["store_id"])["store_id"]) == ["S1", "S2"]
+
+
+def test_a_refusal_is_not_tried_again(tmp_path, monkeypatch):
+    lake = make_engine(tmp_path).lake
+    handle = lake.load(DIM_STORES)
+    saying(monkeypatch, lake.catalog, "commit_table", ForbiddenError("secret words"), arrives=False)
+    with pytest.raises(ShopSphereError, match=r"gold\.dim_stores: the catalog refuses") as caught:
+        handle.commit(positions={"a": 1})
+    assert not isinstance(caught.value, CommitConflict)
+    assert "secret words" not in str(caught.value)
+
+
+def test_a_pass_ends_at_a_catalog_that_does_not_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr("lakehouse.engine.engine.time.sleep", lambda seconds: None)
+    engine = make_engine(tmp_path)
+    for source in ("postgres", "mongo", "kafka"):
+        part = getattr(engine.lake.settings, source).model_copy(update={"enabled": False})
+        engine.lake.settings = engine.lake.settings.model_copy(update={source: part})
+    saying(monkeypatch, engine.lake.catalog, "load_table", NoConnection("http://me:pw@host"), arrives=False)
+    done = run_pass(engine, lambda name, report: None)
+    assert [type(error) for error in done.errors] == [CatalogUnreachable]
+    assert "pw" not in str(done.errors[0])

@@ -1,0 +1,56 @@
+"""An answer of the object store that breaks off before it tells a length is an outage, not an empty file."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+import pipelines
+from lakehouse.iceberg.file_io import NonEmptyFileIO
+from lakehouse.iceberg.table_handle import Lake
+from lakehouse.settings import Settings
+from lakehouse.transient_errors import outage
+
+
+@pytest.fixture
+def breaking_store() -> Iterator[str]:
+    """The address of a server whose answers break off within their headers."""
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection:
+                connection.recv(65_536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nServer: store\r\nContent-Ty")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join()
+
+
+@pytest.mark.parametrize("seekable", [True, False])
+def test_an_answer_without_length_is_an_outage(breaking_store, seekable):
+    properties = {"s3.endpoint": breaking_store, "s3.access-key-id": "a", "s3.secret-access-key": "b", "s3.region": "us-east-1"}
+    with pytest.raises(ConnectionError, match="came without its content") as met:
+        NonEmptyFileIO(properties).new_input("s3://lake/rows.parquet").open(seekable)
+    assert "s3://lake/rows.parquet" in str(outage(met.value))
+
+
+def test_tables_are_read_so(tmp_path):
+    lake = Lake(Settings(home=tmp_path))
+    table = lake.load(pipelines.TABLES["silver.stores"])
+    assert isinstance(table.reader.io, NonEmptyFileIO)
+    (file,) = (tmp_path / "warehouse" / "silver" / "stores" / "metadata").glob("*.json")
+    file.write_bytes(b"")
+    with pytest.raises(ConnectionError) as met:
+        lake.load(pipelines.TABLES["silver.stores"])
+    assert outage(met.value) is not None

@@ -1,0 +1,87 @@
+"""Errors in Ray tasks come to the driver as what they are: an outage as an outage, a mistake as a mistake."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+
+import cloudpickle
+import pyarrow as pa
+import pytest
+
+from lakehouse.errors import Outage, UnknownColumn
+from lakehouse.parallel import Piece, Pieces, Pool
+from lakehouse.settings import RaySettings
+from lakehouse.transient_errors import outage
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    made = Pool(RaySettings(cpus=2))
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+    yield made
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    made.close()
+
+
+def test_a_worker_whose_working_directory_was_deleted_goes_on(pool: Pool) -> None:
+    def lose(*_: object) -> str:
+        gone = tempfile.mkdtemp()
+        os.chdir(gone)
+        os.rmdir(gone)
+        return gone
+
+    def look(*_: object) -> str:
+        return os.getcwd()
+
+    places, _ = pool.map(lose, range(8), Pieces(), parallel=True)
+    found, _ = pool.map(look, range(8), Pieces(), parallel=True)
+    assert len(found) == 8
+    assert not set(found) & set(places)
+
+
+def store_away() -> None:
+    raise OSError("AWS Error NETWORK_CONNECTION during GetObject operation")
+
+
+def disk_full() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def caused_by_an_outage() -> None:
+    raise ValueError("no rows") from ConnectionResetError("reset by peer")
+
+
+def new_column() -> None:
+    raise UnknownColumn("silver.stores", "colour", "text", pa.string())
+
+
+def mistake() -> None:
+    raise KeyError("column")
+
+
+@pytest.mark.parametrize(
+    ("fail", "comes_out"),
+    [
+        (store_away, Outage),
+        (disk_full, Outage),
+        (caused_by_an_outage, Outage),
+        (new_column, UnknownColumn),
+        (mistake, KeyError),
+    ],
+)
+def test_an_error_in_a_task_is_what_it_is(pool: Pool, fail: Callable[[], None], comes_out: type[Exception]) -> None:
+    def work(*_: object) -> list[Piece]:
+        fail()
+        return []
+
+    for run in (pool.map, pool.transform):
+        with pytest.raises(comes_out) as met:
+            run(work, [1, 2], Pieces(), parallel=True)
+        assert isinstance(met.value, Outage) or outage(met.value) is None
+        assert comes_out is KeyError or "\n" not in str(met.value), "one line for people, without Ray's stack"

@@ -1,0 +1,257 @@
+"""What runs did, as tables: noted once, shown by `status`, kept in bounds by `maintain`."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import polars as pl
+import pytest
+from support.sales_lake import NOW, SALES, SALES_STEP, TOTALS, TOTALS_STEP, make_engine, receive
+
+from lakehouse.engine.engine import Engine, Report
+from lakehouse.errors import ShopSphereError, SourceError
+from lakehouse.expectations import ExpectationsFailed
+from lakehouse.iceberg.maintenance import maintain
+from lakehouse.iceberg.table_handle import File, FileReader, Handle, Lake
+from lakehouse.query import query
+from lakehouse.run_history import OPERATIONS, RESULTS, RUNS, History, Run, forget, last_results, past_runs
+from lakehouse.table import Table
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Engine:
+    return make_engine(tmp_path)
+
+
+def noted(engine: Engine, history: History | None = None, *more: ShopSphereError, kind: str = "run") -> Run:
+    """Both steps as one run, noted."""
+    one, reports, errors = Run(kind), [], list(more)
+    for step in (SALES_STEP, TOTALS_STEP):
+        try:
+            reports.append(engine.refresh(step))
+        except ExpectationsFailed as error:
+            errors.append(error)
+    (history or History(engine.lake)).note(engine, one, reports, errors)
+    return one
+
+
+def counts(engine: Engine) -> tuple[int, int]:
+    lake = engine.lake
+    return tuple(lake.load(table).read(["run_id"]).height if lake.exists(table) else 0 for table in (RUNS, RESULTS))
+
+
+def test_a_run_is_a_row_a_table_and_a_result_an_expectation(engine):
+    receive(engine, (1, "north", 10), (2, "moon", 20))
+    one = noted(engine)
+    assert counts(engine) == (2, 4 + 5)
+    assert len(engine.lake.load(RUNS).loaded.metadata.snapshots) == 1, "one commit a run"
+    (past,) = past_runs(engine.lake, 10)
+    assert (past.run_id, past.kind, past.tables, past.rows_written, past.warnings, past.errors) == (one.id, "run", 2, 4, 1, ())
+    worst = next(result for result in last_results(engine.lake) if result.table == SALES.name)
+    assert (worst.expectation, worst.outcome, worst.violations) == ("accepted(shop: east, north, south)", "warn", 1)
+    seen = query(
+        engine.lake, OPERATIONS, "SELECT examples FROM operations.expectation_results WHERE outcome = 'warn'"
+    ).to_pylist()
+    assert seen == [{"examples": "id=2"}]
+
+
+def test_a_run_that_did_and_found_nothing_is_not_noted(engine):
+    receive(engine, (1, "north", 10))
+    noted(engine)
+    before = {name: engine.lake.load(table).snapshot for name, table in OPERATIONS.items()}
+    noted(engine)
+    assert {name: engine.lake.load(table).snapshot for name, table in OPERATIONS.items()} == before
+
+
+def test_a_run_that_goes_on_for_ever_notes_what_is_new(engine):
+    history = History(engine.lake)
+    receive(engine, (1, "north", 10))
+    noted(engine, history)
+    runs, results = counts(engine)
+    receive(engine, (2, "north", 5), position="2")
+    noted(engine, history)
+    assert counts(engine) == (runs + 2, results), "outcomes are as they were"
+    for _ in range(3):
+        noted(engine, history, SourceError("the source is away"))
+    assert counts(engine) == (runs + 3, results)
+    receive(engine, (3, "north", -900), position="3")
+    for _ in range(3):
+        noted(engine, history)
+    assert counts(engine) == (runs + 3 + 2, results + 1), "one expectation came out otherwise, one error, one table of silver"
+    assert past_runs(engine.lake, 1)[0].errors[0].startswith(f"{TOTALS.name}: not published")
+    assert next(r for r in last_results(engine.lake) if r.table == TOTALS.name).outcome == "fail"
+
+
+def test_two_runs_at_once_are_both_noted(engine, tmp_path):
+    receive(engine, (1, "north", 10))
+    noted(engine)
+    report = Report(SALES.name, "changed", rows_written=1)
+    with ThreadPoolExecutor(2) as pool:
+        engines = [make_engine(tmp_path) for _ in range(2)]
+        list(pool.map(lambda one: History(one.lake).note(one, Run("run"), [report]), engines))
+    assert len(past_runs(engine.lake, 10)) == 3
+
+
+def test_old_days_are_dropped_and_young_ones_stay(engine):
+    for days in (200, 100, 3):
+        long_ago = Run("run", started_at=datetime.now(UTC) - timedelta(days=days))
+        History(engine.lake).note(engine, long_ago, [Report(SALES.name, "changed")])
+    assert forget(engine.lake, 120, datetime.now(UTC)) == 1
+    assert len(past_runs(engine.lake, 10)) == 2
+    for table in OPERATIONS.values():
+        if engine.lake.exists(table):
+            maintain(engine.lake, table, datetime.now(UTC))
+    assert len(past_runs(engine.lake, 10)) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "code"),
+    [
+        (ValueError("north@example.org"), "The run ended early with an unforeseen ValueError.", 1),
+        (KeyboardInterrupt(), "The run was stopped before its end.", 130),
+    ],
+)
+def test_a_run_that_ends_early_is_noted_with_what_it_had_done(tmp_path, monkeypatch, capsys, error, told, code):
+    import pipelines
+    from app.cli.main import main
+
+    def fill(frames: object, context: object) -> None:
+        raise error
+
+    monkeypatch.setenv("SHOPSPHERE_HOME", str(tmp_path))
+    for source in ("POSTGRES", "MONGO", "KAFKA"):
+        monkeypatch.setenv(f"SHOPSPHERE_{source}__ENABLED", "false")
+    monkeypatch.setattr(pipelines, "STEPS", (SALES_STEP, replace(TOTALS_STEP, fill=fill)))
+    receive(make_engine(tmp_path), (1, "north", 10))
+    assert main(["run"]) == code
+    capsys.readouterr()
+    assert main(["status", "--runs", "3", "--json"]) == 0
+    (past,) = json.loads(capsys.readouterr().out)["runs"]
+    assert (past["tables"], past["rows_written"]) == (1, 1), "silver.sales was filled"
+    assert len(past["errors"]) == 1
+    assert past["errors"][0].startswith(told)
+    assert "example.org" not in past["errors"][0]
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_old_days_go_while_a_run_notes_its_own(engine, monkeypatch, after):
+    now = datetime.now(UTC)
+    for days in (200, 3):
+        History(engine.lake).note(engine, Run("run", started_at=now - timedelta(days=days)), [Report(SALES.name, "changed")])
+    load, loaded = Lake.load, 0
+
+    def overtaken(lake: Lake, table: Table, **more: bool) -> Handle:
+        nonlocal loaded
+        handle = load(lake, table, **more)
+        loaded += 1
+        if loaded == after:  # of `forget`, or of `maintain` when it expires snapshots
+            other = load(lake, table)
+            other.commit(positions=other.positions, changes_rows=False)
+        return handle
+
+    monkeypatch.setattr(Lake, "load", overtaken)
+    if after == 1:
+        assert forget(engine.lake, 120, now) == 1
+    else:
+        assert maintain(engine.lake, RUNS, now + timedelta(days=9)).snapshots_expired
+    assert loaded > after
+    assert len(past_runs(engine.lake, 10)) == (1 if after == 1 else 2)
+
+
+def test_a_run_and_its_history_count_the_same_tables(tmp_path, monkeypatch, capsys):
+    import pipelines
+    from app.cli.main import main
+
+    monkeypatch.setenv("SHOPSPHERE_HOME", str(tmp_path))
+    for source in ("POSTGRES", "MONGO", "KAFKA"):
+        monkeypatch.setenv(f"SHOPSPHERE_{source}__ENABLED", "false")
+    monkeypatch.setattr(pipelines, "STEPS", (SALES_STEP, TOTALS_STEP))
+    engine = make_engine(tmp_path)
+    receive(engine, (1, "north", 10))
+    assert main(["run"]) == 0
+    assert "2 of 2 tables changed" in capsys.readouterr().out
+    receive(engine, (1, "north", 10), position="2", at=NOW)  # as it was: silver has nothing to write, nor has gold
+    assert main(["run"]) == 0
+    assert "0 of 2 tables changed" in capsys.readouterr().out
+    assert [run.tables for run in past_runs(engine.lake, 2)] == [0, 2]
+
+
+def test_the_newest_runs_are_shown_without_a_look_at_older_days(engine, monkeypatch):
+    for days in (9, 8, 3, 1):
+        one = Run("run", started_at=datetime.now(UTC) - timedelta(days=days))
+        History(engine.lake).note(engine, one, [Report(SALES.name, "changed", rows_written=days)])
+    read: list[int] = []
+    whole = FileReader.read
+
+    def watched(self: FileReader, files: list[File], *rest: object, **more: object) -> pl.DataFrame:
+        read.append(len(files))
+        return whole(self, files, *rest, **more)
+
+    monkeypatch.setattr(FileReader, "read", watched)
+    assert [run.rows_written for run in past_runs(engine.lake, 2)] == [1, 3]
+    assert sum(read) == 2
+    assert [run.rows_written for run in past_runs(engine.lake, 10)] == [1, 3, 8, 9]
+
+
+def test_a_build_published_by_hand_is_noted_as_what_readers_have(tmp_path, monkeypatch, capsys):
+    import pipelines
+    from app.cli.main import main
+    from lakehouse import status as tables_status
+
+    monkeypatch.setenv("SHOPSPHERE_HOME", str(tmp_path))
+    for source in ("POSTGRES", "MONGO", "KAFKA"):
+        monkeypatch.setenv(f"SHOPSPHERE_{source}__ENABLED", "false")
+    monkeypatch.setattr(pipelines, "STEPS", (SALES_STEP, TOTALS_STEP))
+    monkeypatch.setattr("pipelines.runner.TABLES", {TOTALS.name: TOTALS})
+    receive(make_engine(tmp_path), (1, "north", -10))
+    assert main(["run"]) == 1
+    lake = make_engine(tmp_path).lake
+
+    def shown() -> tuple[str, str]:
+        results = [result for result in last_results(lake) if result.table == TOTALS.name]
+        told = tables_status._expectations(lake, lake.load(TOTALS), results, NOW)
+        return told["expectations"], "; ".join(told["broken"])
+
+    assert shown()[0] == "1 fail"
+    assert main(["publish", "totals"]) == 0
+    assert shown()[0] == "1 warn"
+    assert "within(amount >= 0): 1 of 1 rows break it, published by hand, for example shop=north" in shown()[1]
+    (seen,) = query(
+        lake, OPERATIONS, "SELECT snapshot FROM operations.expectation_results WHERE detail LIKE '%by hand'"
+    ).to_pylist()
+    assert seen["snapshot"] == lake.load(TOTALS).snapshot.snapshot_id
+    assert main(["run"]) == 0
+
+
+def test_status_and_publish_on_the_command_line(tmp_path, monkeypatch, capsys):
+    from app.cli.main import main
+    from lakehouse.settings import Settings
+    from pipelines.gold import dim_date
+    from pipelines.runner import open_engine
+    from pipelines.silver.orders_unified import ORDERS_UNIFIED
+
+    monkeypatch.setenv("SHOPSPHERE_HOME", str(tmp_path))
+    for source in ("POSTGRES", "MONGO", "KAFKA"):
+        monkeypatch.setenv(f"SHOPSPHERE_{source}__ENABLED", "false")
+    assert main(["status", "--expectations", "--runs", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"expectations": [], "runs": []}
+    assert main(["run"]) == 0
+    assert main(["publish", "gold.dim_date"]) == 1
+    assert "dim_date" in capsys.readouterr().err
+    with open_engine(Settings(home=tmp_path)) as engine:
+        handle = engine.lake.load(dim_date.DIM_DATE)
+        handle.commit(positions={})
+        handle.commit(positions=handle.positions, branch="audit")
+        assert engine.lake.load(ORDERS_UNIFIED) is not None
+    assert main(["publish", "gold.dim_date", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["table"] == "gold.dim_date"
+    assert main(["status", "--runs", "3"]) == 0
+    assert "publish" in capsys.readouterr().out
+    assert main(["publish", "dim_date"]) == 1
+    assert "no build that waits" in capsys.readouterr().err
+    assert main(["publish", "silver.products"]) == 1
+    assert "tables keep the rows of before" in capsys.readouterr().err

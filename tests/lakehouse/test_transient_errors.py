@@ -1,0 +1,97 @@
+"""Which errors are outages, that pass, and which are mistakes, that do not."""
+
+from __future__ import annotations
+
+import errno
+import sqlite3
+
+import pytest
+from requests.exceptions import ConnectionError as NoConnection
+from sqlalchemy.exc import OperationalError
+
+import pipelines
+import pipelines.runner
+from app.cli.main import finish_erasures
+from app.cli.output import Output
+from lakehouse.errors import Outage
+from lakehouse.settings import KafkaSettings, MongoSettings, PostgresSettings, Settings
+from lakehouse.transient_errors import outage
+from pipelines.runner import open_engine, run_pass
+
+
+def caused(error: Exception, by: Exception) -> Exception:
+    error.__cause__ = by
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "The disk is full"),
+        (caused(RuntimeError("task failed"), OSError(errno.EDQUOT, "Disk quota exceeded")), "The disk is full"),
+        (OperationalError("INSERT", {}, sqlite3.OperationalError("database or disk is full")), "The disk is full"),
+        (OperationalError("SELECT", {}, sqlite3.OperationalError("disk I/O error")), "cannot be used"),
+        (OSError("AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 7"), "curlCode: 7"),
+        (caused(ValueError("no metadata"), NoConnection("catalog refused")), "catalog refused"),
+        (ConnectionResetError("reset by peer"), "reset by peer"),
+    ],
+)
+def test_what_fails_below_us_is_an_outage_with_a_way_out(error, said):
+    found = outage(error)
+    assert isinstance(found, Outage)
+    assert said in str(found)
+    assert "un again" in str(found)
+
+
+@pytest.mark.parametrize("error", [ValueError("wrong"), FileNotFoundError("x.parquet"), KeyError("column"), ZeroDivisionError()])
+def test_a_mistake_is_not_an_outage(error):
+    assert outage(error) is None
+
+
+def test_a_lost_ray_node_is_an_outage_and_a_mistake_in_a_task_is_not():
+    from ray.exceptions import NodeDiedError, RayTaskError, WorkerCrashedError
+
+    for lost in (WorkerCrashedError(), NodeDiedError("gone"), caused(RuntimeError("stage failed"), WorkerCrashedError())):
+        assert isinstance(outage(lost), Outage)
+    mistake = RayTaskError("map", "Traceback", ValueError("wrong"))
+    assert outage(mistake) is None
+    assert isinstance(outage(RayTaskError("map", "Traceback", OSError("AWS Error SLOW_DOWN"))), Outage)
+    without_code = ModuleNotFoundError("No module named 'lakehouse.engine.engine'", name="lakehouse.engine.engine")
+    assert "No module named 'lakehouse.engine.engine'" in str(outage(RayTaskError("map", "Traceback", without_code)))
+    assert outage(without_code) is None, "here it is a mistake"
+
+
+def test_a_pass_goes_on_after_an_outage_and_stops_at_a_mistake(tmp_path, monkeypatch):
+    settings = Settings(
+        home=tmp_path,
+        postgres=PostgresSettings(enabled=False),
+        mongo=MongoSettings(enabled=False),
+        kafka=KafkaSettings(enabled=False),
+    )
+    with open_engine(settings) as engine:
+        refresh = engine.refresh
+
+        def struck(step, **how):
+            if step.target.name == "gold.dim_date":
+                raise OSError("AWS Error NETWORK_CONNECTION during PutObject")
+            return refresh(step, **how)
+
+        monkeypatch.setattr(engine, "refresh", struck)
+        done = run_pass(engine, lambda name, report: None)
+        assert [type(error) for error in done.errors] == [Outage]
+        assert {report.table for report in done.reports} >= {step.target.name for step in pipelines.STEPS} - {"gold.dim_date"}
+        monkeypatch.setattr(pipelines.runner, "outage", lambda error: None)
+        with pytest.raises(OSError, match="PutObject"):
+            run_pass(engine, lambda name, report: None)
+
+
+def test_run_every_may_start_during_an_outage(tmp_path, monkeypatch, capsys):
+    def away(engine, show):
+        raise OSError("AWS Error NETWORK_CONNECTION during HeadObject operation")
+
+    monkeypatch.setattr("pipelines.privacy.erase.finish_begun", away)
+    with open_engine(Settings(home=tmp_path)) as engine:
+        assert not finish_erasures(engine, Output(False), keep_going=True)
+        assert "cannot be used: AWS Error NETWORK_CONNECTION" in capsys.readouterr().err
+        with pytest.raises(OSError, match="HeadObject"):
+            finish_erasures(engine, Output(False))

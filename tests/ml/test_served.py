@@ -1,0 +1,75 @@
+"""Served scores beside the lakehouse's: what is equal, what is not, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from ml.evaluation.served_scores import CAUSES, LATE, Served, compare_served
+
+
+class Model:
+    """Scores half of the first feature."""
+
+    features = ("amount", "channel")
+
+    def score(self, frame: pl.DataFrame) -> Any:
+        return np.asarray(frame["amount"].fill_null(0.0)) / 2
+
+
+class Champion:
+    model = Model()
+
+    class version:  # noqa: N801
+        number = 3
+
+
+def told(amount: float | None, channel: str, *, version: int = 3, **order: Any) -> dict[str, Any]:
+    return {
+        "order": {"amount": 1, "person": "p", **order},
+        "features": {"amount": amount, "channel": channel},
+        "answer": {"score": (amount or 0.0) / 2, "model": {"version": version}},
+    }
+
+
+def offline(**amounts: tuple[float | None, str]) -> pl.DataFrame:
+    rows = [(order, *values) for order, values in amounts.items()]
+    return pl.DataFrame(rows, schema={"order_id": pl.String, "amount": pl.Float64, "channel": pl.String}, orient="row")
+
+
+def entities(*ids: str, **changed: Any) -> pl.DataFrame:
+    return pl.DataFrame([{"order_id": one, "amount": 1, "person": "p", **changed} for one in ids])
+
+
+def compared(scores: dict[str, Any], now: pl.DataFrame, of: pl.DataFrame) -> Served:
+    return compare_served(scores, 0, now, of, Champion())  # type: ignore[arg-type]
+
+
+def test_equal_ones_are_equal_and_unknown_ones_are_not_compared() -> None:
+    scores = {"a": told(0.5, "web"), "b": told(None, "pos"), "gone": told(0.1, "web"), "old": told(0.2, "web", version=2)}
+    found = compared(scores, offline(a=(0.5 + 5e-7, "web"), b=(None, "pos"), old=(0.2, "web")), entities("a", "b", "old"))
+    assert (found.scored, found.known, found.equal, found.rescored, found.same_score) == (4, 3, 3, 2, 2)
+    assert found.largest == pytest.approx(2.5e-7)
+    assert found.features == ()
+
+
+@pytest.mark.parametrize(
+    ("changed", "cause"), [({}, LATE), ({"amount": 2}, CAUSES["amount"]), ({"person": "q"}, CAUSES["person"])]
+)
+def test_a_difference_has_its_size_and_its_cause(changed: dict[str, Any], cause: str) -> None:
+    scores = {one: told(0.5, "web") for one in "abc"}
+    now = offline(a=(0.75, "web"), b=(0.5, "pos"), c=(None, "web"))
+    found = compared(scores, now, entities(*"abc", **changed))
+    assert found.equal == 0
+    assert found.largest == pytest.approx(0.25)
+    assert [(one.name, one.orders, one.largest, one.cause) for one in found.features] == [
+        ("amount", 2, 0.25, cause),
+        ("channel", 1, None, cause),
+    ]
+
+
+def test_nothing_served_is_said() -> None:
+    assert "SHOPSPHERE_KAFKA__TOPICS=events,fraud_scores" in Served().in_words

@@ -1,0 +1,542 @@
+"""The MongoDB connector against a MongoDB-wire server."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pymongo
+import pytest
+from bson import Decimal128, Int64, ObjectId, json_util
+from bson.datetime_ms import DatetimeMS
+from bson.timestamp import Timestamp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pymongo.errors import OperationFailure
+from support.bronze_reading import Reader, living
+
+from lakehouse.errors import OffsetGone, SourceError
+from lakehouse.settings import MongoSettings
+from lakehouse.source import Reached, Rows, again
+from pipelines.bronze.tables import MARKETPLACE_ORDERS
+from pipelines.sources.mongo import source as mongo
+from pipelines.sources.mongo.source import ChangesTask, MongoSource, Watermark
+
+TABLE = MARKETPLACE_ORDERS.name
+START = datetime(2026, 1, 1)
+
+
+class Market:
+    """A collection of its own, and a reader of it."""
+
+    def __init__(self, uri: str, database: str) -> None:
+        self.client: pymongo.MongoClient[dict[str, Any]] = pymongo.MongoClient(uri)
+        self.collection = self.client[database].marketplace_orders
+        self.settings = MongoSettings(uri=uri, database=database)  # type: ignore[arg-type, call-arg]
+        self.reader = Reader(MongoSource(self.settings))
+
+    def reading(self, **changes: Any) -> Reader:
+        self.reader = Reader(MongoSource(self.settings.model_copy(update=changes)))
+        return self.reader
+
+    def add(self, first: int, last: int) -> None:
+        self.collection.insert_many(
+            [
+                {"mp_order_id": f"O{n}", "platform": "tokopedia", "amount": n, "updated_at": START + timedelta(seconds=n // 2)}
+                for n in range(first, last + 1)
+            ]
+        )
+
+    def held(self) -> dict[str, Any]:
+        rows = living(self.reader.rows.get(TABLE, []), ("document_id",))
+        return {key[0]: json_util.loads(row["document"]) for key, row in rows.items()}
+
+    def there(self) -> dict[str, Any]:
+        return {mongo._identity_text(document["_id"]): document for document in self.collection.find()}
+
+
+@pytest.fixture
+def market(servers: Any) -> Iterator[Market]:
+    name = f"m{time.time_ns():x}"
+    market = Market(servers.mongo_uri, name)
+    yield market
+    market.client.drop_database(name)
+    market.client.close()
+
+
+def test_documents_are_stored_without_loss(market: Market) -> None:
+    document = {
+        "_id": ObjectId("65a000000000000000000001"),
+        "mp_order_id": "O1",
+        "platform": 7,
+        "int": 5,
+        "long": 2**40,
+        "double": 350000.0,
+        "text": "Rp 350.000 \u00e9\u4e16",
+        "nothing": None,
+        "at": START,
+        "items": [{"variant": {"size": "42"}, "quantity": 1}],
+    }
+    market.collection.insert_one(document)
+    (row,) = market.reader.run()[TABLE]
+    assert json.loads(row["document"]) == {
+        "_id": {"$oid": "65a000000000000000000001"},
+        "mp_order_id": "O1",
+        "platform": {"$numberInt": "7"},
+        "int": {"$numberInt": "5"},
+        "long": {"$numberLong": str(2**40)},
+        "double": {"$numberDouble": "350000.0"},
+        "text": "Rp 350.000 \u00e9\u4e16",
+        "nothing": None,
+        "at": {"$date": {"$numberLong": str(int(START.replace(tzinfo=UTC).timestamp() * 1000))}},
+        "items": [{"variant": {"size": "42"}, "quantity": {"$numberInt": "1"}}],
+    }
+    assert (row["document_id"], row["platform"], row["mp_order_id"]) == ("65a000000000000000000001", None, "O1")
+    assert (row["_op"], row["_source_position"]) == ("r", "065a000000000000000000001")
+    assert abs((row["_source_time"] - datetime.now(UTC)).total_seconds()) < 60
+
+
+def test_changes_follow_the_initial_pass(market: Market) -> None:
+    market.add(1, 20)
+    market.reader.run()
+    market.add(21, 21)
+    market.collection.replace_one({"mp_order_id": "O5"}, {"mp_order_id": "O5", "platform": "shopee", "updated_at": START})
+    market.collection.update_one({"mp_order_id": "O6"}, {"$set": {"status": "paid"}})
+    market.collection.delete_one({"mp_order_id": "O7"})
+    rows = market.reader.run()[TABLE]
+    assert [row["_op"] for row in rows] == ["c", "u", "u", "d"]
+    assert [row["mp_order_id"] for row in rows] == ["O21", "O5", "O6", None]
+    assert rows[3]["document"] is None
+    assert rows[3]["document_id"]
+    positions = [row["_source_position"] for row in rows]
+    assert positions == sorted(positions)
+    assert min(positions) > max(row["_source_position"] for row in market.reader.rows[TABLE] if row["_op"] == "r")
+    assert market.held() == market.there()
+
+
+def test_a_change_made_during_the_initial_pass_is_not_missed(market: Market) -> None:
+    market.add(1, 20)
+    plan = market.reader.plan()
+    market.add(21, 25)
+    market.collection.delete_one({"mp_order_id": "O3"})
+    rows, positions = market.reader.read(plan)
+    market.reader.rows, market.reader.positions = rows, positions
+    market.reader.run()
+    assert market.held() == market.there()
+
+
+def test_nothing_new_is_quick_and_has_no_tasks(market: Market) -> None:
+    assert not market.reader.plan().tasks
+    market.add(1, 5)
+    market.reader.run()
+    started = time.monotonic()
+    plan = market.reader.plan()
+    assert time.monotonic() - started < 3
+    assert not plan.tasks
+    assert market.reader.source.lag(market.reader.positions) == {TABLE: "0 changes"}
+    market.add(6, 6)
+    assert market.reader.source.lag(market.reader.positions) == {TABLE: "1 change"}
+
+
+def test_a_crash_before_the_commit_repeats_the_same_changes(market: Market) -> None:
+    """More changes than the server keeps for streams that it thinks have read them."""
+    market.add(1, 10)
+    market.reader.run()
+    market.add(11, 3010)
+    first, _ = market.reader.read(market.reader.plan())
+    again, _ = market.reader.read(market.reader.plan())
+    assert len(first[TABLE]) == 3000
+    assert [row["_source_position"] for row in again[TABLE]] == [row["_source_position"] for row in first[TABLE]]
+    assert [row["document"] for row in again[TABLE]] == [row["document"] for row in first[TABLE]]
+
+
+def test_changes_after_the_plan_wait_for_the_next_run(market: Market) -> None:
+    market.add(1, 1)
+    market.reader.run()
+    market.add(2, 3)
+    plan = market.reader.plan()
+    market.add(4, 5)
+    rows, market.reader.positions = market.reader.read(plan)
+    assert len(rows[TABLE]) == 2
+    assert len(market.reader.run()[TABLE]) == 2
+
+
+def test_documents_gone_at_look_up_and_ids_of_every_type(market: Market) -> None:
+    market.add(1, 1)
+    market.reader.run()
+    market.collection.insert_many(
+        [{"_id": "text", "mp_order_id": "A"}, {"_id": 7, "mp_order_id": "B"}, {"_id": 8, "mp_order_id": "C"}]
+    )
+    market.collection.delete_one({"_id": 8})
+    rows = market.reader.run()[TABLE]
+    assert [row["_op"] for row in rows] == ["c", "c", "d", "d"]
+    assert [row["document_id"] for row in rows] == ['"text"', '{"$numberInt": "7"}', '{"$numberInt": "8"}', '{"$numberInt": "8"}']
+    assert market.held() == market.there()
+
+
+def test_an_old_token_is_renewed(market: Market, monkeypatch: pytest.MonkeyPatch) -> None:
+    market.add(1, 1)
+    market.reader.run()
+    market.reader.positions = {TABLE: {**market.reader.positions[TABLE], "at": 0}}
+    assert market.reader.run() == {}
+    assert market.reader.positions[TABLE]["at"] > 0
+    assert not market.reader.plan().tasks
+
+
+def test_a_token_of_another_server_is_an_error(market: Market) -> None:
+    market.add(1, 1)
+    market.reader.run()
+    market.reader.positions = {TABLE: {**market.reader.positions[TABLE], "token": '{"_data": "nx:999999"}'}}
+    with pytest.raises(OffsetGone, match=f"resume token of {TABLE} is no longer valid.*python -m app rebuild {TABLE}"):
+        market.reader.plan()
+
+
+@pytest.mark.parametrize("code", [286, 280, 260])
+def test_a_token_that_the_server_refuses_is_an_error(market: Market, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    market.add(1, 1)
+    market.reader.run()
+
+    def refuse(*arguments: Any) -> Any:
+        raise OperationFailure("resume of change stream was not possible", code)
+
+    monkeypatch.setattr(mongo, "_watching", refuse)
+    with pytest.raises(OffsetGone, match="is no longer valid"):
+        market.reader.plan()
+
+
+def test_watermark_reads_what_is_newer_and_never_twice(market: Market) -> None:
+    market.reading(mode="watermark")
+    market.add(1, 21)
+    market.collection.insert_many([{"_id": "undated", "mp_order_id": "U"}, {"mp_order_id": "V"}])
+    assert len(market.reader.run()[TABLE]) == 23
+    assert not market.reader.plan().tasks
+    market.collection.insert_one({"mp_order_id": "W"})
+    market.add(21, 21)  # the same moment as the newest, a greater _id
+    market.collection.replace_one(
+        {"mp_order_id": "O5"}, {"mp_order_id": "O5", "platform": "x", "updated_at": START + timedelta(days=1)}
+    )
+    assert market.reader.source.lag(market.reader.positions) == {TABLE: "3 changes"}
+    rows = market.reader.run()[TABLE]
+    assert sorted(row["mp_order_id"] for row in rows) == ["O21", "O5", "W"]
+    assert {row["_op"] for row in rows} == {"u"}
+    assert not market.reader.plan().tasks
+    assert market.held() == market.there()
+    with pytest.raises(SourceError, match=r"was read by watermark, but mongo\.mode is 'change_stream'"):
+        MongoSource(market.settings.model_copy(update={"mode": "change_stream"})).plan(market.reader.positions, {})
+    assert not MongoSource(market.settings).plan(market.reader.positions, {}).tasks
+
+
+def test_a_server_without_change_streams_is_read_by_watermark(market: Market, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise OperationFailure("The $changeStream stage is only supported on replica sets", 40573)
+
+    monkeypatch.setattr(pymongo.collection.Collection, "watch", refuse)
+    market.add(1, 3)
+    assert len(market.reader.run()[TABLE]) == 3
+    assert market.reader.positions[TABLE]["mode"] == "watermark"
+    with pytest.raises(SourceError, match="gives no change streams"):
+        MongoSource(market.settings.model_copy(update={"mode": "change_stream"})).plan({}, {})
+
+
+def in_any_order(market: Market) -> list[dict[str, Any]]:
+    """What is held, whatever the order in which the rows lie."""
+    rows = market.reader.rows[TABLE]
+    found = []
+    for order in (rows, rows[::-1], sorted(rows, key=lambda row: str(row["document"]))):
+        newest = living(list(order), ("document_id",))
+        found.append({key[0]: json_util.loads(row["document"]) for key, row in newest.items()})
+    return found
+
+
+@pytest.mark.parametrize("mode", ["watermark", "change_stream"])
+def test_read_again_a_collection_begins_a_generation_with_a_marker(market: Market, mode: str) -> None:
+    market.reading(mode=mode)
+    market.add(1, 5)
+    market.collection.insert_one({"_id": "undated", "mp_order_id": "U"})
+    market.reader.run()
+    market.add(6, 6)
+    market.reader.run()
+    before = list(market.reader.rows[TABLE])
+    market.collection.delete_one({"mp_order_id": "O2"})
+    market.collection.replace_one({"_id": "undated"}, {"mp_order_id": "V"})
+    market.reader.positions = {TABLE: again(market.reader.positions[TABLE])}
+    rows = market.reader.run()[TABLE]
+    assert [row["_op"] for row in rows] == ["t", *["r"] * 6]
+    assert rows[0]["_source_position"] == "~000001~"
+    assert max(row["_source_position"] for row in before) < "~000001~" < min(row["_source_position"] for row in rows[1:])
+    assert abs((rows[0]["_source_time"] - datetime.now(UTC)).total_seconds()) < 60
+    assert in_any_order(market) == [market.there()] * 3
+    market.add(7, 7)
+    assert [row["_source_position"][:8] for row in market.reader.run()[TABLE]] == ["~000001~"]
+    assert in_any_order(market) == [market.there()] * 3
+    assert market.reader.positions[TABLE]["generation"] == 1
+    assert not market.reader.plan().tasks
+
+
+@pytest.mark.parametrize("mode", ["watermark", "change_stream"])
+def test_read_again_a_collection_that_was_emptied_is_empty(market: Market, mode: str) -> None:
+    market.reading(mode=mode)
+    market.add(1, 5)
+    market.reader.run()
+    market.collection.delete_many({})
+    market.reader.positions = {TABLE: again(market.reader.positions[TABLE])}
+    assert [row["_op"] for row in market.reader.run()[TABLE]] == ["t"]
+    assert market.reader.positions[TABLE]["generation"] == 1
+    assert market.held() == {}
+    assert not market.reader.plan().tasks
+    market.add(6, 7)
+    market.reader.run()
+    assert market.held() == market.there()
+
+
+def test_from_change_stream_to_watermark_and_back_what_is_read_later_is_newer(market: Market) -> None:
+    modes = ["change_stream", "watermark", "change_stream"]
+    market.add(1, 5)
+    reader = market.reading(mode=modes[0])
+    reader.run()
+    for number, mode in enumerate(modes):
+        rows, positions = market.reader.rows, market.reader.positions
+        market.reader = Reader(MongoSource(market.settings.model_copy(update={"mode": mode})), rows, positions)
+        if number:
+            with pytest.raises(SourceError, match=f"or read it anew: python -m app rebuild {TABLE}"):
+                market.reader.plan()
+            market.reader.positions = {TABLE: again(positions[TABLE])}
+            market.reader.run()
+            assert in_any_order(market) == [market.there()] * 3
+        market.collection.replace_one(
+            {"mp_order_id": "O3"}, {"mp_order_id": "O3", "status": mode, "updated_at": START + timedelta(days=1 + number)}
+        )
+        market.reader.run()
+        assert in_any_order(market) == [market.there()] * 3
+        market.collection.update_one({"mp_order_id": "O3"}, {"$set": {"status": "unseen"}})
+
+
+def test_a_document_that_loses_its_date_is_newer_than_what_it_was(market: Market) -> None:
+    market.reading(mode="watermark")
+    market.collection.insert_many([{"_id": n, "mp_order_id": f"O{n}", "updated_at": START} for n in range(5)])
+    market.reader.run()
+    market.collection.replace_one({"_id": 1}, {"mp_order_id": "O1", "status": "dated", "updated_at": START + timedelta(days=1)})
+    market.reader.run()
+    for number in (1, 3):
+        market.collection.replace_one({"_id": number}, {"mp_order_id": f"O{number}", "status": "undated"})
+        market.reader.run()
+        assert in_any_order(market) == [market.there()] * 3
+    market.collection.replace_one({"_id": 3}, {"mp_order_id": "O3", "updated_at": START + timedelta(days=2)})
+    market.reader.run()
+    assert in_any_order(market) == [market.there()] * 3
+
+
+def test_a_watermark_of_before_reads_were_numbered_goes_on(market: Market) -> None:
+    market.reading(mode="watermark")
+    market.add(1, 3)
+    market.reader.run()
+    market.reader.positions = {TABLE: {name: market.reader.positions[TABLE][name] for name in ("mode", "watermark")}}
+    identity = str(market.collection.find_one({"mp_order_id": "O3"})["_id"])  # type: ignore[index]
+    old = next(row for row in market.reader.rows[TABLE] if row["document_id"] == identity)
+    millis = int(DatetimeMS(START)) + (1 << 63)
+    market.reader.rows[TABLE].append({**old, "_op": "u", "_source_position": f"1{millis:020d}/{identity}"})
+    market.collection.replace_one({"mp_order_id": "O3"}, {"mp_order_id": "O3", "updated_at": START + timedelta(days=1)})
+    market.reader.run()
+    assert in_any_order(market) == [market.there()] * 3
+
+
+IDENTITIES = st.one_of(
+    st.integers(-5, 5), st.text("ab", max_size=2), st.binary(min_size=12, max_size=12).map(ObjectId), st.just(Decimal128("2.5"))
+)
+MOMENTS = st.none() | st.just("2026") | st.integers(-3, 3).map(DatetimeMS)
+
+
+@given(st.lists(st.tuples(IDENTITIES, MOMENTS), unique_by=lambda item: str(item[0]), max_size=12), st.integers(0, 12))
+def test_a_watermark_splits_documents_into_read_and_new(documents: list[tuple[Any, Any]], cut: int) -> None:
+    """In the order of (date, _id), what was seen is not new and what comes later is, whatever the types."""
+
+    def order(item: tuple[Any, Any]) -> Any:
+        dated = isinstance(item[1], DatetimeMS)
+        kind, key = mongo._bracket(item[0])
+        return (dated, int(item[1]) if dated else 0, kind, key)
+
+    ordered = [{"_id": identity, "updated_at": moment} for identity, moment in sorted(documents, key=order)]
+    mark = Watermark(None, {}, {})
+    for document in ordered[:cut]:
+        assert mark.is_new(document)
+        mark.see(document)
+    mark = Watermark.of(mark.position()) if ordered[:cut] else mark
+    assert [mark.is_new(document) for document in ordered] == [False] * len(ordered[:cut]) + [True] * len(ordered[cut:])
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_split_into_runs_gives_the_same_documents(servers: Any, data: st.DataObject) -> None:
+    market = Market(servers.mongo_uri, f"m{time.time_ns():x}")
+    try:
+        for kind, number in data.draw(st.lists(st.tuples(st.sampled_from("iudr"), st.integers(0, 4)), min_size=5, max_size=20)):
+            if kind == "i" and market.collection.find_one({"mp_order_id": f"O{number}"}) is None:
+                market.add(number, number)
+            elif kind == "u":
+                market.collection.update_one({"mp_order_id": f"O{number}"}, {"$set": {"status": time.time_ns()}})
+            elif kind == "d":
+                market.collection.delete_one({"mp_order_id": f"O{number}"})
+            elif kind == "r":
+                market.reader.run()
+        market.reader.run()
+        market.reader.rows[TABLE] = data.draw(st.permutations(market.reader.rows.get(TABLE, [])))
+        assert market.held() == market.there()
+    finally:
+        market.client.drop_database(market.settings.database)
+        market.client.close()
+
+
+# -- what a replica set says, which no server here is ----------------------------------------------------------------
+
+
+class Stream:
+    """A change stream that gives what a test wants."""
+
+    def __init__(self, events: list[dict[str, Any] | None], resume_token: dict[str, Any]) -> None:
+        self.events, self.resume_token, self.alive = events, resume_token, True
+
+    def try_next(self) -> dict[str, Any] | None:
+        if not self.events:
+            return None
+        event = self.events.pop(0)
+        if event is not None:
+            self.resume_token = event["_id"]
+            self.alive = event["operationType"] != "invalidate"
+        return event
+
+    def close(self) -> None: ...
+
+
+def event(number: int, operation: str, **more: Any) -> dict[str, Any]:
+    return {
+        "_id": {"_data": f"8265A0000{number:07X}2B"},
+        "operationType": operation,
+        "clusterTime": Timestamp(1_700_000_000 + number, 1),
+        **more,
+    }
+
+
+def test_events_of_a_replica_set(market: Market, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = {"documentKey": {"_id": ObjectId("65a000000000000000000001")}}
+    document = {
+        "_id": key["documentKey"]["_id"],
+        "mp_order_id": "O",
+        "amount": Decimal128("1.50"),
+        "n": Int64(5),
+        "at": DatetimeMS(2**60),
+    }
+    stream = Stream(
+        [
+            event(1, "insert", **key, fullDocument=document, wallTime=DatetimeMS(1_700_000_000_500)),
+            event(2, "update", **key, fullDocument=None),
+            event(3, "createIndexes"),
+            event(4, "drop"),
+            event(5, "invalidate"),
+        ],
+        {"_data": "82"},
+    )
+
+    class Watching:
+        def __enter__(self) -> mongo.Watch:
+            return mongo.Watch(stream, False)  # type: ignore[arg-type]
+
+        def __exit__(self, *arguments: object) -> None: ...
+
+    monkeypatch.setattr(mongo, "_watching", lambda collection, token: Watching())
+    items = list(ChangesTask(market.settings, {"_data": "82"}, "82FF").read())
+    rows = [row for item in items if isinstance(item, Rows) for row in item.rows.to_pylist()]
+    assert [(row["_op"], row["document_id"]) for row in rows] == [
+        ("c", str(document["_id"])),
+        ("d", str(document["_id"])),
+        ("t", None),
+    ]
+    assert json.loads(rows[0]["document"])["amount"] == {"$numberDecimal": "1.50"}
+    assert json.loads(rows[0]["document"])["n"] == {"$numberLong": "5"}
+    assert json.loads(rows[0]["document"])["at"] == {"$date": {"$numberLong": str(2**60)}}
+    assert rows[0]["_source_time"] == datetime(2023, 11, 14, 22, 13, 20, 500000, UTC)
+    assert rows[1]["_source_time"] == datetime(2023, 11, 14, 22, 13, 22, tzinfo=UTC)
+    (reached,) = (item for item in items if isinstance(item, Reached))
+    assert json.loads(reached.position["token"]) == event(5, "invalidate")["_id"]
+
+
+def test_positions_sort_as_the_stream_does() -> None:
+    emulated = [mongo._sortable({"_data": f"nx:{number}"}) for number in (2, 9, 10, 1000)]
+    assert emulated == sorted(emulated)
+    assert mongo._sortable({"_data": "8265a0b1c2d3"}) == "8265A0B1C2D3"
+
+
+# -- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_settings_that_are_wrong_are_errors_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mongo, "SERVER_SECONDS", 1)
+    secret = "s3cr3tword"
+    with pytest.raises(SourceError, match="SHOPSPHERE_MONGO__URI"):
+        MongoSource(MongoSettings()).plan({}, {})  # type: ignore[call-arg]
+    for uri, text in (
+        (f"mongodb://u:{secret}@127.0.0.1:1/", r"no server answered at 127\.0\.0\.1:1 within 1 s"),
+        (f"mongo://u:{secret}@127.0.0.1:1/", "is no MongoDB URI"),
+        (f"mongodb://u:{secret}@x@127.0.0.1:1/", "is no MongoDB URI"),
+    ):
+        source = MongoSource(MongoSettings(uri=uri))  # type: ignore[arg-type, call-arg]
+        assert secret not in repr(source)
+        with pytest.raises(SourceError, match=text) as error:
+            source.plan({}, {})
+        assert secret not in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("code", "way_out"), [(18, "Correct user and password"), (13, "Let the user read"), (1, "Run again")])
+def test_refusals_are_errors_with_a_way_out(code: int, way_out: str) -> None:
+    with (
+        pytest.raises(SourceError, match=way_out) as error,
+        mongo._collection(
+            MongoSettings(uri="mongodb://u:s3cr3tword@127.0.0.1:1/")  # type: ignore[arg-type, call-arg]
+        ),
+    ):
+        raise OperationFailure("no: s3cr3tword", code, {"errmsg": "no: s3cr3tword"})
+    assert "s3cr3tword" not in str(error.value)
+
+
+def through_another_reader(market: Market, changes: int) -> None:
+    """Our reader rests while documents change and somebody else's reads them, which lets a server forget them."""
+    market.add(1, 10)
+    market.reader.run()
+    other = Reader(MongoSource(market.settings))
+    other.run()
+    for first in range(100, 100 + changes, 500):
+        market.add(first, first + 499)
+        other.run()
+
+
+def test_changes_that_another_reader_has_passed_wait_for_ours(market: Market) -> None:
+    through_another_reader(market, 2500)
+    market.reader.run()
+    assert market.held() == market.there()
+
+
+def test_changes_that_an_imitation_has_forgotten_are_an_error(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    plain = [sys.executable, "-m", "nx_27017.nx_27017", "--host", "127.0.0.1", "--port", str(port)]
+    files = ["--data-dir", str(tmp_path), "--log-file", os.devnull, "--pid-file", str(tmp_path / "pid")]
+    server = subprocess.Popen([*plain, *files], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        market = Market(f"mongodb://127.0.0.1:{port}/?serverSelectionTimeoutMS=30000", "shop")
+        market.client.admin.command("ping")
+        through_another_reader(market, 2500)
+        with pytest.raises(OffsetGone, match=r"forgotten the changes after it.*rebuild"):
+            market.reader.run()
+        market.client.close()
+    finally:
+        server.terminate()
+        server.wait()

@@ -1,0 +1,100 @@
+"""`erase` killed at many moments: before or after any of its writes. Run again, it finishes, and nothing is left or lost."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.erasure_world import World, holding, shop, somebody, texts_of
+
+from lakehouse.digest import digest
+from ml.tables import TABLES
+from pipelines.gold.sales_daily import SALES_DAILY
+from pipelines.privacy.erase import erase
+from pipelines.privacy.person import Asked
+from pipelines.privacy.suppression import erasures
+from pipelines.runner import rebuild, run_pass
+
+pytestmark = pytest.mark.slow
+MOMENTS = 12
+
+# every write that others can see: commits, deleted files, files beside the warehouse; counted, and one of them is the last
+CHILD = """
+import os, signal, sys
+import pipelines.privacy.erase, lakehouse.iceberg.table_handle, lakehouse.iceberg.rewrite
+from app.cli.main import main
+wanted, after, count = int(sys.argv[1]), sys.argv[2] == "after", 0
+def counted(function):
+    def call(*args, **kwargs):
+        global count
+        count += 1
+        if count == wanted and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(*args, **kwargs)
+        if count == wanted and after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return call
+lakehouse.iceberg.table_handle.Handle.commit = counted(lakehouse.iceberg.table_handle.Handle.commit)
+lakehouse.iceberg.rewrite.delete = counted(lakehouse.iceberg.rewrite.delete)
+pipelines.privacy.erase.write_private = counted(pipelines.privacy.erase.write_private)
+code = main(["erase", "--email", sys.argv[3]])
+print("writes", count, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with shop(tmp_path_factory.mktemp("erasure-kill") / "home", orders=200, seed=11) as made:
+        yield made
+
+
+def erase_in_a_process(home: Path, email: str, at: int, when: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "SHOPSPHERE_HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run(
+        [sys.executable, "-c", CHILD, str(at), when, email], env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+@pytest.mark.timeout(3600)
+def test_killed_at_any_moment_it_finishes_when_run_again(world: World) -> None:
+    person = somebody(world.lake)
+    asked, texts = Asked(email=person["email"]), texts_of(person)
+    sales = digest(world.lake.load(SALES_DAILY))
+    whole = erase_in_a_process(world.home, person["email_raw"], 0, "after")
+    assert whole.returncode == 0, whole.stderr
+    writes = int(whole.stderr.rsplit("writes ", 1)[1])
+    draw = random.Random(3)
+    moments = [
+        (1, "before"),
+        (1, "after"),
+        (2, "after"),
+        (writes, "after"),
+        *((draw.randint(3, writes), draw.choice(("before", "after"))) for _ in range(MOMENTS)),
+    ]
+    for at, when in moments:
+        world.put_back()
+        killed = erase_in_a_process(world.home, person["email_raw"], at, when)
+        assert killed.returncode == -signal.SIGKILL, (at, when, killed.stderr)
+        with world.engine() as engine:
+            # what `run` does first; where the erasure was not stored yet, the one who asked asks again
+            receipts = erase(engine, None, lambda what, done, total: None)
+            if not erasures(engine.lake):
+                receipts = erase(engine, asked, lambda what, done, total: None)
+        assert all(receipt.clean for receipt in receipts), (at, when)
+        assert all(one.finished for one in erasures(world.lake))
+        assert holding(world.home, texts) == [], (at, when)
+        assert digest(world.lake.load(SALES_DAILY)) == sales
+        assert not list((world.home / "erasures").glob("*.order.json"))
+    with world.engine() as engine:
+        before = {name: digest(world.lake.load(table)) for name, table in TABLES.items() if world.lake.exists(table)}
+        assert not run_pass(engine, lambda name, report: None).errors
+        rebuild(engine, [name for name in before if not name.startswith("bronze.")])
+    assert {name: digest(world.lake.load(TABLES[name])) for name in before} == before

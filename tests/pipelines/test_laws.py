@@ -1,0 +1,160 @@
+"""The laws on the whole pipeline: the bronze rows of a real shop, in any order, duplicated, split into runs, give the
+same silver and gold tables; so does a rebuild."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+import pipelines
+from app import sandbox
+from lakehouse.digest import digest
+from lakehouse.engine.engine import Engine
+from lakehouse.errors import CommitConflict
+from lakehouse.iceberg.maintenance import maintain
+from lakehouse.iceberg.table_handle import as_arrow
+from lakehouse.settings import RaySettings, Settings, load_settings
+from pipelines.runner import open_engine, run_pass
+
+Bronze = Mapping[str, pl.DataFrame]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Bronze, dict[str, str]]]:
+    """The bronze rows of a shop whose time went on twice, and the digests that the runs beside it left."""
+    home = tmp_path_factory.mktemp("laws")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHOPSPHERE_HOME", str(home))
+        sandbox.start(home, orders=250, seed=3)
+        try:
+            with open_engine(load_settings()) as engine:
+                for orders in (0, 40, 40):
+                    if orders:
+                        sandbox.step(home, orders)
+                    assert not run_pass(engine, lambda name, report: None).errors
+                bronze = {}
+                for table in pipelines.BRONZE:
+                    handle = engine.lake.load(table)
+                    names = [name for name in handle.reader.schema.names if name != "_seq"]
+                    bronze[table.name] = handle.read(names)
+                yield bronze, digests(engine)
+        finally:
+            sandbox.stop(home)
+
+
+def engine_in(home: Path, stack: list) -> Engine:
+    context = open_engine(Settings(home=home, ray=RaySettings(inline_rows=10**9)))
+    stack.append(context)
+    return context.__enter__()
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Iterator[Engine]:
+    """An engine on an empty lake."""
+    stack: list = []
+    yield engine_in(tmp_path, stack)
+    stack[0].__exit__(None, None, None)
+
+
+def digests(engine: Engine) -> dict[str, str]:
+    return {name: digest(engine.lake.load(table)) for name, table in pipelines.TABLES.items() if table.layer != "bronze"}
+
+
+def append(engine: Engine, name: str, rows: pl.DataFrame) -> None:
+    handle = engine.lake.load(pipelines.TABLES[name])
+    columns = pl.DataFrame(rows).with_columns(pl.lit(handle.sequence, pl.Int64).alias("_seq"))
+    handle.widen(as_arrow_schema(rows))
+    handle.commit(handle.writer.write(as_arrow(columns, handle.writer.schema)), positions={})
+
+
+def as_arrow_schema(rows: pl.DataFrame):
+    import pyarrow as pa
+
+    schema = rows.clear().to_arrow(compat_level=pl.CompatLevel.oldest()).schema
+    plain = {pa.large_string(): pa.string(), pa.large_binary(): pa.binary()}
+    return pa.schema([f.with_type(plain.get(f.type, f.type)) for f in schema])
+
+
+def refresh_all(engine: Engine) -> list[str]:
+    return [engine.refresh(step).status for step in pipelines.STEPS]
+
+
+def arrivals(bronze: Bronze, chance: random.Random, runs: int) -> list[dict[str, pl.DataFrame]]:
+    """The rows shuffled, a few of them twice, dealt out to `runs` runs."""
+    dealt: list[dict[str, pl.DataFrame]] = [{} for _ in range(runs)]
+    for name, rows in bronze.items():
+        twice = rows.sample(min(rows.height, 25), seed=chance.randrange(10**6))
+        mixed = pl.concat([rows, twice]).sample(fraction=1.0, shuffle=True, seed=chance.randrange(10**6))
+        hands = pl.Series([chance.randrange(runs) for _ in range(mixed.height)], dtype=pl.Int64)
+        for number in range(runs):
+            dealt[number][name] = mixed.filter(hands == number)
+    return dealt
+
+
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_any_order_duplication_and_split_gives_the_same_tables(shop, fresh, seed):
+    bronze, expected = shop
+    chance = random.Random(seed)
+    for part in arrivals(bronze, chance, runs=4):
+        for name, rows in part.items():
+            if rows.height:
+                append(fresh, name, rows)
+        refresh_all(fresh)
+    assert digests(fresh) == expected
+    assert set(refresh_all(fresh)) == {"unchanged"}
+
+
+def test_a_rebuild_from_nothing_gives_the_same_tables(shop, fresh):
+    bronze, expected = shop
+    for name, rows in bronze.items():
+        append(fresh, name, rows)
+    refresh_all(fresh)
+    assert digests(fresh) == expected
+    for step in pipelines.STEPS:
+        fresh.refresh(step, rebuild=True)
+    assert digests(fresh) == expected
+
+
+def test_maintenance_beside_a_running_writer_loses_nothing(shop, fresh):
+    bronze, expected = shop
+    stop = threading.Event()
+    done: list[str] = []
+
+    def keep_tidy() -> None:
+        while not stop.is_set():
+            for table in pipelines.TABLES.values():
+                if fresh.lake.exists(table):
+                    try:
+                        maintain(fresh.lake, table, datetime.now(UTC))
+                        done.append(table.name)
+                    except CommitConflict:
+                        done.append("conflict")
+
+    tidier = threading.Thread(target=keep_tidy)
+    tidier.start()
+    try:
+        for part in arrivals(bronze, random.Random(9), runs=3):
+            for name, rows in part.items():
+                if rows.height:
+                    patiently(lambda name=name, rows=rows: append(fresh, name, rows))
+            refresh_all(fresh)
+    finally:
+        stop.set()
+        tidier.join()
+    assert len(done) > len(pipelines.TABLES)
+    assert digests(fresh) == expected
+
+
+def patiently(action) -> None:
+    for _ in range(50):
+        try:
+            return action()
+        except CommitConflict:
+            continue
+    raise AssertionError("never got in")

@@ -1,0 +1,419 @@
+"""Fraud scores over HTTP, from a lakehouse filled by `run`, a real broker and a real registry."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import polars as pl
+import psycopg
+import pytest
+from confluent_kafka import Consumer, Producer, TopicPartition
+from support.scoring_desk import TOPIC, Desk, made, replica, running, trained
+from support.waiting import wait_for
+
+from app import sandbox
+from lakehouse.settings import Settings
+from ml.evaluation.served_scores import served as served_scores
+from ml.features.features import FEATURES, LABEL_DELAY, ORDER_COLUMNS, History, compute
+from ml.features.online import MICROSECOND
+from ml.registry import Registry
+from ml.tables.order_features import EVENT_READS, ORDER_FEATURES, account_events, refresh
+from pipelines.runner import open_engine, run_pass
+from pipelines.silver.events_clean import EVENTS_CLEAN
+from serve.api.fraud import Recent
+from serve.state.score_topic import Score
+
+
+@pytest.fixture(scope="module")
+def desk(filled: Settings) -> Iterator[Desk]:
+    application = replica(filled)
+    with running(application) as client:
+        desk = Desk(filled, application, client)
+        write = application.scores.write
+
+        def keep(score: Score) -> None:
+            desk.written.append(score)
+            write(score)
+
+        application.scores.write = keep  # type: ignore[method-assign]
+        no_model_yet(desk)
+        registry = Registry(home=filled.home)
+        registry.promote(registry.record(trained(filled, 1)).number)
+        wait_for(lambda: application.watch.current.champion is not None)
+        yield desk
+
+
+def no_model_yet(desk: Desk) -> None:
+    """Before the first training: the one moment at which this can be seen."""
+    response = desk.client.post("/v1/fraud/score", json=made())
+    assert response.status_code == 503
+    assert "python -m app train" in response.json()["detail"]
+    assert response.headers["retry-after"]
+
+
+def test_a_score_is_the_models_with_its_reasons(desk: Desk) -> None:
+    told = desk.score(order_id="first", user_id=3, total_amount="900.00", card_fingerprint="c-new", device_id="d-new")
+    model = desk.application.watch.current.champion
+    assert model is not None
+    seen = pl.DataFrame([desk.features("first")], schema={one.name: one.dtype for one in FEATURES})
+    assert told["score"] == pytest.approx(float(model.model.score(seen)[0]), abs=1e-6)
+    assert told["threshold"] == model.threshold
+    assert told["model"] == {"name": "fraud", "version": model.number, "alias": "champion"}
+    contributions = [one["contribution"] for one in told["reasons"]]
+    assert contributions == sorted(contributions, reverse=True)
+    assert min(contributions) > 0
+    added = model.model.contributions_matrix(model.model.matrix(seen), approximate=True)[0]
+    assert contributions == pytest.approx(sorted(added[:-1], reverse=True)[: len(contributions)], abs=1e-5)
+    assert all(one["text"] and one["feature"] in seen.columns for one in told["reasons"])
+    assert told["as_of"]["snapshots"].keys() >= {"silver.orders_unified", "gold.inventory_health"}
+    assert told["as_of"]["offsets"]
+
+
+def test_the_same_order_gets_the_same_answer_and_counts_once(desk: Desk) -> None:
+    of = {"card_fingerprint": f"card{time.time_ns()}", "user_id": 5}
+    first = desk.score(order_id="same", **of)
+    assert desk.score(order_id="same", **of) == first
+    assert desk.score(order_id="same", **of, total_amount="1.00") == first
+    assert [one.order_id for one in desk.written].count("same") == 1
+    desk.score(order_id="next", **of)
+    assert desk.features("next")["card_orders_1h"] == 1
+    assert desk.features("next")["card_amount_1h"] == 120
+
+
+def test_a_batch_is_its_orders_one_after_the_other(desk: Desk) -> None:
+    card = f"card{time.time_ns()}"
+    moment = datetime(2026, 1, 20, 12, tzinfo=UTC)
+    orders = [
+        made(order_id=f"batch{n}", card_fingerprint=card, created_at=(moment + timedelta(minutes=n)).isoformat())
+        for n in range(5)
+    ]
+    response = desk.client.post("/v1/fraud/score:batch", json={"orders": orders})
+    assert [one["order_id"] for one in response.json()["scores"]] == [order["order_id"] for order in orders]
+    assert [desk.features(f"batch{n}")["card_orders_1h"] for n in range(5)] == [0, 1, 2, 3, 4]
+
+
+def test_identifiers_find_the_account(desk: Desk) -> None:
+    memory = desk.application.fraud.memory
+    assert memory is not None
+    nodes = memory.known.nodes
+    node = min(node for node, account in nodes.items() if node.startswith("email:") and account is not None)
+    desk.score(order_id="by-email", email=node.removeprefix("email:").upper())
+    desk.score(order_id="by-id", user_id=nodes[node])
+    entities = {one.order_id: one.entity for one in desk.written}
+    assert entities["by-email"]["customer"] == entities["by-id"]["customer"] == f"user:{nodes[node]}"
+
+
+def test_replicas_share_orders_and_answers(desk: Desk) -> None:
+    card = f"card{time.time_ns()}"
+    first = desk.score(order_id="shared", card_fingerprint=card)
+    other = replica(desk.settings)
+    with running(other) as client:
+        wait_for(lambda: other.watch.current.champion is not None)
+        assert client.post("/v1/fraud/score", json=made(order_id="shared", card_fingerprint=card)).json() == first
+        desk.score(order_id="shared2", card_fingerprint=card)
+        wait_for(lambda: other.fraud.recent.answered("shared2", datetime.now(UTC)) is not None)
+        heard: list[Score] = []
+        other.scores.write = heard.append  # type: ignore[method-assign]
+        assert client.post("/v1/fraud/score", json=made(card_fingerprint=card)).status_code == 200
+        assert heard[0].features["card_orders_1h"] == 2
+
+
+def test_another_champion_takes_over_while_orders_are_scored(desk: Desk) -> None:
+    registry = Registry(home=desk.settings.home)
+    before = registry.champion_number()
+    challenger = registry.record(trained(desk.settings, 2)).number
+    wait_for(lambda: desk.application.watch.current.challenger is not None)
+    desk.score(order_id="shadowed")
+    shadow = next(one.shadow for one in desk.written if one.order_id == "shadowed")
+    assert shadow is not None
+    assert shadow["version"] == challenger
+    assert 0 <= shadow["score"] <= 1
+    versions: list[int] = []
+    stop = threading.Event()
+
+    def shoot() -> None:
+        while not stop.is_set():
+            versions.append(desk.score()["model"]["version"])
+
+    shooting = threading.Thread(target=shoot)
+    shooting.start()
+    try:
+        wait_for(lambda: len(versions) > 3)
+        registry.promote(challenger)
+        promoted = time.monotonic()
+        wait_for(lambda: versions[-1] == challenger, seconds=10)
+        assert time.monotonic() - promoted < 10
+    finally:
+        stop.set()
+        shooting.join()
+    assert versions == sorted(versions)
+    assert set(versions) == {before, challenger}
+
+
+def test_account_events_of_the_tail_count(desk: Desk) -> None:
+    memory = desk.application.fraud.memory
+    assert memory is not None
+    moment = datetime.now(UTC) - timedelta(minutes=3)
+    event = {
+        "event_id": f"late{time.time_ns()}",
+        "event_type": "login_failed",
+        "timestamp": moment.isoformat(),
+        "user_id": 7,
+        "metadata": {"device_id": "d-tail"},
+    }
+    producer = Producer({"bootstrap.servers": desk.settings.kafka.bootstrap_servers})
+    heard = len(memory.line.stock.account_events)
+    for outcome in range(3):  # it comes again: once the same, once corrected
+        again = event if outcome < 2 else event | {"timestamp": (moment - timedelta(days=2)).isoformat()}
+        producer.produce("events", json.dumps(again).encode())
+        producer.flush(10)
+        if outcome == 0:
+            wait_for(lambda: len(memory.line.stock.account_events) == heard + 1)
+            desk.score(order_id="after-login", user_id=7)
+    wait_for(lambda: len(memory.line.stock.account_events) == heard + 3)
+    desk.score(order_id="after-correction", user_id=7)
+    assert desk.features("after-login")["account_failed_logins_1h"] == 1
+    assert desk.features("after-correction")["account_failed_logins_1h"] == 0
+    assert desk.features("after-correction")["account_minutes_since_failed_login"] == pytest.approx(2 * 24 * 60 + 3, abs=1)
+
+
+def test_memory_made_anew_knows_what_was_scored(desk: Desk) -> None:
+    """Also what is scored while it is made; what is forgotten counts no more, and is not missed."""
+    card = f"card{time.time_ns()}"
+    fraud = desk.application.fraud
+    before = fraud.memory
+    assert before is not None
+    desk.score(order_id="old", card_fingerprint=card)
+    made_anew = threading.Thread(target=lambda: [fraud._remember(before.known, before.line, before.events) for _ in range(3)])
+    made_anew.start()
+    count = 1
+    while made_anew.is_alive() or count < 5:
+        desk.score(order_id=f"while{count}", card_fingerprint=card)
+        assert desk.features(f"while{count}")["card_orders_1h"] == count
+        count += 1
+    made_anew.join()
+    assert fraud.memory is not before
+    with fraud._lock:
+        memory = fraud.memory
+        assert memory is not None
+        memory.online.forget("old")
+        history = [row for _, row in fraud.recent.scored.values() if row["order_id"] != "old"]
+    desk.score(order_id="last", card_fingerprint=card, user_id=3, device_id="d-last")
+    assert desk.features("last")["card_orders_1h"] == count - 1
+    entity = pl.DataFrame([next(one.entity for one in desk.written if one.order_id == "last")], schema=ORDER_COLUMNS)
+    orders = pl.concat([memory.known.entities, pl.DataFrame(history, schema=ORDER_COLUMNS)])
+    later = account_events(memory.line.stock.later.select(EVENT_READS))
+    events = pl.concat([memory.events, later])
+    (want,) = compute(entity, History(orders, events, memory.known.categories)).drop("order_id", "placed_at").to_dicts()
+    told = desk.features("last")
+    off = {name: (told[name], want[name]) for name in told if told[name] != want[name]}
+    assert off == {}
+
+
+def test_a_model_that_is_no_forest_is_asked_in_its_own_way(desk: Desk) -> None:
+    champion = desk.application.watch.current.champion
+    assert champion is not None
+    desk.score(order_id="both-ways", user_id=5)
+    values = [desk.features("both-ways")[feature.name] for feature in FEATURES]
+    told = [math.nan if value is None else value for value in values]
+    score, added = champion.explain(told)
+    slow_score, slow_added = replace(champion, forest=None).explain(told)
+    assert slow_score == pytest.approx(score, abs=1e-6)
+    assert replace(champion, forest=None).score(told) == slow_score
+    assert slow_added == pytest.approx(added, abs=1e-4)
+
+
+def test_a_score_that_must_wait_keeps_nobody_else_waiting(desk: Desk) -> None:
+    with desk.application.fraud._lock, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(desk.score, order_id="waits")
+        assert desk.client.get("/-/healthz").status_code == 200
+        time.sleep(0.2)
+        assert desk.client.get("/-/healthz").status_code == 200
+        assert not waiting.done()
+        desk.application.fraud._lock.release()
+        try:
+            assert waiting.result(10)["order_id"] == "waits"
+        finally:
+            desk.application.fraud._lock.acquire()
+
+
+def test_scores_are_kept_as_events_without_an_account(desk: Desk) -> None:
+    desk.score(order_id="kept", user_id=4)
+    assert desk.application.scores.flush(10) == 0
+    asked = {"bootstrap.servers": desk.settings.kafka.bootstrap_servers, "group.id": "test", "enable.partition.eof": True}
+    consumer = Consumer(asked)
+    consumer.assign([TopicPartition(TOPIC, number, 0) for number in range(3)])
+    found: list[Any] = []
+    ends = 0
+    while ends < 3:
+        message = consumer.poll(10)
+        assert message is not None
+        if message.error():
+            ends += 1
+        else:
+            found.append(json.loads(message.value()))
+    consumer.close()
+    (event,) = [one for one in found if one["metadata"]["order_ref"] == "kept"]
+    assert event["event_type"] == "order_scored"
+    assert event.keys() == {"event_id", "event_type", "timestamp", "metadata"}
+    assert event["metadata"]["features"] == desk.features("kept")
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"order_id": ""}, "order_id"),
+        ({"total_amount": "much"}, "total_amount"),
+        ({"total_amount": 1.5}, "total_amount"),
+        ({"items": [{"product_id": "P1", "quantity": 1, "unit_price": "1e3"}]}, "items[0].unit_price"),
+        ({"currency": "dollars"}, "currency"),
+        ({"items": [{"product_id": "P1", "quantity": 0, "unit_price": "1"}]}, "items[0].quantity"),
+        ({"source": "fax"}, "source"),
+        ({"created_at": "2026-01-01T00:00:00"}, "created_at"),
+        ({"created_at": "2999-01-01T00:00:00Z"}, "created_at"),
+        ({"created_at": "0001-01-01T00:00:00Z"}, "created_at"),
+        ({"user_id": -1}, "user_id"),
+        ({"device": "d"}, "device"),
+    ],
+)
+def test_a_wrong_order_is_told_which_field(desk: Desk, change: dict[str, Any], field: str) -> None:
+    response = desk.client.post("/v1/fraud/score", json=made(**change))
+    assert response.status_code == (409 if change.get("created_at", "").endswith("Z") else 400)
+    assert response.json()["errors"][0]["field"] == field
+
+
+def test_an_order_twice_in_a_batch_is_one_order(desk: Desk) -> None:
+    orders = [made(order_id="twice"), made(order_id="other"), made(order_id="twice", total_amount="9.00")]
+    scores = desk.client.post("/v1/fraud/score:batch", json={"orders": orders}).json()["scores"]
+    assert [one["order_id"] for one in scores] == ["twice", "other", "twice"]
+    assert scores[0] == scores[2]
+    assert desk.features("twice")["amount"] == 120
+    assert [one.order_id for one in desk.written].count("twice") == 1
+
+
+def test_a_whole_number_may_have_a_point(desk: Desk) -> None:
+    desk.score(order_id="point", user_id=3.0, items=[{"product_id": "P0001", "quantity": 2.0, "unit_price": "60"}])
+    assert desk.written[-1].entity["account"] == 3
+
+
+def test_an_amount_of_any_size_is_scored_or_refused(desk: Desk) -> None:
+    for amount in ("-5", "0", "0.00000001", "99999999999999.99", "1e30", "NaN", "Infinity"):
+        response = desk.client.post("/v1/fraud/score", json=made(total_amount=amount))
+        assert response.status_code in (200, 400), (amount, response.text)
+
+
+def test_an_order_is_forgotten_when_the_lakehouse_has_it_or_should_have() -> None:
+    now = datetime(2026, 1, 31, tzinfo=UTC)
+    recent = Recent(timedelta(hours=1))
+    for name, age in (("placed", 2), ("dropped", 2), ("young", 0.1)):
+        recent.add({"order_id": name}, now - timedelta(hours=age), name)  # type: ignore[arg-type]
+    assert recent.forget({"placed"}, now, now) == ["placed", "dropped"]
+    assert list(recent.scored) == ["young"]
+    recent.add({"order_id": "young", "amount": 1}, now, "again")  # type: ignore[arg-type]
+    assert recent.scored["young"] == (now, {"order_id": "young", "amount": 1})
+    assert recent.answered("young", now) == "young"
+    assert recent.answered("placed", now) is None
+    assert recent.forget(set(), now - timedelta(hours=3), now + timedelta(hours=2)) == []
+    assert list(recent.scored) == ["young"]
+
+
+def test_what_was_served_is_reproduced_from_the_lakehouse(desk: Desk) -> None:
+    """The shop's time goes on: its new orders are scored one by one, `run` reads them, features are computed offline."""
+    dsn = desk.settings.postgres.dsn.get_secret_value()
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        (last,) = connection.execute("SELECT max(order_id) FROM orders").fetchone() or (0,)
+        (newest,) = connection.execute("SELECT max(user_id) FROM users").fetchone() or (0,)
+        sandbox.step(desk.settings.home, 60)
+        names = (
+            "order_id, user_id, source, store_id, currency, total_amount, payment_method, card_fingerprint, ip_address, "
+            "device_id, shipping_address, created_at"
+        )
+        rows = connection.execute(f"SELECT {names} FROM orders WHERE order_id > %s ORDER BY created_at, order_id", (last,))
+        columns = [one.name for one in rows.description or ()]
+        orders = [dict(zip(columns, row, strict=True)) for row in rows]
+        lines = connection.execute(
+            "SELECT order_id, product_id, quantity, unit_price FROM order_items WHERE order_id > %s", (last,)
+        )
+        items: dict[int, list[dict[str, Any]]] = {}
+        for order_id, product, quantity, price in lines:
+            if quantity > 0:
+                items.setdefault(order_id, []).append({"product_id": product, "quantity": quantity, "unit_price": str(price)})
+        created = dict(connection.execute("SELECT user_id, created_at FROM users WHERE user_id > %s", (newest,)).fetchall())
+    wait_for(lambda: caught_up(desk))
+    served: dict[str, float] = {}
+    bodies = []
+    for order in orders:
+        body = {name: str(value) if isinstance(value, Decimal) else value for name, value in order.items() if value is not None}
+        body |= {"order_id": str(order["order_id"]), "created_at": order["created_at"].astimezone(UTC).isoformat()}
+        body["items"] = items.get(order["order_id"], [])
+        if (moment := created.get(order["user_id"])) is not None:
+            body["account_created_at"] = moment.astimezone(UTC).isoformat()
+        bodies.append(body)
+        response = desk.client.post("/v1/fraud/score", json=body)
+        assert response.status_code == 200, response.text
+        served[str(order["order_id"])] = response.json()["score"]
+    assert desk.application.scores.flush(10) == 0
+    kafka = desk.settings.kafka.model_copy(update={"topics": ("events", TOPIC)})
+    settings = desk.settings.model_copy(update={"kafka": kafka})
+    with open_engine(settings) as engine:
+        assert not run_pass(engine, lambda name, report: None).errors
+        refresh(engine)
+        offline = engine.lake.load(ORDER_FEATURES).read(ORDER_FEATURES.schema.names, pl.col("order_id").is_in(list(served)))
+        scored = pl.col("event_type") == "order_scored"
+        kept = engine.lake.load(EVENTS_CLEAN).read(["metadata", "user_id", "device_id"], scored)
+        seen_by_monitor = served_scores(engine.lake, Registry(home=settings.home).load())
+    model = desk.application.watch.current.champion
+    assert model is not None
+    assert offline.height == len(served) > 20
+    # every score from the features kept with it
+    told = [json.loads(text) for text in kept["metadata"]]
+    mine = [one for one in told if one["order_ref"] in served]
+    assert {one["order_ref"] for one in mine} == served.keys()
+    seen = pl.DataFrame([one["features"] for one in mine], schema={one.name: one.dtype for one in FEATURES})
+    again = model.model.score(seen)
+    assert [served[one["order_ref"]] for one in mine] == pytest.approx(again.tolist(), abs=1e-6)
+    assert kept["user_id"].null_count() == kept["device_id"].null_count() == kept.height
+    # monitor counts the same orders, and explains those that differ
+    assert seen_by_monitor.known == len(served)
+    assert seen_by_monitor.unread == 0
+    assert seen_by_monitor.scored >= seen_by_monitor.known
+    assert 0 < seen_by_monitor.equal <= len(served)
+    assert seen_by_monitor.rescored == len(served)
+    matching = sum(abs(model_again - served[one]) <= 1e-6 for one, model_again in offline_scores(offline, model.model).items())
+    assert seen_by_monitor.same_score == matching
+    # and served with what the lakehouse knows by now, it is the score of training's own features
+    model_again = dict(zip(offline["order_id"], model.model.score(offline).tolist(), strict=True))
+    with running(replica(settings, scores_topic="")) as client:
+        wait_for(lambda: client.post("/v1/fraud/score", json=made()).status_code == 200)
+        now = client.post("/v1/fraud/score:batch", json={"orders": bodies}).json()["scores"]
+    assert {one["order_id"]: one["score"] for one in now} == pytest.approx(model_again, abs=1e-6)
+
+
+def offline_scores(offline: pl.DataFrame, model: Any) -> dict[str, float]:
+    return dict(zip(offline["order_id"], model.score(offline).tolist(), strict=True))
+
+
+def test_the_champions_label_delay_is_served(desk: Desk) -> None:
+    registry = Registry(home=desk.settings.home)
+    fraud, before = desk.application.fraud, registry.champion_number()
+    assert before is not None
+    registry.promote(registry.record(replace(trained(desk.settings, 31), label_delay=timedelta(days=20))).number)
+    try:
+        wait_for(lambda: fraud.memory is not None and fraud.memory.online.delay == timedelta(days=20) // MICROSECOND)
+        assert desk.score()["model"]["version"] != before
+    finally:
+        registry.rollback()
+    wait_for(lambda: fraud.memory is not None and fraud.memory.online.delay == LABEL_DELAY // MICROSECOND)
+
+
+def caught_up(desk: Desk) -> bool:
+    return desk.application.state.freshness(desk.application.state.line).staleness_ms < 1_000

@@ -1,0 +1,82 @@
+"""From figures back to offsets: also after compaction and expiry, while a run is half done, and when the way is lost."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from support.serve_world import STEPS, figures_of, figures_online, ingest, message
+from support.shop_history import make_engine
+
+from lakehouse.engine.engine import Engine
+from lakehouse.iceberg.maintenance import maintain
+from lakehouse.iceberg.table_handle import Lake
+from lakehouse.settings import Settings
+from lakehouse.table import Table
+from pipelines.bronze.tables import EVENTS
+from pipelines.gold.inventory_health import INVENTORY_HEALTH
+from pipelines.silver.events_clean import EVENTS_CLEAN
+from pipelines.silver.inventory_snapshots import INVENTORY_SNAPSHOTS
+from serve.state.lake_snapshot import StateError, newest_chain, open_base
+from serve.state.stock import Stock
+
+TABLES: tuple[Table, ...] = (EVENTS, EVENTS_CLEAN, INVENTORY_SNAPSHOTS, INVENTORY_HEALTH)
+
+
+def received(number: int, event_id: str = "") -> dict[str, object]:
+    return message(number, "stock_received", number % 5, event_id or f"e{number}", store_id="S1", product_id="P1", quantity=1)
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Engine:
+    engine = make_engine(tmp_path)
+    for start in (0, 4, 8):
+        ingest(engine, [received(number) for number in range(start, start + 4)])
+    return engine
+
+
+def test_nothing_is_known_of_an_empty_lakehouse(tmp_path: Path) -> None:
+    engine = make_engine(tmp_path)
+    base = open_base(newest_chain(engine.lake))
+    assert (base.offsets, base.stock.height, len(base.known), base.at) == ({}, 0, 0, None)
+
+
+def test_the_offsets_are_those_of_the_figures_not_of_bronze(engine: Engine) -> None:
+    assert newest_chain(engine.lake).offsets == {"events:0": 12}
+    # a run that has got as far as bronze, then as far as events
+    ingest(engine, [received(12)], steps=())
+    for step in STEPS:
+        assert newest_chain(engine.lake).offsets == {"events:0": 12}
+        engine.refresh(step)
+    assert newest_chain(engine.lake).offsets == {"events:0": 13}
+
+
+def test_events_that_move_no_stock_move_the_offsets(engine: Engine) -> None:
+    ingest(engine, [message(12, "view_product", 1, "v1")])
+    assert newest_chain(engine.lake).offsets == {"events:0": 13}
+
+
+def test_it_is_the_same_after_compaction_and_expiry(engine: Engine) -> None:
+    before = newest_chain(engine.lake)
+    stock = figures_online(Stock(open_base(before), engine.context))
+    lake = Lake(Settings(home=engine.lake.settings.home, snapshot_retention_hours=0))
+    for table in TABLES:
+        maintain(lake, table, datetime.now(UTC) + timedelta(hours=1))
+    chain = newest_chain(engine.lake)
+    assert chain.offsets == before.offsets
+    base = open_base(chain)
+    assert figures_online(Stock(base, engine.context)) == stock
+    assert len(base.known) == 12
+    ledger = engine.lake.load(INVENTORY_SNAPSHOTS).read(INVENTORY_SNAPSHOTS.schema.names)
+    assert stock == figures_of(ledger)
+
+
+def test_a_lost_way_is_an_error_with_a_way_out(engine: Engine) -> None:
+    """Silver was not brought up to date for longer than snapshots are kept, while bronze was."""
+    handle = engine.lake.load(EVENTS)
+    handle.commit([], positions={"kafka": {"events:0": 20}}, changes_rows=True)
+    lake = Lake(Settings(home=engine.lake.settings.home, snapshot_retention_hours=0))
+    maintain(lake, EVENTS, datetime.now(UTC) + timedelta(hours=1))
+    with pytest.raises(StateError, match="python -m app run"):
+        newest_chain(engine.lake)

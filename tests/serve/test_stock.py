@@ -1,0 +1,122 @@
+"""Online stock is what silver says when it has read the same events: any split, order and repetition."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import polars as pl
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from support.serve_world import KINDS, bronze, figures_of, figures_online, ingest, message
+from support.shop_history import make_engine
+
+from lakehouse.engine.engine import Engine
+from pipelines.silver import events_clean, inventory_snapshots
+from pipelines.silver.inventory_snapshots import EVENT_COLUMNS, GROUP, INVENTORY_SNAPSHOTS
+from serve.state.lake_snapshot import newest_chain, open_base
+from serve.state.stock import Stock
+
+Sent = tuple[str, int, str, dict[str, Any]]
+SENT: st.SearchStrategy[Sent] = st.tuples(
+    st.sampled_from(KINDS),
+    st.integers(0, 4),
+    st.integers(0, 14).map(str),
+    st.fixed_dictionaries(
+        {
+            "store_id": st.sampled_from(["S1", "S2"]),
+            "product_id": st.sampled_from(["P1", "P1", "P2"]),
+            "quantity": st.sampled_from([1, 2, 3, 5, 8, 0]),
+            "to_store_id": st.sampled_from(["S2", "S3"]),
+            "purchase_order": st.sampled_from([None, "A", "B"]),
+            "reserved": st.sampled_from([None, True, False]),
+            "sign": st.sampled_from([1, -1]),
+        }
+    ),
+)
+
+
+def numbered(sent: list[Sent], first: int = 0) -> list[dict[str, Any]]:
+    return [message(number, kind, hour, name, **metadata) for number, (kind, hour, name, metadata) in enumerate(sent, first)]
+
+
+def in_batches(stock: Stock, tail: list[dict[str, Any]], data: st.DataObject) -> None:
+    """Apply messages in batches of any size; what changed must have been told."""
+    before, told = figures_online(stock), set()
+    while tail:
+        size = data.draw(st.integers(1, len(tail)))
+        told |= stock.apply(bronze(tail[:size]))
+        tail = tail[size:]
+    now = figures_online(stock)
+    assert {pair for pair in now.keys() | before.keys() if now.get(pair) != before.get(pair)} <= told
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, list[dict[str, Any]]]:
+    """A lakehouse that knows some messages, and these."""
+    random = Random(5)
+    engine = make_engine(tmp_path_factory.mktemp("known"))
+    sent = [
+        (
+            kind,
+            hour % 4,
+            str(number),
+            {
+                "store_id": random.choice(["S1", "S2"]),
+                "product_id": random.choice(["P1", "P2"]),
+                "quantity": random.randint(1, 9),
+                "to_store_id": "S3",
+                "purchase_order": random.choice([None, "A"]),
+                "sign": 1,
+            },
+        )
+        for number, (kind, hour) in enumerate((random.choice(KINDS), random.randint(0, 3)) for _ in range(10))
+    ]
+    rows = numbered(sent)
+    ingest(engine, rows)
+    return engine, rows
+
+
+@given(st.lists(SENT, min_size=1, max_size=12), st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_the_tail_changes_figures_as_silvers_functions_do(
+    known: tuple[Engine, list[dict[str, Any]]], sent: list[Sent], data: st.DataObject
+) -> None:
+    engine, before = known
+    rows = [*numbered(sent, len(before)), *data.draw(st.lists(st.sampled_from(before), max_size=2))]
+    rows += data.draw(st.lists(st.sampled_from(rows), max_size=3))
+    stock = Stock(open_base(newest_chain(engine.lake)), engine.context)
+    in_batches(stock, rows, data)
+    parsed = events_clean.parse_events(bronze([*before, *rows])).rows
+    events = events_clean.fill({"events": parsed}, engine.context)
+    both = pl.concat([events.select(GROUP), events.select(pl.col("to_store_id").alias("store_id"), "product_id")])
+    groups = both.drop_nulls().unique().with_columns(since=pl.lit(None, pl.Datetime("us", "UTC")))
+    ledger = inventory_snapshots.fill({"events": events.select(EVENT_COLUMNS), "groups": groups}, engine.context)
+    assert figures_online(stock) == figures_of(ledger)
+
+
+@given(st.lists(SENT, min_size=1, max_size=25), st.data())
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow], phases=[Phase.generate])
+def test_online_stock_is_silvers(sent: list[Sent], data: st.DataObject) -> None:
+    rows = numbered(sent)
+    split = data.draw(st.integers(0, len(rows)))
+    with tempfile.TemporaryDirectory() as home:
+        engine = make_engine(Path(home))
+        ingest(engine, rows[:split])
+        base = open_base(newest_chain(engine.lake))
+        if base.events.files:
+            assert base.offsets == {"events:0": split}
+        else:  # nothing, or nothing that can be read: the topic is read from its beginning
+            assert base.offsets in ({}, {"events:0": split})
+        stock = Stock(base, engine.context)
+        # what the snapshot knows may come again: a consumer may start earlier than it has to
+        in_batches(stock, rows[data.draw(st.integers(0, split)) :], data)
+        ingest(engine, rows[split:])
+        silver = engine.lake.load(INVENTORY_SNAPSHOTS).read(INVENTORY_SNAPSHOTS.schema.names)
+        assert figures_online(stock) == figures_of(silver)
+        for product in ("P1", "P2"):
+            online = stock.history(product=product).sort(INVENTORY_SNAPSHOTS.key)
+            assert online.equals(silver.filter(product_id=product).sort(INVENTORY_SNAPSHOTS.key))

@@ -1,0 +1,98 @@
+"""A fraud model on a small sandbox, and one application that scores with it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import polars as pl
+from starlette.testclient import TestClient
+
+from lakehouse.iceberg.table_handle import Lake
+from lakehouse.settings import Settings
+from lakehouse.step import context_of
+from ml.evaluation.metrics import ThresholdSettings, choose_threshold, evaluate
+from ml.features.features import FEATURES, History, compute
+from ml.registry import Training
+from ml.tables.order_features import account_events
+from ml.training.training import TrainingSettings, fit_here
+from pipelines.silver.events_clean import EVENTS_CLEAN
+from serve.application import Application
+from serve.settings import ServeSettings
+from serve.state.orders import read_known
+from serve.state.score_topic import Score
+from serve.state.table_cache import Snapshots
+
+TOPIC = f"scores{time.time_ns():x}"
+
+
+@dataclass
+class Desk:
+    """A replica with what it has written."""
+
+    settings: Settings
+    application: Application
+    client: TestClient
+    written: list[Score] = field(default_factory=list)
+
+    def score(self, **order: Any) -> Any:
+        response = self.client.post("/v1/fraud/score", json=made(**order))
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def features(self, order_id: str) -> Any:
+        features = next(one.features for one in self.written if one.order_id == order_id)
+        return {name: None if value != value else value for name, value in features.items()}
+
+
+def made(**order: Any) -> dict[str, Any]:
+    return {
+        "order_id": f"n{time.time_ns()}",
+        "currency": "USD",
+        "total_amount": "120.00",
+        "items": [{"product_id": "P0001", "quantity": 2, "unit_price": "60.00"}],
+        "payment_method": "card",
+    } | order
+
+
+def trained(settings: Settings, seed: int) -> Training:
+    """A model of the shop's own features; its label is made up, so that there is something to learn."""
+    known = read_known(Snapshots(Lake(settings)), context_of(settings))
+    events = account_events(Lake(settings).load(EVENTS_CLEAN).read(EVENTS_CLEAN.schema.names))
+    frame = compute(known.entities, History(known.entities, events, known.categories)).sort("placed_at", "order_id")
+    wrong = (frame["amount"] > 80) ^ pl.Series(np.random.default_rng(seed).random(frame.height) < 0.2)
+    frame = frame.with_columns(label=wrong.fill_null(False).cast(pl.Int8)).join(
+        known.entities.select("order_id", "customer"), on="order_id"
+    )
+    train, test = frame.head(frame.height // 2), frame.tail(frame.height // 2)
+    model = fit_here(train, None, FEATURES, TrainingSettings(rounds=15, seed=seed))
+    asked = ThresholdSettings()
+    threshold = choose_threshold(test, model.score(test), asked)
+    return Training(
+        model=model,
+        features=FEATURES,
+        evaluation=evaluate(test, model.score(test), asked, threshold),
+        example=test.head(3),
+        snapshots={},
+        seed=seed,
+        code_version="test",
+    )
+
+
+def replica(settings: Settings, **serving: Any) -> Application:
+    options = {"keys_file": settings.home / "none.json", "scores_topic": TOPIC, "refresh_seconds": 0.3, "model_seconds": 0.3}
+    return Application(settings, ServeSettings(**(options | {"probe_seconds": 0.05} | serving)), context_of(settings))
+
+
+@contextlib.contextmanager
+def running(application: Application) -> Iterator[TestClient]:
+    with TestClient(application.asgi(), client=("127.0.0.1", 1), base_url="http://127.0.0.1") as client:
+        until = time.monotonic() + 60
+        while client.get("/-/readyz").status_code != 200:
+            assert time.monotonic() < until, client.get("/-/readyz").text
+            time.sleep(0.05)
+        yield client

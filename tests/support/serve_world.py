@@ -1,0 +1,71 @@
+"""A small lakehouse of stock events for the tests of serving, filled as `run` fills it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import polars as pl
+
+from lakehouse.engine.engine import Engine
+from lakehouse.iceberg.table_handle import as_arrow
+from lakehouse.step import Step
+from pipelines.bronze.tables import EVENTS, row_schema
+from pipelines.gold import inventory_health
+from pipelines.silver import events_clean, inventory_snapshots
+from pipelines.silver.inventory_snapshots import FIGURES, GROUP, as_of
+from serve.state.stock import Stock
+
+T0 = datetime(2026, 1, 1, tzinfo=UTC)
+STEPS = (events_clean.STEP, inventory_snapshots.STEP, inventory_health.STEP)
+KINDS = (
+    "stock_received", "stock_incoming", "stock_reserved", "reservation_released", "stock_sold", "stock_returned",
+    "stock_adjusted", "stock_transferred", "stock_counted", "safety_stock_set", "view_product",
+)  # fmt: skip
+
+
+def message(number: int, kind: str, hour: int, event_id: str, **metadata: Any) -> dict[str, Any]:
+    """A bronze row; its offset is `number`."""
+    moment = T0 + timedelta(hours=hour)
+    value = {"event_id": event_id, "event_type": kind, "timestamp": moment.isoformat(), "metadata": metadata}
+    return {
+        "topic": "events",
+        "partition": 0,
+        "offset": number,
+        "value": json.dumps(value).encode(),
+        "_op": "c",
+        "_source_position": f"events/00000/{number:019d}",
+        "_source_time": T0,
+    }
+
+
+def bronze(rows: list[dict[str, Any]]) -> pl.DataFrame:
+    """Messages as the connector gives them."""
+    columns = {name: [row.get(name) for row in rows] for name in row_schema(EVENTS).names}
+    empty = pl.from_arrow(row_schema(EVENTS).empty_table())
+    assert isinstance(empty, pl.DataFrame)
+    return pl.DataFrame(columns, schema=empty.schema)
+
+
+def ingest(engine: Engine, rows: list[dict[str, Any]], steps: Sequence[Step] = STEPS) -> None:
+    """What `run` does with the messages."""
+    handle = engine.lake.load(EVENTS)
+    if rows:
+        frame = bronze(rows).with_columns(
+            pl.lit(T0).dt.cast_time_unit("us").alias("_ingested_at"), pl.lit(handle.sequence, pl.Int64).alias("_seq")
+        )
+        end = {"events:0": max(row["offset"] for row in rows) + 1}
+        handle.commit(handle.writer.write(as_arrow(frame, handle.arrow_schema)), positions={"kafka": end})
+    for step in steps:
+        engine.refresh(step)
+
+
+def figures_of(ledger: pl.DataFrame) -> dict[tuple[str, str], tuple[int, ...]]:
+    last = as_of(ledger, T0 + timedelta(days=999))
+    return {(row[0], row[1]): row[2:] for row in last.select(*GROUP, *FIGURES, "available_to_promise").iter_rows()}
+
+
+def figures_online(stock: Stock) -> dict[tuple[str, str], tuple[int, ...]]:
+    return {pair: tuple(getattr(one, name) for name in (*FIGURES, "available_to_promise")) for pair, one in stock}
