@@ -153,8 +153,8 @@ def bare(port: int) -> None:
     from starlette.responses import JSONResponse
     from starlette.routing import Route
 
-    from lakehouse.settings import load_settings
     from ml.registry import Registry
+    from pipelines.settings import load_settings
 
     model = Registry(home=load_settings().home).load().model
     stores = [level(store) for store in range(6)]
@@ -231,7 +231,7 @@ def score_on(base: str, body: str, stop: threading.Event, statuses: list[int]) -
 
 def measure(home: Path, seconds: int, rounds: int) -> dict[str, Any]:
     """All of it, on a lakehouse with a champion."""
-    from lakehouse.settings import load_settings
+    from pipelines.settings import load_settings
 
     os.environ["SHOPSPHERE_HOME"] = str(home)
     settings = load_settings()

@@ -30,15 +30,15 @@ sys.path.insert(0, str(ROOT))
 
 from lakehouse.engine.engine import Engine, conform, stamp  # noqa: E402
 from lakehouse.iceberg.table_handle import Lake  # noqa: E402
-from lakehouse.parallel import Pool  # noqa: E402
-from lakehouse.settings import RaySettings, Settings  # noqa: E402
-from lakehouse.step import Context  # noqa: E402
+from lakehouse.parallel import TaskPool  # noqa: E402
+from lakehouse.settings import RaySettings  # noqa: E402
 from lakehouse.table import DELETED, Table  # noqa: E402
 from ml import category_amounts, fraud_ratios, order_features  # noqa: E402
 from ml.features.build import build  # noqa: E402
 from ml.features.features import FEATURES, LABEL_DELAY  # noqa: E402
 from ml.tables.order_entities import ORDER_ENTITIES  # noqa: E402
 from ml.training.training_set import labelled_orders  # noqa: E402
+from pipelines.settings import BusinessSettings, Settings  # noqa: E402
 from pipelines.silver.events_clean import EVENTS_CLEAN  # noqa: E402
 from pipelines.silver.quarantine import QUARANTINE  # noqa: E402
 
@@ -159,7 +159,7 @@ class Watch:
 def ours(home: Path, count: int, check: Path | None) -> dict[str, float]:
     """Build the features of `count` orders and read the training set; writes the features to `check`."""
     settings = Settings(home=home / f"lake-{count}", ray=RaySettings(rows_per_task=BLOCK))
-    engine = Engine(Lake(settings), Pool(settings.ray), Context(), QUARANTINE)
+    engine = Engine(Lake(settings), TaskPool(settings.ray), BusinessSettings(), QUARANTINE)
     try:
         orders = made_orders(count)
         write(engine, ORDER_ENTITIES, orders)

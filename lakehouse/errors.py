@@ -3,14 +3,14 @@
 ShopSphereError            anything this project raises on purpose (one line, exit code 1)
 |- SettingsError           a setting is missing or wrong
 |- SourceError             a source cannot be reached, or does not hold what was asked
-|  |- OffsetGone           records were deleted at the source before they were read
+|  |- OffsetExpired           records were deleted at the source before they were read
 |- SchemaConflict          a source changed the type of a column incompatibly
 |- UnknownColumn           a column was met that the plan did not know (the engine adds it and retries)
 |- CommitConflict          another writer committed first, or the answer to a commit was lost: to be tried again
 |  |- CatalogUnreachable   the catalog does not answer
 |- TableNotFound           no such table
-|- DamagedTable            a table has lost a file
-|- Outage                  the disk, the object store, the catalog or Ray failed; what was committed is whole
+|- MissingFilesError            a table has lost a file
+|- TransientError                  the disk, the object store, the catalog or Ray failed; what was committed is whole
 |- QueryError              a SQL statement cannot be run
 |- ExpectationsFailed      a build broke an expectation and was not published (lakehouse/expectations.py)
 |- SandboxError            a sandbox server cannot be started, or is not running
@@ -32,7 +32,7 @@ class SourceError(ShopSphereError):
     """A source cannot be reached, or does not hold what was asked of it."""
 
 
-class OffsetGone(SourceError):
+class OffsetExpired(SourceError):
     """Records were deleted at the source before they were read."""
 
 
@@ -72,11 +72,11 @@ class TableNotFound(ShopSphereError):
     """No such table in the lakehouse."""
 
 
-class DamagedTable(ShopSphereError):
+class MissingFilesError(ShopSphereError):
     """A table has lost a file that its newest snapshot needs."""
 
 
-class Outage(ShopSphereError):
+class TransientError(ShopSphereError):
     """The disk, the object store, the catalog or Ray failed below us, and may work again by itself."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def size(count: int) -> str:
+def format_bytes(count: int) -> str:
     """Bytes, readable."""
     amount = float(count)
     for unit in ("B", "kB", "MB", "GB"):

@@ -22,12 +22,12 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from lakehouse.engine.engine import Engine, Report, roots
+from lakehouse.engine.engine import Engine, StepResult, roots
 from lakehouse.errors import ShopSphereError
 from lakehouse.expectations import ExpectationsFailed, Result
-from lakehouse.iceberg.table_handle import Handle
-from lakehouse.run_history import Run
-from lakehouse.step import Gather, Join, Step, Whole
+from lakehouse.iceberg.table_handle import TableHandle
+from lakehouse.run_history import RunRecord
+from lakehouse.step import Broadcast, Grouped, Lookup, Step
 from lakehouse.table import Table
 
 if TYPE_CHECKING:
@@ -133,19 +133,19 @@ class Begun:
 
 
 @dataclass
-class Events:
+class LineageEvents:
     """The events of one run. Nothing is sent before a step has something to do."""
 
     delivery: Delivery
     namespace: str
-    run: Run
+    run: RunRecord
     version: str
     begun: dict[str, Begun] = field(default_factory=dict)
     announced: bool = False
     failed: int = 0
     """Steps that failed, and sources that could not be read."""
 
-    def start(self, step: Step, target: Handle, upstream: Mapping[str, Handle]) -> None:
+    def start(self, step: Step, target: TableHandle, upstream: Mapping[str, TableHandle]) -> None:
         """A step has something to do. Called again for another attempt: it is the same run."""
         if step.target.name in self.begun:
             return
@@ -157,7 +157,7 @@ class Events:
         begun = self.begun[step.target.name] = Begun(str(generate_new_uuid()), step, versions)
         self._emit(lambda: self._event(begun, RunState.START, None, ()))
 
-    def complete(self, report: Report) -> None:
+    def complete(self, report: StepResult) -> None:
         """A step is done; nothing for one that had nothing to do."""
         from openlineage.client.event_v2 import RunState
 
@@ -173,7 +173,7 @@ class Events:
             results = error.results if isinstance(error, ExpectationsFailed) else ()
             self._emit(lambda: self._event(begun, RunState.FAIL, None, results, error))
 
-    def received(self, source: str, report: Report, table: Table) -> None:
+    def received(self, source: str, report: StepResult, table: Table) -> None:
         """A source was read into a bronze table; nothing when there was nothing new."""
         from openlineage.client.event_v2 import RunState
         from openlineage.client.uuid import generate_new_uuid
@@ -219,7 +219,7 @@ class Events:
         at = self.run.started_at if state.value == "START" else datetime.now(UTC)
         return RunEvent(eventTime=at.isoformat(), run=run, job=job, producer=PRODUCER, eventType=state, inputs=[], outputs=[])
 
-    def _reception(self, run_id: str, state: Any, source: str, table: Table, report: Report | None) -> RunEvent:
+    def _reception(self, run_id: str, state: Any, source: str, table: Table, report: StepResult | None) -> RunEvent:
         from openlineage.client.event_v2 import InputDataset, Job, RunEvent
         from openlineage.client.event_v2 import Run as OpenLineageRun
 
@@ -234,7 +234,12 @@ class Events:
         )
 
     def _event(
-        self, begun: Begun, state: Any, report: Report | None, results: tuple[Result, ...], error: ShopSphereError | None = None
+        self,
+        begun: Begun,
+        state: Any,
+        report: StepResult | None,
+        results: tuple[Result, ...],
+        error: ShopSphereError | None = None,
     ) -> RunEvent:
         from openlineage.client.event_v2 import InputDataset, Job, RunEvent
         from openlineage.client.event_v2 import Run as OpenLineageRun
@@ -260,7 +265,7 @@ class Events:
             outputs=[self._output(target, report, results, begun.step)],
         )
 
-    def _output(self, table: Table, report: Report | None, results: tuple[Result, ...], step: Step | None) -> Any:
+    def _output(self, table: Table, report: StepResult | None, results: tuple[Result, ...], step: Step | None) -> Any:
         from openlineage.client.event_v2 import OutputDataset
         from openlineage.client.facet_v2 import (
             column_lineage_dataset,
@@ -302,7 +307,7 @@ class Events:
 
 
 @contextmanager
-def reported(engine: Engine, run: Run, version: Callable[[], str]) -> Iterator[Events | None]:
+def reported(engine: Engine, run: RunRecord, version: Callable[[], str]) -> Iterator[LineageEvents | None]:
     """The events of a run, None where OpenLineage is not configured, or was away a moment ago. version: of the source code,
     asked for only then."""
     if not configured() or time.monotonic() < RECEIVER.paused_until:
@@ -317,7 +322,7 @@ def reported(engine: Engine, run: Run, version: Callable[[], str]) -> Iterator[E
         yield None
         return
     delivery = Delivery(client)
-    events = Events(delivery, engine.lake.settings.catalog.name, run, version())
+    events = LineageEvents(delivery, engine.lake.settings.catalog.name, run, version())
     before, engine.begun = engine.begun, events.start
     error: BaseException | None = None
     try:
@@ -345,7 +350,7 @@ def upstream_tables(step: Step) -> list[Table]:
     found = {}
     for read in step.reads.values():
         found[read.table.name] = read.table
-        if isinstance(read, Whole | Join) and read.through is not None:
+        if isinstance(read, Broadcast | Lookup) and read.through is not None:
             found.setdefault(read.through.name, read.through)
     found.pop(step.target.name, None)
     return list(found.values())
@@ -365,7 +370,7 @@ def schema_facet(table: Table) -> Any:
 
 def column_lineage(step: Step, namespace: str) -> tuple[dict[str, Any], list[Any]]:
     """What the declarations tell: group columns come from the expressions of `keys`; every column that is read shapes the
-    table somehow. How `fill` makes the other columns is code, not declared, and nothing is guessed."""
+    table somehow. How `transform` makes the other columns is code, not declared, and nothing is guessed."""
     from openlineage.client.facet_v2 import column_lineage_dataset as facet
 
     def input_field(table: Table, name: str, kind: str, subtype: str) -> Any:
@@ -379,7 +384,7 @@ def column_lineage(step: Step, namespace: str) -> tuple[dict[str, Any], list[Any
     fields: dict[str, Any] = {}
     whole: dict[tuple[str, str], Any] = {}
     for read in step.reads.values():
-        if isinstance(read, Gather):
+        if isinstance(read, Grouped):
             for keys in read.keys:
                 for name, expression in zip(step.target.group, keys, strict=True):
                     plain = expression.meta.is_column()
@@ -390,8 +395,8 @@ def column_lineage(step: Step, namespace: str) -> tuple[dict[str, Any], list[Any
                     known = fields.setdefault(name, facet.Fields(inputFields=[])).inputFields
                     known += [one for one in inputs if one not in known]
         columns = read.columns or tuple(column.name for column in read.table.columns)
-        subtype = "JOIN" if isinstance(read, Join) else "GROUP_BY" if isinstance(read, Gather) else "CONDITIONAL"
-        for name in (*columns, *((read.on,) if isinstance(read, Join) else ())):
+        subtype = "JOIN" if isinstance(read, Lookup) else "GROUP_BY" if isinstance(read, Grouped) else "CONDITIONAL"
+        for name in (*columns, *((read.on,) if isinstance(read, Lookup) else ())):
             whole.setdefault((read.table.name, name), input_field(read.table, name, "INDIRECT", subtype))
     return fields, list(whole.values())
 

@@ -31,7 +31,7 @@ IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 @dataclass(frozen=True)
-class Piece:
+class Block:
     """A part of a task's output that another task will read: an Arrow table under a kind and a bucket."""
 
     kind: str
@@ -40,10 +40,10 @@ class Piece:
 
 
 @dataclass
-class Pieces:
+class Blocks:
     """The pieces of many tasks, in memory or in Ray's object store; picklable into tasks."""
 
-    local: list[Piece] = field(default_factory=list)
+    local: list[Block] = field(default_factory=list)
     refs: list[Any] = field(default_factory=list)
     cpu_seconds: float = 0.0
 
@@ -62,7 +62,7 @@ class Pieces:
                         yield pa.ipc.open_stream(data[row].as_buffer()).read_all()
 
 
-def _serialised(pieces: Sequence[Piece]) -> pa.Table:
+def _serialised(pieces: Sequence[Block]) -> pa.Table:
     rows = []
     for piece in pieces:
         sink = pa.BufferOutputStream()
@@ -78,7 +78,7 @@ def _serialised(pieces: Sequence[Piece]) -> pa.Table:
     )
 
 
-class Pool:
+class TaskPool:
     """Runs functions over items, on Ray Data or in this process."""
 
     def __init__(self, settings: RaySettings, on_disk: str = "") -> None:
@@ -151,7 +151,7 @@ class Pool:
             )
 
     def map(
-        self, function: Callable[[Item, Pieces], Result], items: Sequence[Item], pieces: Pieces, *, parallel: bool
+        self, function: Callable[[Item, Blocks], Result], items: Sequence[Item], pieces: Blocks, *, parallel: bool
     ) -> tuple[list[Result], float]:
         """Run `function` over `items`, each with all `pieces`; gives the results in the items' order, and the CPU
         seconds used elsewhere."""
@@ -178,16 +178,16 @@ class Pool:
         rows = sorted(_unwrapped(dataset.take_all), key=lambda row: int(row["number"]))
         return [pickle.loads(row["result"]) for row in rows], sum(float(row["cpu"]) for row in rows)
 
-    def extract(self, function: Callable[[Item], list[Piece]], items: Sequence[Item], *, parallel: bool) -> Pieces:
+    def extract(self, function: Callable[[Item], list[Block]], items: Sequence[Item], *, parallel: bool) -> Blocks:
         """Run `function` over `items`; what it gives stays where it was made."""
-        return self.transform(lambda item, _: function(item), items, Pieces(), parallel=parallel)
+        return self.transform(lambda item, _: function(item), items, Blocks(), parallel=parallel)
 
     def transform(
-        self, function: Callable[[Item, Pieces], list[Piece]], items: Sequence[Item], pieces: Pieces, *, parallel: bool
-    ) -> Pieces:
+        self, function: Callable[[Item, Blocks], list[Block]], items: Sequence[Item], pieces: Blocks, *, parallel: bool
+    ) -> Blocks:
         """Run `function` over `items`, each with all `pieces`; what it gives stays where it was made."""
         if not parallel or not items:
-            return Pieces(local=[piece for item in items for piece in function(item, pieces)])
+            return Blocks(local=[piece for item in items for piece in function(item, pieces)])
         self.start()
         self.check()
         import cloudpickle
@@ -201,14 +201,14 @@ class Pool:
             with in_task():
                 work = cloudpickle.loads(payload)
                 made = [piece for item in batch.column("item").to_pylist() for piece in work(pickle.loads(item), pieces)]
-            cpu = Piece("cpu", -1, pa.table({"seconds": [time.process_time() - started]}))
+            cpu = Block("cpu", -1, pa.table({"seconds": [time.process_time() - started]}))
             return _serialised([*made, cpu])
 
         dataset = ray.data.from_items(
             [{"item": cloudpickle.dumps(item)} for item in items], override_num_blocks=len(items)
         ).map_batches(run, batch_size=1, batch_format="pyarrow")
         refs = _unwrapped(lambda: dataset.materialize().to_arrow_refs())
-        result = Pieces(refs=refs)
+        result = Blocks(refs=refs)
         result.cpu_seconds = sum(float(table["seconds"][0].as_py()) for table in result.of("cpu"))
         return result
 
@@ -252,14 +252,14 @@ def in_task() -> Iterator[None]:
         # Ray deletes the code of a job that died under a worker that goes on to work for the next one
         os.chdir(ROOT if ROOT.exists() else "/")
     from lakehouse.errors import ShopSphereError
-    from lakehouse.transient_errors import outage
+    from lakehouse.transient_errors import as_transient_error
 
     try:
         yield
     except ShopSphereError:
         raise
     except Exception as error:
-        if found := outage(error):
+        if found := as_transient_error(error):
             raise found from error
         raise
 

@@ -18,7 +18,7 @@ from sqlglot import TokenType, exp
 from sqlglot.errors import SqlglotError
 
 from lakehouse.errors import QueryError
-from lakehouse.iceberg.table_handle import Handle, Lake, living
+from lakehouse.iceberg.table_handle import Lake, TableHandle, live_rows
 from lakehouse.table import BOOKKEEPING, Table
 
 
@@ -31,7 +31,7 @@ class Mention:
     moment: str = ""
 
 
-def snapshot_of(handle: Handle, mention: Mention) -> int | None:
+def snapshot_of(handle: TableHandle, mention: Mention) -> int | None:
     """The snapshot that a mention means; None: the current one. Raises QueryError when there is none."""
     if not mention.kind:
         return None
@@ -57,13 +57,13 @@ def snapshot_of(handle: Handle, mention: Mention) -> int | None:
     return max(before, key=lambda s: (s.timestamp_ms, s.sequence_number or 0)).snapshot_id
 
 
-def rows_of(handle: Handle, snapshot_id: int | None, columns: Sequence[str] | None = None) -> pl.DataFrame:
+def rows_of(handle: TableHandle, snapshot_id: int | None, columns: Sequence[str] | None = None) -> pl.DataFrame:
     """The living rows of a snapshot without the engine's bookkeeping columns."""
     reader = handle.reader
     names = [n for n in reader.schema.names if n not in BOOKKEEPING and (columns is None or n in columns)]
     if snapshot_id is None and handle.snapshot is None:
         return reader.read((), names)
-    return reader.read(handle.files(snapshot_id=snapshot_id), names, living(handle.table, None))
+    return reader.read(handle.files(snapshot_id=snapshot_id), names, live_rows(handle.table, None))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from lakehouse.engine.engine import Engine, Report
+from lakehouse.engine.engine import Engine, StepResult
 from lakehouse.errors import ShopSphereError
 from lakehouse.expectations import ExpectationsFailed, Result
 from lakehouse.iceberg.errors import committing
@@ -77,7 +77,7 @@ OPERATIONS: dict[str, Table] = {table.name: table for table in (RUNS, RESULTS)}
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """One run: a pass, a rebuild, a replay, a training."""
 
     kind: str
@@ -86,14 +86,14 @@ class Run:
 
 
 @dataclass
-class History:
+class RunHistory:
     """Notes runs; remembers what it has noted, so that the same is not noted again and again by one process."""
 
     lake: Lake
     _outcomes: dict[tuple[str, str], tuple[str, int, int | None]] = field(default_factory=dict)
     _errors: frozenset[str] = frozenset()
 
-    def note(self, engine: Engine, run: Run, reports: Sequence[Report], errors: Sequence[ShopSphereError] = ()) -> None:
+    def note(self, engine: Engine, run: RunRecord, reports: Sequence[StepResult], errors: Sequence[ShopSphereError] = ()) -> None:
         """Append what is new about a run. Raises ShopSphereError."""
         ended = datetime.now(UTC)
         busy = [report for report in reports if report.status != "unchanged"]
@@ -127,7 +127,7 @@ def _came_out(result: Result) -> tuple[str, int, int | None]:
     return result.outcome, result.violations, result.standing
 
 
-def _of_reports(reports: Iterable[Report]) -> list[tuple[Result, int | None]]:
+def _of_reports(reports: Iterable[StepResult]) -> list[tuple[Result, int | None]]:
     return [(result, report.snapshot) for report in reports for result in report.results]
 
 
@@ -135,7 +135,7 @@ def _of_errors(errors: Iterable[ShopSphereError]) -> list[tuple[Result, int | No
     return [(result, None) for error in errors if isinstance(error, ExpectationsFailed) for result in error.results]
 
 
-def _done(run: Run, ended: datetime, report: Report) -> dict[str, Any]:
+def _done(run: RunRecord, ended: datetime, report: StepResult) -> dict[str, Any]:
     return {
         "run_id": run.id,
         "kind": run.kind,
@@ -153,7 +153,7 @@ def _done(run: Run, ended: datetime, report: Report) -> dict[str, Any]:
     }
 
 
-def _failed(run: Run, ended: datetime, error: ShopSphereError) -> dict[str, Any]:
+def _failed(run: RunRecord, ended: datetime, error: ShopSphereError) -> dict[str, Any]:
     return {
         "run_id": run.id,
         "kind": run.kind,
@@ -165,7 +165,7 @@ def _failed(run: Run, ended: datetime, error: ShopSphereError) -> dict[str, Any]
     }
 
 
-def _result(run: Run, ended: datetime, result: Result, snapshot: int | None) -> dict[str, Any]:
+def _result(run: RunRecord, ended: datetime, result: Result, snapshot: int | None) -> dict[str, Any]:
     return {
         "run_id": run.id,
         "judged_at": ended,

@@ -7,14 +7,12 @@ file (`SHOPSPHERE_CONFIG`, by default `$SHOPSPHERE_HOME/shopsphere.toml`), the d
 from __future__ import annotations
 
 import os
-from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
-    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
@@ -41,61 +39,6 @@ class CatalogSettings(Section):
     )
 
 
-class PostgresSettings(Section):
-    """The operational PostgreSQL database."""
-
-    enabled: bool = Field(True, description="Read this source")
-    dsn: SecretStr = Field(SecretStr(""), description="libpq connection string or URI")
-    schema_name: str = Field("public", description="Schema that holds the tables")
-    publication: str = Field("shopsphere", description="Publication to read")
-    slot: str = Field("shopsphere", description="Logical replication slot, created when it is not there")
-    retyped_columns: Literal["error", "beside"] = Field(
-        "error",
-        description="A column whose type changed incompatibly: 'error' stops, 'beside' stores the new values "
-        "in a new column named <column>__<type>",
-    )
-
-
-class MongoSettings(Section):
-    """The MongoDB database of the marketplaces."""
-
-    enabled: bool = Field(True, description="Read this source")
-    uri: SecretStr = Field(SecretStr(""), description="MongoDB connection URI")
-    database: str = Field("shopsphere", description="Database")
-    collection: str = Field("marketplace_orders", description="Collection of marketplace orders")
-    mode: Literal["auto", "change_stream", "watermark"] = Field(
-        "auto", description="How changes are read; 'auto': change stream where the server has them"
-    )
-
-
-class KafkaSettings(Section):
-    """The Kafka topics of events."""
-
-    enabled: bool = Field(True, description="Read this source")
-    bootstrap_servers: str = Field("", description="host:port, comma separated")
-    topics: Annotated[tuple[str, ...], NoDecode] = Field(("events",), description="Topics to read, comma separated")
-    properties: dict[str, str] = Field(
-        default_factory=dict, repr=False, description="More librdkafka properties (security.protocol, sasl.*, ...)"
-    )
-
-    @field_validator("topics", mode="before")
-    @classmethod
-    def _split(cls, value: Any) -> Any:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
-
-    batch_messages: int = Field(250_000, ge=1, description="Messages that one reading task takes at most")
-
-
-class ErasureSettings(Section):
-    """Erased people: how they are recognised when a source still tells of them."""
-
-    key: SecretStr = Field(
-        SecretStr(""),
-        description="Secret of at least 32 characters under which erased values are hashed; "
-        "empty: `erasure.key` in SHOPSPHERE_HOME, made by the first `erase`",
-    )
-
-
 class RaySettings(Section):
     """Ray: where it runs, and when it is worth starting."""
 
@@ -117,19 +60,14 @@ class RaySettings(Section):
     )
 
 
-class Settings(BaseSettings):
-    """Everything that can be set. Frozen."""
+class LakeSettings(BaseSettings):
+    """The settings of the foundation layer. Frozen. An application adds its own in a subclass."""
 
     model_config = SettingsConfigDict(
         env_prefix="SHOPSPHERE_", env_nested_delimiter="__", frozen=True, extra="forbid", nested_model_default_partial_update=True
     )
 
     home: Path = Field(Path(".shopsphere"), description="Where everything local lives")
-    base_currency: str = Field("USD", pattern="^[A-Z]{3}$", description="ISO 4217 currency of gold")
-    default_region: str = Field("ID", pattern="^[A-Z]{2}$", description="Region of phone numbers that name none")
-    address_crowd: int = Field(12, ge=2, description="An address shared by more people than this links nobody")
-    identifier_crowd: int = Field(8, ge=2, description="An email, phone or device shared by more people than this links nobody")
-    low_stock_days: Decimal = Field(Decimal(7), description="Days of cover below which stock is low")
     snapshot_retention_hours: float = Field(24.0 * 7, ge=0, description="`maintain` expires older snapshots")
     orphan_retention_hours: float = Field(
         24.0, ge=1, description="`maintain` deletes unreferenced files older than this; no run may last as long"
@@ -139,11 +77,7 @@ class Settings(BaseSettings):
         True, description="Judge freshness against the clock; off where the shop's time is not ours, as in the sandbox"
     )
     catalog: CatalogSettings = CatalogSettings()
-    postgres: PostgresSettings = PostgresSettings()
-    mongo: MongoSettings = MongoSettings()
-    kafka: KafkaSettings = KafkaSettings()
     ray: RaySettings = RaySettings()
-    erasure: ErasureSettings = ErasureSettings()
 
     @classmethod
     def settings_customise_sources(
@@ -167,10 +101,13 @@ def config_file() -> Path:
     return Path(os.environ.get("SHOPSPHERE_CONFIG", home_directory() / "shopsphere.toml")).expanduser()
 
 
-def load_settings(**overrides: Any) -> Settings:
-    """Read the settings; `overrides` win over everything. Raises SettingsError naming each wrong setting."""
+Loaded = TypeVar("Loaded", bound=LakeSettings)
+
+
+def read_settings(kind: type[Loaded], **overrides: Any) -> Loaded:
+    """Read settings of a kind; `overrides` win over everything. Raises SettingsError naming each wrong setting."""
     try:
-        return Settings(**{"home": home_directory(), **overrides})
+        return kind(**{"home": home_directory(), **overrides})
     except ValidationError as error:
         wrong = "; ".join(
             f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors(include_input=False)

@@ -11,25 +11,25 @@ import pyarrow as pa
 Position = Mapping[str, Any]
 """How far a table has read its source: a JSON object, stored in the snapshot that holds the rows."""
 
-AGAIN, GENERATION = "again", "generation"
+RESNAPSHOT, EPOCH = "again", "generation"
 
 
-def again(position: Position | None) -> Position | None:
+def resnapshot(position: Position | None) -> Position | None:
     """The position to plan from when a table must be read from its beginning once more; None when it never was read.
 
     What is read then is newer than all that was read before, and must sort so: it is the next generation. Never stored.
     """
-    return None if position is None else {**position, AGAIN: True, GENERATION: generation(position) + 1}
+    return None if position is None else {**position, RESNAPSHOT: True, EPOCH: epoch(position) + 1}
 
 
-def is_again(position: Position | None) -> bool:
+def is_resnapshot(position: Position | None) -> bool:
     """Whether the table must be read from its beginning once more."""
-    return bool(position and position.get(AGAIN))
+    return bool(position and position.get(RESNAPSHOT))
 
 
-def generation(position: Position | None) -> int:
+def epoch(position: Position | None) -> int:
     """How many times the table was begun anew, by the time the rows after this position are read."""
-    return int(position.get(GENERATION, 0)) if position else 0
+    return int(position.get(EPOCH, 0)) if position else 0
 
 
 @dataclass(frozen=True)

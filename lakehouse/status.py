@@ -11,12 +11,13 @@ from typing import Any, Final, Literal
 import polars as pl
 
 import pipelines
-from lakehouse.errors import OffsetGone, SourceError, TableNotFound
+from lakehouse.errors import OffsetExpired, SourceError, TableNotFound
 from lakehouse.expectations import Fresh, Result, freshness
-from lakehouse.iceberg.table_handle import Handle, Lake
+from lakehouse.iceberg.table_handle import Lake, TableHandle
 from lakehouse.run_history import last_results
 from lakehouse.table import DELETED, Table
 from ml.tables import DECLARED, MODEL_TABLES, TABLES
+from pipelines.settings import settings_of
 
 LOST: Final = "has lost a file"
 """Instead of a lag."""
@@ -55,7 +56,7 @@ def statuses(lake: Lake) -> list[TableStatus]:
     ]
 
 
-def _loaded(lake: Lake, table: Table) -> Handle | Literal["has lost a file"] | None:
+def _loaded(lake: Lake, table: Table) -> TableHandle | Literal["has lost a file"] | None:
     try:
         return lake.load(table, create=False)
     except TableNotFound:
@@ -64,7 +65,7 @@ def _loaded(lake: Lake, table: Table) -> Handle | Literal["has lost a file"] | N
         return LOST
 
 
-def _expectations(lake: Lake, handle: Handle | None, results: list[Result], now: datetime) -> dict[str, Any]:
+def _expectations(lake: Lake, handle: TableHandle | None, results: list[Result], now: datetime) -> dict[str, Any]:
     """How a table's expectations came out last; freshness is judged now. Of rules that are no longer declared nothing."""
     if handle is None or not results:
         return {}
@@ -79,20 +80,20 @@ def _expectations(lake: Lake, handle: Handle | None, results: list[Result], now:
     return {"expectations": text, "broken": tuple(f"{result.outcome}: {result}" for result in broken)}
 
 
-def _source_lags(lake: Lake, handles: Mapping[str, Handle | None]) -> dict[str, str]:
+def _source_lags(lake: Lake, handles: Mapping[str, TableHandle | None]) -> dict[str, str]:
     lags: dict[str, str] = {}
-    for source in pipelines.sources(lake.settings):
+    for source in pipelines.sources(settings_of(lake)):
         positions = {name: handle.positions.get(source.name) if (handle := handles[name]) else None for name in source.tables}
         try:
             lags |= source.lag(positions)
-        except OffsetGone:
+        except OffsetExpired:
             lags |= dict.fromkeys(source.tables, "changes gone, see `run`")
         except SourceError:
             lags |= dict.fromkeys(source.tables, f"{source.name} unreachable")
     return lags
 
 
-def _step_lags(handles: Mapping[str, Handle | None]) -> dict[str, str]:
+def _step_lags(handles: Mapping[str, TableHandle | None]) -> dict[str, str]:
     lags = {}
     for step in DECLARED:
         handle = handles[step.target.name]
@@ -107,14 +108,14 @@ def _step_lags(handles: Mapping[str, Handle | None]) -> dict[str, str]:
     return lags
 
 
-def _unread(above: Handle, position: Any) -> bool:
+def _unread(above: TableHandle, position: Any) -> bool:
     """Whether a table upstream has what the position does not stand for; it may have been made anew."""
     if position is None:
         return above.data_sequence > 0
     return bool(above.position["table"] != position["table"] or above.data_sequence > position["sequence"])
 
 
-def living_rows(handle: Handle) -> int:
+def living_rows(handle: TableHandle) -> int:
     """Rows of a table that are not deleted."""
     files = handle.files()
     if handle.table.keeps_tombstones:
@@ -124,7 +125,7 @@ def living_rows(handle: Handle) -> int:
     return sum(file.rows for file in files)
 
 
-def _status(table: Table, handle: Handle | None, lag: str) -> TableStatus:
+def _status(table: Table, handle: TableHandle | None, lag: str) -> TableStatus:
     if handle is None or handle.snapshot is None:
         return TableStatus(table.name, 0, None, None, lag, None, 0, 0)
     try:

@@ -1,7 +1,7 @@
 """Declarations: how a table is filled from others. Frozen values, pure functions, no I/O.
 
 A step is a function of the SET of rows upstream. The engine finds the groups that new upstream rows touch,
-gathers everything about those groups, calls `fill`, and replaces those groups in the target. A full rebuild is
+gathers everything about those groups, calls `transform`, and replaces those groups in the target. A full rebuild is
 the same call with every group touched.
 """
 
@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
 
-from lakehouse.settings import Settings
 from lakehouse.table import Table
 
-Lookup = Callable[[Table, Sequence[str], pl.Expr, Sequence[str]], pl.DataFrame]
-"""lookup(table, columns, predicate, predicate_columns): the living rows of a table for which `predicate` holds."""
+ReadRows = Callable[[Table, Sequence[str], pl.Expr], pl.DataFrame]
+"""read_rows(table, columns, predicate): the living rows of a table for which `predicate` holds."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,17 @@ class Parsed:
 
 
 @dataclass(frozen=True)
-class Gather:
+class Grouped:
     """Read all living rows of the touched groups from `table`, over its whole history.
 
     keys     one or more tuples of expressions over the table's columns; each tuple gives the target's group
              columns, in order. A row belongs to every group that one of the tuples gives (null: to none).
-    columns  the columns that `fill` gets (empty: all)
-    parse    run over the new rows only, to find those that cannot be read: they go to quarantine. `fill` gets the
+    columns  the columns that `transform` gets (empty: all)
+    parse    run over the new rows only, to find those that cannot be read: they go to quarantine. `transform` gets the
              rows as they are in the table
     always   rows of touched groups that are read whatever the step's `ordered_by` moment
     resolve  columns that identify a source record: a new row whose keys are null (a delete that names nothing
-             else) touches the groups of the earlier rows with the same values here, and `fill` also gets all
+             else) touches the groups of the earlier rows with the same values here, and `transform` also gets all
              rows that share them with a gathered row
     """
 
@@ -57,7 +57,7 @@ class Gather:
 
 
 @dataclass(frozen=True)
-class Changes:
+class Delta:
     """Read only the rows of `table` that are new; what was there before is in the target's own rows (`old`).
 
     parse gives rows that have the target's group columns. For targets whose merge is associative, commutative
@@ -70,7 +70,7 @@ class Changes:
 
 
 @dataclass(frozen=True)
-class Whole:
+class Broadcast:
     """Read all of a small table.
 
     touch(changed rows) -> predicate over the columns of `through` (default: the target), named in
@@ -81,14 +81,13 @@ class Whole:
 
     table: Table
     columns: tuple[str, ...] = ()
-    touch: Callable[[pl.DataFrame], pl.Expr] | None = None
-    touch_columns: tuple[str, ...] = ()
+    affects: Callable[[pl.DataFrame], pl.Expr] | None = None
     through: Table | None = None
-    touch_keys: tuple[pl.Expr, ...] = ()
+    affected_keys: tuple[pl.Expr, ...] = ()
 
 
 @dataclass(frozen=True)
-class Join:
+class Lookup:
     """Read the rows of `table` whose column `on` has one of the values that `values(gathered frames)` gives.
 
     touch and the rest: as in `Whole`.
@@ -98,38 +97,18 @@ class Join:
     on: str
     values: Callable[[Mapping[str, pl.DataFrame]], pl.Series]
     columns: tuple[str, ...] = ()
-    touch: Callable[[pl.DataFrame], pl.Expr] | None = None
-    touch_columns: tuple[str, ...] = ()
+    affects: Callable[[pl.DataFrame], pl.Expr] | None = None
     through: Table | None = None
-    touch_keys: tuple[pl.Expr, ...] = ()
+    affected_keys: tuple[pl.Expr, ...] = ()
 
 
-Read = Gather | Changes | Whole | Join
+Read = Grouped | Delta | Broadcast | Lookup
 
 
-@dataclass(frozen=True)
-class Context:
-    """What a fill may know beside its rows: settings that shape the result. No clock."""
+Context = Any
+"""A frozen dataclass of the settings that shape results, given to the engine once. Part of every definition fingerprint."""
 
-    base_currency: str = "USD"
-    default_region: str = "ID"
-    address_crowd: int = 12
-    identifier_crowd: int = 8
-    low_stock_days: float = 7.0
-
-
-def context_of(settings: Settings) -> Context:
-    """The settings that shape results."""
-    return Context(
-        base_currency=settings.base_currency,
-        default_region=settings.default_region,
-        address_crowd=settings.address_crowd,
-        identifier_crowd=settings.identifier_crowd,
-        low_stock_days=float(settings.low_stock_days),
-    )
-
-
-Fill = Callable[[Mapping[str, pl.DataFrame], Context], pl.DataFrame]
+TransformFunction = Callable[[Mapping[str, pl.DataFrame], Context], pl.DataFrame]
 """fill(frames, context): frames by the reads' names, plus 'old' (the target's own living rows of the touched
 groups, business columns only) and 'groups' (the touched groups). Gives the rows of the touched groups as they
 must be now, with the target's columns."""
@@ -139,24 +118,24 @@ must be now, with the target's columns."""
 class Step:
     """How one table is filled.
 
-    reads      by the name under which `fill` gets them
+    reads      by the name under which `transform` gets them
     expand     widens the touched groups (e.g. to whole connected components): expand(groups, lookup,
                context) -> groups; a step that has it runs as a single task
     ordered_by a column of the target by which groups are histories: only rows from the first change on are
-               recomputed; `fill` also gets 'opening', the last row of each group before it, and the Gather
+               recomputed; `transform` also gets 'opening', the last row of each group before it, and the Grouped
                tables must have a column of the same name
     shaped_by  settings of the step's own that shape its rows: when they change, everything is recomputed
     """
 
     target: Table
     reads: Mapping[str, Read]
-    fill: Fill
-    expand: Callable[[pl.DataFrame, Lookup, Context], pl.DataFrame] | None = None
+    transform: TransformFunction
+    expand: Callable[[pl.DataFrame, ReadRows, Context], pl.DataFrame] | None = None
     ordered_by: str = ""
-    shaped_by: tuple[tuple[str, str], ...] = ()
+    parameters: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.target.holds_back and (self.ordered_by or any(isinstance(read, Changes) for read in self.reads.values())):
+        if self.target.quarantines and (self.ordered_by or any(isinstance(read, Delta) for read in self.reads.values())):
             raise ValueError(
                 f"{self.target.name}: a step that builds on the table's own rows cannot hold some of them back: its rows would "
                 "depend on the order of arrival. Use the severity warn or fail, or reject rows where they are parsed."

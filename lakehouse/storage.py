@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from lakehouse.settings import Settings
+from lakehouse.settings import LakeSettings
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Storage:
         return cls(str(path.absolute()))
 
     @classmethod
-    def of(cls, settings: Settings) -> Storage:
+    def of(cls, settings: LakeSettings) -> Storage:
         """What the settings name: `ray.storage`, else beside the tables when they are in an object store, else under home."""
         properties = settings.catalog.properties
         warehouse = properties.get("warehouse", "")

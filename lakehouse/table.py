@@ -93,7 +93,7 @@ class Table:
     columns: tuple[Column, ...]
     key: tuple[str, ...] = ()
     group: tuple[str, ...] = ()
-    traced: tuple[str, ...] = ()
+    tracked: tuple[str, ...] = ()
     partition_by: tuple[Partition, ...] = ()
     sort_by: tuple[str, ...] = ()
     references: tuple[Reference, ...] = ()
@@ -105,7 +105,7 @@ class Table:
         known = {item.name for item in self.columns}
         partitioned = tuple(item.column for item in self.partition_by)
         pointing = tuple(item.column for item in self.references)
-        named = (*self.key, *self.group, *self.traced, *partitioned, *self.sort_by, *pointing)
+        named = (*self.key, *self.group, *self.tracked, *partitioned, *self.sort_by, *pointing)
         if missing := [name for name in named if name not in known]:
             raise ValueError(f"{self.name}: no column {missing}. Existing columns: {sorted(known)}")
         if absent := [f"{item.table.name}.{item.to}" for item in self.references if item.to not in item.table.schema.names]:
@@ -135,7 +135,7 @@ class Table:
         return tuple(dict.fromkeys((*implied, *self.expectations)))
 
     @property
-    def holds_back(self) -> bool:
+    def quarantines(self) -> bool:
         """Whether rows that break an expectation go to quarantine."""
         return any(rule.severity == "quarantine" for rule in self.rules)
 

@@ -8,26 +8,28 @@ from collections.abc import Iterator
 
 from sqlalchemy.exc import InterfaceError, OperationalError
 
-from lakehouse.errors import Outage
+from lakehouse.errors import TransientError
 
 NOTHING_LOST = "what was committed is whole, the rest is read again"
 
 
-def outage(error: BaseException) -> Outage | None:
+def as_transient_error(error: BaseException) -> TransientError | None:
     """The outage that an error tells of, or None when it tells of something else (a mistake in a program, say)."""
     causes = list(causes_of(error))
     if any(_disk_is_full(cause) for cause in causes):
-        return Outage(f"The disk is full. Free some space and run again: {NOTHING_LOST}.")
+        return TransientError(f"The disk is full. Free some space and run again: {NOTHING_LOST}.")
     for cause in causes:
         if _store_is_away(cause):
-            return Outage(f"The warehouse or its catalog cannot be used: {_first_line(cause)}. Run again: {NOTHING_LOST}.")
+            return TransientError(
+                f"The warehouse or its catalog cannot be used: {_first_line(cause)}. Run again: {NOTHING_LOST}."
+            )
     lost = [cause for cause in causes if _is(cause, "ray.exceptions", "RayError")]
     if lost and not any(_is(cause, "ray.exceptions", "RayTaskError") for cause in lost):
-        return Outage(f"Ray lost what was under way ({type(lost[0]).__name__}). Run again: {NOTHING_LOST}.")
+        return TransientError(f"Ray lost what was under way ({type(lost[0]).__name__}). Run again: {NOTHING_LOST}.")
     missing = [cause for cause in causes if isinstance(cause, ModuleNotFoundError)]
     if lost and missing:
         # what the driver has and a worker has not: Ray deletes the code of a job that died under its workers
-        return Outage(
+        return TransientError(
             f"A Ray worker has not the code it needs ({_first_line(missing[0])}). Run again: {NOTHING_LOST}. "
             "Where it stays so, the nodes lack packages of requirements.lock."
         )

@@ -117,7 +117,7 @@ def forest_of(model: FittedModel, rows: Floats | None = None) -> Forest:
         raise TrainingError(f"The model is {kind} with {objective}; expected gbtree with binary:logistic. Train it again.")
     trees = learner["gradient_booster"]["model"]["trees"]
     base = float(str(learner["learner_model_param"]["base_score"]).strip("[]"))
-    forest = _joined([_Tree.of(tree) for tree in trees], len(model.features), math.log(base / (1.0 - base)))
+    forest = _joined([_FlatTree.of(tree) for tree in trees], len(model.features), math.log(base / (1.0 - base)))
     probes = _probes(forest, model)
     checked = probes if rows is None else np.concatenate([probes, rows])
     for number, (row, own) in enumerate(zip(checked, model.score_matrix(checked).tolist(), strict=True)):
@@ -144,7 +144,7 @@ def _probes(forest: Forest, model: FittedModel) -> Floats:
 
 
 @dataclass(frozen=True)
-class _Tree:
+class _FlatTree:
     left: Ints
     right: Ints
     column: Ints
@@ -159,11 +159,11 @@ class _Tree:
         return found
 
     @staticmethod
-    def of(tree: dict[str, Any]) -> _Tree:
+    def of(tree: dict[str, Any]) -> _FlatTree:
         left, right = np.array(tree["left_children"]), np.array(tree["right_children"])
         threshold = np.array(tree["split_conditions"], dtype=np.float32)
         sizes = zip(tree["categories_nodes"], tree["categories_segments"], tree["categories_sizes"], strict=True)
-        return _Tree(
+        return _FlatTree(
             left,
             right,
             np.array(tree["split_indices"]),
@@ -191,7 +191,7 @@ def _expected(left: Ints, right: Ints, value: Floats, weight: npt.NDArray[np.flo
     return expected
 
 
-def _joined(trees: list[_Tree], features: int, base: float) -> Forest:
+def _joined(trees: list[_FlatTree], features: int, base: float) -> Forest:
     starts = np.cumsum([0, *(len(tree.left) for tree in trees)])
     own = [np.arange(len(tree.left)) for tree in trees]
     less = [np.where(t.leaf, n, t.left) + s for t, n, s in zip(trees, own, starts[:-1], strict=True)]

@@ -55,7 +55,7 @@ class RegistryError(ShopSphereError):
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingRecord:
     """Everything about one training that is to be remembered."""
 
     model: FittedModel
@@ -102,7 +102,7 @@ class Version:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A version with its model."""
 
     version: Version
@@ -177,7 +177,7 @@ class Registry:
         """The version that was trained last and not promoted, if there is one."""
         return self._with(CHALLENGER)
 
-    def load(self, which: str | int = CHAMPION) -> Loaded:
+    def load(self, which: str | int = CHAMPION) -> LoadedModel:
         """A version with its model, by number or alias."""
         version = self.version(which)
         import mlflow
@@ -204,11 +204,11 @@ class Registry:
             validation_score=described["validation_score"],
         )
         delay = timedelta(seconds=described.get("label_delay_seconds", LABEL_DELAY.total_seconds()))
-        return Loaded(version, model, described["threshold"], tuple(described["features"]), described["reference"], delay)
+        return LoadedModel(version, model, described["threshold"], tuple(described["features"]), described["reference"], delay)
 
     # --- writing
 
-    def record(self, training: Training) -> Version:
+    def record(self, training: TrainingRecord) -> Version:
         """Record a training and register its model as challenger: all of it, or none. Raises RegistryError."""
         import mlflow
         from mlflow.entities import RunStatus
@@ -370,14 +370,14 @@ class Registry:
             tags=dict(found.tags),
         )
 
-    def _tags(self, training: Training) -> dict[str, str]:
+    def _tags(self, training: TrainingRecord) -> dict[str, str]:
         return {
             "code_version": training.code_version,
             "model_digest": training.model.digest,
             **{f"snapshot.{table}": str(snapshot) for table, snapshot in sorted(training.snapshots.items())},
         }
 
-    def _log(self, run_id: str, training: Training) -> None:
+    def _log(self, run_id: str, training: TrainingRecord) -> None:
         from mlflow.entities import Metric
 
         model = training.model
@@ -418,7 +418,7 @@ class Registry:
         self.client.log_batch(run.info.run_id, metrics=metrics, params=_params({**trial.parameters, "rounds": trial.rounds}))
         self.client.set_terminated(run.info.run_id)
 
-    def _log_model(self, training: Training) -> ModelInfo:
+    def _log_model(self, training: TrainingRecord) -> ModelInfo:
         """Store the model with the run. Nothing is registered yet."""
         import mlflow.xgboost
         import xgboost
@@ -450,7 +450,7 @@ class Registry:
         )
         return info
 
-    def _register(self, stored: ModelInfo, run_id: str, training: Training) -> str:
+    def _register(self, stored: ModelInfo, run_id: str, training: TrainingRecord) -> str:
         from mlflow.exceptions import MlflowException
 
         made = False
@@ -501,7 +501,7 @@ def code_version(root: Path = ROOT) -> str:
     return f"{told.stdout.strip()[:12]} {sources}"
 
 
-def _datasets(training: Training) -> list[DatasetInput]:
+def _datasets(training: TrainingRecord) -> list[DatasetInput]:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     def entry(name: str, digest: str, source: Mapping[str, Any], profile: Mapping[str, Any], context: str) -> DatasetInput:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from graphlib import TopologicalSorter
 
-from lakehouse.settings import Settings
 from lakehouse.source import Source
-from lakehouse.step import Join, Step, Whole
+from lakehouse.step import Broadcast, Lookup, Step
 from lakehouse.table import Table
 from pipelines.bronze import tables as bronze
 from pipelines.gold import (
@@ -23,6 +22,7 @@ from pipelines.gold import (
     user_risk_scores,
 )
 from pipelines.privacy.suppression import ERASURES
+from pipelines.settings import Settings
 from pipelines.silver import (
     chargebacks,
     events_clean,
@@ -68,7 +68,7 @@ DECLARED: tuple[Step, ...] = (
 def upstream(step: Step) -> set[str]:
     """The names of the tables that a step reads."""
     reads = step.reads.values()
-    through = {read.through.name for read in reads if isinstance(read, Whole | Join) and read.through}
+    through = {read.through.name for read in reads if isinstance(read, Broadcast | Lookup) and read.through}
     return ({read.table.name for read in reads} | through) - {step.target.name}
 
 

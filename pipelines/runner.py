@@ -16,34 +16,34 @@ from typing import Any
 import polars as pl
 
 import pipelines
-from lakehouse.engine.engine import Engine, Report
+from lakehouse.engine.engine import Engine, StepResult
 from lakehouse.errors import CatalogUnreachable, SettingsError, ShopSphereError, SourceError
 from lakehouse.expectations import by_hand, from_text
-from lakehouse.iceberg.missing_files import damage, missing_file
-from lakehouse.iceberg.table_handle import EXPECTATIONS, Handle, Lake, tables_on_disk
-from lakehouse.openlineage import Events, reported
-from lakehouse.parallel import Pool
-from lakehouse.run_history import History, Run
-from lakehouse.settings import Settings
-from lakehouse.step import Changes, Gather, Parsed, Step, context_of
+from lakehouse.iceberg.missing_files import missing_file, missing_files_error
+from lakehouse.iceberg.table_handle import EXPECTATIONS, Lake, TableHandle, tables_on_disk
+from lakehouse.openlineage import LineageEvents, reported
+from lakehouse.parallel import TaskPool
+from lakehouse.run_history import RunHistory, RunRecord
+from lakehouse.step import Delta, Grouped, Parsed, Step
 from lakehouse.table import BOOKKEEPING, SEQUENCE, Table
-from lakehouse.transient_errors import file_is_gone, outage
+from lakehouse.transient_errors import as_transient_error, file_is_gone
 from ml.registry import code_version
 from ml.tables import MODEL_TABLES, TABLES, rebuild_model_table
 from pipelines.bronze.corrections import corrected
 from pipelines.privacy.anonymise import Anonymiser, OnArrival
 from pipelines.privacy.suppression import ERASURES, Suppression, load_suppression
+from pipelines.settings import Settings, business_settings, settings_of
 from pipelines.silver.quarantine import QUARANTINE
 
-Tell = Callable[[str, Report | None], None]
+ProgressCallback = Callable[[str, StepResult | None], None]
 """tell(name, None) when a table is begun, tell(name, report) when it is done."""
 
 
 @dataclass(frozen=True)
-class Pass:
+class RunResult:
     """What one pass did, and what it could not do."""
 
-    reports: tuple[Report, ...]
+    reports: tuple[StepResult, ...]
     errors: tuple[ShopSphereError, ...]
     seconds: float
     cpu_seconds: float
@@ -52,10 +52,10 @@ class Pass:
 @contextmanager
 def open_engine(settings: Settings) -> Iterator[Engine]:
     """An engine on the lake of the settings; stops Ray at the end if it was started."""
-    pool = Pool(settings.ray, on_disk=tables_on_disk(settings))
+    pool = TaskPool(settings.ray, on_disk=tables_on_disk(settings))
     try:
         lake = Lake(settings)
-        yield Engine(lake, pool, context_of(settings), QUARANTINE, arrivals=partial(on_arrival, lake))
+        yield Engine(lake, pool, business_settings(settings), QUARANTINE, arrivals=partial(on_arrival, lake))
     finally:
         pool.close()
 
@@ -68,59 +68,62 @@ def on_arrival(lake: Lake) -> OnArrival | None:
 
 
 @contextmanager
-def recorded(engine: Engine, kind: str) -> Iterator[list[Report]]:
+def recorded(engine: Engine, kind: str) -> Iterator[list[StepResult]]:
     """A run that is not a pass: the reports put into the list it gives are noted and sent as lineage, and so is an error."""
-    run, reports = Run(kind), list[Report]()
+    run, reports = RunRecord(kind), list[StepResult]()
     with reported(engine, run, code_version) as events:
         try:
             yield reports
         except BaseException as error:
             if events and isinstance(error, ShopSphereError):
                 events.fail(str(getattr(error, "table", "")), error)
-            _note_end(History(engine.lake), engine, run, reports, [], error)
+            _note_end(RunHistory(engine.lake), engine, run, reports, [], error)
             raise
         finally:
-            for report in reports if events else ():
-                events.complete(report)
-    History(engine.lake).note(engine, run, reports)
+            if events:
+                for report in reports:
+                    events.complete(report)
+    RunHistory(engine.lake).note(engine, run, reports)
 
 
-def run_pass(engine: Engine, tell: Tell, stopping: Callable[[], bool] = lambda: False, history: History | None = None) -> Pass:
+def run_once(
+    engine: Engine, tell: ProgressCallback, stopping: Callable[[], bool] = lambda: False, history: RunHistory | None = None
+) -> RunResult:
     """Read what is new at every source, then bring every table up to date. A source that cannot be read, or a table
     that cannot be filled, does not keep the others from going on, nor does an outage; the errors are in the result. What the
     pass did goes to `history` (default: a new one)."""
-    run = Run("run")
+    run = RunRecord("run")
     started, cpu = time.monotonic(), time.process_time()
-    reports: list[Report] = []
+    reports: list[StepResult] = []
     errors: list[ShopSphereError] = []
     try:
         with reported(engine, run, code_version) as events:
             _pass(engine, tell, stopping, events, reports, errors)
     except BaseException as error:
-        _note_end(history or History(engine.lake), engine, run, reports, errors, error)
+        _note_end(history or RunHistory(engine.lake), engine, run, reports, errors, error)
         raise
     errors = list({str(error): error for error in errors}.values())  # what is wrong upstream is said once
     if not any(isinstance(error, CatalogUnreachable) for error in errors):  # else there is nowhere to note it
         try:
-            (history or History(engine.lake)).note(engine, run, reports, errors)
+            (history or RunHistory(engine.lake)).note(engine, run, reports, errors)
         except Exception as error:
             errors.append(_expected(error))
     elsewhere = sum(report.worker_cpu_seconds for report in reports)
-    return Pass(tuple(reports), tuple(errors), time.monotonic() - started, time.process_time() - cpu + elsewhere)
+    return RunResult(tuple(reports), tuple(errors), time.monotonic() - started, time.process_time() - cpu + elsewhere)
 
 
 def _note_end(
-    history: History,
+    history: RunHistory,
     engine: Engine,
-    run: Run,
-    reports: Sequence[Report],
+    run: RunRecord,
+    reports: Sequence[StepResult],
     errors: Sequence[ShopSphereError],
     error: BaseException,
 ) -> None:
     """Note what a run did before it ended early, and why: of an unforeseen error the kind alone, its text may hold values."""
     if isinstance(error, ShopSphereError):
         why = error
-    elif (failed := outage(error)) is not None:
+    elif (failed := as_transient_error(error)) is not None:
         why = failed
     elif isinstance(error, Exception):
         why = ShopSphereError(
@@ -136,13 +139,13 @@ def _note_end(
 
 def _pass(
     engine: Engine,
-    tell: Tell,
+    tell: ProgressCallback,
     stopping: Callable[[], bool],
-    events: Events | None,
-    reports: list[Report],
+    events: LineageEvents | None,
+    reports: list[StepResult],
     errors: list[ShopSphereError],
 ) -> None:
-    for source in pipelines.sources(engine.lake.settings):
+    for source in pipelines.sources(settings_of(engine.lake)):
         if stopping():
             break
         tell(source.name, None)
@@ -189,9 +192,9 @@ def _touched(step: Step) -> tuple[str, ...]:
 
 def _expected(error: Exception, lake: Lake | None = None, tables: Sequence[str] = ()) -> ShopSphereError:
     """An error that a pass goes on after; raises any other. tables: those that it may come from."""
-    found = error if isinstance(error, ShopSphereError) else outage(error)
+    found = error if isinstance(error, ShopSphereError) else as_transient_error(error)
     if found is None and lake is not None and file_is_gone(error):
-        found = damage(lake, [TABLES[name] for name in tables])
+        found = missing_files_error(lake, [TABLES[name] for name in tables])
     if found is None:
         raise error
     return found
@@ -205,7 +208,7 @@ def table_named(name: str) -> Table:
     return found[0]
 
 
-def rebuild(engine: Engine, names: Sequence[str]) -> list[Report]:
+def rebuild(engine: Engine, names: Sequence[str]) -> list[StepResult]:
     """Fill tables again from everything upstream; bronze tables: read their source again from the beginning, those of
     one source all at once. Bronze first, then each table after those that it reads. One that has lost files is made anew.
 
@@ -217,14 +220,14 @@ def rebuild(engine: Engine, names: Sequence[str]) -> list[Report]:
     return reports
 
 
-def _rebuilt(engine: Engine, tables: Mapping[str, None]) -> Iterator[Report]:
-    known = pipelines.sources(engine.lake.settings)
+def _rebuilt(engine: Engine, tables: Mapping[str, None]) -> Iterator[StepResult]:
+    known = pipelines.sources(settings_of(engine.lake))
     if ERASURES.name in tables:
         raise ShopSphereError(f"{ERASURES.name} is filled by `python -m app erase`, and by nothing else.")
     bronze = {name for name in tables if TABLES[name].layer == "bronze"}
     if off := sorted(bronze - {name for source in known for name in source.tables}):
         raise SourceError(f"The source of {off[0]} is switched off. Switch it on in the settings.")
-    if (lost := damage(engine.lake, [TABLES[name] for name in bronze])) is not None:
+    if (lost := missing_files_error(engine.lake, [TABLES[name] for name in bronze])) is not None:
         raise lost
     for name in tables.keys() - bronze:
         if missing_file(engine.lake, TABLES[name]) is not None:
@@ -234,7 +237,7 @@ def _rebuilt(engine: Engine, tables: Mapping[str, None]) -> Iterator[Report]:
             done = engine.ingest(source, pipelines.TABLES, again=frozenset(chosen))
             yield from (report for report in done if report.table in chosen)
     for step in pipelines.STEPS:
-        if step.target.name in tables or (QUARANTINE.name in tables and (_bronze_reads(step) or step.target.holds_back)):
+        if step.target.name in tables or (QUARANTINE.name in tables and (_bronze_reads(step) or step.target.quarantines)):
             try:
                 report = engine.refresh(step, rebuild=True)
             except FileNotFoundError as error:
@@ -253,15 +256,13 @@ def publish(engine: Engine, name: str) -> int:
     with recorded(engine, "publish") as reports:
         results = tuple(by_hand(result) for result in from_text(handle.summary(EXPECTATIONS, handle.build.snapshot_id)))
         snapshot = handle.publish()
-        reports.append(Report(table.name, "published", snapshot=snapshot, results=results))
+        reports.append(StepResult(table.name, "published", snapshot=snapshot, results=results))
     return snapshot
 
 
 def _bronze_reads(step: Step) -> set[str]:
     """The bronze tables whose unreadable rows a step sends to quarantine."""
-    return {
-        r.table.name for r in step.reads.values() if isinstance(r, Gather | Changes) and r.parse and r.table.layer == "bronze"
-    }
+    return {r.table.name for r in step.reads.values() if isinstance(r, Grouped | Delta) and r.parse and r.table.layer == "bronze"}
 
 
 @dataclass(frozen=True)
@@ -271,7 +272,7 @@ class Replay:
     corrections: int
     before: int
     after: int
-    reports: tuple[Report, ...]
+    reports: tuple[StepResult, ...]
 
 
 def replay(engine: Engine, fixes: Path | None) -> Replay:
@@ -338,7 +339,7 @@ def _append_corrections(lake: Lake, table: Table, values: Mapping[str, bytes]) -
     return fixes.height
 
 
-def _corrections(handle: Handle, values: Mapping[str, bytes], suppression: Suppression | None) -> pl.DataFrame:
+def _corrections(handle: TableHandle, values: Mapping[str, bytes], suppression: Suppression | None) -> pl.DataFrame:
     """One new row a correction, at the position of the row that it corrects; none for one that is there already.
 
     Only of rows that cannot be read: so at most one row at a position speaks, and the tables stay functions of the set
@@ -365,7 +366,7 @@ def _corrections(handle: Handle, values: Mapping[str, bytes], suppression: Suppr
         read = parse(about).parsed_positions
         if read is not None and read.len():
             raise ShopSphereError(
-                f"{table.name} at position {read.min()} can be read: only quarantined rows are corrected. "
+                f"{table.name} at position {read.sort()[0]!s} can be read: only quarantined rows are corrected. "
                 "Correct it at its source."
             )
     return fixes
@@ -373,5 +374,5 @@ def _corrections(handle: Handle, values: Mapping[str, bytes], suppression: Suppr
 
 def _parsers(table: Table) -> list[Callable[[pl.DataFrame], Parsed]]:
     """What tells of the table's rows which can be read; the first is as good as any."""
-    reads = [read for step in pipelines.STEPS for read in step.reads.values() if isinstance(read, Gather | Changes)]
+    reads = [read for step in pipelines.STEPS for read in step.reads.values() if isinstance(read, Grouped | Delta)]
     return [read.parse for read in reads if read.table.name == table.name and read.parse is not None][:1]

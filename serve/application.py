@@ -18,25 +18,24 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from lakehouse.iceberg.table_handle import Lake
-from lakehouse.settings import Settings
-from lakehouse.step import Context
 from ml.registry import Registry
+from pipelines.settings import BusinessSettings, Settings
 from pipelines.silver.orders_unified import ORDERS_UNIFIED
 from serve.api.customers import Customers
 from serve.api.fraud import SETTLE, Fraud
 from serve.api.inventory import Inventory
 from serve.api.openapi import describe
-from serve.http.edges import LATER, MULTIPROCESS, REJECTED, STALENESS, AccessLog, Asked, Edge, Endpoint, Gate, Routes, answer
+from serve.http.edges import LATER, MULTIPROCESS, REJECTED, STALENESS, AccessLog, ApiRequest, Edge, Endpoint, Gate, Routes, answer
 from serve.http.keys import Keys
 from serve.http.problems import Problem, busy
 from serve.pages.pages import Page
 from serve.settings import ServeSettings
 from serve.state.lake_snapshot import StateError
 from serve.state.models import ModelWatch
-from serve.state.online_state import State
+from serve.state.online_state import OnlineState
 from serve.state.score_topic import ScoreLog
-from serve.state.table_cache import Snapshots
-from serve.state.topic_follower import Line
+from serve.state.table_cache import TableCache
+from serve.state.topic_follower import TopicFollower
 
 logger = logging.getLogger("shopsphere.serve")
 
@@ -47,17 +46,17 @@ TICK_SECONDS = 0.5
 class Application:
     """What a replica is made of."""
 
-    def __init__(self, settings: Settings, serving: ServeSettings, context: Context, keys: Keys | None = None) -> None:
+    def __init__(self, settings: Settings, serving: ServeSettings, context: BusinessSettings, keys: Keys | None = None) -> None:
         """keys: None: those of the settings' file."""
         self._keys = keys
         self.settings, self.serving = settings, serving
-        self.state = State(settings, serving, context, self._on_line)
+        self.state = OnlineState(settings, serving, context, self._on_line)
         self.lookups = Gate("lookup", serving.lookup_threads, serving.lookup_queue)
         self.asking = Gate("sources", 1, serving.lookup_queue)
         self._began = 0.0
         self.log = AccessLog(Path(settings.home) / "logs" / f"access-{os.getpid()}.jsonl")
         self.inventory = Inventory(self.state, self.lookups)
-        self.snapshots = Snapshots(Lake(settings))
+        self.snapshots = TableCache(Lake(settings))
         self.scoring = Gate("scoring", 1, serving.scoring_queue)
         self.watch = ModelWatch(Registry(home=Path(settings.home)), serving.model_seconds)
         self.fraud = Fraud(serving, context, self.snapshots, self.inventory, self.watch, self.scoring)
@@ -65,7 +64,7 @@ class Application:
         self.fraud.log = self.scores
         self.customers = Customers(self.snapshots, self.lookups, settings.default_region, settings.base_currency)
 
-    def _on_line(self, line: Line) -> None:
+    def _on_line(self, line: TopicFollower) -> None:
         """A newer snapshot is about to answer."""
         self.fraud.refresh(line)
 
@@ -92,15 +91,15 @@ class Application:
             Endpoint("GET", "/openapi.json", "openapi", "This description.", self._openapi, dict),
         )
 
-    async def _healthz(self, asked: Asked) -> Response:
+    async def _healthz(self, asked: ApiRequest) -> Response:
         return PlainTextResponse("alive\n")
 
-    async def _readyz(self, asked: Asked) -> Response:
+    async def _readyz(self, asked: ApiRequest) -> Response:
         if missing := self.missing:
             raise busy(503, missing, 2)
         return PlainTextResponse("ready\n")
 
-    async def _metrics(self, asked: Asked) -> Response:
+    async def _metrics(self, asked: ApiRequest) -> Response:
         self.log.flush()
         registry = REGISTRY
         if MULTIPROCESS in os.environ:
@@ -108,7 +107,7 @@ class Application:
             multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-    async def _openapi(self, asked: Asked) -> Response:
+    async def _openapi(self, asked: ApiRequest) -> Response:
         return answer(describe(self.endpoints, VERSION))
 
     async def _tick(self) -> None:

@@ -17,8 +17,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lakehouse.errors import SettingsError, ShopSphereError
-from lakehouse.settings import Settings, load_settings
-from lakehouse.step import context_of
+from pipelines.settings import Settings, business_settings, load_settings
 from serve.application import MULTIPROCESS, Application
 from serve.http.edges import DIRECT
 from serve.http.keys import Keys
@@ -132,7 +131,7 @@ class Replica:
         """What was read where serving was started: this node may have neither the settings' nor the keys' file."""
         if directory := os.environ.get(MULTIPROCESS):
             _forget_dead(Path(directory))
-        self.application = Application(settings, serving, context_of(settings), keys)
+        self.application = Application(settings, serving, business_settings(settings), keys)
 
     def __serve_build_asgi_app__(self) -> Any:
         return self.application.asgi()

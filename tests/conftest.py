@@ -9,8 +9,8 @@ import pytest
 
 from app import sandbox
 from app.sandbox.servers import Addresses, start_servers, stop_servers
-from lakehouse.settings import Settings, load_settings
-from pipelines.runner import open_engine, run_pass
+from pipelines.runner import open_engine, run_once
+from pipelines.settings import Settings, load_settings
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +32,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
             patch.setenv("SHOPSPHERE_HOME", str(home))
             settings = load_settings()
         with open_engine(settings) as engine:
-            assert not run_pass(engine, lambda name, report: None).errors
+            assert not run_once(engine, lambda name, report: None).errors
         yield settings
     finally:
         sandbox.stop(home)

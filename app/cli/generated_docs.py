@@ -11,11 +11,12 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 import pipelines
-from lakehouse.settings import Section, Settings
-from lakehouse.step import Changes, Gather, Join, Read
+from lakehouse.settings import Section
+from lakehouse.step import Delta, Grouped, Lookup, Read
 from lakehouse.table import Column, Table
-from ml.features.features import FEATURES, ORDER, PARTS
+from ml.features.features import FEATURE_GROUPS, FEATURES, ORDER
 from ml.tables import DECLARED, MODEL_TABLES, TABLES
+from pipelines.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTE = "<!-- Written by `make docs` from the declarations; edit those. -->\n"
@@ -36,11 +37,11 @@ def type_name(type_: pa.DataType) -> str:
 
 def read_name(read: Read) -> str:
     """How a step reads a table, in a word."""
-    if isinstance(read, Gather):
+    if isinstance(read, Grouped):
         return "all rows of the touched groups"
-    if isinstance(read, Changes):
+    if isinstance(read, Delta):
         return "new rows"
-    return "the rows it names" if isinstance(read, Join) else "the whole table"
+    return "the rows it names" if isinstance(read, Lookup) else "the whole table"
 
 
 def table_section(table: Table) -> list[str]:
@@ -195,7 +196,7 @@ def features_page() -> str:
         "`minutes` time passed, `flag` 0 or 1, `category` one of the texts listed.",
         "",
     ]
-    for part in PARTS:
+    for part in FEATURE_GROUPS:
         source = "the order itself" if part is ORDER else f"{'account events' if part.events else 'orders'} by `{part.key}`"
         lines += [f"## {part.name}: {source}", "", "| feature | type | window | meaning | reason |", "|---|---|---|---|---|"]
         for feature in part.features:

@@ -18,9 +18,9 @@ def run_handbook(output: Output, data: Path) -> handbook.Outcome:
     path = data / FILE if data.is_dir() else data
     with output.progress() as show:
         total = len(handbook.TEST_WEEKS)
-        done: list[handbook.Week] = []
+        done: list[handbook.HandbookWeek] = []
 
-        def seen(week: handbook.Week) -> None:
+        def seen(week: handbook.HandbookWeek) -> None:
             done.append(week)
             show("test weeks", len(done), total)
 

@@ -21,12 +21,13 @@ from app.cli.model_commands import register
 from app.cli.output import Output
 from app.cli.serving import register as register_serving
 from lakehouse.errors import ShopSphereError
-from lakehouse.format_bytes import size
-from lakehouse.settings import home_directory, load_settings
-from lakehouse.transient_errors import outage
+from lakehouse.format_bytes import format_bytes
+from lakehouse.settings import home_directory
+from lakehouse.transient_errors import as_transient_error
+from pipelines.settings import load_settings
 
 if TYPE_CHECKING:
-    from lakehouse.engine.engine import Engine, Report
+    from lakehouse.engine.engine import Engine, StepResult
 
 typer.core.HAS_RICH = False
 app = typer.Typer(
@@ -54,8 +55,8 @@ def run(
     json: Json = False,
 ) -> None:
     """Read what is new at the sources and bring every table up to date."""
-    from lakehouse.run_history import History
-    from pipelines.runner import open_engine, run_pass
+    from lakehouse.run_history import RunHistory
+    from pipelines.runner import open_engine, run_once
 
     output, pause = Output(json), seconds_of(every) if every else None
     settings = load_settings()
@@ -73,12 +74,12 @@ def run(
     failed = False
     try:
         with open_engine(settings) as engine:
-            history = History(engine.lake)
+            history = RunHistory(engine.lake)
             finished = finish_erasures(engine, output, keep_going=pause is not None)
             while True:
                 begun = time.monotonic()
                 with output.progress() as show:
-                    done = run_pass(engine, teller(show), stop.is_set, history)
+                    done = run_once(engine, teller(show), stop.is_set, history)
                 print_pass(output, done)
                 if not finished and not stop.is_set():
                     # the pass may have read what was corrected
@@ -103,10 +104,10 @@ def seconds_of(text: str) -> float:
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600, None: 1}[found[2]]
 
 
-def teller(show: Callable[[str, int, int], None]) -> Callable[[str, Report | None], None]:
+def teller(show: Callable[[str, int, int], None]) -> Callable[[str, StepResult | None], None]:
     """Progress of a pass: a bar, or a line a table."""
 
-    def tell(name: str, report: Report | None) -> None:
+    def tell(name: str, report: StepResult | None) -> None:
         show(name, 1 if report else 0, 1)
 
     return tell
@@ -134,7 +135,7 @@ def print_pass(output: Output, done: Any) -> None:
     output.say(f"{changed} of {len(done.reports)} tables changed, in {done.seconds:.1f} s ({done.cpu_seconds:.1f} CPU s).")
 
 
-def print_reports(output: Output, reports: tuple[Report, ...] | list[Report]) -> None:
+def print_reports(output: Output, reports: tuple[StepResult, ...] | list[StepResult]) -> None:
     """What each step did, those that did something."""
     busy = [r for r in reports if r.status != "unchanged"]
     if busy:
@@ -147,7 +148,7 @@ def print_reports(output: Output, reports: tuple[Report, ...] | list[Report]) ->
                     r.rows_read,
                     r.rows_written,
                     r.rows_deleted,
-                    size(r.bytes_written),
+                    format_bytes(r.bytes_written),
                     r.seconds,
                     r.cpu_seconds,
                 )
@@ -241,7 +242,7 @@ def status(
                 s.expectations,
                 s.last_run,
                 s.files,
-                size(s.bytes),
+                format_bytes(s.bytes),
                 _clipped(short_position(s.position), 60),
             )
             for s in found
@@ -360,7 +361,7 @@ def maintain(
                 m.deletes_merged,
                 m.snapshots_expired,
                 m.orphans_deleted,
-                size(m.orphan_bytes),
+                format_bytes(m.orphan_bytes),
             )
             for m in done
         ],
@@ -436,7 +437,7 @@ def finish_erasures(engine: Engine, output: Output, *, keep_going: bool = False)
         print(f"error: An erasure is under way and cannot be finished yet. {error}", file=sys.stderr, flush=True)
         return False
     except Exception as error:
-        away = error if isinstance(error, CatalogUnreachable) else outage(error)
+        away = error if isinstance(error, CatalogUnreachable) else as_transient_error(error)
         if not keep_going or away is None:
             raise
         print(f"error: {away}", file=sys.stderr, flush=True)
@@ -451,12 +452,12 @@ def asked_for(
     email: str | None, phone: str | None, loyalty_id: str | None, user_id: int | None, master_user_id: str | None
 ) -> Any:
     """Who is meant; None: nobody was named. Raises ShopSphereError when it is said twice."""
-    from pipelines.privacy.person import Asked
+    from pipelines.privacy.person import SubjectQuery
 
     given = [one for one in (email, phone, loyalty_id, user_id, master_user_id) if one is not None]
     if len(given) > 1:
         raise ShopSphereError("Name the person by one of --email, --phone, --loyalty-id, --user-id, --master-user-id.")
-    return Asked(email, phone, loyalty_id, user_id, master_user_id) if given else None
+    return SubjectQuery(email, phone, loyalty_id, user_id, master_user_id) if given else None
 
 
 @sandbox_app.command("start")
@@ -609,7 +610,7 @@ def usage_error(error: Exception) -> int:
 
 def described(error: BaseException) -> str:
     """An unforeseen error in one line, with a way out."""
-    if (failed := outage(error)) is not None:
+    if (failed := as_transient_error(error)) is not None:
         return str(failed)
     first = str(error).splitlines()[0][:300] if str(error) else ""
     return f"{type(error).__name__}: {first}. Run again with --debug to see where, and please report it."

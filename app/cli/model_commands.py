@@ -11,7 +11,7 @@ import typer
 
 from app.cli.output import Output
 from lakehouse.errors import ShopSphereError
-from lakehouse.settings import load_settings
+from pipelines.settings import load_settings
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text")]
 Days = Annotated[float, typer.Option(help="Days within which a fraud is reported: younger orders have no label")]

@@ -9,13 +9,13 @@ from typing import Any
 import polars as pl
 
 from app.cli.output import Output
-from lakehouse.settings import Settings
 from ml.evaluation.gate import Comparison, compare_models, compare_recorded, list_models, promote_model, rollback_model
 from ml.features.features import LABEL_DELAY
 from ml.registry import Registry, Version
 from ml.tables.order_features import refresh
 from ml.training.training_set import SplitSettings, training_set
 from pipelines.runner import open_engine
+from pipelines.settings import Settings
 
 LIST_COLUMNS = ("version", "aliases", "trained", "average precision", "ROC AUC", "threshold", "gate")
 

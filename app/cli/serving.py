@@ -18,7 +18,8 @@ import typer
 
 from app.cli.output import Output
 from lakehouse.errors import ShopSphereError
-from lakehouse.settings import RaySettings, load_settings
+from lakehouse.settings import RaySettings
+from pipelines.settings import load_settings
 
 START_SECONDS = 120.0
 SCOPE_HELP = "What it opens: score, inventory, customers (personal data); several times for several"
@@ -65,10 +66,10 @@ def serve(
 
 @contextlib.contextmanager
 def _served(ray: RaySettings, host: str, port: int, arguments: Mapping[str, object]) -> Iterator[None]:
-    from lakehouse.parallel import Pool
+    from lakehouse.parallel import TaskPool
     from serve.deployment import build
 
-    pool = Pool(ray)
+    pool = TaskPool(ray)
     pool.start()
     from ray import serve as rayserve
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Answer:
+class BusinessQuestion:
     """A question, the SQL (DuckDB) that answers it, and how to read what comes out."""
 
     title: str
@@ -14,7 +14,7 @@ class Answer:
     reading: str
 
 
-REVENUE = Answer(
+REVENUE = BusinessQuestion(
     "Where does the money come from, and is it growing?",
     """
     WITH months AS (
@@ -41,7 +41,7 @@ REVENUE = Answer(
     "before, so that a month that is not over yet can be compared.",
 )
 
-BEST_CUSTOMERS = Answer(
+BEST_CUSTOMERS = BusinessQuestion(
     "Which of the best customers look like several people to systems that see one channel each?",
     """
     WITH per_channel AS (
@@ -67,7 +67,7 @@ BEST_CUSTOMERS = Answer(
     "`unseen_percent` the part of their revenue that the best-informed channel does not know of.",
 )
 
-STOCK_LEAKS = Answer(
+STOCK_LEAKS = BusinessQuestion(
     "Where does stock leak?",
     """
     SELECT counts.store_id AS store, any_value(stores.city) AS city, count(*) AS counts,
@@ -85,7 +85,7 @@ STOCK_LEAKS = Answer(
     "the base currency; a store far above the others deserves a visit.",
 )
 
-RETENTION = Answer(
+RETENTION = BusinessQuestion(
     "Do new customers come back?",
     """
     SELECT strftime(cohort_month, '%Y-%m') AS cohort, max(customers) AS customers,
@@ -102,7 +102,7 @@ RETENTION = Answer(
     "has not come yet, and the newest one may not be over.",
 )
 
-LAPSING = Answer(
+LAPSING = BusinessQuestion(
     "Which valuable customers are about to be lost?",
     """
     WITH today AS (SELECT max(last_order_at) AS moment FROM gold.customer_360)

@@ -53,7 +53,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Answered:
+class LiveAnswers:
     """What was asked over HTTP, and the answers as they came."""
 
     scores: tuple[tuple[Request, Mapping[str, Any]], ...]
@@ -251,17 +251,17 @@ def ask(url: str, body: Mapping[str, Any] | None = None, seconds: float = ASK_SE
 
 def ask_live(
     home: Path, orders: tuple[Request, ...], product: str, *, model: bool, show: Callable[[str, int, int], None]
-) -> Answered:
+) -> LiveAnswers:
     """Start serving, ask, stop it. model: whether there is a champion to score with."""
     show("serving", 0, 1)
     with serving(home) as address:
         scores = tuple((one, ask(f"{address}/v1/fraud/score", one.body)) for one in orders) if model else ()
         stock = ask(f"{address}/v1/inventory/{product}")
     show("serving", 1, 1)
-    return Answered(scores, stock, not model)
+    return LiveAnswers(scores, stock, not model)
 
 
-def print_answered(output: Output, answered: Answered) -> None:
+def print_answered(output: Output, answered: LiveAnswers) -> None:
     """Each question in a line, then its answer in words."""
     if answered.without_model:
         output.say(
@@ -291,7 +291,7 @@ def print_answered(output: Output, answered: Answered) -> None:
         )
 
 
-def as_json(answered: Answered) -> dict[str, Any]:
+def as_json(answered: LiveAnswers) -> dict[str, Any]:
     """Requests and answers."""
     return {
         "scores": [{"what": one.title, "request": one.body, "answer": told} for one, told in answered.scores],

@@ -213,7 +213,7 @@ class Writer:
 
 
 @dataclass(frozen=True)
-class Batch:
+class RecordBatch:
     """What the header of a record batch says."""
 
     bytes: int
@@ -226,12 +226,12 @@ class Batch:
     base_sequence: int
 
 
-def batch_header(data: bytes | memoryview, at: int) -> Batch:
+def batch_header(data: bytes | memoryview, at: int) -> RecordBatch:
     """The batch that begins at `at`; `data` holds at least its first HEADER_BYTES bytes."""
     length, _, magic, _, attributes, last_delta, _, newest, producer, epoch, sequence = struct.unpack_from(
         ">iibIhiqqqhi", data, at + 8
     )
-    return Batch(length + 12, magic, attributes, last_delta, newest, producer, epoch, sequence)
+    return RecordBatch(length + 12, magic, attributes, last_delta, newest, producer, epoch, sequence)
 
 
 def control_batch(producer: int, epoch: int, marker: int, now: int, offset: int) -> bytes:
@@ -252,7 +252,7 @@ def crc32c(data: bytes) -> int:
     return value ^ 0xFFFFFFFF
 
 
-class Partition:
+class TopicPartition:
     """One partition: its file, and an index of its batches (three numbers each)."""
 
     def __init__(self, path: Path) -> None:
@@ -297,7 +297,7 @@ class Partition:
         os.pwrite(self.file, batch, self.size)
         self._note(batch_header(batch, 0), self.end, marker)
 
-    def _note(self, batch: Batch, base: int, marker: int | None = None) -> None:
+    def _note(self, batch: RecordBatch, base: int, marker: int | None = None) -> None:
         if marker is not None:
             opened = self.open.pop(batch.producer_id, None)
             if opened is not None and marker == ABORT:
@@ -315,7 +315,7 @@ class Partition:
 
     def append(self, records: memoryview) -> tuple[int, int]:
         """Append batches as they came; returns (error code, offset of the first record)."""
-        batches: list[tuple[int, Batch]] = []
+        batches: list[tuple[int, RecordBatch]] = []
         at = 0
         while at < len(records):
             if at + HEADER_BYTES > len(records):
@@ -389,7 +389,7 @@ class Broker:
     host: str
     port: int
     partitions: int
-    topics: dict[str, list[Partition]] = field(default_factory=dict)
+    topics: dict[str, list[TopicPartition]] = field(default_factory=dict)
     ids: dict[str, bytes] = field(default_factory=dict)
     committed: dict[str, int] = field(default_factory=dict)
     transactional: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -401,7 +401,7 @@ class Broker:
         self.directory.mkdir(parents=True, exist_ok=True)
         for folder in sorted(path for path in self.directory.iterdir() if path.is_dir()):
             files = sorted(folder.glob("*.log"), key=lambda path: int(path.stem))
-            self.topics[unquote(folder.name)] = [Partition(path) for path in files]
+            self.topics[unquote(folder.name)] = [TopicPartition(path) for path in files]
             self.ids[unquote(folder.name)] = self._id(folder)
         self.next_producer = 1 + max(
             (producer for topic in self.topics.values() for partition in topic for producer in partition.producers), default=0
@@ -427,7 +427,7 @@ class Broker:
             return INVALID_PARTITIONS
         folder = self.directory / quote(topic, safe="").replace(".", "%2E")
         folder.mkdir(parents=True, exist_ok=True)
-        self.topics[topic] = [Partition(folder / f"{number}.log") for number in range(count)]
+        self.topics[topic] = [TopicPartition(folder / f"{number}.log") for number in range(count)]
         self.ids[topic] = self._id(folder)
         return NONE
 
@@ -449,7 +449,7 @@ class Broker:
         shutil.rmtree(partitions[0].path.parent)
         return NONE
 
-    def partition(self, topic: str, number: int) -> Partition | None:
+    def partition(self, topic: str, number: int) -> TopicPartition | None:
         partitions = self.topics.get(topic, [])
         return partitions[number] if 0 <= number < len(partitions) else None
 
@@ -522,7 +522,7 @@ class Broker:
             finally:
                 self.waiting.discard(event)
 
-        def answer(item: tuple[int, int, Partition | None, bytes]) -> None:
+        def answer(item: tuple[int, int, TopicPartition | None, bytes]) -> None:
             number, error, log, data = item
             end, stable, start = (log.end, log.stable, log.start) if log else (-1, -1, -1)
             out.int32(number).int16(error).int64(end).int64(stable)
@@ -544,11 +544,11 @@ class Broker:
 
     def _collect(
         self, wanted: list[tuple[str, list[tuple[int, int, int]]]], most: int, committed: bool
-    ) -> list[tuple[str, list[tuple[int, int, Partition | None, bytes]]]]:
-        found: list[tuple[str, list[tuple[int, int, Partition | None, bytes]]]] = []
+    ) -> list[tuple[str, list[tuple[int, int, TopicPartition | None, bytes]]]]:
+        found: list[tuple[str, list[tuple[int, int, TopicPartition | None, bytes]]]] = []
         left = most
         for topic, partitions in wanted:
-            parts: list[tuple[int, int, Partition | None, bytes]] = []
+            parts: list[tuple[int, int, TopicPartition | None, bytes]] = []
             for number, offset, limit in partitions:
                 log = self.partition(topic, number)
                 if log is None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from app.sandbox.people import DAY
 from app.sandbox.servers import WAY_OUT, Addresses
-from app.sandbox.shop import LAST_DAY, Progress, Shop, weight
+from app.sandbox.shop import LAST_DAY, Shop, ShopProgress, weight
 from app.sandbox.sink import Sink
-from app.sandbox.stock import Stock
+from app.sandbox.stock import StoreStock
 from lakehouse.errors import SandboxError
 
 Report = Callable[[str, int, int], None]
@@ -32,7 +32,7 @@ def fill(addresses: Addresses, directory: Path, orders: int, seed: int, base_cur
     per_day = orders_per_day(orders)
     days = max(FEWEST_DAYS, round(orders / per_day))
     first = LAST_DAY - days + 1
-    progress = Progress(
+    progress = ShopProgress(
         seed=seed,
         base_currency=base_currency,
         per_day=per_day,
@@ -97,11 +97,11 @@ def remember(directory: Path, shop: Shop) -> None:
     temporary.replace(directory / "shop.json.gz")
 
 
-def recall(directory: Path) -> tuple[Progress, Stock, dict[int, list[tuple[int, int, str, list[object]]]]]:
+def recall(directory: Path) -> tuple[ShopProgress, StoreStock, dict[int, list[tuple[int, int, str, list[object]]]]]:
     """What `remember` kept."""
     with gzip.open(directory / "shop.json.gz", "rt") as file:
         content = json.load(file)
     later = {
         int(day): [(time, order, kind, given) for time, order, kind, given in todo] for day, todo in content["later"].items()
     }
-    return Progress(**content["progress"]), Stock(**content["stock"]), later
+    return ShopProgress(**content["progress"]), StoreStock(**content["stock"]), later

@@ -10,14 +10,14 @@ from typing import Any
 from bson import ObjectId
 
 from app.sandbox.catalogue import Product, decimal_text
-from app.sandbox.people import Person, Profile, spelled_phone, with_typo
+from app.sandbox.people import PersonProfile, SandboxPerson, spelled_phone, with_typo
 from app.sandbox.places import HOME_OF, PLATFORM_CODES, Country
 
 Document = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Line:
+class MarketplaceLine:
     """One line of a basket; `price` in minor units of the country's currency."""
 
     product: int
@@ -64,7 +64,7 @@ def service_phone(country: Country) -> str:
     return f"+{country.dial}{country.prefixes[0]}{'55500000'[: country.subscriber_digits]}"
 
 
-def contact(random: Random, person: Person, profile: Profile, platform: str) -> Document:
+def contact(random: Random, person: SandboxPerson, profile: PersonProfile, platform: str) -> Document:
     """Who the buyer says to be. Most give an e-mail or a phone; some only a name and an address."""
     draw = random.random()
     email = profile.email
@@ -110,7 +110,7 @@ def contact(random: Random, person: Person, profile: Profile, platform: str) -> 
     return given | {"buyer_name": name, "shipping_address": address}
 
 
-def items(random: Random, lines: list[Line], catalogue: tuple[Product, ...], country: Country) -> list[Document]:
+def items(random: Random, lines: list[MarketplaceLine], catalogue: tuple[Product, ...], country: Country) -> list[Document]:
     """The lines as a marketplace writes them."""
     written: list[Document] = []
     for line in lines:
@@ -140,7 +140,7 @@ def document(
     platform: str,
     number: str,
     buyer: Document,
-    lines: list[Line],
+    lines: list[MarketplaceLine],
     catalogue: tuple[Product, ...],
     country: Country,
     status: str,

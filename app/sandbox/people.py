@@ -21,7 +21,7 @@ _MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
-class Profile:
+class PersonProfile:
     """What a person tells a shop at some time. `phone` is E.164."""
 
     email: str
@@ -35,7 +35,7 @@ class Profile:
 
 
 @dataclass(frozen=True)
-class Person:
+class SandboxPerson:
     """One customer. Times are milliseconds since 1970; `web`, `second` and `card` are user ids."""
 
     number: int
@@ -43,7 +43,7 @@ class Person:
     first: str
     last: str
     country: Country
-    first_profile: Profile
+    first_profile: PersonProfile
     other_email: str
     own_phone: bool
     web: int | None
@@ -112,7 +112,7 @@ def street_address(seed: int, country: Country, household: int, version: int) ->
     return f"{street} {house}{unit}, {code:05d}", city
 
 
-def make_person(seed: int, number: int, joined: int) -> Person:
+def make_person(seed: int, number: int, joined: int) -> SandboxPerson:
     """The person of this number."""
     random = Random((seed << 40) ^ (number * 2_654_435_761 + 12_345))
     household = number // 3
@@ -147,13 +147,13 @@ def make_person(seed: int, number: int, joined: int) -> Person:
     platforms = tuple(random.sample(country.platforms, min(len(country.platforms), 1 + (random.random() < 0.4))))
     changes = random.random() < 0.12
     leaves = random.random() < 0.03
-    return Person(
+    return SandboxPerson(
         number=number,
         joined=joined,
         first=first,
         last=last,
         country=country,
-        first_profile=Profile(f"{handle}@{domain}", phone, street, city),
+        first_profile=PersonProfile(f"{handle}@{domain}", phone, street, city),
         other_email=f"{_plain(first)[0]}{_plain(last)}{number:x}@{random.choice(DOMAINS)}",
         own_phone=own_phone,
         web=first_id if has_web else None,
@@ -174,37 +174,39 @@ def make_person(seed: int, number: int, joined: int) -> Person:
     )
 
 
-def changes_until(person: Person, time: int) -> int:
+def changes_until(person: SandboxPerson, time: int) -> int:
     """How many profile changes the person has made by then."""
     if person.first_change is None or time < person.first_change:
         return 0
     return 1 + (time - person.first_change) // CHANGE_EVERY
 
 
-def change_time(person: Person, count: int) -> int | None:
+def change_time(person: SandboxPerson, count: int) -> int | None:
     """When the person makes the change of this count (from 1)."""
     return None if person.first_change is None else person.first_change + (count - 1) * CHANGE_EVERY
 
 
-def changed_field(seed: int, person: Person, count: int) -> str:
+def changed_field(seed: int, person: SandboxPerson, count: int) -> str:
     """What the change of this count changes: `address`, `phone` or `email`."""
     draw = mixed(seed, person.number, 100 + count)
     return "address" if draw < 0.6 or not person.own_phone else "phone" if draw < 0.85 else "email"
 
 
-def profile_at(seed: int, person: Person, time: int) -> Profile:
+def profile_at(seed: int, person: SandboxPerson, time: int) -> PersonProfile:
     """The person's profile at a time."""
     profile = person.first_profile
     for count in range(1, changes_until(person, time) + 1):
         field = changed_field(seed, person, count)
         if field == "address":
             street, city = street_address(seed, person.country, person.number, count)
-            profile = Profile(profile.email, profile.phone, street, city)
+            profile = PersonProfile(profile.email, profile.phone, street, city)
         elif field == "phone":
-            profile = Profile(profile.email, phone_number(person.country, person.number, count), profile.street, profile.city)
+            profile = PersonProfile(
+                profile.email, phone_number(person.country, person.number, count), profile.street, profile.city
+            )
         else:
             handle, _, domain = person.first_profile.email.partition("@")
-            profile = Profile(f"{handle}.{count}@{domain}", profile.phone, profile.street, profile.city)
+            profile = PersonProfile(f"{handle}.{count}@{domain}", profile.phone, profile.street, profile.city)
     return profile
 
 

@@ -62,7 +62,7 @@ class Process:
 
 
 @dataclass(frozen=True)
-class State:
+class ServerState:
     """What `servers.json` holds. Address and ports are remembered after a stop."""
 
     password: str
@@ -96,7 +96,7 @@ def start_servers(home: Path, progress: Callable[[str], None] | None = None, hos
     directory = sandbox_directory(home)
     directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory):
-        state = replace(_read(directory) or State(secrets.token_urlsafe(18), {}, {}), host=host)
+        state = replace(_read(directory) or ServerState(secrets.token_urlsafe(18), {}, {}), host=host)
         processes = {name: process for name, process in state.processes.items() if _alive(process)}
         mine: list[str] = []
         try:
@@ -142,7 +142,7 @@ def any_running(home: Path) -> list[str]:
 # Starting and stopping one server
 
 
-def _start(directory: Path, name: str, state: State) -> State:
+def _start(directory: Path, name: str, state: ServerState) -> ServerState:
     prepare, command, ready = {
         "postgres": (_postgres_prepare, _postgres_command, _postgres_ready),
         "mongo": (_no_preparation, _mongo_command, _mongo_ready),
@@ -190,7 +190,7 @@ def _wait_ready(child: subprocess.Popen[bytes], ready: Callable[[], bool]) -> bo
     return False
 
 
-def _stop(directory: Path, state: State, names: list[str]) -> list[str]:
+def _stop(directory: Path, state: ServerState, names: list[str]) -> list[str]:
     stopped: list[str] = []
     failed: list[str] = []
     asked = {name: state.processes[name] for name in names if name in state.processes and _alive(state.processes[name])}
@@ -247,7 +247,7 @@ def _as_server_user(command: list[str]) -> list[str]:
     return [sys.executable, "-I", "-S", str(launcher), str(user[0]), str(user[1]), *command]
 
 
-def _postgres_prepare(directory: Path, state: State) -> None:
+def _postgres_prepare(directory: Path, state: ServerState) -> None:
     data = directory / "postgres"
     if not (data / "PG_VERSION").exists() or (directory / "postgres.new").exists():
         _postgres_make(directory, state.password)
@@ -371,7 +371,7 @@ def _kafka_ready(host: str, port: int, _password: str) -> bool:
         return False
 
 
-def _no_preparation(_directory: Path, _state: State) -> None:
+def _no_preparation(_directory: Path, _state: ServerState) -> None:
     return None
 
 
@@ -446,19 +446,19 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
 
 
-def _read(directory: Path) -> State | None:
+def _read(directory: Path) -> ServerState | None:
     file = directory / "servers.json"
     try:
         content = json.loads(file.read_text())
         processes = {name: Process(**process) for name, process in content["processes"].items()}
-        return State(content["password"], content["ports"], processes, content.get("host", LOOPBACK))
+        return ServerState(content["password"], content["ports"], processes, content.get("host", LOOPBACK))
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise SandboxError(f"{file} cannot be read ({error}); end the servers by hand and remove {directory}.") from None
 
 
-def _write(directory: Path, state: State) -> None:
+def _write(directory: Path, state: ServerState) -> None:
     temporary = directory / "servers.json.new"
     temporary.touch(mode=0o600)
     temporary.write_text(json.dumps(asdict(state), indent=1))

@@ -24,13 +24,13 @@ from typing import Any
 from bson import ObjectId
 
 from app.sandbox.catalogue import NOMINAL, Product, decimal_text, local_price, products, rates
-from app.sandbox.marketplace import Line, contact, document, moment, object_id, order_number, plain_amount, unreadable
+from app.sandbox.marketplace import MarketplaceLine, contact, document, moment, object_id, order_number, plain_amount, unreadable
 from app.sandbox.people import (
     DAY,
     FIRST_USER_ID,
     USERS_PER_PERSON,
-    Person,
-    Profile,
+    PersonProfile,
+    SandboxPerson,
     activity,
     change_time,
     changed_field,
@@ -41,7 +41,7 @@ from app.sandbox.people import (
 )
 from app.sandbox.places import SHOPS_OF, STORES, WAREHOUSE_OF
 from app.sandbox.sink import Sink, Value
-from app.sandbox.stock import Stock
+from app.sandbox.stock import StoreStock
 
 MINUTE, HOUR = 60_000, 3_600_000
 LAST_DAY = (date(2026, 1, 31) - date(1970, 1, 1)).days
@@ -64,7 +64,7 @@ Action = tuple[int, int, str, list[Any]]
 
 
 @dataclass
-class Progress:
+class ShopProgress:
     """Everything the shop has to remember between two steps."""
 
     seed: int
@@ -106,17 +106,17 @@ class Shop:
     """The simulation. `later` holds what is to happen, by day."""
 
     def __init__(
-        self, progress: Progress, sink: Sink, stock: Stock | None = None, later: dict[int, list[Action]] | None = None
+        self, progress: ShopProgress, sink: Sink, stock: StoreStock | None = None, later: dict[int, list[Action]] | None = None
     ) -> None:
         self.now = progress
         self.seed = progress.seed
         self.sink = sink
         self.catalogue: tuple[Product, ...] = products(progress.seed, PRODUCTS)
-        self.stock = stock or Stock.expecting(self.catalogue, progress.per_day)
+        self.stock = stock or StoreStock.expecting(self.catalogue, progress.per_day)
         self.later: dict[int, list[Action]] = later or {}
         self.agenda: list[Action] = []
         self.random = Random(progress.seed)
-        self.people: OrderedDict[int, Person] = OrderedDict()
+        self.people: OrderedDict[int, SandboxPerson] = OrderedDict()
         self.popular = _cumulated([product.popularity for product in self.catalogue])
         for table, columns in progress.added_columns.items():
             self.sink.columns[table].extend(columns)
@@ -209,7 +209,7 @@ class Shop:
 
     # People
 
-    def person(self, number: int) -> Person:
+    def person(self, number: int) -> SandboxPerson:
         """The person of a number."""
         found = self.people.get(number)
         if found is None:
@@ -227,14 +227,14 @@ class Shop:
                 self.people.popitem(last=False)
         return found
 
-    def profile(self, person: Person, time: int) -> Profile:
+    def profile(self, person: SandboxPerson, time: int) -> PersonProfile:
         """What the person says of themselves at a time."""
         return person.first_profile if person.first_change is None else profile_at(self.seed, person, time)
 
     def _do_join(self, _time: int, number: int) -> None:
         self._join(self.person(number))
 
-    def _join(self, person: Person) -> None:
+    def _join(self, person: SandboxPerson) -> None:
         seen = max(person.joined, self.now.live_from)
         if person.leaves is not None and person.leaves <= seen:
             return
@@ -255,7 +255,7 @@ class Shop:
         if person.second is not None and (person.leaves is None or person.leaves > seen):
             self._user(person, person.second, seen)
 
-    def _user(self, person: Person, user_id: int, time: int) -> None:
+    def _user(self, person: SandboxPerson, user_id: int, time: int) -> None:
         values = self._user_values(person, user_id, time)
         self.sink.row("users", user_id, *values, *self._consent(user_id))
         self.sink.know("people", person.key, f"user:{user_id}")
@@ -264,7 +264,7 @@ class Shop:
         """The value of the column that `users` gets with the first step, once it is there."""
         return ("t" if user_id % 3 == 0 else "f",) if self.now.added_columns.get("users") else ()
 
-    def _user_values(self, person: Person, user_id: int, time: int) -> tuple[Value, ...]:
+    def _user_values(self, person: SandboxPerson, user_id: int, time: int) -> tuple[Value, ...]:
         """The columns of a users row after `user_id`, as they are at a time."""
         profile = self.profile(person, time)
         spelling = Random(f"{self.seed}/user/{user_id}/{profile.phone}")
@@ -291,7 +291,7 @@ class Shop:
         name = person.name.upper() if person.number % 3 == 0 else person.name
         return (*shown, name, *place, person.loyalty_id, sql_time(created), sql_time(updated))
 
-    def _user_ids(self, person: Person, time: int) -> list[int]:
+    def _user_ids(self, person: SandboxPerson, time: int) -> list[int]:
         ids = [user_id for user_id in (person.web, person.card) if user_id is not None]
         if person.second is not None and max(person.joined + 30 * DAY, self.now.first_day * DAY) < time:
             ids.append(person.second)
@@ -324,7 +324,7 @@ class Shop:
             for user_id in self._user_ids(self.person(number), time):
                 self.sink.change("DELETE FROM users WHERE user_id=%s", user_id)
 
-    def _buyer(self, time: int) -> Person:
+    def _buyer(self, time: int) -> SandboxPerson:
         """Somebody who has joined; faithful customers come more often, and recent ones."""
         random, people = self.random, self.now.people_by_day[-2]
         number = 0
@@ -357,11 +357,11 @@ class Shop:
         else:
             self._marketplace_order(time, person)
 
-    def _basket(self, time: int, store: int, person: Person, dear: bool = False) -> list[Line]:
+    def _basket(self, time: int, store: int, person: SandboxPerson, dear: bool = False) -> list[MarketplaceLine]:
         """Lines that the store has in stock, one per product."""
         random, stock = self.random, self.stock
         wanted = 1 if random.random() < 0.62 else 2 if random.random() < 0.65 else random.randrange(3, 6)
-        lines: list[Line] = []
+        lines: list[MarketplaceLine] = []
         chosen: set[int] = set()
         for _ in range(wanted):
             quantity = 1 if random.random() < 0.8 else random.randrange(2, 4)
@@ -382,7 +382,7 @@ class Shop:
             if random.random() < 0.15:
                 step = person.country.step
                 price = max(step, price * 9 // 10 // step * step)
-            lines.append(Line(product, quantity, price))
+            lines.append(MarketplaceLine(product, quantity, price))
         return lines
 
     def _product(self, dear: bool) -> int:
@@ -391,7 +391,9 @@ class Shop:
             return bisect.bisect_right(self.popular, random.random() * self.popular[-1])
         return max((random.randrange(PRODUCTS) for _ in range(8)), key=lambda product: self.catalogue[product].dollars)
 
-    def _fulfil(self, time: int, order: str, store: int, lines: list[Line], cancelled: int | None, shipped: int) -> None:
+    def _fulfil(
+        self, time: int, order: str, store: int, lines: list[MarketplaceLine], cancelled: int | None, shipped: int
+    ) -> None:
         """Reserve the lines now, and sell or release them later."""
         pairs = [[store * PRODUCTS + line.product, line.quantity] for line in lines]
         for at, (pair, quantity) in enumerate(pairs):
@@ -453,7 +455,7 @@ class Shop:
     def _web_order(
         self,
         time: int,
-        person: Person,
+        person: SandboxPerson,
         *,
         user_id: int | None = None,
         device: str | None = None,
@@ -501,8 +503,8 @@ class Shop:
         order_id: int,
         who: tuple[int | None, str, str | None],
         how: tuple[str, str | None, str | None, str | None, str | None],
-        person: Person,
-        lines: list[Line],
+        person: SandboxPerson,
+        lines: list[MarketplaceLine],
         life: list[tuple[int, str]],
         returned: int | None,
     ) -> None:
@@ -542,7 +544,7 @@ class Shop:
         if back:
             self._negative_lines(order_id, back)
 
-    def _store_order(self, time: int, person: Person | None) -> None:
+    def _store_order(self, time: int, person: SandboxPerson | None) -> None:
         """A sale in a store: paid and taken away; the buyer may be unknown."""
         now, random = self.now, self.random
         somebody = person or self._local()
@@ -565,21 +567,21 @@ class Shop:
         if returned is not None:
             self.at(returned, "stock_back", order, [[store * PRODUCTS + line.product, line.quantity] for line in lines])
 
-    def _local(self) -> Person:
+    def _local(self) -> SandboxPerson:
         """Somebody whose country has a store, to be the unknown buyer of a sale."""
         while True:
             person = self.person(self.random.randrange(self.now.people_by_day[-2]))
             if SHOPS_OF[person.country.code]:
                 return person
 
-    def _marketplace_order(self, time: int, person: Person) -> None:
+    def _marketplace_order(self, time: int, person: SandboxPerson) -> None:
         now, random = self.now, self.random
         platform = random.choice(person.platforms)
         store = WAREHOUSE_OF[person.country.code]
         old = time // DAY < now.new_things_from - 20 and random.random() < 0.35
         lines = self._basket(time, store, person)
         if old:
-            lines = [Line(lines[0].product, 1, lines[0].price)]
+            lines = [MarketplaceLine(lines[0].product, 1, lines[0].price)]
         life, cancelled, shipped, returned = self._life(time, 0.05, 0.0 if old else 0.04)
         status, since, rest = self._status(time, life)
         now.marketplace_orders += 1
@@ -635,7 +637,7 @@ class Shop:
         self.now.chargebacks += 1
         self.sink.row("chargebacks", self.now.chargebacks, order, reason, sql_time(time))
 
-    def _taken_over_order(self, time: int, person: Person) -> None:
+    def _taken_over_order(self, time: int, person: SandboxPerson) -> None:
         """A stranger logs in as the person after some tries, changes the address, and buys what sells well."""
         random, user = self.random, person.web or 0
         device, ip = f"d-{random.getrandbits(44):011x}", self._some_ip()
@@ -674,7 +676,7 @@ class Shop:
             )
         return orders
 
-    def _ring_member(self, member: int) -> Person:
+    def _ring_member(self, member: int) -> SandboxPerson:
         return make_person(self.seed + 99_991, member, 0)
 
     def _do_ring_account(self, time: int, ring: int, user_id: int, member: int, drop: str) -> None:
@@ -713,7 +715,15 @@ class Shop:
         )
 
     def _browse(
-        self, time: int, user: int, device: str, ip: str, lines: list[Line], order: str, card: str | None, tested: int = 0
+        self,
+        time: int,
+        user: int,
+        device: str,
+        ip: str,
+        lines: list[MarketplaceLine],
+        order: str,
+        card: str | None,
+        tested: int = 0,
     ) -> None:
         """The session that ends in an order."""
         random, session = self.random, f"s-{self._session()}"

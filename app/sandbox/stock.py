@@ -12,7 +12,7 @@ DEMAND = (0.50, 0.17, 0.09, 0.07, 0.05, 0.05, 0.025, 0.025, 0.02, 0.02)
 
 
 @dataclass
-class Stock:
+class StoreStock:
     """Numbers per pair of store and product (pair = store x products + product).
 
     `there` is the truth, `book` what the events add up to; they differ by thefts until a count.
@@ -28,13 +28,13 @@ class Stock:
     counted: int = 0
 
     @staticmethod
-    def expecting(catalogue: tuple[Product, ...], orders_per_day: float) -> Stock:
+    def expecting(catalogue: tuple[Product, ...], orders_per_day: float) -> StoreStock:
         """Stock for a shop of this size, empty."""
         total = sum(product.popularity for product in catalogue)
         units = orders_per_day * 2.1
         daily = [units * share * product.popularity / total for share in DEMAND for product in catalogue]
         size = len(STORES) * len(catalogue)
-        return Stock(len(catalogue), daily, [0] * size, [0] * size, [0] * size, [0] * size)
+        return StoreStock(len(catalogue), daily, [0] * size, [0] * size, [0] * size, [0] * size)
 
     def free(self, pair: int) -> int:
         """Units that can be sold, by the books and in truth."""

@@ -4,7 +4,7 @@ A refresh of a step:
 1. load the target, then everything upstream (so that a commit in between makes ours fail);
 2. compare the target's positions with upstream: nothing newer, nothing to do;
 3. extract: the keys that new rows touch (everything is touched when the target was never filled, or on rebuild);
-4. merge, bucket by bucket of keys: gather all rows of the touched groups, `fill`, compare with what is there,
+4. merge, bucket by bucket of keys: gather all rows of the touched groups, `transform`, compare with what is there,
    write data files and position deletes;
 5. commit once, with the positions. A gold table's commit goes to a branch, is audited there, and published
    when its expectations hold.
@@ -27,7 +27,7 @@ import polars as pl
 import pyarrow as pa
 from pyiceberg.manifest import DataFile
 
-from lakehouse.engine.row_diff import Difference, difference
+from lakehouse.engine.row_diff import RowDiff, row_diff
 from lakehouse.errors import CommitConflict, UnknownColumn
 from lakehouse.expectations import (
     REASON,
@@ -51,25 +51,25 @@ from lakehouse.iceberg.table_handle import (
     AUDIT_BRANCH,
     EXPECTATIONS,
     FILE,
+    FINGERPRINT,
     POS,
     POSITIONS,
     ROWS,
     ROWS_CHANGED,
-    SHAPE,
     VIOLATIONS,
     File,
     FileReader,
     FileWriter,
-    Handle,
     Lake,
+    TableHandle,
     group_hash,
-    living,
+    live_rows,
     polars_schema,
 )
-from lakehouse.parallel import Piece, Pieces, Pool
+from lakehouse.parallel import Block, Blocks, TaskPool
 from lakehouse.source import Plan, Reached, Rows, Source, Task
-from lakehouse.source import again as begun_anew
-from lakehouse.step import Changes, Context, Gather, Join, Lookup, Parsed, Read, Step, Whole
+from lakehouse.source import resnapshot as begun_anew
+from lakehouse.step import Broadcast, Context, Delta, Grouped, Lookup, Parsed, Read, ReadRows, Step
 from lakehouse.table import DELETED, GROUP_HASH, SEQUENCE, Table
 
 ATTEMPTS = 6
@@ -88,7 +88,7 @@ SINCE = "since"
 
 
 @dataclass(frozen=True)
-class Report:
+class StepResult:
     """What one step did."""
 
     table: str
@@ -108,7 +108,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Upstream:
+class UpstreamTable:
     """A table that a step reads, as one snapshot of it: picklable."""
 
     table: Table
@@ -117,7 +117,7 @@ class Upstream:
 
     def read(self, columns: Sequence[str], predicate: pl.Expr | None = None, *, positions: bool = False) -> pl.DataFrame:
         """Living rows for which `predicate` holds."""
-        return self.reader.read(self.files, columns, living(self.table, predicate), positions=positions)
+        return self.reader.read(self.files, columns, live_rows(self.table, predicate), positions=positions)
 
     @property
     def columns(self) -> list[str]:
@@ -131,7 +131,7 @@ class Extraction:
 
     step: Step
     name: str
-    upstream: Upstream
+    upstream: UpstreamTable
     since: int | None
     positions: tuple[str, ...]
     full: bool
@@ -148,8 +148,8 @@ class Merge:
     buckets: int
     full: bool
     groups: pl.DataFrame | None
-    upstream: Mapping[str, Upstream]
-    old: Upstream
+    upstream: Mapping[str, UpstreamTable]
+    old: UpstreamTable
     writer: FileWriter
     sequence: int
     context: Context
@@ -157,7 +157,7 @@ class Merge:
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergeResult:
     """What a merge wrote, not yet committed."""
 
     files: tuple[DataFile, ...] = ()
@@ -176,13 +176,15 @@ class Merged:
     """The groups that were judged, where rows may be held back."""
 
 
-def living_after(before: int | None, merged: Sequence[Merged], full: bool) -> int | None:
+def living_after(before: int | None, merged: Sequence[MergeResult], full: bool) -> int | None:
     """Living rows of a table after its groups were merged; None when nobody knows how many there were."""
     now = sum(part.rows for part in merged)
     return now if full else None if before is None else before + now - sum(part.rows_before for part in merged)
 
 
-def standing_of(target: Handle, merged: Sequence[Merged], results: Iterable[Result], full: bool) -> dict[str, int] | None:
+def standing_of(
+    target: TableHandle, merged: Sequence[MergeResult], results: Iterable[Result], full: bool
+) -> dict[str, int] | None:
     """How many rows of the whole table break each expectation, now that some groups, or all, were judged."""
     stored = target.summary(VIOLATIONS)
     before = {} if full or target.snapshot is None else json.loads(stored) if stored is not None else None
@@ -192,16 +194,16 @@ def standing_of(target: Handle, merged: Sequence[Merged], results: Iterable[Resu
     return standing_after(before, gone, results)
 
 
-def waits(target: Handle, positions: Mapping[str, Any], shape: str) -> bool:
+def waits(target: TableHandle, positions: Mapping[str, Any], shape: str) -> bool:
     """Whether a build with these positions waits to be published, and continues the table as it is."""
     build = target.build
     if build is None or not target.continued:
         return False
     told = build.summary.additional_properties if build.summary else {}
-    return told.get(POSITIONS) == json.dumps(dict(positions), sort_keys=True) and told.get(SHAPE) == shape
+    return told.get(POSITIONS) == json.dumps(dict(positions), sort_keys=True) and told.get(FINGERPRINT) == shape
 
 
-def drop_passed_over(target: Handle) -> None:
+def drop_passed_over(target: TableHandle) -> None:
     """Drop a refused build when the table has gone on without it: its rows were corrected to what the table has."""
     if target.build is not None and not target.continued:
         target.discard()
@@ -232,12 +234,12 @@ def roots(*expressions: pl.Expr | None) -> list[str]:
     return list(dict.fromkeys(name for e in expressions if e is not None for name in e.meta.root_names()))
 
 
-def to_pieces(kind: str, frame: pl.DataFrame, bucket: int = -1) -> list[Piece]:
+def to_pieces(kind: str, frame: pl.DataFrame, bucket: int = -1) -> list[Block]:
     """A frame as pieces; none when it is empty."""
-    return [Piece(kind, bucket, frame.to_arrow())] if frame.height else []
+    return [Block(kind, bucket, frame.to_arrow())] if frame.height else []
 
 
-def by_bucket(kind: str, frame: pl.DataFrame, hashes: pl.Series, buckets: int) -> list[Piece]:
+def by_bucket(kind: str, frame: pl.DataFrame, hashes: pl.Series, buckets: int) -> list[Block]:
     """A frame split by the bucket of its group."""
     if buckets == 1:
         return to_pieces(kind, frame, 0)
@@ -253,13 +255,13 @@ def newer(since: int | None, positions: tuple[str, ...]) -> pl.Expr | None:
     return late | pl.col("_source_position").is_in(list(positions)) if positions else late
 
 
-def extract(work: Extraction) -> list[Piece]:
+def extract(work: Extraction) -> list[Block]:
     """Read what is new: keys or rows, rejected rows, and how much was read."""
     read, target = work.step.reads[work.name], work.step.target
     upstream, table = work.upstream, work.upstream.table
     predicate = newer(work.since, work.positions)
-    if isinstance(read, Changes):
-        raw = upstream.reader.read(upstream.files, _wanted(read.columns, upstream), living(table, predicate))
+    if isinstance(read, Delta):
+        raw = upstream.reader.read(upstream.files, _wanted(read.columns, upstream), live_rows(table, predicate))
         parsed = read.parse(raw)
         hashes = group_hash(parsed.rows, target.group)
         return [
@@ -267,7 +269,7 @@ def extract(work: Extraction) -> list[Piece]:
             *_keys_of_rows(parsed.rows, target),
             *_reported(work.name, raw, parsed),
         ]
-    assert isinstance(read, Gather)
+    assert isinstance(read, Grouped)
     needed = roots(*(e for keys in read.keys for e in keys), read.always)
     extra = [*read.resolve, *([work.step.ordered_by] if work.step.ordered_by else [])]
     if work.full or read.parse:
@@ -275,14 +277,14 @@ def extract(work: Extraction) -> list[Piece]:
     else:
         columns = list(dict.fromkeys([*needed, *extra]))
     # a tombstone is news: it names the groups that lost a row
-    predicate = living(table, predicate, tombstones=not work.full)
+    predicate = live_rows(table, predicate, tombstones=not work.full)
     if truncates(upstream) and "_op" not in columns:
         columns.append("_op")
     raw = upstream.reader.read(upstream.files, columns, predicate)
     reported = (
         _reported(work.name, raw, read.parse(raw))
         if read.parse and raw.height
-        else [Piece(f"count:{work.name}", -1, pa.table({"rows": [raw.height]}))]
+        else [Block(f"count:{work.name}", -1, pa.table({"rows": [raw.height]}))]
     )
     if not work.full:
         emptied = raw.filter(pl.col("_op") == "t").select("_op") if truncates(upstream) else raw.clear()
@@ -290,21 +292,21 @@ def extract(work: Extraction) -> list[Piece]:
     return [*_spread_rows(work, read, raw), *reported]
 
 
-def truncates(upstream: Upstream) -> bool:
+def truncates(upstream: UpstreamTable) -> bool:
     """Whether the table may hold rows that say its source was emptied (`_op` 't'): they concern every group."""
     return upstream.table.layer == "bronze" and "_op" in upstream.reader.schema.names
 
 
-def _wanted(columns: tuple[str, ...], upstream: Upstream) -> list[str]:
+def _wanted(columns: tuple[str, ...], upstream: UpstreamTable) -> list[str]:
     present = set(upstream.columns)
     return [name for name in (columns or upstream.columns) if name in present]
 
 
-def _keys_of_rows(rows: pl.DataFrame, target: Table) -> list[Piece]:
+def _keys_of_rows(rows: pl.DataFrame, target: Table) -> list[Block]:
     return to_pieces("keys", rows.select(target.group).unique().with_columns(pl.lit(None, pl.Datetime("us", "UTC")).alias(SINCE)))
 
 
-def _touched_keys(work: Extraction, read: Gather, raw: pl.DataFrame) -> list[Piece]:
+def _touched_keys(work: Extraction, read: Grouped, raw: pl.DataFrame) -> list[Block]:
     order = work.step.ordered_by
     moment = pl.Series(SINCE, raw[order]) if order else pl.Series(SINCE, [None] * raw.height, dtype=pl.Datetime("us", "UTC"))
     pieces = []
@@ -317,11 +319,11 @@ def _touched_keys(work: Extraction, read: Gather, raw: pl.DataFrame) -> list[Pie
     return pieces
 
 
-def _spread_rows(work: Extraction, read: Gather, raw: pl.DataFrame) -> list[Piece]:
+def _spread_rows(work: Extraction, read: Grouped, raw: pl.DataFrame) -> list[Block]:
     kind, group = f"rows:{work.name}", work.step.target.group
     if work.buckets == 1:
         return to_pieces(kind, raw, 0)
-    pieces: list[Piece] = []
+    pieces: list[Block] = []
     everywhere = (raw["_op"] == "t").fill_null(False) if truncates(work.upstream) else pl.repeat(False, raw.height, eager=True)
     if read.resolve and work.split_documents is not None:
         marked = (
@@ -346,8 +348,8 @@ def _spread_rows(work: Extraction, read: Gather, raw: pl.DataFrame) -> list[Piec
     return pieces
 
 
-def _reported(name: str, raw: pl.DataFrame, parsed: Parsed) -> list[Piece]:
-    pieces = [Piece(f"count:{name}", -1, pa.table({"rows": [raw.height]}))]
+def _reported(name: str, raw: pl.DataFrame, parsed: Parsed) -> list[Block]:
+    pieces = [Block(f"count:{name}", -1, pa.table({"rows": [raw.height]}))]
     if parsed.rejected is not None:
         pieces += to_pieces(f"rejected:{name}", parsed.rejected)
     if "_op" in raw.columns:
@@ -355,12 +357,12 @@ def _reported(name: str, raw: pl.DataFrame, parsed: Parsed) -> list[Piece]:
     return pieces
 
 
-def _frames(pieces: Pieces, kind: str, bucket: int | None = None) -> list[pl.DataFrame]:
+def _frames(pieces: Blocks, kind: str, bucket: int | None = None) -> list[pl.DataFrame]:
     frames = [pl.from_arrow(table) for table in pieces.of(kind, bucket)]
     return [frame for frame in frames if isinstance(frame, pl.DataFrame)]
 
 
-def gather(read: Gather, upstream: Upstream, groups: pl.DataFrame, target: Table, ordered_by: str) -> pl.DataFrame:
+def gather(read: Grouped, upstream: UpstreamTable, groups: pl.DataFrame, target: Table, ordered_by: str) -> pl.DataFrame:
     """All living rows of `upstream` that belong to one of `groups` (for histories: from each group's `since` on)."""
     wanted = _wanted(read.columns, upstream)
     needed = roots(*(e for keys in read.keys for e in keys), read.always)
@@ -387,7 +389,7 @@ def gather(read: Gather, upstream: Upstream, groups: pl.DataFrame, target: Table
     return frame.select(wanted)
 
 
-def _members(frame: pl.DataFrame, read: Gather, groups: pl.DataFrame, target: Table, ordered_by: str) -> pl.Series:
+def _members(frame: pl.DataFrame, read: Grouped, groups: pl.DataFrame, target: Table, ordered_by: str) -> pl.Series:
     member = pl.repeat(False, frame.height, eager=True)
     for keys in read.keys:
         keyed = key_frame(frame, keys, target).with_row_index("__n")
@@ -403,18 +405,18 @@ def _members(frame: pl.DataFrame, read: Gather, groups: pl.DataFrame, target: Ta
     return member
 
 
-def merge(work: Merge, pieces: Pieces) -> Merged:
+def merge(work: Merge, pieces: Blocks) -> MergeResult:
     """Fill one bucket: gather, fill, compare with what is there, write."""
     step, target = work.step, work.step.target
     frames: dict[str, pl.DataFrame] = {}
     groups = work.groups
     for name, read in step.reads.items():
-        if isinstance(read, Whole):
+        if isinstance(read, Broadcast):
             frames[name] = work.upstream[name].read(_wanted(read.columns, work.upstream[name]))
-        elif isinstance(read, Changes) or (isinstance(read, Gather) and work.full):
+        elif isinstance(read, Delta) or (isinstance(read, Grouped) and work.full):
             parts = _frames(pieces, f"rows:{name}", work.bucket)
             frames[name] = pl.concat(parts, how="vertical_relaxed") if parts else _empty(read, work.upstream[name])
-        elif isinstance(read, Gather):
+        elif isinstance(read, Grouped):
             assert groups is not None
             frames[name] = gather(read, work.upstream[name], groups, target, step.ordered_by)
     rows_read = sum(frame.height for frame in frames.values())
@@ -422,7 +424,7 @@ def merge(work: Merge, pieces: Pieces) -> Merged:
         groups = _all_groups(work, frames)
     assert groups is not None
     for name, read in step.reads.items():
-        if isinstance(read, Join):
+        if isinstance(read, Lookup):
             values = read.values(frames).unique()
             upstream = work.upstream[name]
             columns = list(dict.fromkeys([*_wanted(read.columns, upstream), read.on]))
@@ -437,21 +439,21 @@ def merge(work: Merge, pieces: Pieces) -> Merged:
     frames["old"], frames["groups"] = known.select(declared), groups
     if step.ordered_by:
         frames["opening"] = opening.select(declared) if opening is not None else alive.select(declared).clear()
-    wanted = conform(step.fill(frames, work.context), target)
+    wanted = conform(step.transform(frames, work.context), target)
     wanted = wanted.join(groups, on=list(target.group), how="semi", nulls_equal=True)
     judged = judge(target.name, target.rules, wanted, target.named_by or target.key)
-    done = Merged(
+    done = MergeResult(
         rows_read=rows_read,
         results=judged.results,
         rows=judged.kept.height,
         rows_before=alive.height,
         violations_before={} if work.full else violations(target.rules, known.select(declared)),
-        held=held_back(target, judged.held) if target.holds_back else None,
-        groups=groups.select(target.group) if target.holds_back else None,
+        held=held_back(target, judged.held) if target.quarantines else None,
+        groups=groups.select(target.group) if target.quarantines else None,
     )
     if judged.failed and not may_be_looked_at(target, judged.results):
         return done
-    change = difference(target, old, judged.kept)
+    change = row_diff(target, old, judged.kept)
     if work.regrouped:
         change = rehashed(change, old, target)
     if change.empty:
@@ -490,10 +492,10 @@ def in_json(columns: Sequence[str]) -> pl.Expr:
     return pl.struct(pl.col(name).cast(pl.String) for name in columns).struct.json_encode()
 
 
-def rehashed(change: Difference, old: pl.DataFrame, table: Table) -> Difference:
+def rehashed(change: RowDiff, old: pl.DataFrame, table: Table) -> RowDiff:
     """The change, and the rows beside it that are stored with another hash than their group has now: written anew."""
     stale = old.filter(old[GROUP_HASH] != group_hash(old, table.group)).join(change.deleted, on=[FILE, POS], how="anti")
-    return Difference(
+    return RowDiff(
         pl.concat([change.deleted, stale.select(change.deleted.columns)]),
         pl.concat([change.written, stale.select(change.written.columns)]),
     )
@@ -512,19 +514,19 @@ def conform(frame: pl.DataFrame, table: Table) -> pl.DataFrame:
     return frame.select(pl.col(name).cast(dtype) for name, dtype in polars_schema(table.schema).items())
 
 
-def _empty(read: Read, upstream: Upstream) -> pl.DataFrame:
-    if isinstance(read, Changes):
+def _empty(read: Read, upstream: UpstreamTable) -> pl.DataFrame:
+    if isinstance(read, Delta):
         return read.parse(upstream.reader.read((), _wanted(read.columns, upstream))).rows
-    return upstream.reader.read((), _wanted(read.columns, upstream)) if isinstance(read, Gather) else pl.DataFrame()
+    return upstream.reader.read((), _wanted(read.columns, upstream)) if isinstance(read, Grouped) else pl.DataFrame()
 
 
 def _all_groups(work: Merge, frames: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
     target = work.step.target
     parts = []
     for name, read in work.step.reads.items():
-        if isinstance(read, Gather):
+        if isinstance(read, Grouped):
             parts += [key_frame(frames[name], keys, target).drop_nulls() for keys in read.keys]
-        elif isinstance(read, Changes):
+        elif isinstance(read, Delta):
             parts.append(conform_groups(frames[name], target))
     parts.append(conform_groups(work.old.reader.read(work.old.files, target.group), target))
     groups = pl.concat(parts).unique()
@@ -587,7 +589,7 @@ def _history(work: Merge, groups: pl.DataFrame, columns: list[str], member: pl.E
     return current, opening.unique(list(target.group), keep="last", maintain_order=True)
 
 
-def changed_rows(read: Whole | Join, handle: Handle, since: int) -> pl.DataFrame:
+def changed_rows(read: Broadcast | Lookup, handle: TableHandle, since: int) -> pl.DataFrame:
     """The rows of a table that changed after a sequence, tombstones too. Of a small table only those that changed in the
     columns that are read: another price of a product concerns nobody who reads its category."""
     table = read.table
@@ -596,10 +598,10 @@ def changed_rows(read: Whole | Join, handle: Handle, since: int) -> pl.DataFrame
     new = handle.reader.read(handle.files(since=since), [*columns, *mark], newer(since, ()))
     before = handle.snapshot_of(since)
     seen = list(read.columns)
-    if isinstance(read, Join) or before is None or not new.height or not set(table.key) <= set(seen) or not table.key:
+    if isinstance(read, Lookup) or before is None or not new.height or not set(table.key) <= set(seen) or not table.key:
         return new.select(columns)
     try:
-        old = handle.reader.read(handle.files(snapshot_id=before), seen, living(table, None))
+        old = handle.reader.read(handle.files(snapshot_id=before), seen, live_rows(table, None))
     except OSError:
         return new.select(columns)  # maintenance has just taken that snapshot away: everything new counts
     numbered = new.with_row_index("__n")
@@ -625,27 +627,27 @@ class Engine:
     """Runs sources and steps against a lake."""
 
     lake: Lake
-    pool: Pool
+    pool: TaskPool
     context: Context
     quarantine: Table
     clock: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
-    begun: Callable[[Step, Handle, Mapping[str, Handle]], None] = field(default=lambda step, target, upstream: None)
+    begun: Callable[[Step, TableHandle, Mapping[str, TableHandle]], None] = field(default=lambda step, target, upstream: None)
     """Called when a step has something to do, before it does it."""
     arrivals: Callable[[], OnArrival | None] = field(default=lambda: None)
     """Gives, at the beginning of each attempt to ingest, what is done with the rows before they are stored."""
 
-    def refresh(self, step: Step, *, rebuild: bool = False, replay: Mapping[str, tuple[str, ...]] | None = None) -> Report:
+    def refresh(self, step: Step, *, rebuild: bool = False, replay: Mapping[str, tuple[str, ...]] | None = None) -> StepResult:
         """Bring a step's table up to date; `replay`: by bronze table, source positions to read again."""
         return self.retried(lambda: self._refresh(step, rebuild, replay or {}))
 
-    def ingest(self, source: Source, tables: Mapping[str, Table], *, again: frozenset[str] = frozenset()) -> list[Report]:
+    def ingest(self, source: Source, tables: Mapping[str, Table], *, again: frozenset[str] = frozenset()) -> list[StepResult]:
         """Read what is new at a source into its bronze tables, and tell the source once that is committed.
 
         again: tables to read from their beginning; their old rows stay, and silver takes each row once.
         """
         unknown: dict[str, list[pa.Field]] = {}
 
-        def attempt() -> list[Report]:
+        def attempt() -> list[StepResult]:
             while True:
                 try:
                     return self._ingest(source, tables, unknown, again)
@@ -670,7 +672,7 @@ class Engine:
                 time.sleep(0.2 * 2**number)
         raise AssertionError
 
-    def _refresh(self, step: Step, rebuild: bool, replay: Mapping[str, tuple[str, ...]]) -> Report:
+    def _refresh(self, step: Step, rebuild: bool, replay: Mapping[str, tuple[str, ...]]) -> StepResult:
         started, cpu = time.monotonic(), time.process_time()
         target, kept = self.lake.load(step.target, evolve=True), self.lake.load(self.quarantine, evolve=True)
         handles = self._upstream_handles(step)
@@ -682,16 +684,16 @@ class Engine:
             same = known is not None and known["table"] == handle.position["table"]
             made_anew |= known is not None and not same
             since[name] = known["sequence"] if known is not None and same else None
-        if step.target.holds_back or any(isinstance(r, Gather | Changes) and r.parse for r in step.reads.values()):
+        if step.target.quarantines or any(isinstance(r, Grouped | Delta) and r.parse for r in step.reads.values()):
             judged = {"table": str(kept.metadata.table_uuid), "sequence": 0}
             made_anew |= stored.get(self.quarantine.name, judged) != judged
         else:
             judged = None
-        reshaped = target.snapshot is not None and target.summary(SHAPE) not in (None, shape)
+        reshaped = target.snapshot is not None and target.summary(FINGERPRINT) not in (None, shape)
         made_anew |= reshaped
         replayed = any(replay.get(name) for name in handles)
         stale = [name for name, handle in handles.items() if since[name] is None or handle.data_sequence > (since[name] or 0)]
-        triggers = {read.table.name for read in step.reads.values() if isinstance(read, Gather | Changes)}
+        triggers = {read.table.name for read in step.reads.values() if isinstance(read, Grouped | Delta)}
         full = rebuild or made_anew or any(since[name] is None for name in triggers if handles[name].data_sequence)
         if (
             not rebuild
@@ -700,7 +702,7 @@ class Engine:
             and (not stale or all(handles[name].data_sequence == 0 for name in handles))
         ):
             drop_passed_over(target)
-            return Report(
+            return StepResult(
                 step.target.name, "unchanged", seconds=time.monotonic() - started, cpu_seconds=time.process_time() - cpu
             )
         positions = {name: handle.position for name, handle in handles.items()}
@@ -711,7 +713,7 @@ class Engine:
             results = self.audited(target)
             self.begun(step, target, handles)
             published = target.publish()
-            return Report(
+            return StepResult(
                 step.target.name,
                 "changed",
                 rows_written=int(target.summary(ROWS_CHANGED) or 0),
@@ -741,8 +743,8 @@ class Engine:
         self._quarantine(step, handles, pieces, kept, full or replayed, merged, full)
         snapshot = target.snapshot.snapshot_id if target.snapshot else None
         uncounted = standing is not None and target.summary(VIOLATIONS) is None
-        if files or positions != stored or target.summary(SHAPE) != shape or uncounted:
-            properties = {ROWS_CHANGED: str(rows_written), SHAPE: shape}
+        if files or positions != stored or target.summary(FINGERPRINT) != shape or uncounted:
+            properties = {ROWS_CHANGED: str(rows_written), FINGERPRINT: shape}
             if rows is not None:
                 properties[ROWS] = str(rows)
             if standing is not None:
@@ -764,7 +766,7 @@ class Engine:
             else:
                 drop_passed_over(target)
         results = (*results, *self.freshnesses(target))
-        return Report(
+        return StepResult(
             step.target.name,
             "rebuilt" if rebuild else "changed" if files else "read",
             rows_read=sum(part.rows_read for part in merged) + (0 if full else changed),
@@ -780,7 +782,7 @@ class Engine:
             results=results,
         )
 
-    def audited(self, target: Handle) -> tuple[Result, ...]:
+    def audited(self, target: TableHandle) -> tuple[Result, ...]:
         """Audit the build that waits on the table's branch, by what its snapshot says of itself: results of all its
         expectations but freshness. Raises ExpectationsFailed."""
         build, main = target.build, target.snapshot
@@ -802,7 +804,7 @@ class Engine:
             raise ExpectationsFailed(table.name, results, branch)
         return results
 
-    def freshnesses(self, target: Handle) -> tuple[Result, ...]:
+    def freshnesses(self, target: TableHandle) -> tuple[Result, ...]:
         """How fresh the table is by now."""
         if not self.lake.settings.freshness:
             return ()
@@ -812,16 +814,16 @@ class Engine:
     def shape(self, step: Step) -> str:
         """What shapes a table beside its rows upstream: settings and columns. Another shape: everything is recomputed."""
         columns = [(column.name, str(column.type)) for column in step.target.columns]
-        layout = [step.target.key, step.target.group, step.target.traced]
-        own: list[Any] = [step.shaped_by] if step.shaped_by else []
+        layout = [step.target.key, step.target.group, step.target.tracked]
+        own: list[Any] = [step.parameters] if step.parameters else []
         # what rows must be like shapes them too, and a new expectation is to be judged on all of them
         own += [str((rule, rule.severity)) for rule in step.target.rules if isinstance(rule, OfRows)]
         return hashlib.sha256(repr((asdict(self.context), columns, layout, *own)).encode()).hexdigest()[:16]
 
-    def _upstream_handles(self, step: Step) -> dict[str, Handle]:
-        handles: dict[str, Handle] = {}
+    def _upstream_handles(self, step: Step) -> dict[str, TableHandle]:
+        handles: dict[str, TableHandle] = {}
         for read in step.reads.values():
-            tables = [read.table, *([read.through] if isinstance(read, Whole | Join) and read.through else [])]
+            tables = [read.table, *([read.through] if isinstance(read, Broadcast | Lookup) and read.through else [])]
             for table in tables:
                 if table.name not in handles and table.name != step.target.name:
                     handles[table.name] = self.lake.load(table)
@@ -830,20 +832,20 @@ class Engine:
     def _rows(
         self,
         step: Step,
-        target: Handle,
-        handles: Mapping[str, Handle],
+        target: TableHandle,
+        handles: Mapping[str, TableHandle],
         since: Mapping[str, int | None],
         full: bool,
         replay: Mapping[str, tuple[str, ...]],
         reshaped: bool,
-    ) -> tuple[list[Merged], int, float, bool, Pieces]:
+    ) -> tuple[list[MergeResult], int, float, bool, Blocks]:
         upstream = {
-            name: Upstream(read.table, handles[read.table.name].reader, tuple(handles[read.table.name].files()))
+            name: UpstreamTable(read.table, handles[read.table.name].reader, tuple(handles[read.table.name].files()))
             for name, read in step.reads.items()
         }
         fresh: dict[str, Sequence[File]] = {}
         for name, read in step.reads.items():
-            if not isinstance(read, Gather | Changes):
+            if not isinstance(read, Grouped | Delta):
                 continue
             if full or replay.get(read.table.name):
                 fresh[name] = upstream[name].files
@@ -852,7 +854,7 @@ class Engine:
         expected = sum(file.rows for files in fresh.values() for file in files)
         parallel = expected >= self.pool.settings.inline_rows
         buckets = 1
-        if parallel and step.expand is None and (full or any(isinstance(r, Changes) for r in step.reads.values())):
+        if parallel and step.expand is None and (full or any(isinstance(r, Delta) for r in step.reads.values())):
             buckets = max(1, math.ceil(expected / self.pool.settings.rows_per_task))
         extractions = [
             Extraction(
@@ -875,7 +877,7 @@ class Engine:
         groups = None if full else self._touched(step, handles, upstream, since, target, pieces)
         if groups is not None and groups.height == 0:
             return [], changed, pieces.cpu_seconds, parallel, pieces
-        old = Upstream(step.target, target.reader, tuple(target.files()))
+        old = UpstreamTable(step.target, target.reader, tuple(target.files()))
         merges = [
             Merge(step, bucket, buckets, full, part, upstream, old, target.writer, target.sequence, self.context, reshaped)
             for bucket, part in self._bucketed(groups, step.target, buckets)
@@ -892,9 +894,9 @@ class Engine:
                 if part.height:
                     yield bucket, part
 
-    def _split_documents(self, read: Read, upstream: Upstream, target: Table) -> pl.DataFrame | None:
+    def _split_documents(self, read: Read, upstream: UpstreamTable, target: Table) -> pl.DataFrame | None:
         """Source records whose rows belong to several groups, or name none: they go to every bucket."""
-        if not isinstance(read, Gather) or not read.resolve:
+        if not isinstance(read, Grouped) or not read.resolve:
             return None
         needed = list(dict.fromkeys([*read.resolve, *roots(*read.keys[0])]))
         rows = upstream.read(needed)
@@ -910,20 +912,20 @@ class Engine:
     def _touched(
         self,
         step: Step,
-        handles: Mapping[str, Handle],
-        upstream: Mapping[str, Upstream],
+        handles: Mapping[str, TableHandle],
+        upstream: Mapping[str, UpstreamTable],
         since: Mapping[str, int | None],
-        target: Handle,
-        pieces: Pieces,
+        target: TableHandle,
+        pieces: Blocks,
     ) -> pl.DataFrame:
         group = list(step.target.group)
         types = polars_schema(step.target.schema)
         empty = pl.DataFrame(schema={**{name: types[name] for name in group}, SINCE: pl.Datetime("us", "UTC")})
         parts = [empty, *(frame.select(empty.columns) for frame in _frames(pieces, "keys"))]
         for name, read in step.reads.items():
-            if isinstance(read, Gather) and read.resolve and (found := _frames(pieces, f"resolve:{name}")):
+            if isinstance(read, Grouped) and read.resolve and (found := _frames(pieces, f"resolve:{name}")):
                 parts.append(self._resolved(read, upstream[name], pl.concat(found).unique(), step.target))
-            if isinstance(read, Whole | Join) and read.touch:
+            if isinstance(read, Broadcast | Lookup) and read.affects:
                 parts.append(self._touched_through(step, name, read, handles, since, target))
         touched = (
             pl.concat(parts)
@@ -935,7 +937,7 @@ class Engine:
             touched = conform_groups(wide, step.target).with_columns(pl.lit(None, pl.Datetime("us", "UTC")).alias(SINCE))
         return touched
 
-    def _resolved(self, read: Gather, upstream: Upstream, records: pl.DataFrame, target: Table) -> pl.DataFrame:
+    def _resolved(self, read: Grouped, upstream: UpstreamTable, records: pl.DataFrame, target: Table) -> pl.DataFrame:
         same = pl.all_horizontal([pl.col(name).is_in(records[name].implode()) for name in read.resolve])
         rows = upstream.read(list(dict.fromkeys([*read.resolve, *roots(*read.keys[0])])), same)
         keys = key_frame(rows, read.keys[0], target).drop_nulls().unique()
@@ -945,10 +947,10 @@ class Engine:
         self,
         step: Step,
         name: str,
-        read: Whole | Join,
-        handles: Mapping[str, Handle],
+        read: Broadcast | Lookup,
+        handles: Mapping[str, TableHandle],
         since: Mapping[str, int | None],
-        target: Handle,
+        target: TableHandle,
     ) -> pl.DataFrame:
         types = polars_schema(step.target.schema)
         nothing = pl.DataFrame(schema={**{g: types[g] for g in step.target.group}, SINCE: pl.Datetime("us", "UTC")})
@@ -958,11 +960,11 @@ class Engine:
         new = changed_rows(read, handle, start)
         if new.height == 0:
             return nothing
-        assert read.touch is not None
+        assert read.affects is not None
         through = handles[read.through.name] if read.through else target
-        expressions = read.touch_keys or tuple(pl.col(n) for n in step.target.group)
-        needed = list(dict.fromkeys([*read.touch_columns, *roots(*expressions)]))
-        rows = through.read(needed, read.touch(new))
+        expressions = read.affected_keys or tuple(pl.col(n) for n in step.target.group)
+        needed = roots(*expressions)
+        rows = through.read(needed, read.affects(new))
         return (
             key_frame(rows, expressions, step.target)
             .drop_nulls()
@@ -970,10 +972,10 @@ class Engine:
             .with_columns(pl.lit(None, pl.Datetime("us", "UTC")).alias(SINCE))
         )
 
-    def _lookup(self, handles: Mapping[str, Handle]) -> Lookup:
+    def _lookup(self, handles: Mapping[str, TableHandle]) -> ReadRows:
         """Reads the tables of a step as they were when it began."""
 
-        def lookup(table: Table, columns: Sequence[str], predicate: pl.Expr, predicate_columns: Sequence[str]) -> pl.DataFrame:
+        def lookup(table: Table, columns: Sequence[str], predicate: pl.Expr) -> pl.DataFrame:
             handle = handles.get(table.name) or self.lake.load(table)
             return handle.read(list(columns), predicate)
 
@@ -982,11 +984,11 @@ class Engine:
     def _quarantine(
         self,
         step: Step,
-        handles: Mapping[str, Handle],
-        pieces: Pieces,
-        kept: Handle,
+        handles: Mapping[str, TableHandle],
+        pieces: Blocks,
+        kept: TableHandle,
         again: bool,
-        merged: Sequence[Merged],
+        merged: Sequence[MergeResult],
         full: bool,
     ) -> None:
         """Keep the rows that cannot be read or break an expectation, and let go of those that now can, or keep them.
@@ -997,7 +999,7 @@ class Engine:
         """
         member, wanted = pl.lit(False), [conform(pl.DataFrame(schema=REJECTED), self.quarantine)]
         for name, read in step.reads.items():
-            if not isinstance(read, Gather | Changes) or read.parse is None:
+            if not isinstance(read, Grouped | Delta) or read.parse is None:
                 continue
             source = pl.col("source_table") == read.table.name
             rejected, fixed = _frames(pieces, f"rejected:{name}"), _frames(pieces, f"fixed:{name}")
@@ -1009,7 +1011,7 @@ class Engine:
             if positions:
                 wanted.append(self._unreadable(read.parse, handles[read.table.name], sorted(positions)))
                 member |= source & pl.col("source_position").is_in(sorted(positions))
-        if step.target.holds_back:
+        if step.target.quarantines:
             held = pl.concat(
                 [
                     conform(pl.DataFrame(schema=REJECTED), self.quarantine),
@@ -1025,12 +1027,12 @@ class Engine:
                 member |= own & pl.col("source_position").is_in(sorted(positions))
         files = kept.files()
         old = kept.reader.read(files, [*(c.name for c in self.quarantine.columns), DELETED], member, positions=True)
-        change = difference(self.quarantine, old, pl.concat(wanted))
+        change = row_diff(self.quarantine, old, pl.concat(wanted))
         if not change.empty:
             written = kept.writer.write(stamp(self.quarantine, change.written, kept.sequence))
             kept.commit([*written, *kept.writer.write_deletes(files, change.deleted)], positions=kept.positions)
 
-    def _unreadable(self, parse: Callable[[pl.DataFrame], Parsed], bronze: Handle, positions: list[str]) -> pl.DataFrame:
+    def _unreadable(self, parse: Callable[[pl.DataFrame], Parsed], bronze: TableHandle, positions: list[str]) -> pl.DataFrame:
         """The quarantine rows of those positions at which no row, corrections included, can be read.
 
         What quarantine shows is the row as it was received, not a correction that cannot be read either.
@@ -1060,7 +1062,7 @@ class Engine:
 
     def _ingest(
         self, source: Source, tables: Mapping[str, Table], unknown: Mapping[str, Sequence[pa.Field]], again: frozenset[str]
-    ) -> list[Report]:
+    ) -> list[StepResult]:
         started, cpu = time.monotonic(), time.process_time()
         handles = {name: self.lake.load(table) for name, table in tables.items() if name in source.tables}
         positions = {name: handle.positions.get(source.name) for name, handle in handles.items()}
@@ -1087,7 +1089,7 @@ class Engine:
                     files, positions={source.name: reached if reached is not None else positions[name]}, changes_rows=bool(files)
                 )
             reports.append(
-                Report(
+                StepResult(
                     name,
                     "changed" if files else "unchanged",
                     rows,
@@ -1108,7 +1110,7 @@ class Engine:
         return reports
 
     def _extract_source(
-        self, plan: Plan, handles: Mapping[str, Handle], amend: OnArrival | None
+        self, plan: Plan, handles: Mapping[str, TableHandle], amend: OnArrival | None
     ) -> tuple[list[dict[str, Written]], float, bool]:
         for name, handle in handles.items():
             if name in plan.schemas:
@@ -1118,7 +1120,7 @@ class Engine:
         targets = {name: (handle.writer, handle.sequence) for name, handle in handles.items()}
         parallel = len(plan.tasks) > 1 and (plan.rows is None or plan.rows >= self.pool.settings.inline_rows)
         function = partial(write_source_rows, targets=targets, at=self.clock(), amend=amend)
-        outcomes, cpu = self.pool.map(function, plan.tasks, Pieces(), parallel=parallel)
+        outcomes, cpu = self.pool.map(function, plan.tasks, Blocks(), parallel=parallel)
         return outcomes, cpu, parallel
 
 
@@ -1131,13 +1133,13 @@ class Written:
     position: Any = None
 
 
-def _source_schema(handle: Handle) -> pa.Schema:
+def _source_schema(handle: TableHandle) -> pa.Schema:
     """The columns of a bronze table as its source gives them."""
     return pa.schema([f for f in handle.arrow_schema if f.name not in (SEQUENCE, "_ingested_at")])
 
 
 def write_source_rows(
-    task: Task, pieces: Pieces, *, targets: Mapping[str, tuple[FileWriter, int]], at: datetime, amend: OnArrival | None = None
+    task: Task, pieces: Blocks, *, targets: Mapping[str, tuple[FileWriter, int]], at: datetime, amend: OnArrival | None = None
 ) -> dict[str, Written]:
     """Run a task of a source and write what it gives; batches of a table are joined to files of useful size."""
     result: dict[str, Written] = {}

@@ -12,7 +12,7 @@ from lakehouse.table import DELETED, Table
 
 
 @dataclass(frozen=True)
-class Difference:
+class RowDiff:
     """Positions to delete (`_file`, `_pos`) and rows to write (declared columns, `_deleted` where kept)."""
 
     deleted: pl.DataFrame
@@ -24,7 +24,7 @@ class Difference:
         return self.deleted.height == 0 and self.written.height == 0
 
 
-def difference(table: Table, old: pl.DataFrame, wanted: pl.DataFrame) -> Difference:
+def row_diff(table: Table, old: pl.DataFrame, wanted: pl.DataFrame) -> RowDiff:
     """Compare the rows a table has with the rows it must have.
 
     old     declared columns, `_file`, `_pos`, and `_deleted` where the table keeps tombstones
@@ -37,7 +37,7 @@ def difference(table: Table, old: pl.DataFrame, wanted: pl.DataFrame) -> Differe
             f"{table.name}: two rows for key {dict(zip(key, twice, strict=True))}. The step that fills it must give one."
         )
     if old.height == 0:
-        return Difference(old.select(FILE, POS), with_mark(table, wanted.select(columns), False))
+        return RowDiff(old.select(FILE, POS), with_mark(table, wanted.select(columns), False))
     tombs = old.filter(pl.col(DELETED)) if table.keeps_tombstones else old.clear()
     live = old.filter(~pl.col(DELETED)) if table.keeps_tombstones else old
 
@@ -56,13 +56,13 @@ def difference(table: Table, old: pl.DataFrame, wanted: pl.DataFrame) -> Differe
     deleted = stale.select(FILE, POS)
     written = with_mark(table, changed, False)
     if not table.keeps_tombstones:
-        return Difference(deleted, written)
+        return RowDiff(deleted, written)
 
-    identity = [*key, *(name for name in table.traced if name not in key)]
+    identity = [*key, *(name for name in table.tracked if name not in key)]
     buried = stale.select(columns).join(changed.select(identity), on=identity, how="anti", nulls_equal=True)
     written = pl.concat([written, with_mark(table, buried, True)])
     outdated = tombs.join(written.select(identity), on=identity, how="semi", nulls_equal=True)
-    return Difference(pl.concat([deleted, outdated.select(FILE, POS)]), written)
+    return RowDiff(pl.concat([deleted, outdated.select(FILE, POS)]), written)
 
 
 def with_mark(table: Table, rows: pl.DataFrame, deleted: bool) -> pl.DataFrame:

@@ -20,7 +20,7 @@ from pyiceberg.manifest import DataFile
 
 from lakehouse.errors import CommitConflict
 from lakehouse.iceberg.errors import catalog_errors
-from lakehouse.iceberg.table_handle import File, Handle, Lake
+from lakehouse.iceberg.table_handle import File, Lake, TableHandle
 from lakehouse.table import Table
 
 TARGET_BYTES = 64 * 1024 * 1024
@@ -67,7 +67,7 @@ def retried(attempt: Callable[[], Done]) -> Done:
     raise AssertionError
 
 
-def _compact(handle: Handle) -> tuple[int, int, int]:
+def _compact(handle: TableHandle) -> tuple[int, int, int]:
     files = handle.files()
     by_partition: dict[str, list[File]] = {}
     for file in files:
@@ -126,7 +126,7 @@ def expire(lake: Lake, table: Table, retention_hours: float, now: datetime) -> i
     return len(old) + refused
 
 
-def referenced(handle: Handle) -> set[str]:
+def referenced(handle: TableHandle) -> set[str]:
     """Every file that some snapshot of the table still needs, and its metadata files."""
     metadata, io = handle.loaded.metadata, handle.loaded.io
     paths = {handle.loaded.metadata_location, *(entry.metadata_file for entry in metadata.metadata_log)}

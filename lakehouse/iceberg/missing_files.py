@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lakehouse.errors import DamagedTable, TableNotFound
+from lakehouse.errors import MissingFilesError, TableNotFound
 from lakehouse.iceberg.table_handle import Lake
 from lakehouse.table import Table
 
@@ -32,7 +32,7 @@ def _missing_file(lake: Lake, table: Table) -> str | None:
     return next((path for path in needed if not handle.loaded.io.new_input(path).exists()), None)
 
 
-def damage(lake: Lake, tables: Iterable[Table]) -> DamagedTable | None:
+def missing_files_error(lake: Lake, tables: Iterable[Table]) -> MissingFilesError | None:
     """What is wrong with the first of the tables that has lost a file, and what to do; None: nothing is missing."""
     for table in tables:
         if (missing := missing_file(lake, table)) is not None:
@@ -41,5 +41,5 @@ def damage(lake: Lake, tables: Iterable[Table]) -> DamagedTable | None:
                 if table.layer == "bronze"
                 else f"Fill the table anew: python -m app rebuild {table.name}"
             )
-            return DamagedTable(f"{table.name} has lost a file ({missing}). {way_out}")
+            return MissingFilesError(f"{table.name} has lost a file ({missing}). {way_out}")
     return None

@@ -22,7 +22,7 @@ from pyiceberg.table.snapshots import Snapshot
 from lakehouse.errors import ShopSphereError
 from lakehouse.iceberg.errors import committing
 from lakehouse.iceberg.maintenance import expire, referenced
-from lakehouse.iceberg.table_handle import AUDIT_BRANCH, File, Handle, Lake
+from lakehouse.iceberg.table_handle import AUDIT_BRANCH, File, Lake, TableHandle
 from lakehouse.table import DELETED, SEQUENCE, Table
 
 REWRITTEN = "shopsphere.rewritten"
@@ -55,7 +55,7 @@ class Forgotten:
     bytes_deleted: int
 
 
-def rewritten_by(handle: Handle, reason: str) -> Snapshot | None:
+def rewritten_by(handle: TableHandle, reason: str) -> Snapshot | None:
     """The snapshot that rewrote the table for this reason; None: none did, or it is gone."""
     for snapshot in handle.loaded.metadata.snapshots:
         if snapshot.summary and snapshot.summary.additional_properties.get(REWRITTEN) == reason:
@@ -101,7 +101,7 @@ def rewrite(lake: Lake, table: Table, edit: Edit, reason: str) -> Rewritten:
     return Rewritten(table.name, count, len(removed))
 
 
-def replace_rows(handle: Handle, gone: pl.Expr, rows: pl.DataFrame) -> int:
+def replace_rows(handle: TableHandle, gone: pl.Expr, rows: pl.DataFrame) -> int:
     """Take the rows for which `gone` holds out of their files and write others, in one commit; gives how many went."""
     files, columns = handle.files(), handle.reader.schema.names
     added, removed, count = list(handle.writer.write(rows)), [], 0
@@ -153,19 +153,19 @@ def forget(lake: Lake, table: Table, *, tombstones: bool) -> Forgotten:
     return Forgotten(table.name, cleaned, buried, expired, files, size)
 
 
-def _unname(handle: Handle, names: Iterable[str]) -> None:
+def _unname(handle: TableHandle, names: Iterable[str]) -> None:
     """End branches and tags that others have made: what they name could not be forgotten."""
     with committing(handle.table.name), handle.loaded.manage_snapshots() as snapshots:
         for name in names:
             snapshots.remove_tag(name)  # of a branch the same: it says only which name goes
 
 
-def _tells_of_removals(handle: Handle) -> bool:
+def _tells_of_removals(handle: TableHandle) -> bool:
     snapshot = handle.snapshot
     return snapshot is not None and any(m.deleted_files_count != 0 for m in snapshot.manifests(handle.loaded.io))
 
 
-def _cleaned(handle: Handle, tombstones: bool) -> tuple[int, int]:
+def _cleaned(handle: TableHandle, tombstones: bool) -> tuple[int, int]:
     """Replace the files with deleted rows, and tombstones; gives how many, and how many tombstones went."""
     files, columns = handle.files(), handle.reader.schema.names
     added: list[Any] = []
@@ -187,7 +187,7 @@ def _cleaned(handle: Handle, tombstones: bool) -> tuple[int, int]:
     return len(removed), buried
 
 
-def file_system(handle: Handle) -> tuple[FileSystem, str]:
+def file_system(handle: TableHandle) -> tuple[FileSystem, str]:
     """The file system that holds a table, and its place there. Raises ShopSphereError when it is none that can be listed."""
     io = handle.loaded.io
     if not isinstance(io, PyArrowFileIO):
@@ -196,14 +196,14 @@ def file_system(handle: Handle) -> tuple[FileSystem, str]:
     return io.fs_by_scheme(scheme, netloc), root
 
 
-def listed(handle: Handle) -> list[FileInfo]:
+def listed(handle: TableHandle) -> list[FileInfo]:
     """All files below a table's location."""
     filesystem, root = file_system(handle)
     found = filesystem.get_file_info(FileSelector(root, recursive=True, allow_not_found=True))
     return [info for info in found if info.type == FileType.File]
 
 
-def _unreferenced(handle: Handle) -> tuple[list[FileInfo], list[FileInfo]]:
+def _unreferenced(handle: TableHandle) -> tuple[list[FileInfo], list[FileInfo]]:
     """The files that nothing refers to: those older than the last commit, and those that a writer may be at."""
     io = handle.loaded.io
     filesystem, _ = file_system(handle)
@@ -216,7 +216,7 @@ def _unreferenced(handle: Handle) -> tuple[list[FileInfo], list[FileInfo]]:
     return older, [info for info in left if info not in older]
 
 
-def _delete_unreferenced(handle: Handle, before: set[str]) -> tuple[int, int]:
+def _delete_unreferenced(handle: TableHandle, before: set[str]) -> tuple[int, int]:
     io = handle.loaded.io
     filesystem, _ = file_system(handle)
     assert isinstance(io, PyArrowFileIO)

@@ -1,6 +1,6 @@
 """The only Iceberg I/O: load a table, read what is there or what changed, write data files, commit once.
 
-A `Handle` is a table as it was when it was loaded. Everything read through it is of that moment, and a commit
+A `TableHandle` is a table as it was when it was loaded. Everything read through it is of that moment, and a commit
 through it succeeds only if nobody committed since: commit retries are off, so a stale writer fails rather than
 repeating its rows.
 """
@@ -66,12 +66,12 @@ from lakehouse.errors import CommitConflict, SchemaConflict, SettingsError, Tabl
 from lakehouse.iceberg.errors import catalog_errors, committing
 from lakehouse.iceberg.file_io import NonEmptyFileIO
 from lakehouse.iceberg.row_delta import RowDelta
-from lakehouse.settings import Settings
+from lakehouse.settings import LakeSettings
 from lakehouse.table import DELETED, GROUP_HASH, SEQUENCE, Table
 
 POSITIONS = "shopsphere.positions"
 DATA_SEQUENCE = "shopsphere.data-sequence"
-SHAPE = "shopsphere.shape"
+FINGERPRINT = "shopsphere.shape"
 ROWS = "shopsphere.rows"
 ROWS_CHANGED = "shopsphere.rows-changed"
 VIOLATIONS = "shopsphere.violations"
@@ -355,7 +355,7 @@ class FileWriter:
         )
 
 
-class Handle:
+class TableHandle:
     """A table as it was when it was loaded: what to read, and the one commit that may follow."""
 
     def __init__(self, table: Table, loaded: IcebergTable) -> None:
@@ -469,7 +469,7 @@ class Handle:
 
     def read(self, columns: Sequence[str], predicate: pl.Expr | None = None, *, tombstones: bool = False) -> pl.DataFrame:
         """The rows for which `predicate` holds, all files; tombstones only when asked for."""
-        return self.reader.read(self.files(), columns, living(self.table, predicate, tombstones))
+        return self.reader.read(self.files(), columns, live_rows(self.table, predicate, tombstones))
 
     def widen(self, columns: pa.Schema) -> None:
         """Prepare the schema for rows that have these columns; committed with the data. Raises SchemaConflict."""
@@ -539,7 +539,7 @@ class Handle:
         branch: AUDIT_BRANCH (default: main) leaves the table as it is for its readers until `publish`.
         """
         transaction = self._transaction or self.loaded.transaction()
-        kept = {name: told for name in (SHAPE, ROWS, VIOLATIONS) if (told := self.summary(name)) is not None}
+        kept = {name: told for name in (FINGERPRINT, ROWS, VIOLATIONS) if (told := self.summary(name)) is not None}
         summary = {
             **kept,
             POSITIONS: json.dumps(dict(positions), sort_keys=True),
@@ -635,7 +635,7 @@ later: Any = GreaterThan
 """PyIceberg's predicate; its constructor's types are not those of its use."""
 
 
-def living(table: Table, predicate: pl.Expr | None, tombstones: bool = False) -> pl.Expr | None:
+def live_rows(table: Table, predicate: pl.Expr | None, tombstones: bool = False) -> pl.Expr | None:
     """The predicate, restricted to rows that are not tombstones."""
     if not table.keeps_tombstones or tombstones:
         return predicate
@@ -665,7 +665,7 @@ def compatible(established: pa.DataType, arriving: pa.DataType) -> bool:
     return bool(pa.types.is_decimal(established) and pa.types.is_decimal(arriving) and established.scale == arriving.scale)
 
 
-def evolves(handle: Handle) -> bool:
+def evolves(handle: TableHandle) -> bool:
     """Whether Iceberg can bring a stored table to its declaration: same partitioning, every type equal, promotable, or
     already wider (another version of the declaration promoted it: that is no reason to take it away)."""
     stored, types, declared = handle.metadata.schema(), handle.arrow_schema, iceberg_schema(handle.table)
@@ -683,7 +683,7 @@ def layout(spec: PartitionSpec, schema: Schema) -> list[tuple[str, str]]:
     return [(str(schema.find_column_name(part.source_id)), str(part.transform)) for part in spec.fields]
 
 
-def tables_on_disk(settings: Settings) -> str:
+def tables_on_disk(settings: LakeSettings) -> str:
     """The directory of the tables where that is one of this machine, '' where it is not."""
     properties = settings.catalog.properties
     if not properties:
@@ -697,7 +697,7 @@ def tables_on_disk(settings: Settings) -> str:
 class Lake:
     """The catalog, and the tables in it."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: LakeSettings) -> None:
         self.settings = settings
 
     @cached_property
@@ -721,7 +721,7 @@ class Lake:
                 "Correct the [catalog] section of the settings, or start the catalog."
             ) from error
 
-    def load(self, table: Table, *, create: bool = True, evolve: bool = False) -> Handle:
+    def load(self, table: Table, *, create: bool = True, evolve: bool = False) -> TableHandle:
         """Load a table, making it when it is not there. Raises TableNotFound with create=False.
 
         A declared column that the stored table lacks is added. evolve: for who fills the table from others. A column
@@ -732,9 +732,9 @@ class Lake:
         with catalog_errors(table.name):
             return self._load(catalog, table, create=create, evolve=evolve)
 
-    def _load(self, catalog: Catalog, table: Table, *, create: bool, evolve: bool) -> Handle:
+    def _load(self, catalog: Catalog, table: Table, *, create: bool, evolve: bool) -> TableHandle:
         try:
-            handle = Handle(table, catalog.load_table(table.name))
+            handle = TableHandle(table, catalog.load_table(table.name))
         except NoSuchTableError:
             if not create:
                 raise TableNotFound(
@@ -761,7 +761,7 @@ class Lake:
             )
         except TableAlreadyExistsError:
             loaded = catalog.load_table(table.name)
-        return Handle(table, loaded)
+        return TableHandle(table, loaded)
 
     def drop(self, table: Table) -> None:
         """Forget a table, whatever is left of its files; they stay. Raises CatalogUnreachable."""

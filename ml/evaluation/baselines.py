@@ -29,7 +29,7 @@ FARTHEST = 5.0
 
 
 @dataclass(frozen=True)
-class Standing:
+class LeaderboardEntry:
     """One scoring on the newest labelled window."""
 
     name: str
@@ -40,12 +40,12 @@ class Standing:
     """Average precision where every fraud counts, reported or not; None: the truth is not known."""
 
 
-def standing(name: str, label: Array, score: Array, capacity: float, fraud: Array | None = None) -> Standing:
+def leaderboard(name: str, label: Array, score: Array, capacity: float, fraud: Array | None = None) -> LeaderboardEntry:
     """How a scoring ranks the orders. fraud: the truth, where it is known."""
     within = score >= capacity_threshold(score, capacity)
     recall = float(label[within].sum() / max(int(label.sum()), 1))
     truth = average_precision(fraud, score) if fraud is not None else None
-    return Standing(name, interval(label, score, average_precision), roc_auc(label, score), recall, truth)
+    return LeaderboardEntry(name, interval(label, score, average_precision), roc_auc(label, score), recall, truth)
 
 
 def baselines(train: pl.DataFrame, validation: pl.DataFrame, known: pl.DataFrame, test: pl.DataFrame) -> dict[str, Floats]:
@@ -202,7 +202,7 @@ def ceiling(label: Array, fraud: Array) -> Ceiling:
     return Ceiling(average_precision(label, fraud.astype(np.float64)), frauds, int(np.count_nonzero((fraud == 1) & (label == 1))))
 
 
-def as_text(standings: Sequence[Standing], limit: Ceiling | None) -> str:
+def as_text(standings: Sequence[LeaderboardEntry], limit: Ceiling | None) -> str:
     """A table for people, as Markdown."""
     lines = [
         "| scoring | average precision | 95% interval | ROC AUC | recall at capacity | against the truth |",

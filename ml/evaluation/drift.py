@@ -68,7 +68,7 @@ class Distance:
 
 
 @dataclass(frozen=True)
-class Week:
+class DriftWeek:
     """What became of one week's orders."""
 
     begin: date
@@ -87,7 +87,7 @@ class Week:
 class Realised:
     """Precision among reviewed orders whose labels are known, against what the model's training measured."""
 
-    weeks: tuple[Week, ...]
+    weeks: tuple[DriftWeek, ...]
     reviewed: int
     caught: int
     promised: float
@@ -286,7 +286,7 @@ def realise(
         .sort("begin")
     )
     limit = (now - delay).date()
-    weeks = tuple(Week(**row, settled=row["begin"] + timedelta(days=7) <= limit) for row in weekly.iter_rows(named=True))
+    weeks = tuple(DriftWeek(**row, settled=row["begin"] + timedelta(days=7) <= limit) for row in weekly.iter_rows(named=True))
     reviewed = sum(week.reviewed for week in weeks if week.settled)
     caught = sum(week.caught for week in weeks if week.settled)
     low, high = wilson(caught, reviewed)

@@ -22,7 +22,7 @@ import polars as pl
 from lakehouse.errors import ShopSphereError
 from ml.evaluation.gate import Verdict, judge
 from ml.evaluation.metrics import Array, average_precision, card_precision, roc_auc
-from ml.features.features import FEATURES, TIME, Feature, History, compute, with_ratios
+from ml.features.features import FEATURES, TIME, Feature, OrderHistory, compute, with_ratios
 from ml.features.leak_check import moved
 from ml.training.training import DEFAULT_PARAMETERS, FittedModel, TrainingSettings, fit_here
 
@@ -77,7 +77,7 @@ class HandbookError(ShopSphereError):
 
 
 @dataclass(frozen=True)
-class Figures:
+class HandbookMetrics:
     """What a model reaches: ROC AUC, average precision, card precision at 100."""
 
     roc_auc: float
@@ -95,13 +95,13 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Week:
+class HandbookWeek:
     """The figures of one week."""
 
     start: date
     trained_on: int
     tested_on: int
-    figures: Figures
+    figures: HandbookMetrics
     seconds: float
 
 
@@ -109,7 +109,7 @@ class Week:
 class Outcome:
     """The figures of all weeks."""
 
-    weeks: tuple[Week, ...]
+    weeks: tuple[HandbookWeek, ...]
     feature_seconds: float
     spread: Mapping[str, tuple[float, float]]
     """95% bootstrap interval over transactions, of the mean over the weeks, by name; not of card precision."""
@@ -117,10 +117,10 @@ class Outcome:
     """What the gate says of the last week's model, as a first model."""
 
     @property
-    def mean(self) -> Figures:
+    def mean(self) -> HandbookMetrics:
         """The mean over the weeks: the protocol's figure."""
         figures = [week.figures for week in self.weeks]
-        return Figures(
+        return HandbookMetrics(
             fmean(f.roc_auc for f in figures),
             fmean(f.average_precision for f in figures),
             fmean(f.card_precision for f in figures),
@@ -149,11 +149,11 @@ class Outcome:
 
 
 BOOK, TARGET, ORACLE = "book, XGBoost", "target: 62 point-in-time features", "an oracle that knows the simulator"
-PUBLISHED: Mapping[str, Figures] = {
-    BOOK: Figures(0.869, 0.687, 0.303),
-    "book, best of any model": Figures(0.879, 0.694, 0.305),
-    TARGET: Figures(0.884, 0.762, 0.310),
-    ORACLE: Figures(0.889, 0.780, 0.313),
+PUBLISHED: Mapping[str, HandbookMetrics] = {
+    BOOK: HandbookMetrics(0.869, 0.687, 0.303),
+    "book, best of any model": HandbookMetrics(0.879, 0.694, 0.305),
+    TARGET: HandbookMetrics(0.884, 0.762, 0.310),
+    ORACLE: HandbookMetrics(0.889, 0.780, 0.313),
 }
 
 
@@ -186,7 +186,7 @@ def as_orders(raw: pl.DataFrame) -> pl.DataFrame:
 
 def featured(orders: pl.DataFrame) -> tuple[pl.DataFrame, tuple[Feature, ...]]:
     """The orders (`with_ratios`) with the features KEPT, and these."""
-    features = compute(orders, History(delay=DELAY))
+    features = compute(orders, OrderHistory(delay=DELAY))
     chosen = tuple(f for f in FEATURES if f.name in KEPT)
     narrow = features.select("order_id", "placed_at", pl.col([f.name for f in chosen]).cast(pl.Float32))
     return narrow.join(orders.select("order_id", "customer", "label"), on="order_id", how="left", maintain_order="left"), chosen
@@ -241,28 +241,34 @@ def fit_week(train: pl.DataFrame, features: tuple[Feature, ...]) -> FittedModel:
     return fit_here(weighed(train), None, features, SETTINGS)
 
 
-def figures(test: pl.DataFrame, model: FittedModel) -> Figures:
+def figures(test: pl.DataFrame, model: FittedModel) -> HandbookMetrics:
     """The three figures of a model on a week."""
     label, score = test["label"].to_numpy(), model.score(test)
     day = test["placed_at"].dt.date().to_numpy()
-    return Figures(
+    return HandbookMetrics(
         roc_auc(label, score),
         average_precision(label, score),
         card_precision(label, score, test["customer"].to_numpy(), day, k=CARDS),
     )
 
 
-def weeks(frame: pl.DataFrame, features: tuple[Feature, ...], starts: tuple[date, ...], fit: Fit = fit_week) -> Iterator[Week]:
+def weeks(
+    frame: pl.DataFrame, features: tuple[Feature, ...], starts: tuple[date, ...], fit: Fit = fit_week
+) -> Iterator[HandbookWeek]:
     """Train and test, week by week."""
     for start in starts:
         begun = time.monotonic()
         train, test = training_rows(frame, start), test_rows(frame, start)
         found = figures(test, fit(train, features))
-        yield Week(start, train.height, test.height, found, time.monotonic() - begun)
+        yield HandbookWeek(start, train.height, test.height, found, time.monotonic() - begun)
 
 
 def run(
-    path: Path, *, starts: tuple[date, ...] = TEST_WEEKS, fit: Fit = fit_week, seen: Callable[[Week], None] = lambda week: None
+    path: Path,
+    *,
+    starts: tuple[date, ...] = TEST_WEEKS,
+    fit: Fit = fit_week,
+    seen: Callable[[HandbookWeek], None] = lambda week: None,
 ) -> Outcome:
     """The protocol on the data at `path`; `seen` is told of every week. Raises HandbookError."""
     orders = read_transactions(path)
@@ -270,7 +276,7 @@ def run(
     orders = with_ratios(orders)
     frame, features = featured(orders)
     seconds = time.monotonic() - begun
-    done: list[Week] = []
+    done: list[HandbookWeek] = []
     models: list[FittedModel] = []
 
     def kept(train: pl.DataFrame, chosen: tuple[Feature, ...]) -> FittedModel:
@@ -302,14 +308,14 @@ def judged(orders: pl.DataFrame, window: pl.DataFrame, model: FittedModel, start
     moment = _midnight(start) + WEEK / 2
     asked = orders.filter(pl.col("placed_at") <= moment).tail(LEAK_ORDERS)
     near = pl.any_horizontal(pl.col(kind).is_in(asked[kind].implode()) for kind in ("customer", "device"))
-    history = History(orders.filter(near), delay=DELAY)
+    history = OrderHistory(orders.filter(near), delay=DELAY)
     return judge(window.with_columns(channel=pl.lit(None, pl.String)), model, None, leak=lambda: moved(asked, history, moment))
 
 
 def table(outcome: Outcome) -> list[tuple[str, str, str, str]]:
     """Rows to print: ours by week and on average, beside the published ones."""
 
-    def row(name: str, found: Figures) -> tuple[str, str, str, str]:
+    def row(name: str, found: HandbookMetrics) -> tuple[str, str, str, str]:
         return name, f"{found.roc_auc:.3f}", f"{found.average_precision:.3f}", f"{found.card_precision:.3f}"
 
     return [
@@ -321,4 +327,4 @@ def table(outcome: Outcome) -> list[tuple[str, str, str, str]]:
 
 HEADINGS = ("", "ROC AUC", "average precision", f"card precision@{CARDS}")
 
-__all__ = ["HEADINGS", "Figures", "HandbookError", "Outcome", "Week", "read_transactions", "run", "table"]
+__all__ = ["HEADINGS", "HandbookError", "HandbookMetrics", "HandbookWeek", "Outcome", "read_transactions", "run", "table"]

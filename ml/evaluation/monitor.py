@@ -9,17 +9,17 @@ from typing import Any
 
 from app.cli.output import Output
 from lakehouse.engine.engine import Engine
-from lakehouse.settings import Settings
 from ml.evaluation.drift import Drift, DriftSettings, MonitorError, compare, realise
 from ml.evaluation.monitor_report import page
-from ml.evaluation.served_scores import Served, served
+from ml.evaluation.served_scores import ServedScores, served_scores
 from ml.features.features import LABEL_DELAY
-from ml.registry import CHAMPION, Loaded, Registry
+from ml.registry import CHAMPION, LoadedModel, Registry
 from ml.tables import user_fraud_scores
 from ml.tables.order_entities import ORDER_ENTITIES
 from ml.tables.order_features import ORDER_FEATURES, refresh
 from ml.training.training_set import labelled_orders, newest_moment
 from pipelines.runner import open_engine, recorded
+from pipelines.settings import Settings
 
 DRIFTED = 3
 """Exit code when something drifted."""
@@ -50,7 +50,7 @@ def monitor(output: Output, settings: Settings, options: MonitorSettings | None 
                 show("features", 1, 1)
                 reports.append(user_fraud_scores.refresh(engine, champion))
         drift = watched(engine, champion, options)
-        live = served(engine.lake, champion)
+        live = served_scores(engine.lake, champion)
     model = f"{champion.version.tags.get('name', 'fraud')} version {champion.version.number}"
     file = report or Path(settings.home) / "reports" / f"monitor-{drift.until:%Y%m%dT%H%M%S}.html"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def monitor(output: Output, settings: Settings, options: MonitorSettings | None 
     return DRIFTED if drift.alarms else 0
 
 
-def champion_of(registry: Registry) -> Loaded:
+def champion_of(registry: Registry) -> LoadedModel:
     """The champion. Raises MonitorError when there is none."""
     registry.check()
     if registry.champion() is None:
@@ -67,7 +67,7 @@ def champion_of(registry: Registry) -> Loaded:
     return registry.load(CHAMPION)
 
 
-def watched(engine: Engine, champion: Loaded, options: MonitorSettings) -> Drift:
+def watched(engine: Engine, champion: LoadedModel, options: MonitorSettings) -> Drift:
     """The live orders against the champion's reference."""
     features, entities = engine.lake.load(ORDER_FEATURES), engine.lake.load(ORDER_ENTITIES)
     now = options.until or newest_moment(entities)
@@ -93,13 +93,13 @@ def watched(engine: Engine, champion: Loaded, options: MonitorSettings) -> Drift
     return compare(orders.filter(live), score[live.to_numpy()], champion.reference, options.drift, realised)
 
 
-def _judged_on(champion: Loaded) -> str:
+def _judged_on(champion: LoadedModel) -> str:
     told = champion.reference
     since, until = str(told.get("since"))[:10], str(told.get("until"))[:10]
     return f"the {told.get('orders', 0):,} orders from {since} to {until} that it was judged on"
 
 
-def show_drift(output: Output, drift: Drift, model: str, file: Path, live: Served) -> None:
+def show_drift(output: Output, drift: Drift, model: str, file: Path, live: ServedScores) -> None:
     """What was found."""
     if output.as_json:
         output.json({**_told(drift), "served": asdict(live), "model": model, "report": str(file)})

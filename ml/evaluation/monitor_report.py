@@ -12,13 +12,13 @@ import numpy as np
 
 from ml.evaluation.drift import Distance, Drift, DriftSettings, Realised
 from ml.evaluation.plots import FAINT, HUE, INK
-from ml.evaluation.served_scores import Difference, Served
+from ml.evaluation.served_scores import ScoreDifference, ServedScores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SHOWN, DRAWN = 20, 6
-NOTHING = Served()
+NOTHING = ServedScores()
 ALARM, WARN = "#b3261e", "#b26a00"
 COLOURS = {"steady": HUE, "moved": WARN, "drifted": ALARM}
 STYLE = """
@@ -46,7 +46,7 @@ def pictures_of(drift: Drift, settings: DriftSettings) -> dict[str, bytes]:
     return drawn
 
 
-def page(drift: Drift, settings: DriftSettings, model: str, promised_over: str, live: Served = NOTHING) -> str:
+def page(drift: Drift, settings: DriftSettings, model: str, promised_over: str, live: ServedScores = NOTHING) -> str:
     """The whole page. model: the model's name and version; promised_over: the orders that it was judged on, in words;
     live: scores as they were served against those of the lakehouse."""
     drawn = pictures_of(drift, settings)
@@ -95,7 +95,7 @@ def _table(distances: tuple[Distance, ...]) -> str:
     return f'<table><tr><th>feature</th><th class="n">PSI</th><th class="n">by chance up to</th><th>state</th></tr>{rows}</table>'
 
 
-def _served(features: tuple[Difference, ...]) -> str:
+def _served(features: tuple[ScoreDifference, ...]) -> str:
     if not features:
         return ""
     rows = "".join(

@@ -15,7 +15,7 @@ import msgspec
 import polars as pl
 
 from lakehouse.iceberg.table_handle import Lake
-from ml.registry import Loaded
+from ml.registry import LoadedModel
 from ml.tables.order_entities import ORDER_ENTITIES
 from ml.tables.order_features import ORDER_FEATURES
 from pipelines.silver.events_clean import EVENTS_CLEAN
@@ -34,7 +34,7 @@ LATE = "the order itself is the same: others (of marketplaces), events or frauds
 
 
 @dataclass(frozen=True)
-class Difference:
+class ScoreDifference:
     """A feature that was served otherwise than the lakehouse has it now.
 
     orders   how many
@@ -49,8 +49,8 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Served:
-    """Served scores against offline ones.
+class ServedScores:
+    """ServedScores scores against offline ones.
 
     scored      orders scored
     unread      events of scores that cannot be read
@@ -69,7 +69,7 @@ class Served:
     rescored: int = 0
     same_score: int = 0
     largest: float | None = None
-    features: tuple[Difference, ...] = ()
+    features: tuple[ScoreDifference, ...] = ()
 
     @property
     def in_words(self) -> str:
@@ -92,11 +92,11 @@ class Served:
         )
 
 
-def served(lake: Lake, champion: Loaded) -> Served:
+def served_scores(lake: Lake, champion: LoadedModel) -> ServedScores:
     """What was served, compared with what the lakehouse has now."""
     events = lake.load(EVENTS_CLEAN).read(["event_id", "occurred_at", "metadata"], pl.col("event_type") == ORDER_SCORED)
     if events.is_empty():
-        return Served()
+        return ServedScores()
     scores, unread = _read(events)
     ids = pl.col("order_id").is_in(list(scores))
     names = list(champion.model.features)
@@ -106,8 +106,8 @@ def served(lake: Lake, champion: Loaded) -> Served:
 
 
 def compare_served(
-    scores: Mapping[str, Mapping[str, Any]], unread: int, offline: pl.DataFrame, entities: pl.DataFrame, champion: Loaded
-) -> Served:
+    scores: Mapping[str, Mapping[str, Any]], unread: int, offline: pl.DataFrame, entities: pl.DataFrame, champion: LoadedModel
+) -> ServedScores:
     """scores: by order_id the metadata of its newest score; offline: order_id and the champion's features."""
     now = {row["order_id"]: row for row in entities.to_dicts()}
     known = offline.sort("order_id")
@@ -129,7 +129,7 @@ def compare_served(
             rescored, same = rescored + 1, same + (apart <= TOLERANCE)
             largest = max(largest or 0.0, apart)
     found = [
-        Difference(
+        ScoreDifference(
             name,
             len(ones),
             max((apart for apart, _ in ones if apart is not None), default=None),
@@ -138,7 +138,7 @@ def compare_served(
         for name, ones in differing.items()
     ]
     found.sort(key=lambda one: (-one.orders, one.name))
-    return Served(len(scores), unread, known.height, equal, rescored, same, largest, tuple(found))
+    return ServedScores(len(scores), unread, known.height, equal, rescored, same, largest, tuple(found))
 
 
 def distance(one: Any, other: Any) -> float | None:

@@ -21,13 +21,13 @@ from typing import Any
 
 import polars as pl
 
-from lakehouse.engine.engine import Engine, Report, Upstream, chunks, conform, stamp
+from lakehouse.engine.engine import Engine, StepResult, UpstreamTable, chunks, conform, stamp
 from lakehouse.expectations import Result, joined, judge, standing_after
-from lakehouse.iceberg.table_handle import ROWS, SHAPE, VIOLATIONS, FileWriter, Handle, group_hash
-from lakehouse.parallel import Piece, Pieces
+from lakehouse.iceberg.table_handle import FINGERPRINT, ROWS, VIOLATIONS, FileWriter, TableHandle, group_hash
+from lakehouse.parallel import Block, Blocks
 from lakehouse.step import Read, Step
 from lakehouse.table import DELETED, Table
-from ml.features.features import ORDER, PARTS, History, Part, compute_part
+from ml.features.features import FEATURE_GROUPS, ORDER, FeatureGroup, OrderHistory, compute_part
 from ml.tables.category_amounts import CATEGORY_AMOUNTS
 from ml.tables.fraud_ratios import FRAUD_RATIOS
 from ml.tables.order_entities import ORDER_ENTITIES
@@ -37,32 +37,32 @@ from pipelines.silver.events_clean import EVENTS_CLEAN
 BLOCK, ROW = "_block", "_row"
 """Where an order was read: the number of its block, its place there."""
 
-ENTITY_PARTS = tuple(part for part in PARTS if part is not ORDER)
+ENTITY_PARTS = tuple(part for part in FEATURE_GROUPS if part is not ORDER)
 
 
 @dataclass(frozen=True)
-class Block:
+class BuildBucket:
     """One task of the first round: some files of orders or of events."""
 
     number: int
-    upstream: Upstream
+    upstream: UpstreamTable
     events: bool
     buckets: int
     categories: pl.DataFrame
-    ratios: Upstream
+    ratios: UpstreamTable
 
 
 @dataclass(frozen=True)
 class Bucket:
     """One task of the second round: the entities of one kind whose hash falls here."""
 
-    part: Part
+    part: FeatureGroup
     number: int
     delay: timedelta
 
 
 @dataclass(frozen=True)
-class Written:
+class BuildResult:
     """What a task of the third round wrote."""
 
     files: tuple[Any, ...]
@@ -74,15 +74,15 @@ class Written:
 def must_be_built(engine: Engine, step: Step) -> bool:
     """Whether the step's table was never filled, or for other features or another label delay."""
     target = engine.lake.load(step.target)
-    return ORDER_ENTITIES.name not in target.positions or target.summary(SHAPE) != engine.shape(step)
+    return ORDER_ENTITIES.name not in target.positions or target.summary(FINGERPRINT) != engine.shape(step)
 
 
-def build(engine: Engine, step: Step, delay: timedelta) -> Report:
+def build(engine: Engine, step: Step, delay: timedelta) -> StepResult:
     """Compute the table from nothing, and put it in the place of what is there, with positions as the step keeps them."""
     return engine.retried(lambda: _build(engine, step, delay))
 
 
-def _build(engine: Engine, step: Step, delay: timedelta) -> Report:
+def _build(engine: Engine, step: Step, delay: timedelta) -> StepResult:
     started, cpu = time.monotonic(), time.process_time()
     target = engine.lake.load(step.target)
     handles = {name: engine.lake.load(table) for name, table in _tables(step.reads.values()).items()}
@@ -95,14 +95,14 @@ def _build(engine: Engine, step: Step, delay: timedelta) -> Report:
     categories = handles[CATEGORY_AMOUNTS.name].read(CATEGORY_AMOUNTS.schema.names)
     ratios = _upstream(handles[FRAUD_RATIOS.name])
     blocks = [
-        Block(number, replace(upstream, files=files), upstream is events, buckets, categories, ratios)
+        BuildBucket(number, replace(upstream, files=files), upstream is events, buckets, categories, ratios)
         for upstream in (orders, events)
         for number, files in enumerate(chunks(upstream.files, size))
     ]
     spread = engine.pool.extract(spread_rows, blocks, parallel=parallel)
     tasks = [Bucket(part, number, delay) for number in range(buckets) for part in ENTITY_PARTS]
     parts = engine.pool.transform(compute_bucket, tasks, spread, parallel=parallel)
-    both = Pieces(local=[*spread.local, *parts.local], refs=[*spread.refs, *parts.refs])
+    both = Blocks(local=[*spread.local, *parts.local], refs=[*spread.refs, *parts.refs])
     writing = Assembly(target.writer, target.sequence)
     written, elsewhere = engine.pool.map(writing, [block.number for block in blocks if not block.events], both, parallel=parallel)
     files = [file for item in written for file in item.files]
@@ -115,13 +115,13 @@ def _build(engine: Engine, step: Step, delay: timedelta) -> Report:
         positions={name: handle.position for name, handle in handles.items()},
         removed_paths=frozenset(file.path for file in target.files()),
         properties={
-            SHAPE: engine.shape(step),
+            FINGERPRINT: engine.shape(step),
             ROWS: str(count),
             VIOLATIONS: json.dumps(standing_after({}, {}, of_rows), sort_keys=True),
         },
     )
     elsewhere += spread.cpu_seconds + parts.cpu_seconds
-    return Report(
+    return StepResult(
         step.target.name,
         "rebuilt" if target.snapshot else "changed",
         rows_read=rows,
@@ -141,11 +141,11 @@ def _tables(reads: Iterable[Read]) -> dict[str, Table]:
     return {read.table.name: read.table for read in reads}
 
 
-def _upstream(handle: Handle) -> Upstream:
-    return Upstream(handle.table, handle.reader, tuple(handle.files()))
+def _upstream(handle: TableHandle) -> UpstreamTable:
+    return UpstreamTable(handle.table, handle.reader, tuple(handle.files()))
 
 
-def spread_rows(block: Block) -> list[Piece]:
+def spread_rows(block: BuildBucket) -> list[Block]:
     """Round one: the rows of a block, each to the buckets of its entities."""
     if block.events:
         return _spread_events(block)
@@ -156,10 +156,13 @@ def spread_rows(block: Block) -> list[Piece]:
     orders = orders.join(ratios, on="order_id", how="left", maintain_order="left")
     rows = orders.with_columns(asked=pl.lit(True))
     own = pl.concat(
-        [orders.select("order_id", "placed_at", "customer"), compute_part(ORDER, rows, History(categories=block.categories))],
+        [
+            orders.select("order_id", "placed_at", "customer"),
+            compute_part(ORDER, rows, OrderHistory(categories=block.categories)),
+        ],
         how="horizontal",
     )
-    pieces = [Piece(ORDER.name, block.number, own.to_arrow())]
+    pieces = [Block(ORDER.name, block.number, own.to_arrow())]
     for part in ENTITY_PARTS:
         more = () if part.events else ("order_id", "amount", "known_at", *(("ratio",) if part.unexplained else ()))
         columns = list(dict.fromkeys([part.key, "placed_at", *more, *part.needs]))
@@ -167,9 +170,9 @@ def spread_rows(block: Block) -> list[Piece]:
     return pieces
 
 
-def _spread_events(block: Block) -> list[Piece]:
+def _spread_events(block: BuildBucket) -> list[Block]:
     events = account_events(block.upstream.read(EVENT_READS))
-    pieces: list[Piece] = []
+    pieces: list[Block] = []
     for part in ENTITY_PARTS:
         if part.events:
             wanted = events if part.key == "account" else events.filter(pl.col("kind") != "visit")
@@ -177,33 +180,33 @@ def _spread_events(block: Block) -> list[Piece]:
     return pieces
 
 
-def _by_bucket(kind: str, rows: pl.DataFrame, key: str, buckets: int) -> list[Piece]:
+def _by_bucket(kind: str, rows: pl.DataFrame, key: str, buckets: int) -> list[Block]:
     rows = rows.filter(pl.col(key).is_not_null())
     if buckets == 1:
-        return [Piece(kind, 0, rows.to_arrow())] if rows.height else []
+        return [Block(kind, 0, rows.to_arrow())] if rows.height else []
     split = rows.with_columns((group_hash(rows, [key]) % buckets).alias("_bucket"))
     parts = split.partition_by("_bucket", as_dict=True, include_key=False)
-    return [Piece(kind, int(str(key_[0])), part.to_arrow()) for key_, part in parts.items()]
+    return [Block(kind, int(str(key_[0])), part.to_arrow()) for key_, part in parts.items()]
 
 
-def compute_bucket(bucket: Bucket, pieces: Pieces) -> list[Piece]:
+def compute_bucket(bucket: Bucket, pieces: Blocks) -> list[Block]:
     """Round two: the features of one part for the entities of a bucket, each back to its order's block."""
     part = bucket.part
     found = _frame(pieces, f"orders:{part.name}", bucket.number)
     if found is None:
         return []
     events = _frame(pieces, f"events:{part.name}", bucket.number) if part.events else None
-    history = History(delay=bucket.delay) if events is None else History(events=events, delay=bucket.delay)
+    history = OrderHistory(delay=bucket.delay) if events is None else OrderHistory(events=events, delay=bucket.delay)
     rows = found.sort("placed_at") if part.events else found.sort("placed_at", "order_id")
     rows = rows.with_columns(asked=pl.lit(True))
     values = pl.concat([rows.select(BLOCK, ROW), compute_part(part, rows, history)], how="horizontal")
     return [
-        Piece(part.name, int(str(key[0])), of_block.to_arrow())
+        Block(part.name, int(str(key[0])), of_block.to_arrow())
         for key, of_block in values.partition_by(BLOCK, as_dict=True, include_key=False).items()
     ]
 
 
-def _frame(pieces: Pieces, kind: str, bucket: int) -> pl.DataFrame | None:
+def _frame(pieces: Blocks, kind: str, bucket: int) -> pl.DataFrame | None:
     frames = [frame for table in pieces.of(kind, bucket) if isinstance(frame := pl.from_arrow(table), pl.DataFrame)]
     return pl.concat(frames) if frames else None
 
@@ -215,17 +218,17 @@ class Assembly:
     writer: FileWriter
     sequence: int
 
-    def __call__(self, block: int, pieces: Pieces) -> Written:
+    def __call__(self, block: int, pieces: Blocks) -> BuildResult:
         own = _frame(pieces, ORDER.name, block)
         assert own is not None
         columns = [own, *(_placed(part, _frame(pieces, part.name, block), own.height) for part in ENTITY_PARTS)]
         rows = conform(pl.concat(columns, how="horizontal"), ORDER_FEATURES)
         judged = judge(ORDER_FEATURES.name, ORDER_FEATURES.rules, rows, ORDER_FEATURES.key)
         marked = rows.with_columns(pl.lit(False).alias(DELETED))
-        return Written(tuple(self.writer.write(stamp(ORDER_FEATURES, marked, self.sequence))), rows.height, judged.results)
+        return BuildResult(tuple(self.writer.write(stamp(ORDER_FEATURES, marked, self.sequence))), rows.height, judged.results)
 
 
-def _placed(part: Part, values: pl.DataFrame | None, height: int) -> pl.DataFrame:
+def _placed(part: FeatureGroup, values: pl.DataFrame | None, height: int) -> pl.DataFrame:
     """A part's features at the places of their orders; null for an order without that entity."""
     if values is None:
         return pl.DataFrame({f.name: pl.repeat(None, height, dtype=pl.Float64, eager=True) for f in part.features})

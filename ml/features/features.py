@@ -139,7 +139,7 @@ class Feature:
 
 
 @dataclass(frozen=True)
-class History:
+class OrderHistory:
     """What is known besides the orders asked about: see ORDER_COLUMNS, EVENT_COLUMNS, CATEGORY_COLUMNS.
 
     An order that is both asked about and in the history counts once. Empty frames are fine.
@@ -187,7 +187,7 @@ Columns = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class Part:
+class FeatureGroup:
     """Features that can be computed from the rows of one entity kind alone.
 
     key           the order column that names the entity
@@ -412,7 +412,7 @@ def _event_counts(prefix: str, of: str, windows: Sequence[str], kinds: Sequence[
 CHANNELS = ("web", "pos", "marketplace", OTHER, MISSING)
 METHODS = ("card", "wallet", "bank_transfer", "cash", OTHER, MISSING)
 
-ORDER = Part(
+ORDER = FeatureGroup(
     "order",
     "order_id",
     (
@@ -434,9 +434,9 @@ ORDER = Part(
 )
 
 
-def _entity(kind: str, of: str, the: str, more: Sequence[Feature] = (), **traits: Any) -> Part:
+def _entity(kind: str, of: str, the: str, more: Sequence[Feature] = (), **traits: Any) -> FeatureGroup:
     """The part of an entity kind: the features that its traits ask for, and `more`."""
-    part = Part(kind, kind, (), **traits)
+    part = FeatureGroup(kind, kind, (), **traits)
     features = (
         *_velocity(kind, of, part.windows),
         *_age(kind, the),
@@ -585,7 +585,7 @@ PERSON = _entity(
     seen_with=("customer",),
     fraud_windows=("28d",),
 )
-ACCOUNT_EVENTS = Part(
+ACCOUNT_EVENTS = FeatureGroup(
     "account_events",
     "account",
     (
@@ -608,19 +608,19 @@ ACCOUNT_EVENTS = Part(
     ),
     events=True,
 )
-DEVICE_EVENTS = Part(
+DEVICE_EVENTS = FeatureGroup(
     "device_events",
     "device",
     tuple(_event_counts("device", "on the device", ("1h", "24h"), ("failed_logins", "failed_payments"))),
     events=True,
 )
 
-PARTS: tuple[Part, ...] = (ORDER, CUSTOMER, CARD, DEVICE, ADDRESS, IP, PERSON, ACCOUNT_EVENTS, DEVICE_EVENTS)
-FEATURES: tuple[Feature, ...] = tuple(feature for part in PARTS for feature in part.features)
+FEATURE_GROUPS: tuple[FeatureGroup, ...] = (ORDER, CUSTOMER, CARD, DEVICE, ADDRESS, IP, PERSON, ACCOUNT_EVENTS, DEVICE_EVENTS)
+FEATURES: tuple[Feature, ...] = tuple(feature for part in FEATURE_GROUPS for feature in part.features)
 FEATURE_NAMES: tuple[str, ...] = tuple(feature.name for feature in FEATURES)
 
 
-def compute(orders: pl.DataFrame, history: History) -> pl.DataFrame:
+def compute(orders: pl.DataFrame, history: OrderHistory) -> pl.DataFrame:
     """The features of `orders` (ORDER_COLUMNS): order_id, placed_at and FEATURES, a row per order, in the order given.
 
     The orders are history to each other too. Raises FeatureError when an order has no id or no time, or comes twice.
@@ -628,7 +628,7 @@ def compute(orders: pl.DataFrame, history: History) -> pl.DataFrame:
     orders, known = conform(orders, ORDER_COLUMNS), conform(history.orders, ORDER_COLUMNS)
     _check(orders)
     rows = arranged(orders, known)
-    frames = [compute_part(part, rows, history) for part in PARTS]
+    frames = [compute_part(part, rows, history) for part in FEATURE_GROUPS]
     found = pl.concat([rows.filter("asked").select("order_id", "placed_at"), *frames], how="horizontal")
     return (
         orders.select("order_id")
@@ -660,7 +660,7 @@ def _check(orders: pl.DataFrame) -> None:
         raise FeatureError(f"Order {twice} was asked about twice in one call. Ask once.")
 
 
-def compute_part(part: Part, rows: pl.DataFrame, history: History) -> pl.DataFrame:
+def compute_part(part: FeatureGroup, rows: pl.DataFrame, history: OrderHistory) -> pl.DataFrame:
     """The features of one part for the rows `asked`, in the rows' order. rows: see `arranged`."""
     asked = rows["asked"].to_numpy()
     if part == ORDER:
@@ -698,7 +698,7 @@ def _order(rows: pl.DataFrame, categories: pl.DataFrame) -> pl.DataFrame:
     ).select(pl.col(feature.name).fill_nan(None) if feature.dtype == pl.Float64 else feature.name for feature in ORDER.features)
 
 
-def _of_orders(part: Part, rows: pl.DataFrame, delay: timedelta) -> tuple[Ints, Columns]:
+def _of_orders(part: FeatureGroup, rows: pl.DataFrame, delay: timedelta) -> tuple[Ints, Columns]:
     """The rows that are asked about and have an entity of this kind, and their features."""
     kind = part.key
     line = timeline(rows, kind)
@@ -755,7 +755,7 @@ def _own_ratio(line: Timeline) -> npt.NDArray[np.float64]:
     return quotient(cents, np.nan_to_num(line.means[0]))
 
 
-def _without_explanation(part: Part, rows: pl.DataFrame, delay: int) -> Columns:
+def _without_explanation(part: FeatureGroup, rows: pl.DataFrame, delay: int) -> Columns:
     """Known frauds whose amount was nothing unusual for the customer."""
     kind = part.key
     explained = pl.col("ratio").fill_null(0.0) >= UNUSUAL
@@ -768,7 +768,7 @@ def _without_explanation(part: Part, rows: pl.DataFrame, delay: int) -> Columns:
     }
 
 
-def _reported(part: Part, line: Timeline) -> Columns:
+def _reported(part: FeatureGroup, line: Timeline) -> Columns:
     """Known frauds."""
     kind = part.key
     columns: Columns = {f"{kind}_frauds_ever": line.known_frauds(), f"{kind}_minutes_since_fraud": line.minutes_since_fraud()}
@@ -777,7 +777,7 @@ def _reported(part: Part, line: Timeline) -> Columns:
     return columns
 
 
-def _settled(part: Part, line: Timeline, reported: Columns, delay: int) -> Columns:
+def _settled(part: FeatureGroup, line: Timeline, reported: Columns, delay: int) -> Columns:
     """Labels that have come due."""
     kind, settled = part.key, line.settled(delay)
     columns: Columns = {}
@@ -833,7 +833,7 @@ def _outliers(line: Timeline, cents: npt.NDArray[np.float64], ratio: npt.NDArray
     return columns
 
 
-def _of_events(part: Part, rows: pl.DataFrame, events: pl.DataFrame) -> tuple[Ints, Columns]:
+def _of_events(part: FeatureGroup, rows: pl.DataFrame, events: pl.DataFrame) -> tuple[Ints, Columns]:
     """The rows that are asked about and have an account (or device), and what its events say."""
     events = conform(events, EVENT_COLUMNS).filter(pl.col(part.key).is_not_null() & pl.col("occurred_at").is_not_null())
     code, entity = codes(events[part.key], rows[part.key])

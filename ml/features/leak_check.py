@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 import polars as pl
 
 from lakehouse.iceberg.table_handle import Lake
-from ml.features.features import FEATURES, LABEL_DELAY, TIME, History, compute
+from ml.features.features import FEATURES, LABEL_DELAY, TIME, OrderHistory, compute
 from ml.tables.order_entities import ORDER_ENTITIES
 from ml.tables.order_features import history_of, read_orders
 
@@ -24,14 +24,14 @@ def moved_features(
     return moved(*around(lake, moment, orders, delay), moment, seed)
 
 
-def moved(asked: pl.DataFrame, history: History, moment: datetime, seed: int = 7) -> list[str]:
+def moved(asked: pl.DataFrame, history: OrderHistory, moment: datetime, seed: int = 7) -> list[str]:
     """The same for orders up to a moment with all that concerns them (ORDER_COLUMNS, `ratio` included)."""
     if asked.is_empty():
         return []
     return differing(compute(asked, history), compute(asked_then(asked, moment, seed), changed(history, moment, seed)))
 
 
-def around(lake: Lake, moment: datetime, count: int, delay: timedelta) -> tuple[pl.DataFrame, History]:
+def around(lake: Lake, moment: datetime, count: int, delay: timedelta) -> tuple[pl.DataFrame, OrderHistory]:
     """The last orders up to a moment, and all that concerns them, the future included."""
     entities = lake.load(ORDER_ENTITIES, create=False)
     places = entities.read(["order_id", "placed_at"], pl.col("placed_at") <= moment).sort("placed_at", "order_id").tail(count)
@@ -44,7 +44,7 @@ def asked_then(asked: pl.DataFrame, moment: datetime, seed: int) -> pl.DataFrame
     return _reported_otherwise(asked, moment, seed)
 
 
-def changed(history: History, moment: datetime, seed: int) -> History:
+def changed(history: OrderHistory, moment: datetime, seed: int) -> OrderHistory:
     """The same past with another future: later orders have their values shuffled among each other, every order that was
     not reported until the moment is reported at some time after it or not at all, later events happen to others and are
     of another kind, and the month's own figures are others."""
@@ -54,7 +54,7 @@ def changed(history: History, moment: datetime, seed: int) -> History:
     gone, coming = _parts(history.events, pl.col("occurred_at") < moment)
     coming = coming.with_columns(pl.col(name).shuffle(seed + place) for place, name in enumerate(("account", "device", "kind")))
     settled, running = _parts(history.categories, pl.col("month") < moment.date().replace(day=1))
-    return History(
+    return OrderHistory(
         _reported_otherwise(pl.concat([past, future]), moment, seed),
         pl.concat([gone, coming.head(coming.height // 2)]),
         pl.concat([settled, running.with_columns(pl.col("amount") * 3 + 1, pl.col("orders") + 1)]),

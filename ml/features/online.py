@@ -26,12 +26,12 @@ from ml.features.features import (
     ENTITIES,
     EVENT_COLUMNS,
     EVENT_WINDOWS,
+    FEATURE_GROUPS,
     LAST_LABELS,
     METHODS,
     MISSING,
     ORDER_COLUMNS,
     OTHER,
-    PARTS,
     RATIO_WINDOWS,
     RISK_WINDOWS,
     UNUSUAL,
@@ -39,8 +39,8 @@ from ml.features.features import (
     WEEKDAYS,
     WINDOWS,
     FeatureError,
-    History,
-    Part,
+    FeatureGroup,
+    OrderHistory,
     arranged,
     conform,
 )
@@ -51,7 +51,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
 BLOCK = 128
 """Orders of which the greatest ratio is kept."""
-ENTITY_PARTS: Mapping[str, Part] = {part.key: part for part in PARTS if part.key in ENTITIES and not part.events}
+ENTITY_PARTS: Mapping[str, FeatureGroup] = {part.key: part for part in FEATURE_GROUPS if part.key in ENTITIES and not part.events}
 EVENT_NOUNS = ("events", "failed_logins", "failed_payments", "changes")
 NOUN_OF = {"login_failed": "failed_logins", "payment_failed": "failed_payments", "account_changed": "changes"}
 
@@ -81,7 +81,7 @@ class Placed:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class FeatureRequest:
     """An order to describe: its history columns, and what only its own row is needed for."""
 
     order: Placed
@@ -92,7 +92,7 @@ class Asked:
     category: str | None = None
 
     @staticmethod
-    def of(row: Mapping[str, Any]) -> Asked:
+    def of(row: Mapping[str, Any]) -> FeatureRequest:
         """From a row with (some of) ORDER_COLUMNS. Raises FeatureError without order_id or placed_at."""
         if row.get("order_id") is None or row.get("placed_at") is None:
             raise FeatureError("An order without order_id or placed_at has no features. Give both.")
@@ -105,7 +105,7 @@ class Asked:
             {kind: row.get(kind) for kind in ENTITIES},
             row.get("ratio"),
         )
-        return Asked(
+        return FeatureRequest(
             order,
             row.get("account"),
             NEVER if created is None else moment(created),
@@ -150,7 +150,7 @@ class EntityHistory:
         "usual_prices",
     )  # fmt: skip
 
-    def __init__(self, part: Part, delay: int, rows: Iterator[Placed]) -> None:
+    def __init__(self, part: FeatureGroup, delay: int, rows: Iterator[Placed]) -> None:
         """rows: in the order of (placed, order_id)."""
         self.part, self.delay = part, delay
         self._begin(list(rows))
@@ -512,7 +512,7 @@ class EventHistory:
 
 
 @dataclass(frozen=True)
-class Events:
+class AccountEvents:
     """Account events as columns, sorted by time, with the rows of every account or device."""
 
     at: Ints
@@ -521,9 +521,9 @@ class Events:
     spans: Mapping[Any, tuple[int, int]]
 
     @staticmethod
-    def of(events: pl.DataFrame, key: str) -> Events:
+    def of(events: pl.DataFrame, key: str) -> AccountEvents:
         """From a frame with EVENT_COLUMNS, sorted by time. key: account or device."""
-        return Events(microseconds(events["occurred_at"]), events["kind"], *_grouped(events[key]))
+        return AccountEvents(microseconds(events["occurred_at"]), events["kind"], *_grouped(events[key]))
 
     def of_name(self, name: int | str) -> EventHistory:
         """The events of an account or device."""
@@ -537,7 +537,7 @@ class Events:
 class OnlineFeatures:
     """Everything that features need, in memory: a history as of some moment, and what was observed since."""
 
-    def __init__(self, history: History) -> None:
+    def __init__(self, history: OrderHistory) -> None:
         """history: whole, as `features.compute` takes it."""
         self.delay = history.delay // MICROSECOND
         self.orders = Orders.of(history.orders)
@@ -552,8 +552,8 @@ class OnlineFeatures:
         self._of_account: dict[int | str, EventHistory] = {}
         self._of_device: dict[int | str, EventHistory] = {}
         events = conform(history.events, EVENT_COLUMNS).drop_nulls("occurred_at").sort("occurred_at")
-        self._account_events = Events.of(events, "account")
-        self._device_events = Events.of(events.filter(pl.col("kind") != "visit"), "device")
+        self._account_events = AccountEvents.of(events, "account")
+        self._device_events = AccountEvents.of(events.filter(pl.col("kind") != "visit"), "device")
 
     def observe_event(self, account: int | None, device: str | None, kind: str, at: int) -> None:
         """An account event has happened. kind: one of EVENT_KINDS; at: microseconds since 1970."""
@@ -594,11 +594,11 @@ class OnlineFeatures:
                     self._history(kind, name).remove(order_id)
         return known
 
-    def features(self, asked: Asked) -> list[Value]:
+    def features(self, asked: FeatureRequest) -> list[Value]:
         """The features of an order in the order of FEATURES; NaN where `compute` has null. It may have been observed:
         an order is no history to itself."""
         order, found = asked.order, self._own(asked)
-        for part in PARTS[1:]:
+        for part in FEATURE_GROUPS[1:]:
             if part.events:
                 self._events(part, asked, found)
                 continue
@@ -617,7 +617,7 @@ class OnlineFeatures:
             self._entities[kind][name] = known
         return known
 
-    def _own(self, asked: Asked) -> list[Value]:
+    def _own(self, asked: FeatureRequest) -> list[Value]:
         order, now = asked.order, asked.order.placed
         placed = EPOCH + now * MICROSECOND
         cents = NAN if order.amount is None else float(order.amount)
@@ -633,7 +633,7 @@ class OnlineFeatures:
             quotient(cents, mean),
         ]
 
-    def _events(self, part: Part, asked: Asked, found: list[Value]) -> None:
+    def _events(self, part: FeatureGroup, asked: FeatureRequest, found: list[Value]) -> None:
         now, name = asked.order.placed, asked.account if part.key == "account" else asked.order.entities["device"]
         if name is None:
             found += [NAN] * len(part.features)
@@ -651,7 +651,7 @@ class OnlineFeatures:
             found += history.counts("failed_payments", now, ("1h", "24h"))
 
 
-def _events_of(name: int | str, met: dict[int | str, EventHistory], events: Events) -> EventHistory:
+def _events_of(name: int | str, met: dict[int | str, EventHistory], events: AccountEvents) -> EventHistory:
     """The events of an account or device, read out when it is first asked about."""
     found = met.get(name)
     if found is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pipelines
-from lakehouse.engine.engine import Engine, Report
+from lakehouse.engine.engine import Engine, StepResult
 from lakehouse.step import Step
 from lakehouse.table import Table
 from ml.registry import Registry
@@ -26,7 +26,7 @@ TABLES: dict[str, Table] = {
 """Every table by name, bronze first."""
 
 
-def rebuild_model_table(engine: Engine, table: Table) -> Report:
+def rebuild_model_table(engine: Engine, table: Table) -> StepResult:
     """Fill a table of the fraud model again from everything upstream."""
     if table.name == user_fraud_scores.USER_FRAUD_SCORES.name:
         return user_fraud_scores.refresh(engine, Registry(home=engine.lake.settings.home).load(), rebuild=True)

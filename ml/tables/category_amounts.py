@@ -8,9 +8,10 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.expectations import within
-from lakehouse.step import Context, Gather, Step
+from lakehouse.step import Grouped, Step
 from lakehouse.table import Table, column
 from ml.tables.order_entities import ORDER_ENTITIES
+from pipelines.settings import BusinessSettings
 
 CATEGORY_AMOUNTS = Table(
     "silver.category_amounts",
@@ -30,7 +31,7 @@ CATEGORY_AMOUNTS = Table(
 MONTH = pl.col("placed_at").dt.month_start().dt.date()
 
 
-def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     """Totals of the touched categories and months."""
     return totals(frames["orders"].unique("order_id"))
 
@@ -46,9 +47,9 @@ def totals(orders: pl.DataFrame) -> pl.DataFrame:
 STEP = Step(
     target=CATEGORY_AMOUNTS,
     reads={
-        "orders": Gather(
+        "orders": Grouped(
             ORDER_ENTITIES, keys=((pl.col("category"), MONTH),), columns=("order_id", "placed_at", "category", "amount")
         )
     },
-    fill=fill,
+    transform=transform,
 )

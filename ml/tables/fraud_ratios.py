@@ -12,10 +12,11 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.expectations import within
-from lakehouse.step import Context, Gather, Step
+from lakehouse.step import Grouped, Step
 from lakehouse.table import TIMESTAMP, Table, column
 from ml.features.features import with_ratios
 from ml.tables.order_entities import ORDER_ENTITIES
+from pipelines.settings import BusinessSettings
 
 FRAUD_RATIOS = Table(
     "silver.fraud_ratios",
@@ -29,14 +30,14 @@ FRAUD_RATIOS = Table(
     ),
     key=("customer", "order_id"),
     group=("customer",),
-    traced=("device", "known_at"),
+    tracked=("device", "known_at"),
     owner="risk",
     expectations=(within("ratio", 0, None, severity="warn"),),
     named_by=("order_id",),
 )
 
 
-def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     """The reported orders of the touched customers."""
     orders = with_ratios(frames["orders"].unique("order_id"))
     return orders.filter(pl.col("known_at").is_not_null()).select(FRAUD_RATIOS.schema.names)
@@ -45,11 +46,11 @@ def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
 STEP = Step(
     target=FRAUD_RATIOS,
     reads={
-        "orders": Gather(
+        "orders": Grouped(
             ORDER_ENTITIES,
             keys=((pl.col("customer"),),),
             columns=("order_id", "placed_at", "customer", "device", "amount", "known_at"),
         )
     },
-    fill=fill,
+    transform=transform,
 )

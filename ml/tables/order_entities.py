@@ -8,8 +8,9 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.expectations import accepted, row_count_drift
-from lakehouse.step import Context, Gather, Join, Step, Whole
+from lakehouse.step import Broadcast, Grouped, Lookup, Step
 from lakehouse.table import TIMESTAMP, Table, column
+from pipelines.settings import BusinessSettings
 from pipelines.silver.chargebacks import CHARGEBACKS
 from pipelines.silver.order_items_unified import ORDER_ITEMS_UNIFIED
 from pipelines.silver.orders_unified import ORDERS_UNIFIED
@@ -44,7 +45,7 @@ ORDER_ENTITIES = Table(
     ),
     key=("order_id",),
     # an order that leaves an entity, or a moment, changes the later orders of the entity it left
-    traced=("placed_at", "customer", "card", "device", "address", "ip", "person", "account", "category", "known_at"),
+    tracked=("placed_at", "customer", "card", "device", "address", "ip", "person", "account", "category", "known_at"),
     sort_by=("placed_at", "order_id"),
     owner="risk",
     expectations=(
@@ -75,7 +76,7 @@ ADDRESS = pl.when(_SPELLED != "").then(_SPELLED).alias("address")
 """An address in one spelling."""
 
 
-def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     """The orders with a time, each with its category, account and first fraud report."""
     orders = frames["orders"].filter(pl.col("placed_at").is_not_null())
     reported = (
@@ -159,38 +160,35 @@ def _of_users(changed: pl.DataFrame) -> pl.Expr:
 STEP = Step(
     target=ORDER_ENTITIES,
     reads={
-        "orders": Gather(ORDERS_UNIFIED, keys=((pl.col("order_id"),),), columns=ORDER_COLUMNS),
-        "items": Gather(
+        "orders": Grouped(ORDERS_UNIFIED, keys=((pl.col("order_id"),),), columns=ORDER_COLUMNS),
+        "items": Grouped(
             ORDER_ITEMS_UNIFIED,
             keys=((pl.col("order_id"),),),
             columns=("order_id", "line_no", "product_id", "quantity", "line_amount"),
         ),
-        "products": Whole(
+        "products": Broadcast(
             PRODUCTS,
             columns=("product_id", "category"),
-            touch=_of_products,
-            touch_columns=("product_id",),
+            affects=_of_products,
             through=ORDER_ITEMS_UNIFIED,
-            touch_keys=(pl.col("order_id"),),
+            affected_keys=(pl.col("order_id"),),
         ),
-        "chargebacks": Join(
+        "chargebacks": Lookup(
             CHARGEBACKS,
             on="order_ref",
             values=lambda frames: frames["orders"]["order_id"],
             columns=("order_ref", "reason", "reported_at"),
-            touch=_of_chargebacks,
-            touch_columns=("order_id",),
+            affects=_of_chargebacks,
             through=ORDERS_UNIFIED,
-            touch_keys=(pl.col("order_id"),),
+            affected_keys=(pl.col("order_id"),),
         ),
-        "users": Join(
+        "users": Lookup(
             USERS_SCD,
             on="user_id",
             values=lambda frames: frames["orders"]["user_id"].drop_nulls(),
             columns=("user_id", "created_at"),
-            touch=_of_users,
-            touch_columns=("account",),
+            affects=_of_users,
         ),
     },
-    fill=fill,
+    transform=transform,
 )

@@ -15,17 +15,18 @@ from functools import partial
 import polars as pl
 import pyarrow as pa
 
-from lakehouse.engine.engine import Engine, Report
+from lakehouse.engine.engine import Engine, StepResult
 from lakehouse.expectations import row_count_drift
 from lakehouse.iceberg.table_handle import Lake
-from lakehouse.step import Context, Gather, Join, Step, Whole
+from lakehouse.step import Broadcast, Grouped, Lookup, Step
 from lakehouse.table import TIMESTAMP, Table, column
-from ml.features.features import ENTITIES, EVENT_COLUMNS, FEATURES, LABEL_DELAY, TIME, History, compute
+from ml.features.features import ENTITIES, EVENT_COLUMNS, FEATURES, LABEL_DELAY, TIME, OrderHistory, compute
 from ml.tables import category_amounts, fraud_ratios, order_entities
 from ml.tables.category_amounts import CATEGORY_AMOUNTS
 from ml.tables.fraud_ratios import FRAUD_RATIOS
 from ml.tables.order_entities import ORDER_ENTITIES
 from pipelines.gold.user_risk_scores import SUCCESSES
+from pipelines.settings import BusinessSettings
 from pipelines.silver.events_clean import EVENTS_CLEAN, STOCK_EVENTS
 
 ORDER_FEATURES = Table(
@@ -65,14 +66,14 @@ def account_events(events: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def fill(frames: Mapping[str, pl.DataFrame], context: Context, delay: timedelta = LABEL_DELAY) -> pl.DataFrame:
+def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings, delay: timedelta = LABEL_DELAY) -> pl.DataFrame:
     """The features of the gathered orders."""
     orders = frames["orders"].unique("order_id")
     around = pl.concat([frames[_of(kind)].select(orders.columns) for kind in ENTITIES]).unique("order_id")
     events = pl.concat([frames["account_events"], frames["device_events"]]).unique("event_id")
     ratios = frames["ratios"].select("order_id", "ratio").unique("order_id")
     around = around.join(ratios, on="order_id", how="left")
-    history = History(around, account_events(events), frames["categories"], delay)
+    history = OrderHistory(around, account_events(events), frames["categories"], delay)
     orders = orders.join(ratios, on="order_id", how="left")
     return compute(orders, history).join(orders.select("order_id", "customer"), on="order_id").select(ORDER_FEATURES.schema.names)
 
@@ -85,12 +86,12 @@ def read_orders(lake: Lake, wanted: pl.Expr) -> pl.DataFrame:
     return orders.join(ratios, on="order_id", how="left")
 
 
-def history_of(lake: Lake, asked: pl.DataFrame, delay: timedelta = LABEL_DELAY) -> History:
+def history_of(lake: Lake, asked: pl.DataFrame, delay: timedelta = LABEL_DELAY) -> OrderHistory:
     """All that concerns these orders (ORDER_COLUMNS): what one who scores them needs to look up, the future included."""
     shared = pl.any_horizontal(pl.col(kind).is_in(asked[kind].drop_nulls().implode()) for kind in ENTITIES)
     own = pl.col("user_id").is_in(asked["account"].drop_nulls().implode())
     theirs = pl.col("device_id").is_in(asked["device"].drop_nulls().implode())
-    return History(
+    return OrderHistory(
         read_orders(lake, shared),
         account_events(lake.load(EVENTS_CLEAN).read(EVENT_READS, own | theirs)),
         lake.load(CATEGORY_AMOUNTS).read(CATEGORY_AMOUNTS.schema.names),
@@ -99,20 +100,20 @@ def history_of(lake: Lake, asked: pl.DataFrame, delay: timedelta = LABEL_DELAY) 
 
 
 def later(column: str, values: str, moments: str) -> Callable[[pl.DataFrame], pl.Expr]:
-    """For `touch`: the rows whose `column` is one of the changed `values`, from that value's first changed moment on."""
+    """For `affects`: the rows whose `column` is one of the changed `values`, from that value's first changed moment on."""
 
-    def touch(changed: pl.DataFrame) -> pl.Expr:
+    def affects(changed: pl.DataFrame) -> pl.Expr:
         firsts = changed.drop_nulls([values, moments]).group_by(values).agg(pl.col(moments).min())
         if firsts.is_empty():
             return pl.lit(False)
         since = pl.col(column).replace_strict(firsts[values], firsts[moments], default=None, return_dtype=TIME)
         return (pl.col("placed_at") >= since).fill_null(False)
 
-    return touch
+    return affects
 
 
 def in_following_month(changed: pl.DataFrame) -> pl.Expr:
-    """For `touch`: the orders that are measured against a changed category's month."""
+    """For `affects`: the orders that are measured against a changed category's month."""
     months = (
         changed.select("category", pl.col("month").dt.offset_by("1mo").alias("measured")).unique().sort("category", "measured")
     )
@@ -129,30 +130,28 @@ def _values(kind: str) -> Callable[[Mapping[str, pl.DataFrame]], pl.Series]:
     return lambda frames: frames["orders"][kind].drop_nulls()
 
 
-def _neighbours(kind: str) -> Join:
+def _neighbours(kind: str) -> Lookup:
     """The orders that share an entity with the gathered ones."""
-    return Join(
+    return Lookup(
         ORDER_ENTITIES,
         on=kind,
         values=_values(kind),
         columns=tuple(ORDER_ENTITIES.schema.names),
-        touch=later(kind, kind, "placed_at"),
-        touch_columns=(kind, "placed_at"),
+        affects=later(kind, kind, "placed_at"),
         through=ORDER_ENTITIES,
-        touch_keys=(pl.col("order_id"),),
+        affected_keys=(pl.col("order_id"),),
     )
 
 
-def _events(order_column: str, event_column: str) -> Join:
-    return Join(
+def _events(order_column: str, event_column: str) -> Lookup:
+    return Lookup(
         EVENTS_CLEAN,
         on=event_column,
         values=_values(order_column),
         columns=("event_id", *EVENT_READS),
-        touch=later(order_column, event_column, "occurred_at"),
-        touch_columns=(order_column, "placed_at"),
+        affects=later(order_column, event_column, "occurred_at"),
         through=ORDER_ENTITIES,
-        touch_keys=(pl.col("order_id"),),
+        affected_keys=(pl.col("order_id"),),
     )
 
 
@@ -161,31 +160,29 @@ def step(delay: timedelta = LABEL_DELAY) -> Step:
     return Step(
         target=ORDER_FEATURES,
         reads={
-            "orders": Gather(ORDER_ENTITIES, keys=((pl.col("order_id"),),)),
+            "orders": Grouped(ORDER_ENTITIES, keys=((pl.col("order_id"),),)),
             **{_of(kind): _neighbours(kind) for kind in ENTITIES},
             "account_events": _events("account", "user_id"),
             "device_events": _events("device", "device_id"),
-            "ratios": Join(
+            "ratios": Lookup(
                 FRAUD_RATIOS,
                 on="device",
                 values=_values("device"),
                 columns=("order_id", "ratio"),
-                touch=later("device", "device", "known_at"),
-                touch_columns=("device", "placed_at"),
+                affects=later("device", "device", "known_at"),
                 through=ORDER_ENTITIES,
-                touch_keys=(pl.col("order_id"),),
+                affected_keys=(pl.col("order_id"),),
             ),
-            "categories": Whole(
+            "categories": Broadcast(
                 CATEGORY_AMOUNTS,
                 columns=tuple(CATEGORY_AMOUNTS.schema.names),
-                touch=in_following_month,
-                touch_columns=("category", "placed_at"),
+                affects=in_following_month,
                 through=ORDER_ENTITIES,
-                touch_keys=(pl.col("order_id"),),
+                affected_keys=(pl.col("order_id"),),
             ),
         },
-        fill=partial(fill, delay=delay),
-        shaped_by=(("label delay", str(delay)),),
+        transform=partial(transform, delay=delay),
+        parameters=(("label delay", str(delay)),),
     )
 
 
@@ -194,7 +191,7 @@ STEPS = (order_entities.STEP, category_amounts.STEP, fraud_ratios.STEP, STEP)
 """The steps of the features' tables, each after what it reads."""
 
 
-def rebuild(engine: Engine, table: Table, *, delay: timedelta = LABEL_DELAY) -> Report:
+def rebuild(engine: Engine, table: Table, *, delay: timedelta = LABEL_DELAY) -> StepResult:
     """Fill one of the four tables again from everything upstream."""
     from ml.features.build import build
 
@@ -203,7 +200,7 @@ def rebuild(engine: Engine, table: Table, *, delay: timedelta = LABEL_DELAY) -> 
     return engine.refresh(next(one for one in STEPS if one.target.name == table.name), rebuild=True)
 
 
-def refresh(engine: Engine, *, rebuild: bool = False, delay: timedelta = LABEL_DELAY) -> list[Report]:
+def refresh(engine: Engine, *, rebuild: bool = False, delay: timedelta = LABEL_DELAY) -> list[StepResult]:
     """Bring the four tables up to date."""
     from ml.features.build import build, must_be_built
 

@@ -12,16 +12,17 @@ from functools import partial
 import polars as pl
 import pyarrow as pa
 
-from lakehouse.engine.engine import Engine, Report
+from lakehouse.engine.engine import Engine, StepResult
 from lakehouse.errors import ShopSphereError
 from lakehouse.expectations import within
-from lakehouse.step import Context, Gather, Join, Step
+from lakehouse.step import Grouped, Lookup, Step
 from lakehouse.table import TIMESTAMP, Table, column, references
 from ml.features.features import FEATURE_NAMES
-from ml.registry import Loaded
+from ml.registry import LoadedModel
 from ml.tables.order_entities import ORDER_ENTITIES
 from ml.tables.order_features import ORDER_FEATURES
 from pipelines.gold.customer_360 import CUSTOMER_360
+from pipelines.settings import BusinessSettings
 
 RECENT = timedelta(days=30)
 
@@ -55,7 +56,7 @@ USER_FRAUD_SCORES = Table(
 )
 
 
-def fill(frames: Mapping[str, pl.DataFrame], context: Context, champion: Loaded) -> pl.DataFrame:
+def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings, champion: LoadedModel) -> pl.DataFrame:
     """The touched persons."""
     orders = frames["orders"].unique("order_id").join(frames["features"].unique("order_id"), on="order_id")
     scored = orders.select(
@@ -77,39 +78,38 @@ def fill(frames: Mapping[str, pl.DataFrame], context: Context, champion: Loaded)
 
 
 def of_changed_orders(changed: pl.DataFrame) -> pl.Expr:
-    """For `touch`: the orders whose features changed."""
+    """For `affects`: the orders whose features changed."""
     return pl.col("order_id").is_in(changed["order_id"].unique().implode())
 
 
-READS: Mapping[str, Gather | Join] = {
-    "orders": Gather(ORDER_ENTITIES, keys=((pl.col("person"),),), columns=("order_id", "placed_at", "person")),
-    "features": Join(
+READS: Mapping[str, Grouped | Lookup] = {
+    "orders": Grouped(ORDER_ENTITIES, keys=((pl.col("person"),),), columns=("order_id", "placed_at", "person")),
+    "features": Lookup(
         ORDER_FEATURES,
         on="order_id",
         values=lambda frames: frames["orders"]["order_id"],
         columns=("order_id", *FEATURE_NAMES),
-        touch=of_changed_orders,
-        touch_columns=("order_id",),
+        affects=of_changed_orders,
         through=ORDER_ENTITIES,
-        touch_keys=(pl.col("person"),),
+        affected_keys=(pl.col("person"),),
     ),
 }
 
 
-def step(champion: Loaded) -> Step:
+def step(champion: LoadedModel) -> Step:
     """The step that fills the table with a champion's scores."""
     shape = ("champion", f"{champion.version.number} {champion.model.digest} {champion.threshold!r}")
-    return Step(target=USER_FRAUD_SCORES, reads=READS, fill=partial(fill, champion=champion), shaped_by=(shape,))
+    return Step(target=USER_FRAUD_SCORES, reads=READS, transform=partial(transform, champion=champion), parameters=(shape,))
 
 
-def refresh(engine: Engine, champion: Loaded, *, rebuild: bool = False) -> Report:
+def refresh(engine: Engine, champion: LoadedModel, *, rebuild: bool = False) -> StepResult:
     """Bring the table up to date with silver.order_features and the champion."""
     return engine.refresh(step(champion), rebuild=rebuild)
 
 
-def _without_champion(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+def _without_champion(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     raise ShopSphereError(f"{USER_FRAUD_SCORES.name} is filled by a champion. Train one: python -m app train.")
 
 
-DECLARED = Step(target=USER_FRAUD_SCORES, reads=READS, fill=_without_champion)
+DECLARED = Step(target=USER_FRAUD_SCORES, reads=READS, transform=_without_champion)
 """What the table is made from; `step` fills it."""

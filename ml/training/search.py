@@ -22,13 +22,13 @@ import numpy.typing as npt
 import polars as pl
 
 from lakehouse.errors import SettingsError
-from lakehouse.parallel import Pool
+from lakehouse.parallel import TaskPool
 from lakehouse.settings import RaySettings
 from ml.training.training import (
     FeatureLike,
     Prepared,
-    Progress,
     TrainingError,
+    TrainingProgress,
     TrainingSettings,
     boost,
     last,
@@ -85,7 +85,7 @@ def search(
     settings: SearchSettings,
     training: TrainingSettings,
     *,
-    pool: Pool | None = None,
+    pool: TaskPool | None = None,
 ) -> SearchResult:
     """Search with orders that are no test orders (features, `label`, `placed_at`). Raises TrainingError when no fold has
     frauds on both sides of its gap, or when no trial finishes."""
@@ -95,9 +95,9 @@ def search(
         prepare(frame.filter(pl.Series(before)), frame.filter(pl.Series(window)), features)
         for before, window in time_folds(frame, settings.folds, settings.delay)
     ]
-    owned = Pool(RaySettings()) if pool is None else None
+    owned = TaskPool(RaySettings()) if pool is None else None
     try:
-        (pool or owned or Pool(RaySettings())).start()
+        (pool or owned or TaskPool(RaySettings())).start()
         trials = _tune(folds, settings, training)
     finally:
         if owned is not None:
@@ -162,7 +162,9 @@ def parameters_of(number: int, settings: SearchSettings, base: Mapping[str, Any]
 
 def _judged(fold: Prepared, training: TrainingSettings, parameters: Mapping[str, Any]) -> tuple[float, int]:
     settings = training.with_parameters(**parameters)
-    progress = last(boost(fold, settings.xgboost(), settings.rounds, settings.patience, Progress.none(), settings.report_every))
+    progress = last(
+        boost(fold, settings.xgboost(), settings.rounds, settings.patience, TrainingProgress.none(), settings.report_every)
+    )
     return progress.best_score, progress.best_iteration + 1
 
 

@@ -14,17 +14,16 @@ import polars as pl
 
 from app import sandbox
 from app.cli.output import Output
-from lakehouse.engine.engine import Engine, Report
-from lakehouse.settings import Settings
+from lakehouse.engine.engine import Engine, StepResult
 from lakehouse.storage import Storage
-from ml.evaluation.baselines import Ceiling, Standing, as_text, baselines, ceiling, standing
+from ml.evaluation.baselines import Ceiling, LeaderboardEntry, as_text, baselines, ceiling, leaderboard
 from ml.evaluation.drift import reference_of
 from ml.evaluation.gate import GateSettings, Verdict, admit
 from ml.evaluation.metrics import Evaluation, ThresholdSettings, choose_threshold, evaluate
 from ml.evaluation.plots import pictures
 from ml.features.features import FEATURES
 from ml.features.leak_check import moved_features
-from ml.registry import Registry, Training, Version, code_version
+from ml.registry import Registry, TrainingRecord, Version, code_version
 from ml.tables import user_fraud_scores
 from ml.tables.order_features import refresh
 from ml.training.lineage import lineage
@@ -32,6 +31,7 @@ from ml.training.search import SearchResult, SearchSettings, search
 from ml.training.training import FittedModel, TrainingSettings, discard, fit, fit_here
 from ml.training.training_set import SplitSettings, TrainingSet, training_set
 from pipelines.runner import open_engine, recorded
+from pipelines.settings import Settings
 
 MODEL = "fraud model"
 EXAMPLES = 5
@@ -60,7 +60,7 @@ class Trained:
 
     version: Version
     evaluation: Evaluation
-    standings: tuple[Standing, ...]
+    standings: tuple[LeaderboardEntry, ...]
     ceiling: Ceiling | None
     verdict: Verdict
     rows: Mapping[str, int]
@@ -108,7 +108,7 @@ def train_on(engine: Engine, registry: Registry, options: TrainSettings, show: C
         standings, limit = compared(data, score, options, engine)
     with _stage(show, "recording"):
         version = registry.record(
-            Training(
+            TrainingRecord(
                 model=model,
                 features=FEATURES,
                 evaluation=evaluation,
@@ -136,7 +136,7 @@ def train_on(engine: Engine, registry: Registry, options: TrainSettings, show: C
             options.gate,
             leak=lambda: moved_features(engine.lake, moment, delay=options.split.delay, seed=options.training.seed),
         )
-    scores: list[Report] = []
+    scores: list[StepResult] = []
     with _stage(show, "scores"):
         if registry.champion() is not None:
             with recorded(engine, "train") as scores:
@@ -180,14 +180,14 @@ def fitted(data: TrainingSet, found: SearchResult, options: TrainSettings, engin
 
 def compared(
     data: TrainingSet, score: np.ndarray[Any, Any], options: TrainSettings, engine: Engine
-) -> tuple[tuple[Standing, ...], Ceiling | None]:
+) -> tuple[tuple[LeaderboardEntry, ...], Ceiling | None]:
     """Baselines and model on the test window, the model last; the ceiling where the truth is known."""
     label = data.test["label"].to_numpy()
     scores = {**baselines(data.train, data.validation, data.known, data.test), MODEL: score}
     truth = sandbox.truth(engine.lake.settings.home)["fraud"]
     fraud = None if truth.is_empty() else data.test["order_id"].is_in(truth["order_id"].implode()).cast(pl.Int8).to_numpy()
     capacity = options.thresholds.capacity
-    standings = tuple(standing(name, label, values, capacity, fraud) for name, values in scores.items())
+    standings = tuple(leaderboard(name, label, values, capacity, fraud) for name, values in scores.items())
     return standings, None if fraud is None else ceiling(label, fraud)
 
 
@@ -207,7 +207,7 @@ def recorded_settings(data: TrainingSet, options: TrainSettings) -> dict[str, An
     }
 
 
-def recorded_figures(standings: tuple[Standing, ...], limit: Ceiling | None) -> dict[str, float]:
+def recorded_figures(standings: tuple[LeaderboardEntry, ...], limit: Ceiling | None) -> dict[str, float]:
     """The figures of the baselines and the ceiling, for the registry."""
     figures = {}
     for one in standings:

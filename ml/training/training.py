@@ -27,7 +27,7 @@ import numpy.typing as npt
 import polars as pl
 
 from lakehouse.errors import SettingsError, ShopSphereError
-from lakehouse.parallel import Pool
+from lakehouse.parallel import TaskPool
 from lakehouse.settings import RaySettings, home_directory
 from lakehouse.storage import Storage
 from ml.evaluation.metrics import average_precision, log_loss
@@ -176,7 +176,7 @@ def fit(
     features: Sequence[FeatureLike],
     settings: TrainingSettings | None = None,
     *,
-    pool: Pool | None = None,
+    pool: TaskPool | None = None,
 ) -> FittedModel:
     """Train on Ray Train. Frames have the features' columns and `label`; without validation orders all rounds count.
     With a column `weight`, a training order counts so many times; validation orders count once each.
@@ -184,9 +184,9 @@ def fit(
     Raises TrainingError when the data cannot train a model, or when workers keep dying."""
     settings = settings or TrainingSettings()
     data = prepare(train, validation, features)
-    owned = Pool(RaySettings()) if pool is None else None
+    owned = TaskPool(RaySettings()) if pool is None else None
     try:
-        (pool or owned or Pool(RaySettings())).start()
+        (pool or owned or TaskPool(RaySettings())).start()
         return _fit_on_ray(data, settings)
     finally:
         if owned is not None:
@@ -210,7 +210,9 @@ def fit_here(
     settings = settings or TrainingSettings()
     data = prepare(train, validation, features)
     begun = time.monotonic()
-    progress = last(boost(data, settings.xgboost(), settings.rounds, settings.patience, Progress.none(), settings.report_every))
+    progress = last(
+        boost(data, settings.xgboost(), settings.rounds, settings.patience, TrainingProgress.none(), settings.report_every)
+    )
     return _finished(progress, data, settings, time.monotonic() - begun)
 
 
@@ -352,7 +354,7 @@ def _dmatrix(columns: Floats, label: Labels | None, names: Sequence[str], types:
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """How far a training is: what a checkpoint holds."""
 
     booster: bytes
@@ -365,9 +367,9 @@ class Progress:
     done: bool
 
     @staticmethod
-    def none() -> Progress:
+    def none() -> TrainingProgress:
         """Before the first round."""
-        return Progress(b"", 0, -1, float("inf"), 0.0, False)
+        return TrainingProgress(b"", 0, -1, float("inf"), 0.0, False)
 
     def write(self, directory: Path) -> None:
         """Write the files of a checkpoint."""
@@ -376,9 +378,11 @@ class Progress:
         (directory / "progress.json").write_text(json.dumps(state))
 
     @staticmethod
-    def read(directory: Path) -> Progress:
+    def read(directory: Path) -> TrainingProgress:
         """Read them back."""
-        return Progress(booster=(directory / "model.ubj").read_bytes(), **json.loads((directory / "progress.json").read_text()))
+        return TrainingProgress(
+            booster=(directory / "model.ubj").read_bytes(), **json.loads((directory / "progress.json").read_text())
+        )
 
 
 def boost(
@@ -386,9 +390,9 @@ def boost(
     parameters: Mapping[str, Any],
     rounds: int,
     patience: int,
-    start: Progress,
+    start: TrainingProgress,
     report_every: int,
-) -> Iterator[Progress]:
+) -> Iterator[TrainingProgress]:
     """Boost from `start`, giving the progress every so many rounds and at the end.
 
     In a distributed run every worker goes through the same rounds and gives the same number of progresses."""
@@ -433,18 +437,18 @@ def boost(
         done = done or number == rounds - 1
         if done or (number + 1) % report_every == 0:
             state = bytes(booster.save_raw("ubj"))
-            yield Progress(state, number + 1, best, best_loss, best_score, done)
+            yield TrainingProgress(state, number + 1, best, best_loss, best_score, done)
             if done:
                 return
             booster = reopened(state, number + 1)
 
 
-def last(steps: Iterator[Progress]) -> Progress:
+def last(steps: Iterator[TrainingProgress]) -> TrainingProgress:
     """Boost to the end."""
     return deque(steps, maxlen=1)[0]
 
 
-def _finished(progress: Progress, data: Prepared, settings: TrainingSettings, seconds: float) -> FittedModel:
+def _finished(progress: TrainingProgress, data: Prepared, settings: TrainingSettings, seconds: float) -> FittedModel:
     import xgboost
 
     booster = xgboost.Booster(model_file=bytearray(progress.booster))
@@ -506,7 +510,7 @@ def _fit_on_ray(data: Prepared, settings: TrainingSettings) -> FittedModel:
         if result.checkpoint is None:
             raise TrainingError("Training ended without a checkpoint. Run it again.")
         with result.checkpoint.as_directory() as directory:
-            progress = Progress.read(Path(directory))
+            progress = TrainingProgress.read(Path(directory))
     except ShopSphereError:
         raise
     except Exception as error:
@@ -541,10 +545,10 @@ def _worker(config: dict[str, Any]) -> None:
 
     rank = ray.train.get_context().get_world_rank()
     data: Prepared = ray.get(config["stripes"][rank])
-    start, checkpoint = Progress.none(), ray.train.get_checkpoint()
+    start, checkpoint = TrainingProgress.none(), ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as directory:
-            start = Progress.read(Path(directory))
+            start = TrainingProgress.read(Path(directory))
     steps = boost(data, config["parameters"], config["rounds"], config["patience"], start, config["report_every"])
     for progress in steps:
         metrics = {"rounds": progress.rounds, "average_precision": progress.best_score}

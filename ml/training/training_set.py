@@ -17,10 +17,10 @@ from datetime import datetime, timedelta
 import polars as pl
 import pyarrow as pa
 
-from lakehouse.engine.engine import Upstream, chunks
+from lakehouse.engine.engine import UpstreamTable, chunks
 from lakehouse.errors import SettingsError, ShopSphereError
-from lakehouse.iceberg.table_handle import Handle, Lake
-from lakehouse.parallel import Piece, Pieces, Pool
+from lakehouse.iceberg.table_handle import Lake, TableHandle
+from lakehouse.parallel import Block, Blocks, TaskPool
 from ml.features.features import FEATURE_NAMES, FEATURES, LABEL_DELAY, TIME
 from ml.tables.category_amounts import CATEGORY_AMOUNTS
 from ml.tables.fraud_ratios import FRAUD_RATIOS
@@ -85,14 +85,16 @@ class TrainingSet:
 class Portion:
     """One task: some files of silver.order_features, and which of their orders are wanted."""
 
-    upstream: Upstream
+    upstream: UpstreamTable
     since: datetime | None
     until: datetime
     known: pl.DataFrame
     cutoff: datetime
 
 
-def training_set(lake: Lake, pool: Pool, cutoff: datetime | None = None, settings: SplitSettings | None = None) -> TrainingSet:
+def training_set(
+    lake: Lake, pool: TaskPool, cutoff: datetime | None = None, settings: SplitSettings | None = None
+) -> TrainingSet:
     """The training set known at `cutoff` (None: the newest moment that the tables tell of), from silver.order_features,
     which must be up to date (`order_features.refresh`).
 
@@ -149,7 +151,7 @@ def _check(labelled: pl.DataFrame, frames: Mapping[str, pl.DataFrame], cutoff: d
             )
 
 
-def newest_moment(entities: Handle) -> datetime:
+def newest_moment(entities: TableHandle) -> datetime:
     """The newest order or report that silver.order_entities tells of. Raises TrainingSetError when it has none."""
     moments = entities.read(["placed_at", "known_at"])
     newest = [moment for name in ("placed_at", "known_at") if isinstance(moment := moments[name].max(), datetime)]
@@ -159,29 +161,35 @@ def newest_moment(entities: Handle) -> datetime:
 
 
 def labelled_orders(
-    features: Handle, entities: Handle, pool: Pool, *, until: datetime, cutoff: datetime, since: datetime | None = None
+    features: TableHandle,
+    entities: TableHandle,
+    pool: TaskPool,
+    *,
+    until: datetime,
+    cutoff: datetime,
+    since: datetime | None = None,
 ) -> pl.DataFrame:
     """The orders placed after `since` and not after `until`, in the order of time, with the labels known at `cutoff`."""
     known = entities.read(["order_id", "known_at"], pl.col("known_at") <= cutoff)
     files = features.files()
     portions = [
-        Portion(Upstream(ORDER_FEATURES, features.reader, group), since, until, known, cutoff)
+        Portion(UpstreamTable(ORDER_FEATURES, features.reader, group), since, until, known, cutoff)
         for group in chunks(files, pool.settings.rows_per_task)
     ]
     pieces = pool.extract(read_portion, portions, parallel=sum(file.rows for file in files) >= 4 * pool.settings.inline_rows)
     return _gathered(pieces).sort("placed_at", "order_id")
 
 
-def read_portion(portion: Portion) -> list[Piece]:
+def read_portion(portion: Portion) -> list[Block]:
     """The wanted orders of some files, with labels."""
     wanted = pl.col("placed_at") <= portion.until
     if portion.since is not None:
         wanted &= pl.col("placed_at") > portion.since
     rows = portion.upstream.read(COLUMNS, wanted).with_columns(pl.col(NARROW).cast(pl.Float32))
-    return [Piece("orders", -1, _with_labels(rows, portion.known, portion.cutoff).to_arrow())]
+    return [Block("orders", -1, _with_labels(rows, portion.known, portion.cutoff).to_arrow())]
 
 
-def _gathered(pieces: Pieces) -> pl.DataFrame:
+def _gathered(pieces: Blocks) -> pl.DataFrame:
     tables: list[pa.Table] = list(pieces.of("orders"))
     if not tables:
         own = {"order_id": pl.String(), "placed_at": TIME, "customer": pl.String()}

@@ -8,9 +8,9 @@ import polars as pl
 
 
 def rows_with(column: str, *, of: str = "") -> Callable[[pl.DataFrame], pl.Expr]:
-    """For `touch`: the rows whose `column` has a value that the changed rows have in `of` (default: the same name)."""
+    """For `affects`: the rows whose `column` has a value that the changed rows have in `of` (default: the same name)."""
 
-    def touch(changed: pl.DataFrame) -> pl.Expr:
+    def affects(changed: pl.DataFrame) -> pl.Expr:
         return pl.col(column).is_in(changed[of or column].drop_nulls().unique().implode())
 
-    return touch
+    return affects

@@ -8,10 +8,11 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.expectations import within
-from lakehouse.step import Context, Gather, Step
+from lakehouse.step import Grouped, Step
 from lakehouse.table import MONEY as MONEY_TYPE
 from lakehouse.table import Table, column
 from pipelines.gold.revenue import MONEY, NOTHING, is_cancelled, is_purchase
+from pipelines.settings import BusinessSettings
 from pipelines.silver.orders_unified import ORDERS_UNIFIED
 
 ALL = "all"
@@ -54,7 +55,7 @@ COHORT_RETENTION = Table(
 )
 
 
-def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     """All cohorts."""
     month = pl.col("order_date").dt
     number = (month.year() * 12 + month.month().cast(pl.Int32) - 1).alias("month")
@@ -102,12 +103,12 @@ def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
 STEP = Step(
     target=COHORT_RETENTION,
     reads={
-        "orders": Gather(
+        "orders": Grouped(
             ORDERS_UNIFIED,
             # not a bare literal, which would be one value however many rows there are
             keys=((pl.when(pl.col("order_date").is_not_null()).then(pl.lit(ALL)),),),
             columns=("master_user_id", "order_date", "status", "total_amount", "total_base"),
         )
     },
-    fill=fill,
+    transform=transform,
 )

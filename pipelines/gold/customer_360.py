@@ -18,11 +18,12 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.expectations import accepted, row_count_drift, within
-from lakehouse.step import Context, Gather, Join, Step
+from lakehouse.step import Grouped, Lookup, Step
 from lakehouse.table import MONEY as MONEY_TYPE
 from lakehouse.table import TIMESTAMP, Table, column
 from pipelines.gold.affected_rows import rows_with
 from pipelines.gold.revenue import MONEY, NOTHING, is_cancelled, is_purchase, line_revenue
+from pipelines.settings import BusinessSettings
 from pipelines.silver.chargebacks import CHARGEBACKS
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
 from pipelines.silver.order_items_unified import ORDER_ITEMS_UNIFIED
@@ -282,7 +283,7 @@ def with_predictions(customers: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     """The touched people: everyone with an open account, an order or a record in the identity graph."""
     parts = (
         identifiers(frames["identity"].filter(pl.col("master_user_id").is_not_null())),
@@ -305,7 +306,7 @@ def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
 STEP = Step(
     target=CUSTOMER_360,
     reads={
-        "orders": Gather(
+        "orders": Grouped(
             ORDERS_UNIFIED,
             keys=((pl.col("master_user_id"),),),
             columns=(
@@ -322,7 +323,7 @@ STEP = Step(
                 "placed_at",
             ),
         ),
-        "users": Gather(
+        "users": Grouped(
             USERS_SCD,
             keys=((pl.col("master_user_id"),),),
             columns=(
@@ -340,31 +341,29 @@ STEP = Step(
                 "updated_at",
             ),
         ),
-        "identity": Gather(
+        "identity": Grouped(
             IDENTITY_GRAPH,
             keys=((pl.col("master_user_id"),),),
             columns=("record_id", "node", "kind", "status", "master_user_id", "first_seen"),
         ),
-        "lines": Join(
+        "lines": Lookup(
             ORDER_ITEMS_UNIFIED,
             on="order_id",
             values=lambda frames: frames["orders"]["order_id"],
             columns=("order_id", "net_base", "counts_as_sale"),
-            touch=rows_with("order_id"),
-            touch_columns=("order_id",),
+            affects=rows_with("order_id"),
             through=ORDERS_UNIFIED,
-            touch_keys=(pl.col("master_user_id"),),
+            affected_keys=(pl.col("master_user_id"),),
         ),
-        "chargebacks": Join(
+        "chargebacks": Lookup(
             CHARGEBACKS,
             on="order_ref",
             values=lambda frames: frames["orders"]["order_id"],
             columns=("order_ref", "reason"),
-            touch=rows_with("order_id", of="order_ref"),
-            touch_columns=("order_id",),
+            affects=rows_with("order_id", of="order_ref"),
             through=ORDERS_UNIFIED,
-            touch_keys=(pl.col("master_user_id"),),
+            affected_keys=(pl.col("master_user_id"),),
         ),
     },
-    fill=fill,
+    transform=transform,
 )

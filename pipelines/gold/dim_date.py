@@ -8,8 +8,9 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.expectations import within
-from lakehouse.step import Context, Gather, Step
+from lakehouse.step import Grouped, Step
 from lakehouse.table import Table, column
+from pipelines.settings import BusinessSettings
 from pipelines.silver.orders_unified import ORDERS_UNIFIED
 
 DIM_DATE = Table(
@@ -70,7 +71,7 @@ def named(position: pl.Expr, names: tuple[str, ...]) -> pl.Expr:
     return position.cast(pl.Int32).replace_strict(range(1, len(names) + 1), list(names), return_dtype=pl.String)
 
 
-def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     """All days of the years of the given orders."""
     years = frames["orders"].select(pl.col("order_date").dt.year().alias("year")).drop_nulls().unique().sort("year")
     first, last = pl.date(pl.col("year"), 1, 1), pl.date(pl.col("year"), 12, 31)
@@ -99,6 +100,6 @@ def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
 
 STEP = Step(
     target=DIM_DATE,
-    reads={"orders": Gather(ORDERS_UNIFIED, keys=((pl.col("order_date").dt.year(),),), columns=("order_date",))},
-    fill=fill,
+    reads={"orders": Grouped(ORDERS_UNIFIED, keys=((pl.col("order_date").dt.year(),),), columns=("order_date",))},
+    transform=transform,
 )

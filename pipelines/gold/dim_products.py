@@ -8,8 +8,9 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.expectations import row_count_drift, within
-from lakehouse.step import Context, Gather, Step
+from lakehouse.step import Grouped, Step
 from lakehouse.table import TIMESTAMP, Table, column
+from pipelines.settings import BusinessSettings
 from pipelines.silver.products import PRODUCTS
 
 UNCATEGORISED = "uncategorised"
@@ -42,13 +43,13 @@ def category() -> pl.Expr:
     return pl.col("category").fill_null(UNCATEGORISED)
 
 
-def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     """The touched products."""
     return frames["products"].with_columns(category()).select(DIM_PRODUCTS.schema.names).sort("product_id")
 
 
 STEP = Step(
     target=DIM_PRODUCTS,
-    reads={"products": Gather(PRODUCTS, keys=((pl.col("product_id"),),), columns=tuple(DIM_PRODUCTS.schema.names))},
-    fill=fill,
+    reads={"products": Grouped(PRODUCTS, keys=((pl.col("product_id"),),), columns=tuple(DIM_PRODUCTS.schema.names))},
+    transform=transform,
 )

@@ -8,8 +8,9 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.expectations import row_count_drift
-from lakehouse.step import Context, Gather, Step
+from lakehouse.step import Grouped, Step
 from lakehouse.table import TIMESTAMP, Table, column
+from pipelines.settings import BusinessSettings
 from pipelines.silver.stores import STORES
 
 NO_STORE = "none"
@@ -32,7 +33,7 @@ DIM_STORES = Table(
 )
 
 
-def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     """The touched stores, and, where there are any, the member for no store."""
     member = pl.DataFrame({"store_id": [NO_STORE], "name": ["No store"], "kind": [NO_STORE]})
     stores = frames["stores"].filter(pl.col("store_id") != NO_STORE).select(DIM_STORES.schema.names)
@@ -44,7 +45,7 @@ _MEMBER = pl.when(pl.col("store_id").is_not_null()).then(pl.lit(NO_STORE))
 
 STEP = Step(
     target=DIM_STORES,
-    reads={"stores": Gather(STORES, keys=((pl.col("store_id"),), (_MEMBER,)), columns=tuple(DIM_STORES.schema.names))},
-    fill=fill,
-    shaped_by=(("member for no store", NO_STORE),),
+    reads={"stores": Grouped(STORES, keys=((pl.col("store_id"),), (_MEMBER,)), columns=tuple(DIM_STORES.schema.names))},
+    transform=transform,
+    parameters=(("member for no store", NO_STORE),),
 )

@@ -8,9 +8,10 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.expectations import row_count_drift
-from lakehouse.step import Context, Gather, Step
+from lakehouse.step import Grouped, Step
 from lakehouse.table import TIMESTAMP, Table, column, references
 from pipelines.gold.customer_360 import CUSTOMER_360
+from pipelines.settings import BusinessSettings
 from pipelines.silver.users_scd import USERS_SCD
 
 DIM_USERS = Table(
@@ -51,7 +52,7 @@ def user_key() -> pl.Expr:
     return pl.format("{}@{}", pl.col("user_id"), pl.col("valid_from").dt.strftime("%Y-%m-%dT%H:%M:%S%.6fZ")).alias("user_key")
 
 
-def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     """The versions of the touched users."""
     return frames["users"].with_columns(user_key()).select(DIM_USERS.schema.names).sort("user_id", "valid_from")
 
@@ -59,11 +60,11 @@ def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
 STEP = Step(
     target=DIM_USERS,
     reads={
-        "users": Gather(
+        "users": Grouped(
             USERS_SCD,
             keys=((pl.col("user_id"),),),
             columns=tuple(name for name in DIM_USERS.schema.names if name != "user_key"),
         )
     },
-    fill=fill,
+    transform=transform,
 )

@@ -8,7 +8,7 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.expectations import accepted, fresh, row_count_drift, within
-from lakehouse.step import Context, Gather, Join, Step
+from lakehouse.step import Grouped, Lookup, Step
 from lakehouse.table import MONEY, TIMESTAMP, Table, column, references, year
 from pipelines.gold.affected_rows import rows_with
 from pipelines.gold.customer_360 import CUSTOMER_360
@@ -16,6 +16,7 @@ from pipelines.gold.dim_date import DIM_DATE, date_key
 from pipelines.gold.dim_stores import DIM_STORES
 from pipelines.gold.dim_users import DIM_USERS, user_key
 from pipelines.gold.revenue import NOTHING, is_cancelled, line_revenue
+from pipelines.settings import BusinessSettings
 from pipelines.silver.chargebacks import CHARGEBACKS
 from pipelines.silver.order_items_unified import ORDER_ITEMS_UNIFIED
 from pipelines.silver.orders_unified import ORDERS_UNIFIED
@@ -120,7 +121,7 @@ def version_per_order(orders: pl.DataFrame, users: pl.DataFrame) -> pl.DataFrame
     )
 
 
-def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     """The touched orders with their lines, chargebacks and account version joined to them."""
     orders = frames["orders"]
     counts, money = ("items", "units", "unconverted_lines", "chargebacks"), ("gross_revenue", "returns_revenue", "net_revenue")
@@ -143,7 +144,7 @@ def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
 STEP = Step(
     target=FACT_ORDERS,
     reads={
-        "orders": Gather(
+        "orders": Grouped(
             ORDERS_UNIFIED,
             keys=((pl.col("order_id"),),),
             columns=(
@@ -166,20 +167,19 @@ STEP = Step(
                 "total_base",
             ),
         ),
-        "lines": Gather(
+        "lines": Grouped(
             ORDER_ITEMS_UNIFIED, keys=((pl.col("order_id"),),), columns=("order_id", "quantity", "net_base", "counts_as_sale")
         ),
-        "chargebacks": Gather(CHARGEBACKS, keys=((pl.col("order_ref"),),)),
-        "users": Join(
+        "chargebacks": Grouped(CHARGEBACKS, keys=((pl.col("order_ref"),),)),
+        "users": Lookup(
             USERS_SCD,
             on="user_id",
             values=lambda frames: frames["orders"]["user_id"],
             columns=("user_id", "valid_from"),
-            touch=rows_with("user_id"),
-            touch_columns=("user_id",),
+            affects=rows_with("user_id"),
             through=ORDERS_UNIFIED,
-            touch_keys=(pl.col("order_id"),),
+            affected_keys=(pl.col("order_id"),),
         ),
     },
-    fill=fill,
+    transform=transform,
 )

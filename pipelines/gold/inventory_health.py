@@ -8,10 +8,11 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.expectations import within
-from lakehouse.step import Context, Gather, Step
+from lakehouse.step import Grouped, Step
 from lakehouse.table import TIMESTAMP, Table, column, references
 from pipelines.gold.dim_products import DIM_PRODUCTS
 from pipelines.gold.dim_stores import DIM_STORES
+from pipelines.settings import BusinessSettings
 from pipelines.silver.inventory_snapshots import GROUP, INVENTORY_SNAPSHOTS, ORDER
 
 SALES_DAYS = 28
@@ -62,7 +63,7 @@ DAYS_PER_MICROSECOND = 1 / 86_400_000_000
 """To multiply by: polars divides by a literal in two ways, depending on the number of rows."""
 
 
-def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     """The ledgers of the touched stores and products -> one row each."""
     ledger = frames["ledger"].unique(list(INVENTORY_SNAPSHOTS.key), keep="any")
     spans = ledger.group_by(GROUP).agg(
@@ -115,7 +116,7 @@ def _sold(ledger: pl.DataFrame, spans: pl.DataFrame) -> pl.DataFrame:
 STEP = Step(
     target=INVENTORY_HEALTH,
     reads={
-        "ledger": Gather(
+        "ledger": Grouped(
             INVENTORY_SNAPSHOTS,
             keys=((pl.col("store_id"), pl.col("product_id")),),
             columns=(
@@ -130,5 +131,5 @@ STEP = Step(
             ),
         )
     },
-    fill=fill,
+    transform=transform,
 )

@@ -8,12 +8,13 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.expectations import row_count_drift, within
-from lakehouse.step import Context, Gather, Step, Whole
+from lakehouse.step import Broadcast, Grouped, Step
 from lakehouse.table import MONEY, TIMESTAMP, Table, column, references
 from pipelines.gold.affected_rows import rows_with
 from pipelines.gold.dim_products import DIM_PRODUCTS
 from pipelines.gold.dim_stores import DIM_STORES
 from pipelines.parsing.amounts import line_amounts, to_base
+from pipelines.settings import BusinessSettings
 from pipelines.silver.exchange_rates import EXCHANGE_RATES, with_rates
 from pipelines.silver.inventory_snapshots import GROUP, INVENTORY_SNAPSHOTS
 from pipelines.silver.products import PRODUCTS
@@ -55,7 +56,7 @@ DAYS_PER_MICROSECOND = 1 / 86_400_000_000
 """To multiply by: polars divides by a literal in two ways, depending on the number of rows."""
 
 
-def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     """The counts of the touched stores and products, in order, with their worth."""
     counts = (
         frames["ledger"]
@@ -101,18 +102,17 @@ STEP = Step(
     target=INVENTORY_SHRINKAGE,
     reads={
         # no group for other rows of the ledger: they say nothing here, and need not be read
-        "ledger": Gather(
+        "ledger": Grouped(
             INVENTORY_SNAPSHOTS,
             keys=((pl.when(_COUNTED).then(pl.col("store_id")), pl.when(_COUNTED).then(pl.col("product_id"))),),
             columns=(*INVENTORY_SNAPSHOTS.key, "event_type", "on_hand", "expected_on_hand", "shrinkage"),
         ),
-        "products": Whole(
+        "products": Broadcast(
             PRODUCTS,
             columns=("product_id", "list_price", "currency"),
-            touch=rows_with("product_id"),
-            touch_columns=("product_id",),
+            affects=rows_with("product_id"),
         ),
-        "rates": Whole(EXCHANGE_RATES, touch=_of_rates, touch_columns=("currency", "counted_at")),
+        "rates": Broadcast(EXCHANGE_RATES, affects=_of_rates),
     },
-    fill=fill,
+    transform=transform,
 )

@@ -8,13 +8,14 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.expectations import accepted, fresh, row_count_drift, within
-from lakehouse.step import Context, Gather, Step, Whole
+from lakehouse.step import Broadcast, Grouped, Step
 from lakehouse.table import MONEY, Table, column, references, year
 from pipelines.gold.affected_rows import rows_with
 from pipelines.gold.dim_date import DIM_DATE
 from pipelines.gold.dim_products import UNCATEGORISED
 from pipelines.gold.dim_stores import DIM_STORES, NO_STORE
 from pipelines.gold.revenue import line_revenue
+from pipelines.settings import BusinessSettings
 from pipelines.silver.order_items_unified import ORDER_ITEMS_UNIFIED
 from pipelines.silver.products import PRODUCTS
 
@@ -71,7 +72,7 @@ SALES_DAILY = Table(
 )
 
 
-def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     """The touched days, added up."""
     categories = frames["products"].select("product_id", "category")
     sells = pl.col("counts_as_sale")
@@ -98,7 +99,7 @@ def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
 STEP = Step(
     target=SALES_DAILY,
     reads={
-        "lines": Gather(
+        "lines": Grouped(
             ORDER_ITEMS_UNIFIED,
             keys=((pl.col("order_date"),),),
             columns=(
@@ -113,14 +114,13 @@ STEP = Step(
                 "counts_as_sale",
             ),
         ),
-        "products": Whole(
+        "products": Broadcast(
             PRODUCTS,
             columns=("product_id", "category"),
-            touch=rows_with("product_id"),
-            touch_columns=("product_id",),
+            affects=rows_with("product_id"),
             through=ORDER_ITEMS_UNIFIED,
-            touch_keys=(pl.col("order_date"),),
+            affected_keys=(pl.col("order_date"),),
         ),
     },
-    fill=fill,
+    transform=transform,
 )

@@ -14,11 +14,12 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.expectations import accepted, within
-from lakehouse.step import Context, Gather, Join, Step
+from lakehouse.step import Grouped, Lookup, Step
 from lakehouse.table import TIMESTAMP, Table, column, references
 from pipelines.gold.affected_rows import rows_with
 from pipelines.gold.customer_360 import CUSTOMER_360
 from pipelines.gold.revenue import is_cancelled
+from pipelines.settings import BusinessSettings
 from pipelines.silver.chargebacks import CHARGEBACKS
 from pipelines.silver.events_clean import EVENTS_CLEAN
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
@@ -201,7 +202,7 @@ def crowded_devices(graph: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     """The touched people who ordered."""
     orders = frames["orders"].filter(pl.col("master_user_id").is_not_null()).sort("master_user_id", "placed_at", "order_id")
     signals = from_orders(orders, frames["chargebacks"])
@@ -238,44 +239,41 @@ def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
 STEP = Step(
     target=USER_RISK_SCORES,
     reads={
-        "orders": Gather(
+        "orders": Grouped(
             ORDERS_UNIFIED,
             keys=((pl.col("master_user_id"),),),
             columns=("order_id", "master_user_id", "user_id", "placed_at", "status", "card_fingerprint", "shipping_address"),
         ),
-        "identity": Gather(
+        "identity": Grouped(
             IDENTITY_GRAPH, keys=((pl.col("master_user_id"),),), columns=("node", "kind", "status", "master_user_id")
         ),
-        "chargebacks": Join(
+        "chargebacks": Lookup(
             CHARGEBACKS,
             on="order_ref",
             values=lambda frames: frames["orders"]["order_id"],
             columns=("order_ref", "reason"),
-            touch=rows_with("order_id", of="order_ref"),
-            touch_columns=("order_id",),
+            affects=rows_with("order_id", of="order_ref"),
             through=ORDERS_UNIFIED,
-            touch_keys=(pl.col("master_user_id"),),
+            affected_keys=(pl.col("master_user_id"),),
         ),
-        "events": Join(
+        "events": Lookup(
             EVENTS_CLEAN,
             on="user_id",
             values=lambda frames: frames["orders"]["user_id"].drop_nulls(),
             columns=("user_id", "event_type", "outcome", "occurred_at"),
-            touch=touched_by_attempts,
-            touch_columns=("user_id",),
+            affects=touched_by_attempts,
             through=ORDERS_UNIFIED,
-            touch_keys=(pl.col("master_user_id"),),
+            affected_keys=(pl.col("master_user_id"),),
         ),
-        "card_orders": Join(
+        "card_orders": Lookup(
             ORDERS_UNIFIED,
             on="card_fingerprint",
             values=lambda frames: frames["orders"]["card_fingerprint"].drop_nulls(),
             columns=("card_fingerprint", "master_user_id"),
-            touch=rows_with("card_fingerprint"),
-            touch_columns=("card_fingerprint",),
+            affects=rows_with("card_fingerprint"),
             through=ORDERS_UNIFIED,
-            touch_keys=(pl.col("master_user_id"),),
+            affected_keys=(pl.col("master_user_id"),),
         ),
     },
-    fill=fill,
+    transform=transform,
 )

@@ -6,14 +6,15 @@ from collections.abc import Collection
 
 import polars as pl
 
-from lakehouse.step import Context, Lookup
+from lakehouse.step import ReadRows
 from lakehouse.table import Table
 from pipelines.bronze.tables import MARKETPLACE_ORDERS, ORDERS, USERS
 from pipelines.identity.evidence import NAMELESS, ORDER, USER, Evidence, read_evidence
 from pipelines.identity.links import COMPARED, CONTACTS, CROWDED, WEAK, is_crowd, people_at
+from pipelines.settings import BusinessSettings
 
 CROWD = "crowd|"
-"""Prefix of a group that has no rows and tells `fill` that the node after it is crowded, though not all who show it are given."""
+"""Prefix of a group that has no rows: the node after it is crowded, though `transform` is not given all who show it."""
 
 USER_COLUMNS = (
     "user_id", "email", "email_verified", "phone_number", "phone_verified", "name", "address", "city", "country", "loyalty_id",
@@ -32,7 +33,7 @@ _EMPTIED = pl.col("_op").eq_missing(pl.lit("t"))
 _ROWS = ("record_id", "node", "kind", "status", "holder", "master_user_id")
 
 
-def widened(groups: pl.DataFrame, lookup: Lookup, graph: Table, context: Context) -> pl.DataFrame:
+def widened(groups: pl.DataFrame, lookup: ReadRows, graph: Table, context: BusinessSettings) -> pl.DataFrame:
     """The records to resolve again, given those with new rows.
 
     Records that show what they showed are left out. For the others: everybody at an identifier that they show or
@@ -43,7 +44,7 @@ def widened(groups: pl.DataFrame, lookup: Lookup, graph: Table, context: Context
     """
     touched = groups["record_id"].unique()
     of_touched = (pl.col("kind") == "self") & pl.col("record_id").is_in(touched.implode())
-    before = lookup(graph, ("record_id", "evidence"), of_touched, ("kind", "record_id"))
+    before = lookup(graph, ("record_id", "evidence"), of_touched)
     evidence = _shown_now(touched, lookup, context.default_region)
     now = evidence.records.select("record_id", "evidence")
     both = now.join(before, on="record_id", how="full", coalesce=True, suffix="_before")
@@ -77,25 +78,24 @@ def widened(groups: pl.DataFrame, lookup: Lookup, graph: Table, context: Context
     return pl.DataFrame({"record_id": pl.concat([records, marks])})
 
 
-def _shown_now(touched: pl.Series, lookup: Lookup, region: str) -> Evidence:
+def _shown_now(touched: pl.Series, lookup: ReadRows, region: str) -> Evidence:
     """What the touched records show now."""
     users = touched.filter(touched.str.starts_with(USER)).str.slice(len(USER)).cast(pl.Int64, strict=False).drop_nulls()
     orders = touched.filter(touched.str.starts_with(ORDER))
     of_users = pl.col("user_id").is_in(users.implode())
     # a delete need not say whose the order was, and an order may have moved on to somebody else
-    of_orders = pl.col("order_id").is_in(lookup(ORDERS, ("order_id",), of_users, ("user_id",))["order_id"].unique().implode())
+    of_orders = pl.col("order_id").is_in(lookup(ORDERS, ("order_id",), of_users)["order_id"].unique().implode())
     documents = pl.DataFrame(schema=dict.fromkeys(DOCUMENT_COLUMNS, pl.String))
     if not orders.is_empty():
-        named = lookup(MARKETPLACE_ORDERS, ("document_id",), ORDER_KEY.is_in(orders.implode()), ("platform", "mp_order_id"))
+        named = lookup(MARKETPLACE_ORDERS, ("document_id",), ORDER_KEY.is_in(orders.implode()))
         documents = lookup(
             MARKETPLACE_ORDERS,
             DOCUMENT_COLUMNS,
             pl.col("document_id").is_in(named["document_id"].unique().implode()) | _EMPTIED,
-            ("document_id", "_op"),
         )
     frames = {
-        "users": lookup(USERS, USER_COLUMNS, of_users | _EMPTIED, ("user_id", "_op")),
-        "orders": lookup(ORDERS, ORDER_COLUMNS, of_orders | _EMPTIED, ("order_id", "_op")),
+        "users": lookup(USERS, USER_COLUMNS, of_users | _EMPTIED),
+        "orders": lookup(ORDERS, ORDER_COLUMNS, of_orders | _EMPTIED),
         "marketplace": documents,
     }
     evidence = read_evidence(frames, region)
@@ -103,16 +103,18 @@ def _shown_now(touched: pl.Series, lookup: Lookup, region: str) -> Evidence:
     return Evidence(evidence.records.filter(inside), evidence.shown.filter(inside))
 
 
-def _rows_at(lookup: Lookup, graph: Table, nodes: pl.Series, records: pl.Series | None = None) -> pl.DataFrame:
+def _rows_at(lookup: ReadRows, graph: Table, nodes: pl.Series, records: pl.Series | None = None) -> pl.DataFrame:
     wanted = pl.col("node").is_in(nodes.unique().implode())
     if records is not None:
-        return lookup(graph, _ROWS, wanted | pl.col("record_id").is_in(records.implode()), ("record_id", "node"))
+        return lookup(graph, _ROWS, wanted | pl.col("record_id").is_in(records.implode()))
     if nodes.is_empty():
         return pl.DataFrame(schema=dict.fromkeys(_ROWS, pl.String))
-    return lookup(graph, _ROWS, wanted, ("node",))
+    return lookup(graph, _ROWS, wanted)
 
 
-def _crowded(rows: pl.DataFrame, others: pl.DataFrame, new: pl.DataFrame, context: Context) -> tuple[pl.Series, pl.Series]:
+def _crowded(
+    rows: pl.DataFrame, others: pl.DataFrame, new: pl.DataFrame, context: BusinessSettings
+) -> tuple[pl.Series, pl.Series]:
     """The nodes of changed records that were crowded, and those that now are."""
     before = rows.filter((pl.col("status") == CROWDED) & (pl.col("kind") != "address"))["node"].unique()
     people = people_at(pl.concat([others.select("node", "kind", "holder"), new.select("node", "kind", "holder")]))
@@ -137,20 +139,20 @@ def _met(others: pl.DataFrame, new: pl.DataFrame, staying: pl.Series, turned: pl
     return pl.concat([open_rows.filter(~compared), alike])
 
 
-def _met_elsewhere(lookup: Lookup, graph: Table, records: pl.Series) -> pl.DataFrame:
+def _met_elsewhere(lookup: ReadRows, graph: Table, records: pl.Series) -> pl.DataFrame:
     """Rows of those who share a weak identifier with `records`: their profiles changed, so they are compared anew."""
     if records.is_empty():
         return pl.DataFrame(schema=dict.fromkeys(_ROWS, pl.String))
-    own = lookup(graph, _ROWS, pl.col("record_id").is_in(records.implode()), ("record_id",))
+    own = lookup(graph, _ROWS, pl.col("record_id").is_in(records.implode()))
     return _rows_at(lookup, graph, own.filter(pl.col("status") == WEAK)["node"])
 
 
-def _persons(lookup: Lookup, graph: Table, masters: pl.Series) -> tuple[pl.Series, pl.Series]:
+def _persons(lookup: ReadRows, graph: Table, masters: pl.Series) -> tuple[pl.Series, pl.Series]:
     """All members of the persons, and of those tied to them; and the crowded nodes that they show."""
     rows = pl.DataFrame(schema=dict.fromkeys(_ROWS, pl.String))
     seen = masters.clear()
     while not masters.is_empty():
-        found = lookup(graph, _ROWS, pl.col("master_user_id").is_in(masters.implode()), ("master_user_id",))
+        found = lookup(graph, _ROWS, pl.col("master_user_id").is_in(masters.implode()))
         rows = pl.concat([rows, found])
         seen = pl.concat([seen, masters])
         tied = found.filter((pl.col("status") == WEAK) & pl.col("kind").is_in([*CONTACTS, "match"]))

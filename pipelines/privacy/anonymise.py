@@ -252,7 +252,7 @@ class Anonymiser:
                 return UNREADABLE if mentioned else raw
             return self._replaced(kind, raw, owner, begun, region)
 
-        new = _Tree(DOCUMENT_PATHS, replaced, bare).without(document)
+        new = _PersonalPaths(DOCUMENT_PATHS, replaced, bare).without(document)
         return text if new == document else json.dumps(new, ensure_ascii=False, separators=(",", ":"))
 
     # --- Kafka
@@ -295,7 +295,7 @@ class Anonymiser:
         # whoever packs or ships the order tells of it too: their device is theirs, what no declaration knows is not
         mine = owner is not None or self._of_order(message)
         begun = _moment_of_event(message.get("timestamp"), at)
-        tree = _Tree(EVENT_PATHS, lambda kind, raw: self._replaced(kind, raw, owner, begun), mine or mentioned)
+        tree = _PersonalPaths(EVENT_PATHS, lambda kind, raw: self._replaced(kind, raw, owner, begun), mine or mentioned)
         new = tree.without(message)
         return (value if new == message else _encode(new)), event_id, mine, mentioned
 
@@ -332,7 +332,7 @@ class Anonymiser:
 
 
 @dataclass(frozen=True)
-class _Tree:
+class _PersonalPaths:
     """A JSON object by declared paths. replaced(kind, text); bare: what no path names is left out."""
 
     paths: tuple[tuple[str, str], ...]

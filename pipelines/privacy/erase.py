@@ -48,7 +48,7 @@ from pipelines.bronze.tables import TABLES as BRONZE
 from pipelines.gold.sales_daily import SALES_DAILY
 from pipelines.privacy import person as people
 from pipelines.privacy.anonymise import Anonymiser
-from pipelines.privacy.person import Asked, Order
+from pipelines.privacy.person import SubjectOrder, SubjectQuery
 from pipelines.privacy.suppression import (
     FINISHED,
     REQUESTED,
@@ -60,6 +60,7 @@ from pipelines.privacy.suppression import (
     load_suppression,
     now,
 )
+from pipelines.settings import settings_of
 from pipelines.silver import events_clean
 from pipelines.silver.events_clean import EVENTS_CLEAN, parse_events
 from pipelines.sources.kafka.source import KafkaSource, delete_sent
@@ -124,7 +125,7 @@ class Receipt:
         return self.proved and sums and not (searched.matches or searched.unread or self.unreached)
 
 
-def erase(engine: Engine, asked: Asked | None, show: Show) -> list[Receipt]:
+def erase(engine: Engine, asked: SubjectQuery | None, show: Show) -> list[Receipt]:
     """Finish the erasures that are under way, then erase who is asked for. Raises ShopSphereError."""
     receipts = finish_begun(engine, show)
     if asked is not None:
@@ -138,7 +139,7 @@ def finish_begun(engine: Engine, show: Show) -> list[Receipt]:
     return [finish(engine, one, show) for one in erasures(engine.lake) if not one.finished]
 
 
-def request(engine: Engine, asked: Asked, show: Show) -> Erasure:
+def request(engine: Engine, asked: SubjectQuery, show: Show) -> Erasure:
     """Find the person and suppress what is theirs: from then on the erasure is under way, and will be finished."""
     lake = engine.lake
     show("collect", 0, 1)
@@ -147,9 +148,9 @@ def request(engine: Engine, asked: Asked, show: Show) -> Erasure:
     bring_up_to_date(engine)
     person = people.find(lake, asked)
     load_suppression(lake)  # no key, or another than before, is an error here; only the first erasure makes one
-    key = key_of(lake.settings, create=True)
+    key = key_of(settings_of(lake), create=True)
     assert key is not None
-    pseudonyms = Pseudonyms(key, lake.settings.default_region)
+    pseudonyms = Pseudonyms(key, settings_of(lake).default_region)
     one = Erasure(secrets.token_hex(8), now(), False)
     order = people.collect(lake, person, pseudonyms, one.id, int(one.at.timestamp() * 1_000_000))
     if not person.records and not _mentioned(order):
@@ -160,7 +161,7 @@ def request(engine: Engine, asked: Asked, show: Show) -> Erasure:
     return one
 
 
-def _mentioned(order: Order) -> bool:
+def _mentioned(order: SubjectOrder) -> bool:
     return any(kind == "mention" for kind, _ in order.entries)
 
 
@@ -245,13 +246,13 @@ def bring_up_to_date(engine: Engine) -> None:
 
 def _scores_topic(lake: Lake) -> str:
     """The topic of served scores, '' where none are kept."""
-    kafka = lake.settings.kafka
+    kafka = settings_of(lake).kafka
     return load_serve_settings().scores_topic if kafka.enabled and kafka.bootstrap_servers else ""
 
 
 def _take_in_scores(engine: Engine) -> None:
     """Read the scores served until now, so that they may go from their topic. A broker that is away is told of at the end."""
-    kafka = engine.lake.settings.kafka
+    kafka = settings_of(engine.lake).kafka
     if _scores_topic(engine.lake) in kafka.topics:
         with contextlib.suppress(SourceError):
             engine.ingest(KafkaSource(kafka), pipelines.TABLES)
@@ -266,7 +267,7 @@ def empty_topic(lake: Lake, one: Erasure) -> str:
         return ""
     position = lake.load(EVENTS).positions.get(KafkaSource.name) or {}
     try:
-        left = delete_sent(lake.settings.kafka, name, one.at, position)
+        left = delete_sent(settings_of(lake).kafka, name, one.at, position)
     except SourceError as error:
         return f"topic {name} could not be emptied: {error}"
     return (
@@ -294,7 +295,7 @@ def _replace_events(engine: Engine, one: Erasure) -> None:
         snapshot = rewritten_by(bronze, one.id)
         sequence = snapshot.sequence_number if snapshot is not None else None
         messages = bronze.read(["topic", "value", "_op", "_source_position", "_source_time"], pl.col(SEQUENCE) == sequence)
-        rows = conform(events_clean.fill({"events": parse_events(messages).rows}, engine.context), EVENTS_CLEAN)
+        rows = conform(events_clean.transform({"events": parse_events(messages).rows}, engine.context), EVENTS_CLEAN)
         if rows.is_empty():
             return
         new = stamp(EVENTS_CLEAN, with_mark(EVENTS_CLEAN, rows, False), target.sequence)
@@ -386,7 +387,7 @@ def _order_file(lake: Lake, one: Erasure) -> Path:
 
 
 @contextmanager
-def _keeping(lake: Lake, one: Erasure, order: Order, before: Before) -> Iterator[None]:
+def _keeping(lake: Lake, one: Erasure, order: SubjectOrder, before: Before) -> Iterator[None]:
     """Write what is to be looked for, for its owner alone: only these texts can prove that they are gone.
 
     Locked until the erasure is stored: what is not locked and belongs to no erasure was left by one that never began."""

@@ -22,7 +22,7 @@ from lakehouse.table import BOOKKEEPING, Table
 from ml.tables import TABLES
 from pipelines.bronze.tables import EVENTS, ORDERS
 from pipelines.identity.evidence import ORDER
-from pipelines.privacy.person import Asked, Person, documents_of, find
+from pipelines.privacy.person import DataSubject, SubjectQuery, documents_of, find
 from pipelines.privacy.suppression import ERASURES
 from pipelines.silver.events_clean import EVENTS_CLEAN, parse_events
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
@@ -48,7 +48,7 @@ class Exported:
     rows: Mapping[str, int]
 
 
-def export(lake: Lake, asked: Asked, directory: Path) -> Exported:
+def export(lake: Lake, asked: SubjectQuery, directory: Path) -> Exported:
     """Write all that is known of a person into a new directory. Raises ShopSphereError when it is there already."""
     person = find(lake, asked)
     found = {name: rows for name, rows in known_of(lake, person).items() if rows.height}
@@ -69,7 +69,7 @@ def export(lake: Lake, asked: Asked, directory: Path) -> Exported:
     return Exported(directory, {name: rows.height for name, rows in found.items()})
 
 
-def known_of(lake: Lake, person: Person) -> dict[str, pl.DataFrame]:
+def known_of(lake: Lake, person: DataSubject) -> dict[str, pl.DataFrame]:
     """The rows of every table that are the person's, or of their orders; in bronze every version."""
     values = _values(lake, person)
     result: dict[str, pl.DataFrame] = {}
@@ -85,7 +85,7 @@ def known_of(lake: Lake, person: Person) -> dict[str, pl.DataFrame]:
     return result
 
 
-def _values(lake: Lake, person: Person) -> dict[str, list[Any]]:
+def _values(lake: Lake, person: DataSubject) -> dict[str, list[Any]]:
     """By what the person's rows are told, for each of KEYS."""
     accounts, records = sorted(person.accounts), sorted(person.records)
     of_account = lake.load(ORDERS).read(["order_id"], pl.col("user_id").is_in(accounts))["order_id"].cast(pl.String)

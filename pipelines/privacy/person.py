@@ -17,6 +17,7 @@ from pipelines.identity.evidence import ORDER, USER
 from pipelines.parsing.contacts import addresses, normalise_email, normalise_phone, region_of
 from pipelines.privacy.anonymise import ALWAYS, KEYS, Anonymiser, Shown
 from pipelines.privacy.suppression import ACCOUNT, MENTION, RECORD, Digest, Pseudonyms, Suppression, erasures, spelled_once
+from pipelines.settings import settings_of
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
 from pipelines.silver.orders_unified import ORDERS_UNIFIED
 from pipelines.silver.users_scd import USERS_SCD
@@ -29,7 +30,7 @@ SHORTEST = 6
 
 
 @dataclass(frozen=True)
-class Asked:
+class SubjectQuery:
     """By what a person is named; exactly one is given."""
 
     email: str | None = None
@@ -40,7 +41,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Person:
+class DataSubject:
     """A person of the lakehouse.
 
     masters   master users; none when all accounts are closed
@@ -60,9 +61,9 @@ class Person:
         return self.orders | {f"{USER}{number}" for number in self.accounts}
 
 
-def find(lake: Lake, asked: Asked) -> Person:
+def find(lake: Lake, asked: SubjectQuery) -> DataSubject:
     """The person. Raises ShopSphereError when nobody is known, or several are."""
-    region = lake.settings.default_region
+    region = settings_of(lake).default_region
     graph = lake.load(IDENTITY_GRAPH).read(["record_id", "node", "master_user_id"])
     users = lake.load(USERS_SCD).read(["user_id", "email", "phone_number", "loyalty_id", "name", "master_user_id"])
     records, accounts, spelled = _named(asked, graph, users, region)
@@ -85,14 +86,18 @@ def find(lake: Lake, asked: Asked) -> Person:
     emails = pl.concat([users.filter(pl.col("user_id").is_in(accounts))["email"], orders["email"]]).drop_nulls().unique()
     showing = users.filter(pl.col("email").is_in(emails.implode()))
     names = showing.group_by("email").agg(pl.col("name").str.to_lowercase().n_unique().alias("names"))
-    crowds = names.filter(pl.col("names") > lake.settings.identifier_crowd)["email"]
+    crowds = names.filter(pl.col("names") > settings_of(lake).identifier_crowd)["email"]
     closed = showing.filter(~pl.col("email").is_in(crowds.implode()))["user_id"].unique().to_list()
     known = set(graph["record_id"])
     accounts |= {number for number in closed if f"{USER}{number}" not in known}
-    return Person(frozenset(masters), frozenset(accounts), frozenset(one for one in members if one.startswith(ORDER)), spelled)
+    return DataSubject(
+        frozenset(masters), frozenset(accounts), frozenset(one for one in members if one.startswith(ORDER)), spelled
+    )
 
 
-def _named(asked: Asked, graph: pl.DataFrame, users: pl.DataFrame, region: str) -> tuple[list[str], set[int], tuple[Shown, ...]]:
+def _named(
+    asked: SubjectQuery, graph: pl.DataFrame, users: pl.DataFrame, region: str
+) -> tuple[list[str], set[int], tuple[Shown, ...]]:
     """Records and accounts that show what was asked for, and that value."""
     if asked.master_user_id is not None:
         records = graph.filter(pl.col("master_user_id") == asked.master_user_id)["record_id"].unique().to_list()
@@ -118,7 +123,7 @@ def _named(asked: Asked, graph: pl.DataFrame, users: pl.DataFrame, region: str) 
 
 
 @dataclass(frozen=True)
-class Order:
+class SubjectOrder:
     """What an erasure is to do: hashes to suppress, and the clear texts to look for afterwards.
 
     until   by hash, up to when records of others are concerned, where rows are there that claim to begin after the erasure
@@ -133,7 +138,7 @@ class Order:
 
 
 def own_entries(
-    person: Person, pseudonyms: Pseudonyms, orders: Iterable[str], documents: Iterable[str]
+    person: DataSubject, pseudonyms: Pseudonyms, orders: Iterable[str], documents: Iterable[str]
 ) -> set[tuple[str, Digest]]:
     """What tells the person's rows from others'."""
     keys = [(ACCOUNT, str(number)) for number in person.accounts]
@@ -143,14 +148,14 @@ def own_entries(
     return {(kind, pseudonyms.digest(kind, value)) for kind, value in keys}
 
 
-def orders_of(lake: Lake, person: Person) -> list[str]:
+def orders_of(lake: Lake, person: DataSubject) -> list[str]:
     """The ids of the orders of the person's accounts, and of no other account at any time."""
     orders = lake.load(ORDERS).read(["order_id", "user_id"]).drop_nulls()
     theirs = orders.group_by("order_id").agg(pl.col("user_id").is_in(list(person.accounts)).all().alias("theirs"))
     return theirs.filter("theirs")["order_id"].cast(pl.String).sort().to_list()
 
 
-def documents_of(lake: Lake, person: Person) -> list[str]:
+def documents_of(lake: Lake, person: DataSubject) -> list[str]:
     """The ids of the person's marketplace documents."""
     wanted = pl.col("platform") + pl.lit(":") + pl.col("mp_order_id")
     names = [one.removeprefix(ORDER) for one in person.orders]
@@ -158,7 +163,7 @@ def documents_of(lake: Lake, person: Person) -> list[str]:
     return found["document_id"].drop_nulls().unique().sort().to_list()
 
 
-def collect(lake: Lake, person: Person, pseudonyms: Pseudonyms, erasure: str, moment: int) -> Order:
+def collect(lake: Lake, person: DataSubject, pseudonyms: Pseudonyms, erasure: str, moment: int) -> SubjectOrder:
     """Everything that the person's rows show, and what of it is theirs alone. Reads all of bronze twice."""
     entries = own_entries(person, pseudonyms, orders_of(lake, person), documents_of(lake, person))
     seen: set[Shown] = set(person.spelled)
@@ -193,12 +198,12 @@ def collect(lake: Lake, person: Person, pseudonyms: Pseudonyms, erasure: str, mo
         if text in unsure:
             shared[kind] = shared.get(kind, 0) + 1
     until = {digest: at for digest, at in (after.latest or {}).items() if at > moment}
-    return Order(frozenset(entries), tuple(sorted({text for _, text in texts} - unsure)), until, shared)
+    return SubjectOrder(frozenset(entries), tuple(sorted({text for _, text in texts} - unsure)), until, shared)
 
 
 def _own_values(
     lake: Lake,
-    person: Person,
+    person: DataSubject,
     pseudonyms: Pseudonyms,
     rows: Mapping[str, pl.DataFrame],
     entries: set[tuple[str, Digest]],
@@ -291,13 +296,13 @@ def _any(masks: Iterable[pl.Series]) -> pl.Series:
     return result
 
 
-def _theirs_alone(lake: Lake, person: Person, seen: set[Shown]) -> tuple[set[Shown], dict[str, int]]:
+def _theirs_alone(lake: Lake, person: DataSubject, seen: set[Shown]) -> tuple[set[Shown], dict[str, int]]:
     """The values that are replaced wherever they stand, and how many of each kind are not: too many others show them.
 
     An e-mail, phone, card or device counts as a person's as long as no crowd shares it, by the same limits as in the identity
     graph; an address where they live too; one that they only ship to, when nobody else does.
     """
-    settings = lake.settings
+    settings = settings_of(lake)
     holders = _holders(lake, person, {(one.kind, one.spelling) for one in seen if one.spelling is not None})
     homes = {(one.kind, one.spelling) for one in _homes(lake, person)}
     wide: set[Shown] = set()
@@ -318,7 +323,7 @@ def _theirs_alone(lake: Lake, person: Person, seen: set[Shown]) -> tuple[set[Sho
     return wide, shared
 
 
-def _homes(lake: Lake, person: Person) -> set[Shown]:
+def _homes(lake: Lake, person: DataSubject) -> set[Shown]:
     users = lake.load(USERS_SCD).read(["address", "city"], pl.col("user_id").is_in(list(person.accounts)))
     result = set()
     for address, city in users.unique().iter_rows():
@@ -327,7 +332,7 @@ def _homes(lake: Lake, person: Person) -> set[Shown]:
     return result
 
 
-def _holders(lake: Lake, person: Person, values: set[tuple[str, str]]) -> dict[tuple[str, str], int]:
+def _holders(lake: Lake, person: DataSubject, values: set[tuple[str, str]]) -> dict[tuple[str, str], int]:
     """How many others show each value now, as silver has it."""
     users = lake.load(USERS_SCD).read(
         ["user_id", "master_user_id", "email", "phone_number", "address", "city", "loyalty_id"],

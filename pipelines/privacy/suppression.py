@@ -19,9 +19,9 @@ import pyarrow as pa
 
 from lakehouse.errors import SettingsError
 from lakehouse.iceberg.table_handle import Lake
-from lakehouse.settings import Settings
 from lakehouse.table import SEQUENCE, TIMESTAMP, Table, column
 from pipelines.parsing.contacts import normalise_address, normalise_email, normalise_phone
+from pipelines.settings import Settings, settings_of
 
 ERASURES = Table(
     "bronze.erasures",
@@ -223,13 +223,13 @@ def load_suppression(lake: Lake) -> Suppression | None:
     rows = lake.load(ERASURES).read(["erasure", "kind", "digest", "at"])
     if rows.is_empty():
         return None
-    key = key_of(lake.settings)
+    key = key_of(settings_of(lake))
     if key is None:
         raise SettingsError(
             f"There are erasures, and the key by which erased people are recognised is missing. Put {KEY_FILE} back into "
             f"{lake.settings.home}, or set erasure.key (SHOPSPHERE_ERASURE__KEY)."
         )
-    pseudonyms = Pseudonyms(key, lake.settings.default_region)
+    pseudonyms = Pseudonyms(key, settings_of(lake).default_region)
     if (rows.filter(pl.col("kind") == REQUESTED)["digest"] != pseudonyms.check).any():
         raise SettingsError(
             "The erasure key is another than that of the erasures so far, so erased people would not be recognised. "

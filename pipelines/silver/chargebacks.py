@@ -8,9 +8,10 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.expectations import accepted, not_null
-from lakehouse.step import Context, Gather, Step
+from lakehouse.step import Grouped, Step
 from lakehouse.table import TIMESTAMP, Table, column
 from pipelines.bronze.tables import CHARGEBACKS as BRONZE_CHARGEBACKS
+from pipelines.settings import BusinessSettings
 from pipelines.silver.current_rows import current_rows, unreadable_rows
 
 CHARGEBACKS = Table(
@@ -24,7 +25,7 @@ CHARGEBACKS = Table(
         column("reported_at", TIMESTAMP, "When it was reported; weeks after the order."),
     ),
     key=("chargeback_id",),
-    traced=("order_ref",),
+    tracked=("order_ref",),
     owner="risk",
     expectations=(
         not_null("order_ref", "reported_at", severity="warn"),
@@ -33,13 +34,13 @@ CHARGEBACKS = Table(
 )
 
 
-def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     """The newest row per chargeback; deleted ones are gone."""
     return current_rows(frames["chargebacks"], ("chargeback_id",)).select(CHARGEBACKS.schema.names)
 
 
 STEP = Step(
     target=CHARGEBACKS,
-    reads={"chargebacks": Gather(BRONZE_CHARGEBACKS, keys=((pl.col("chargeback_id"),),), parse=unreadable_rows)},
-    fill=fill,
+    reads={"chargebacks": Grouped(BRONZE_CHARGEBACKS, keys=((pl.col("chargeback_id"),),), parse=unreadable_rows)},
+    transform=transform,
 )

@@ -13,9 +13,10 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.expectations import fresh, row_count_drift
-from lakehouse.step import Changes, Context, Parsed, Step
+from lakehouse.step import Delta, Parsed, Step
 from lakehouse.table import TIMESTAMP, Table, column, year
 from pipelines.bronze.tables import EVENTS
+from pipelines.settings import BusinessSettings
 
 EVENTS_CLEAN = Table(
     "silver.events_clean",
@@ -45,7 +46,7 @@ EVENTS_CLEAN = Table(
         column("topic", pa.string(), "Topic it came from."),
     ),
     key=("event_id",),
-    traced=("event_type", "occurred_at", "user_id", "store_id", "product_id", "to_store_id"),
+    tracked=("event_type", "occurred_at", "user_id", "store_id", "product_id", "to_store_id"),
     partition_by=(year("occurred_at"),),
     sort_by=("occurred_at",),
     owner="data platform",
@@ -304,7 +305,7 @@ def _instant(text: str) -> int | None:
         return None
 
 
-def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     """Each event once. Of several with one event_id the first by (occurred_at, then every other column) stays:
     decided by content alone, so it is the same whatever came first."""
     names = EVENTS_CLEAN.schema.names
@@ -318,6 +319,6 @@ def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
 
 STEP = Step(
     target=EVENTS_CLEAN,
-    reads={"events": Changes(EVENTS, parse=parse_events, columns=("topic", "value", "_op", "_source_position", "_source_time"))},
-    fill=fill,
+    reads={"events": Delta(EVENTS, parse=parse_events, columns=("topic", "value", "_op", "_source_position", "_source_time"))},
+    transform=transform,
 )

@@ -9,10 +9,11 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.expectations import within
-from lakehouse.step import Context, Gather, Step
+from lakehouse.step import Grouped, Step
 from lakehouse.table import Table, column
 from pipelines.bronze.tables import EXCHANGE_RATES as BRONZE_EXCHANGE_RATES
 from pipelines.bronze.tables import EXCHANGE_RATES_KEY
+from pipelines.settings import BusinessSettings
 from pipelines.silver.current_rows import current_rows, unreadable_rows
 
 EXCHANGE_RATES = Table(
@@ -32,7 +33,7 @@ RATE = pl.Decimal(18, 8)
 _CODE = pl.col("currency").str.strip_chars().str.to_uppercase()
 
 
-def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     """The newest row per day and currency; deleted ones are gone."""
     return (
         current_rows(frames["rates"], EXCHANGE_RATES_KEY)
@@ -58,6 +59,6 @@ def with_rates(orders: pl.DataFrame, rates: pl.DataFrame, base_currency: str) ->
 
 STEP = Step(
     target=EXCHANGE_RATES,
-    reads={"rates": Gather(BRONZE_EXCHANGE_RATES, keys=((pl.col("rate_date"), _CODE),), parse=unreadable_rows)},
-    fill=fill,
+    reads={"rates": Grouped(BRONZE_EXCHANGE_RATES, keys=((pl.col("rate_date"), _CODE),), parse=unreadable_rows)},
+    transform=transform,
 )

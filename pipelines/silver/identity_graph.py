@@ -8,7 +8,7 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.expectations import accepted, row_count_drift
-from lakehouse.step import Context, Gather, Join, Lookup, Step
+from lakehouse.step import Grouped, Lookup, ReadRows, Step
 from lakehouse.table import TIMESTAMP, Table, column
 from pipelines.bronze.tables import MARKETPLACE_ORDERS, ORDERS, USERS
 from pipelines.identity.closure import (
@@ -22,6 +22,7 @@ from pipelines.identity.closure import (
 )
 from pipelines.identity.evidence import Evidence, read_evidence
 from pipelines.identity.links import resolve
+from pipelines.settings import BusinessSettings
 
 IDENTITY_GRAPH = Table(
     name="silver.identity_graph",
@@ -68,7 +69,7 @@ IDENTITY_GRAPH = Table(
     ),
     key=("record_id", "node"),
     group=("record_id",),
-    traced=("master_user_id",),
+    tracked=("master_user_id",),
     sort_by=("master_user_id", "record_id"),
     expectations=(
         accepted("kind", {"block", "loyalty", "email", "phone", "device", "address", "place", "self", "match"}),
@@ -77,10 +78,10 @@ IDENTITY_GRAPH = Table(
     ),
     named_by=("record_id",),
 )
-DEFAULTS = Context()
+DEFAULTS = BusinessSettings()
 
 
-def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     """The links of the gathered records, which are whole persons: see `identity.closure`."""
     wanted = pl.col("record_id").is_in(frames["groups"]["record_id"].unique().implode())
     # rows that empty the table name no order, so they come with the names
@@ -90,7 +91,7 @@ def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
     return resolve(given, crowded_groups(frames["groups"]), context.address_crowd, context.identifier_crowd)
 
 
-def expand(groups: pl.DataFrame, lookup: Lookup, context: Context = DEFAULTS) -> pl.DataFrame:
+def expand(groups: pl.DataFrame, lookup: ReadRows, context: BusinessSettings = DEFAULTS) -> pl.DataFrame:
     """The records whose links or person the touched ones may change."""
     return widened(groups, lookup, IDENTITY_GRAPH, context)
 
@@ -108,21 +109,20 @@ def same_orders(new: pl.DataFrame) -> pl.Expr:
 STEP = Step(
     target=IDENTITY_GRAPH,
     reads={
-        "users": Gather(USERS, keys=((USER_KEY,),), columns=USER_COLUMNS),
-        "marketplace": Gather(MARKETPLACE_ORDERS, keys=((ORDER_KEY,),), columns=DOCUMENT_COLUMNS, resolve=("document_id",)),
-        "named_orders": Gather(ORDERS, keys=((USER_KEY,),), columns=("order_id", "_op", "_source_position")),
+        "users": Grouped(USERS, keys=((USER_KEY,),), columns=USER_COLUMNS),
+        "marketplace": Grouped(MARKETPLACE_ORDERS, keys=((ORDER_KEY,),), columns=DOCUMENT_COLUMNS, resolve=("document_id",)),
+        "named_orders": Grouped(ORDERS, keys=((USER_KEY,),), columns=("order_id", "_op", "_source_position")),
         # all rows of these orders, whomever they name: a deletion need not name anybody
-        "orders": Join(
+        "orders": Lookup(
             ORDERS,
             on="order_id",
             values=named_orders,
             columns=ORDER_COLUMNS,
-            touch=same_orders,
-            touch_columns=("order_id",),
+            affects=same_orders,
             through=ORDERS,
-            touch_keys=(USER_KEY,),
+            affected_keys=(USER_KEY,),
         ),
     },
-    fill=fill,
+    transform=transform,
     expand=expand,
 )

@@ -9,8 +9,9 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.expectations import accepted, row_count_drift, within
-from lakehouse.step import Context, Gather, Step
+from lakehouse.step import Grouped, Step
 from lakehouse.table import TIMESTAMP, Table, column
+from pipelines.settings import BusinessSettings
 from pipelines.silver.events_clean import EVENTS_CLEAN, STOCK_EVENTS
 
 INVENTORY_SNAPSHOTS = Table(
@@ -36,7 +37,7 @@ INVENTORY_SNAPSHOTS = Table(
     ),
     key=("store_id", "product_id", "occurred_at", "event_id", "leg"),
     group=("store_id", "product_id"),
-    traced=("event_type",),
+    tracked=("event_type",),
     sort_by=("store_id", "product_id", "occurred_at"),
     owner="supply chain",
     expectations=(
@@ -64,7 +65,7 @@ EVENT_COLUMNS = (
 )
 
 
-def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     """The ledger of the touched stores and products, from each one's `since` on (null: all of it).
 
     `events` must hold every stock event from `since` on, and every stock_incoming before it: which purchase orders
@@ -195,13 +196,13 @@ def _figures(rows: pl.DataFrame) -> pl.DataFrame:
 STEP = Step(
     target=INVENTORY_SNAPSHOTS,
     reads={
-        "events": Gather(
+        "events": Grouped(
             EVENTS_CLEAN,
             keys=((pl.col("store_id"), pl.col("product_id")), (pl.col("to_store_id"), pl.col("product_id"))),
             columns=EVENT_COLUMNS,
             always=pl.col("event_type") == "stock_incoming",
         )
     },
-    fill=fill,
+    transform=transform,
     ordered_by="occurred_at",
 )

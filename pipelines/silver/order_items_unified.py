@@ -8,11 +8,12 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.expectations import not_null, row_count_drift
-from lakehouse.step import Context, Gather, Step
+from lakehouse.step import Grouped, Step
 from lakehouse.table import MONEY, TIMESTAMP, Table, column
 from pipelines.bronze.tables import MARKETPLACE_ORDERS, ORDER_ITEMS, ORDER_ITEMS_KEY
 from pipelines.parsing.amounts import line_amounts, to_base
 from pipelines.parsing.marketplace_documents import parse_items
+from pipelines.settings import BusinessSettings
 from pipelines.silver.current_rows import current_rows, unreadable_rows
 from pipelines.silver.orders_unified import MARKETPLACE_COLUMNS, MARKETPLACE_KEY, ORDERS_UNIFIED
 
@@ -43,7 +44,7 @@ ORDER_ITEMS_UNIFIED = Table(
     ),
     key=("order_id", "line_no"),
     group=("order_id",),
-    traced=("order_date", "product_id"),
+    tracked=("order_date", "product_id"),
     sort_by=("platform", "order_date", "order_id", "line_no"),
     owner="commerce",
     expectations=(
@@ -67,7 +68,7 @@ _OF_ORDER = (
 )
 
 
-def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     """The newest version of each line, priced, beside its order."""
     marketplace = parse_items(frames["marketplace"]).select(_OF_LINE)
     lines = pl.concat([_web(frames["lines"]), marketplace], how="vertical")
@@ -97,11 +98,11 @@ def _web(bronze: pl.DataFrame) -> pl.DataFrame:
 STEP = Step(
     target=ORDER_ITEMS_UNIFIED,
     reads={
-        "lines": Gather(ORDER_ITEMS, keys=((pl.col("order_id").cast(pl.String),),), parse=unreadable_rows),
-        "marketplace": Gather(
+        "lines": Grouped(ORDER_ITEMS, keys=((pl.col("order_id").cast(pl.String),),), parse=unreadable_rows),
+        "marketplace": Grouped(
             MARKETPLACE_ORDERS, keys=((MARKETPLACE_KEY,),), columns=MARKETPLACE_COLUMNS, resolve=("document_id",)
         ),
-        "orders": Gather(ORDERS_UNIFIED, keys=((pl.col("order_id"),),), columns=_OF_ORDER),
+        "orders": Grouped(ORDERS_UNIFIED, keys=((pl.col("order_id"),),), columns=_OF_ORDER),
     },
-    fill=fill,
+    transform=transform,
 )

@@ -8,12 +8,13 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.expectations import accepted, fresh, not_null, row_count_drift
-from lakehouse.step import Context, Gather, Join, Step, Whole
+from lakehouse.step import Broadcast, Grouped, Lookup, Step
 from lakehouse.table import MONEY, TIMESTAMP, Table, column
 from pipelines.bronze.tables import MARKETPLACE_ORDERS, ORDERS, ORDERS_KEY
 from pipelines.parsing import contacts
 from pipelines.parsing.amounts import to_base
 from pipelines.parsing.marketplace_documents import judge_documents, parse_documents
+from pipelines.settings import BusinessSettings
 from pipelines.silver.current_rows import current_rows, unreadable_rows
 from pipelines.silver.exchange_rates import EXCHANGE_RATES, with_rates
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
@@ -52,7 +53,7 @@ ORDERS_UNIFIED = Table(
         column("updated_at", TIMESTAMP, "When the source last changed it."),
     ),
     key=("order_id",),
-    traced=("order_date", "channel", "store_id", "country", "master_user_id", "card_fingerprint"),
+    tracked=("order_date", "channel", "store_id", "country", "master_user_id", "card_fingerprint"),
     # neighbours in time are neighbours in id within one platform: a file's ranges of both stay narrow
     sort_by=("platform", "order_date", "order_id"),
     owner="commerce",
@@ -72,7 +73,7 @@ MARKETPLACE_COLUMNS = ("document_id", "platform", "mp_order_id", "document", "_o
 _USER, _ORDER = "user:", "order:"
 
 
-def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     """The newest version of each order, with its rate, its country and its person."""
     orders = pl.concat([_web(frames["web"]), _marketplace(frames["marketplace"], context)], how="vertical")
     orders = with_rates(orders, frames["rates"], context.base_currency)
@@ -117,7 +118,7 @@ def _web(bronze: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _marketplace(bronze: pl.DataFrame, context: Context) -> pl.DataFrame:
+def _marketplace(bronze: pl.DataFrame, context: BusinessSettings) -> pl.DataFrame:
     orders = parse_documents(bronze, context.default_region).orders
     return orders.select(
         "order_id",
@@ -189,32 +190,30 @@ def _of_rates(changed: pl.DataFrame) -> pl.Expr:
 STEP = Step(
     target=ORDERS_UNIFIED,
     reads={
-        "web": Gather(ORDERS, keys=((pl.col("order_id").cast(pl.String),),), parse=unreadable_rows),
-        "marketplace": Gather(
+        "web": Grouped(ORDERS, keys=((pl.col("order_id").cast(pl.String),),), parse=unreadable_rows),
+        "marketplace": Grouped(
             MARKETPLACE_ORDERS,
             keys=((MARKETPLACE_KEY,),),
             columns=MARKETPLACE_COLUMNS,
             parse=judge_documents,
             resolve=("document_id",),
         ),
-        "stores": Whole(STORES, columns=("store_id", "country"), touch=_of_stores, touch_columns=("store_id",)),
-        "rates": Whole(EXCHANGE_RATES, touch=_of_rates, touch_columns=("currency", "order_date")),
-        "users": Join(
+        "stores": Broadcast(STORES, columns=("store_id", "country"), affects=_of_stores),
+        "rates": Broadcast(EXCHANGE_RATES, affects=_of_rates),
+        "users": Lookup(
             USERS_SCD,
             on="user_id",
             values=_user_ids,
             columns=("user_id", "valid_from", "country"),
-            touch=_of_users,
-            touch_columns=("user_id",),
+            affects=_of_users,
         ),
-        "identity": Join(
+        "identity": Lookup(
             IDENTITY_GRAPH,
             on="record_id",
             values=_records,
             columns=("record_id", "master_user_id"),
-            touch=_of_records,
-            touch_columns=("customer_record",),
+            affects=_of_records,
         ),
     },
-    fill=fill,
+    transform=transform,
 )

@@ -8,10 +8,11 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.expectations import within
-from lakehouse.step import Context, Gather, Step
+from lakehouse.step import Grouped, Step
 from lakehouse.table import TIMESTAMP, Table, column
 from pipelines.bronze.tables import PRODUCTS as BRONZE_PRODUCTS
 from pipelines.bronze.tables import PRODUCTS_KEY
+from pipelines.settings import BusinessSettings
 from pipelines.silver.current_rows import current_rows, unreadable_rows
 
 PRODUCTS = Table(
@@ -27,19 +28,19 @@ PRODUCTS = Table(
         column("updated_at", TIMESTAMP, "When the source last changed it."),
     ),
     key=PRODUCTS_KEY,
-    traced=("category",),
+    tracked=("category",),
     owner="merchandising",
     expectations=(within("list_price", 0, None, severity="warn"),),
 )
 
 
-def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     """The newest row per product; deleted ones are gone."""
     return current_rows(frames["products"], PRODUCTS_KEY).select(PRODUCTS.schema.names)
 
 
 STEP = Step(
     target=PRODUCTS,
-    reads={"products": Gather(BRONZE_PRODUCTS, keys=((pl.col("product_id"),),), parse=unreadable_rows)},
-    fill=fill,
+    reads={"products": Grouped(BRONZE_PRODUCTS, keys=((pl.col("product_id"),),), parse=unreadable_rows)},
+    transform=transform,
 )

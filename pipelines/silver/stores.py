@@ -8,10 +8,11 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.expectations import row_count_drift
-from lakehouse.step import Context, Gather, Step
+from lakehouse.step import Grouped, Step
 from lakehouse.table import TIMESTAMP, Table, column
 from pipelines.bronze.tables import STORES as BRONZE_STORES
 from pipelines.bronze.tables import STORES_KEY
+from pipelines.settings import BusinessSettings
 from pipelines.silver.current_rows import current_rows, unreadable_rows
 
 STORES = Table(
@@ -31,7 +32,7 @@ STORES = Table(
 )
 
 
-def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     """The newest row per store; deleted ones are gone."""
     country = pl.col("country").str.strip_chars().str.to_uppercase()
     return (
@@ -43,6 +44,6 @@ def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
 
 STEP = Step(
     target=STORES,
-    reads={"stores": Gather(BRONZE_STORES, keys=((pl.col("store_id"),),), parse=unreadable_rows)},
-    fill=fill,
+    reads={"stores": Grouped(BRONZE_STORES, keys=((pl.col("store_id"),),), parse=unreadable_rows)},
+    transform=transform,
 )

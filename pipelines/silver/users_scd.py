@@ -8,10 +8,11 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.expectations import row_count_drift
-from lakehouse.step import Context, Gather, Join, Step
+from lakehouse.step import Grouped, Lookup, Step
 from lakehouse.table import TIMESTAMP, Table, column
 from pipelines.bronze.tables import USERS
 from pipelines.parsing.contacts import emails, phones, regions
+from pipelines.settings import BusinessSettings
 from pipelines.silver.current_rows import row_versions, unreadable_rows
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
 
@@ -41,7 +42,7 @@ USERS_SCD = Table(
     ),
     key=("user_id", "valid_from"),
     group=("user_id",),
-    traced=("master_user_id",),
+    tracked=("master_user_id",),
     owner="customer",
     expectations=(row_count_drift(0.5),),
 )
@@ -64,7 +65,7 @@ RECORD = "user:"
 """Prefix of a user's record_id in silver.identity_graph."""
 
 
-def fill(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     """All versions of the users -> their intervals, with contacts normalised and the master user."""
     history = intervals(frames["users"])
     masters = frames["identity"].group_by("record_id").agg(pl.col("master_user_id").min())
@@ -163,7 +164,7 @@ def _users_of(identity: pl.DataFrame) -> pl.Expr:
 STEP = Step(
     target=USERS_SCD,
     reads={
-        "users": Gather(
+        "users": Grouped(
             USERS,
             keys=((pl.col("user_id"),),),
             columns=(
@@ -179,14 +180,13 @@ STEP = Step(
             ),
             parse=unreadable_rows,
         ),
-        "identity": Join(
+        "identity": Lookup(
             IDENTITY_GRAPH,
             on="record_id",
             values=_records,
             columns=("record_id", "master_user_id"),
-            touch=_users_of,
-            touch_columns=("user_id",),
+            affects=_users_of,
         ),
     },
-    fill=fill,
+    transform=transform,
 )

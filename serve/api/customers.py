@@ -26,9 +26,9 @@ from pipelines.silver.identity_graph import IDENTITY_GRAPH
 from pipelines.silver.orders_unified import ORDERS_UNIFIED
 from pipelines.silver.users_scd import USERS_SCD
 from serve.api.inventory import ID, read_id, read_limit
-from serve.http.edges import Asked, Endpoint, Gate, Parameter, answer
+from serve.http.edges import ApiRequest, Endpoint, Gate, Parameter, answer
 from serve.http.problems import Problem, Wrong
-from serve.state.table_cache import Snapshots
+from serve.state.table_cache import TableCache
 
 MOST = 1_000
 """Entries of a timeline that can be asked for at once."""
@@ -39,7 +39,7 @@ SILENT = ("self", "place", "block")
 """Kinds of links that explain nothing: the record itself, and where records only meet to be compared."""
 
 
-class Profile(msgspec.Struct, frozen=True):
+class CustomerProfile(msgspec.Struct, frozen=True):
     """Who it is, of the account that stands for the person."""
 
     name: str | None
@@ -109,7 +109,7 @@ class Channel(msgspec.Struct, frozen=True):
     share: float
 
 
-class Rfm(msgspec.Struct, frozen=True):
+class CustomerRfm(msgspec.Struct, frozen=True):
     """Recency, frequency, monetary value."""
 
     last_order_at: datetime | None
@@ -147,13 +147,13 @@ class Customer(msgspec.Struct, frozen=True):
     """A person over all accounts and channels."""
 
     master_user_id: str
-    profile: Profile
+    profile: CustomerProfile
     history: Annotated[list[AccountVersion], Meta(description="All accounts, all their versions, newest first.")]
     links: list[Link]
     timeline: Annotated[list[Entry], Meta(description="Newest first, at most ?limit=.")]
     timeline_total: int
     channel_mix: list[Channel]
-    rfm: Rfm
+    rfm: CustomerRfm
     lifetime_value: LifetimeValue
     risk: Risk
     as_of: Annotated[datetime | None, Meta(description="When the lakehouse last changed one of the tables read.")]
@@ -195,14 +195,14 @@ READ: tuple[Table, ...] = (CUSTOMER_360, USER_RISK_SCORES, IDENTITY_GRAPH, USERS
 class Customers:
     """The answers about customers."""
 
-    def __init__(self, snapshots: Snapshots, gate: Gate, region: str, currency: str) -> None:
+    def __init__(self, snapshots: TableCache, gate: Gate, region: str, currency: str) -> None:
         self.snapshots, self.gate, self.region, self.currency = snapshots, gate, region, currency
 
-    async def by_master(self, asked: Asked) -> Response:
+    async def by_master(self, asked: ApiRequest) -> Response:
         """GET /v1/customers/{master_user_id}"""
         return answer(await self.gate.run(self.named, asked.path["master_user_id"], asked.query.get("limit", 100)))
 
-    async def by_identifier(self, asked: Asked) -> Response:
+    async def by_identifier(self, asked: ApiRequest) -> Response:
         """GET /v1/customers"""
         given = {name: asked.query[name] for name in IDENTIFIERS if name in asked.query}
         if not given:
@@ -372,9 +372,9 @@ def _ordered(links: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(links, key=lambda row: (row["status"] != LINKED, row["trust"], row["record_id"], row["node"]))
 
 
-def _profile(whole: Mapping[str, Any]) -> Profile:
+def _profile(whole: Mapping[str, Any]) -> CustomerProfile:
     cards = [card.strip() for card in (whole.get("loyalty_ids") or "").split(",") if card.strip()]
-    return Profile(
+    return CustomerProfile(
         name=whole.get("name"),
         email=whole.get("email"),
         phone=whole.get("phone"),
@@ -428,9 +428,9 @@ def _days_since(moment: datetime | None, now: datetime) -> float | None:
     return None if moment is None else max(0.0, (now - moment).total_seconds() / SECONDS_OF_DAY)
 
 
-def _rfm(whole: Mapping[str, Any], now: datetime) -> Rfm:
+def _rfm(whole: Mapping[str, Any], now: datetime) -> CustomerRfm:
     last = whole.get("last_order_at")
-    return Rfm(
+    return CustomerRfm(
         last,
         _days_since(last, now),
         whole.get("orders", 0),

@@ -19,23 +19,23 @@ from msgspec import Meta
 from prometheus_client import Counter
 from starlette.responses import Response
 
-from lakehouse.step import Context
-from ml.features.features import FEATURES, LABEL_DELAY, ORDER_COLUMNS, History
+from ml.features.features import FEATURES, LABEL_DELAY, ORDER_COLUMNS, OrderHistory
 from ml.features.online import MICROSECOND, OnlineFeatures, Value
-from ml.features.online import Asked as Described
+from ml.features.online import FeatureRequest as Described
 from ml.registry import CHAMPION
 from ml.tables.order_features import EVENT_READS, account_events
 from ml.training.training import TrainingError
+from pipelines.settings import BusinessSettings
 from serve.api.inventory import Inventory
-from serve.http.edges import DECISIONS, Asked, Endpoint, Gate, answer, unpanicked
+from serve.http.edges import DECISIONS, ApiRequest, Endpoint, Gate, answer, unpanicked
 from serve.http.problems import busy
 from serve.settings import ServeSettings
 from serve.state.models import Models, ModelWatch, Scorer
-from serve.state.orders import Known, Order, read_known, row_of, snapshots_of
-from serve.state.orders import Line as OrderLine
+from serve.state.orders import ReferenceData, ScoringOrder, read_reference_data, row_of, snapshots_of
+from serve.state.orders import TopicFollower as OrderLine
 from serve.state.score_topic import Score, ScoreLog
-from serve.state.table_cache import Snapshots
-from serve.state.topic_follower import Line
+from serve.state.table_cache import TableCache
+from serve.state.topic_follower import TopicFollower
 
 logger = logging.getLogger("shopsphere.serve")
 
@@ -94,13 +94,13 @@ class FraudScores(msgspec.Struct, frozen=True):
     scores: list[FraudScore]
 
 
-class Batch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ScoringBatch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Orders to score."""
 
-    orders: Annotated[list[Order], Meta(min_length=1, max_length=MOST)]
+    orders: Annotated[list[ScoringOrder], Meta(min_length=1, max_length=MOST)]
 
 
-class Recent:
+class RecentScores:
     """Orders scored that the lakehouse may not have yet, and what was answered. Not for two threads at once.
 
     An order counts until the lakehouse has it; or until the lakehouse has read the orders of its time and it is not
@@ -149,7 +149,7 @@ class Recent:
 
 
 @dataclass
-class Memory:
+class ScoringState:
     """What orders are scored from: snapshots of the lakehouse, and what followed. Not for two threads at once.
 
     events  the account events of the line's snapshot
@@ -157,8 +157,8 @@ class Memory:
     heard   how many of the line's later account events are in it
     """
 
-    known: Known
-    line: Line
+    known: ReferenceData
+    line: TopicFollower
     events: pl.DataFrame
     online: OnlineFeatures
     heard: int = 0
@@ -187,8 +187,8 @@ class Fraud:
     def __init__(
         self,
         serving: ServeSettings,
-        context: Context,
-        snapshots: Snapshots,
+        context: BusinessSettings,
+        snapshots: TableCache,
         inventory: Inventory,
         watch: ModelWatch,
         gate: Gate,
@@ -196,13 +196,13 @@ class Fraud:
     ) -> None:
         self.serving, self.context, self.snapshots = serving, context, snapshots
         self.inventory, self.watch, self.gate = inventory, watch, gate
-        self.recent = Recent(timedelta(seconds=serving.same_answer_seconds))
+        self.recent = RecentScores(timedelta(seconds=serving.same_answer_seconds))
         self.log: ScoreLog | None = log
-        self.memory: Memory | None = None
+        self.memory: ScoringState | None = None
         self._lock = threading.Lock()
         self._reading = threading.Lock()
 
-    def refresh(self, line: Line | None = None) -> None:
+    def refresh(self, line: TopicFollower | None = None) -> None:
         """Take over what the lakehouse says of orders, when that changed. line: a newer one, which is about to answer.
 
         The new memory is made beside the old one, which goes on scoring."""
@@ -214,7 +214,7 @@ class Fraud:
                     for order_id in self.recent.forget(set(), memory.known.at, now):
                         memory.online.forget(order_id)
                 return
-            known = memory.known if memory is not None and same else read_known(self.snapshots, self.context)
+            known = memory.known if memory is not None and same else read_reference_data(self.snapshots, self.context)
             if line is not None:
                 events = account_events(line.base.events.read(EVENT_READS))
             elif memory is not None:
@@ -229,7 +229,7 @@ class Fraud:
         champion = self.watch.current.champion
         return champion.loaded.label_delay if champion is not None else LABEL_DELAY
 
-    def _remember(self, known: Known, line: Line, events: pl.DataFrame) -> None:
+    def _remember(self, known: ReferenceData, line: TopicFollower, events: pl.DataFrame) -> None:
         with self._lock:
             if (anonymiser := line.anonymiser) is not None:
                 scores = self.recent.scored
@@ -238,8 +238,10 @@ class Fraud:
         ids = known.entities["order_id"]
         there = set(ids.filter(ids.is_in(list(scored))))
         rows = pl.DataFrame([row for order_id, (_, row) in scored.items() if order_id not in there], schema=ORDER_COLUMNS)
-        history = History(pl.concat([known.entities.select(list(ORDER_COLUMNS)), rows]), events, known.categories, self._delay)
-        memory = Memory(known, line, events, OnlineFeatures(history))
+        history = OrderHistory(
+            pl.concat([known.entities.select(list(ORDER_COLUMNS)), rows]), events, known.categories, self._delay
+        )
+        memory = ScoringState(known, line, events, OnlineFeatures(history))
         memory.catch_up()
         with self._lock:
             for order_id in self.recent.forget(there, known.at, datetime.now(UTC)):
@@ -268,7 +270,7 @@ class Fraud:
         with self._lock:
             return self.recent.answers(datetime.now(UTC))
 
-    async def score(self, asked: Asked) -> Response:
+    async def score(self, asked: ApiRequest) -> Response:
         """POST /v1/fraud/score"""
         # sooner done than handed to another thread; where it would have to wait, or asks XGBoost, another thread does
         if self.watch.current.fast and self._lock.acquire(blocking=False):
@@ -278,17 +280,17 @@ class Fraud:
                 self._lock.release()
         return answer((await self.gate.run(self.scored, [asked.body], [""]))[0])
 
-    async def score_batch(self, asked: Asked) -> Response:
+    async def score_batch(self, asked: ApiRequest) -> Response:
         """POST /v1/fraud/score:batch"""
         places = [f"orders[{number}]." for number in range(len(asked.body.orders))]
         return answer(FraudScores(await self.gate.run(self.scored, asked.body.orders, places)))
 
-    def scored(self, orders: Sequence[Order], places: Sequence[str]) -> list[FraudScore]:
+    def scored(self, orders: Sequence[ScoringOrder], places: Sequence[str]) -> list[FraudScore]:
         """Score orders, in the order given. places: what fields are told under. Raises Problem."""
         with self._lock:
             return self._scored(orders, places)
 
-    def _scored(self, orders: Sequence[Order], places: Sequence[str]) -> list[FraudScore]:
+    def _scored(self, orders: Sequence[ScoringOrder], places: Sequence[str]) -> list[FraudScore]:
         models, memory = self.watch.current, self.memory
         if models.champion is None:
             if self.watch.error is not None:
@@ -310,7 +312,7 @@ class Fraud:
             told[row["order_id"]] = self._score(row, models, models.champion, memory, now)
         return [told[order.order_id] for order in orders]
 
-    def _score(self, row: Row, models: Models, champion: Scorer, memory: Memory, now: datetime) -> FraudScore:
+    def _score(self, row: Row, models: Models, champion: Scorer, memory: ScoringState, now: datetime) -> FraudScore:
         described = Described.of(row)
         before = memory.online.observe(described.order)
         try:
@@ -383,7 +385,7 @@ class Fraud:
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
         """What can be asked."""
-        order = Order(
+        order = ScoringOrder(
             "184467",
             "USD",
             "249.90",
@@ -414,7 +416,7 @@ class Fraud:
                 self.score,
                 FraudScore,
                 "score",
-                body=Order,
+                body=ScoringOrder,
                 limit=self.serving.body_bytes,
                 body_example=order,
                 answer_example=told,
@@ -428,9 +430,9 @@ class Fraud:
                 self.score_batch,
                 FraudScores,
                 "score",
-                body=Batch,
+                body=ScoringBatch,
                 limit=self.serving.batch_body_bytes,
-                body_example=Batch([order]),
+                body_example=ScoringBatch([order]),
                 answer_example=FraudScores([told]),
                 statuses=(409, 429, 503),
             ),

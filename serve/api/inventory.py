@@ -13,12 +13,12 @@ from msgspec import Meta
 from starlette.responses import Response, StreamingResponse
 
 from pipelines.silver.inventory_snapshots import as_of
-from serve.http.edges import Asked, Endpoint, Gate, Parameter, answer
+from serve.http.edges import ApiRequest, Endpoint, Gate, Parameter, answer
 from serve.http.problems import Problem, Wrong, busy
 from serve.state.lake_snapshot import StateError
-from serve.state.online_state import State
-from serve.state.stock import Figures, Pair
-from serve.state.topic_follower import Line
+from serve.state.online_state import OnlineState
+from serve.state.stock import Pair, StockFigures
+from serve.state.topic_follower import TopicFollower
 
 MOST = 100
 """Products, and stores, of a look-up."""
@@ -160,20 +160,20 @@ AS_OF = Parameter(
 class Encoded(NamedTuple):
     """A product's levels in all its stores as JSON, and the figures that they were made from."""
 
-    figures: tuple[Figures, ...]
+    figures: tuple[StockFigures, ...]
     levels: msgspec.Raw
 
 
 class Inventory:
     """The answers about stock."""
 
-    def __init__(self, state: State, gate: Gate) -> None:
+    def __init__(self, state: OnlineState, gate: Gate) -> None:
         self.state, self.gate = state, gate
         self.days = state.context.low_stock_days
         self._encoded: dict[str, Encoded] = {}
         self._encoded_bytes = 0
 
-    async def product(self, asked: Asked) -> Response:
+    async def product(self, asked: ApiRequest) -> Response:
         """GET /v1/inventory/{product_id}"""
         product, query = asked.path["product_id"], asked.query
         if "store_id" in query or "as_of" in query:
@@ -184,7 +184,7 @@ class Inventory:
             raise Problem(404, "No stock event names this product.")
         return answer(ProductStock(product_id=product, stores=levels, **basis))  # type: ignore[arg-type]
 
-    async def stock_of(self, product: str, asked: Asked) -> ProductStock:
+    async def stock_of(self, product: str, asked: ApiRequest) -> ProductStock:
         """A product's levels, as the query asks. Raises Problem 404, 429, 503."""
         line, store = await self.line(asked), asked.query.get("store_id")
         basis = self.basis(line)
@@ -200,7 +200,7 @@ class Inventory:
             raise Problem(404, "No stock event names this product" + (" in this store." if store else "."))
         return ProductStock(product_id=product, stores=levels, at=asked.query.get("as_of"), **basis)
 
-    async def lookup(self, asked: Asked) -> Response:
+    async def lookup(self, asked: ApiRequest) -> Response:
         """POST /v1/inventory/lookup"""
         line, wanted = await self.line(asked), asked.body
         basis = self.basis(line)
@@ -214,11 +214,11 @@ class Inventory:
                 unknown.append(product)
         return answer(Levels(levels=levels, unknown=unknown, **basis))
 
-    async def low_stock(self, asked: Asked) -> Response:
+    async def low_stock(self, asked: ApiRequest) -> Response:
         """GET /v1/inventory/low-stock"""
         return answer(await self.low(asked))
 
-    async def low(self, asked: Asked) -> LowStock:
+    async def low(self, asked: ApiRequest) -> LowStock:
         """What is low, as the query asks. Raises Problem 429, 503."""
         line = await self.line(asked)
         basis, store, limit = self.basis(line), asked.query.get("store_id"), asked.query.get("limit", 100)
@@ -226,13 +226,13 @@ class Inventory:
         levels = [self._level(pair, one) for pair, one in found[:limit]]
         return LowStock(levels=levels, total=len(found), **basis)
 
-    async def stream(self, asked: Asked) -> Response:
+    async def stream(self, asked: ApiRequest) -> Response:
         """GET /v1/inventory/stream"""
         await self.line(asked)
         events = self._events(asked.query.get("product_id"), asked.query.get("store_id"))
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
-    async def line(self, asked: Asked) -> Line:
+    async def line(self, asked: ApiRequest) -> TopicFollower:
         """The line that answers, once it has what the request asks for. Raises Problem 503."""
         try:
             if (offsets := asked.query.get("min_offset")) is not None:
@@ -246,7 +246,7 @@ class Inventory:
         except StateError as error:
             raise busy(503, str(error), 5) from None
 
-    def basis(self, line: Line) -> dict[str, Any]:
+    def basis(self, line: TopicFollower) -> dict[str, Any]:
         """What an answer from this line is based on. To be asked before the levels: what comes between is in them, not said."""
         now = self.state.freshness(line)
         return {
@@ -256,7 +256,7 @@ class Inventory:
             "snapshots": now.snapshots,
         }
 
-    def _levels_encoded(self, line: Line, product: str) -> msgspec.Raw | None:
+    def _levels_encoded(self, line: TopicFollower, product: str) -> msgspec.Raw | None:
         """A product's levels, encoded again only when one of its figures is another; None where no event ever was."""
         stores = line.stock.by_product.get(product)
         if not stores:
@@ -273,7 +273,7 @@ class Inventory:
             known = self._encoded[product] = Encoded(figures, msgspec.Raw(encoded))
         return known.levels
 
-    def _level(self, pair: Pair, one: Figures) -> Level:
+    def _level(self, pair: Pair, one: StockFigures) -> Level:
         store, product = pair
         return Level(
             product,
@@ -288,13 +288,13 @@ class Inventory:
             one.last_event_at,
         )
 
-    def _levels_at(self, line: Line, product: str, moment: datetime) -> list[Level]:
+    def _levels_at(self, line: TopicFollower, product: str, moment: datetime) -> list[Level]:
         names = ("store_id", "on_hand", "reserved", "incoming", "safety_stock", "available_to_promise", "occurred_at")
         last = as_of(line.stock.history(product=product), moment).sort("store_id").select(names)
         return [Level(product, s, on, res, None, inc, safe, atp, None, at) for s, on, res, inc, safe, atp, at in last.iter_rows()]
 
-    def _low(self, line: Line, store: str | None) -> list[tuple[Pair, Figures]]:
-        every: Iterable[tuple[Pair, Figures]] = line.stock
+    def _low(self, line: TopicFollower, store: str | None) -> list[tuple[Pair, StockFigures]]:
+        every: Iterable[tuple[Pair, StockFigures]] = line.stock
         low = [(pair, one) for pair, one in every if (store is None or pair[0] == store) and one.is_low(self.days)]
         return sorted(low, key=lambda item: (item[1].available_to_promise, item[0]))
 

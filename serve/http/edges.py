@@ -80,7 +80,7 @@ class Endpoint:
     path: str
     name: str
     doc: str
-    handler: Callable[[Asked], Awaitable[Response]]
+    handler: Callable[[ApiRequest], Awaitable[Response]]
     answer: type
     scope: Scope | None = None
     parameters: tuple[Parameter, ...] = ()
@@ -97,7 +97,7 @@ class Endpoint:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ApiRequest:
     """A request that has passed the edges."""
 
     request: Request
@@ -121,7 +121,7 @@ LINES = 250
 """Of the access log, kept back at most."""
 
 
-class Answered(NamedTuple):
+class Answer(NamedTuple):
     """A request that was answered. at: unix time; seconds: how long it took; key: the name of the key that it showed."""
 
     at: float
@@ -140,11 +140,11 @@ class AccessLog:
     """
 
     def __init__(self, file: Path) -> None:
-        self._answered: list[Answered] = []
+        self._answered: list[Answer] = []
         file.parent.mkdir(parents=True, exist_ok=True)
         self._file = logging.handlers.RotatingFileHandler(file, maxBytes=64 << 20, backupCount=3)
 
-    def write(self, answered: Answered) -> None:
+    def write(self, answered: Answer) -> None:
         """Note a request."""
         self._answered.append(answered)
         if len(self._answered) >= LINES:
@@ -165,7 +165,7 @@ def _latency(route: str, status: int) -> Histogram:
     return LATENCY.labels(route, str(status))
 
 
-def _line(one: Answered) -> bytes:
+def _line(one: Answer) -> bytes:
     told = {"at": round(one.at, 3), "method": one.method, "route": one.route, "status": one.status}
     return msgspec.json.encode({**told, "ms": round(one.seconds * 1000, 2), "key": one.key})
 
@@ -237,7 +237,7 @@ class Edge:
         request, key = Request(connection, receive), ""
         try:
             key = self._allowed(request)
-            asked = Asked(request, connection["path_params"], self._query(request), await self._body(request))
+            asked = ApiRequest(request, connection["path_params"], self._query(request), await self._body(request))
             response = await self.endpoint.handler(asked)
         except Problem as problem:
             response = self.endpoint.problem(request, problem)
@@ -253,7 +253,7 @@ class Edge:
             await response(connection, receive, send)
         finally:
             seconds = time.perf_counter() - began
-            self.log.write(Answered(time.time(), self.endpoint.method, self.endpoint.path, status, seconds, key))
+            self.log.write(Answer(time.time(), self.endpoint.method, self.endpoint.path, status, seconds, key))
 
     def _allowed(self, request: Request) -> str:
         if self.endpoint.scope is None and not self.endpoint.keyed:

@@ -25,7 +25,7 @@ from markupsafe import Markup, escape
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from lakehouse.format_bytes import size
+from lakehouse.format_bytes import format_bytes
 from lakehouse.iceberg.table_handle import Lake
 from lakehouse.run_history import PastRun, past_runs
 from lakehouse.status import TableStatus, statuses
@@ -40,11 +40,11 @@ from pipelines.silver.quarantine import QUARANTINE
 from serve.api.customers import LIMIT, AccountVersion, Customer, Customers, Found
 from serve.api.fraud import Fraud
 from serve.api.inventory import Inventory, LowStock, ProductStock, read_id, read_moment
-from serve.http.edges import COOKIE, Asked, Endpoint, Gate, Parameter, authorization
+from serve.http.edges import COOKIE, ApiRequest, Endpoint, Gate, Parameter, authorization
 from serve.http.keys import Keys, Scope
 from serve.http.problems import Problem, bad_field
 from serve.pages import charts, segments
-from serve.pages.segments import Cohort, Rfm
+from serve.pages.segments import Cohort, RfmSegments
 
 DIRECTORY = Path(__file__).parent
 FORM_BYTES = 4_096
@@ -88,7 +88,7 @@ class Asset:
 
 
 @dataclass(frozen=True)
-class Change:
+class AccountChange:
     """A version of an account and what about it differs from the one before; of the first version nothing."""
 
     version: AccountVersion
@@ -130,14 +130,14 @@ def assets(directory: Path) -> dict[str, Asset]:
     return found
 
 
-def changes(history: list[AccountVersion]) -> list[Change]:
+def changes(history: list[AccountVersion]) -> list[AccountChange]:
     """What changed from version to version of each account; the order stays."""
     before: dict[int, AccountVersion] = {}
     found = []
     for version in reversed(history):
         old = before.get(version.user_id)
         differ = [name for name in COMPARED if old is not None and getattr(old, name) != getattr(version, name)]
-        found.append(Change(version, frozenset(differ)))
+        found.append(AccountChange(version, frozenset(differ)))
         before[version.user_id] = version
     return found[::-1]
 
@@ -188,7 +188,7 @@ class Page:
             "path": lambda text: quote(text, safe=":"),
             "percent": percent,
             "quality": quality,
-            "size": size,
+            "size": format_bytes,
         }
         self._templates.globals |= {
             "assets": {name.replace(".", "_"): asset.path for name, asset in self.assets.items()},
@@ -201,11 +201,11 @@ class Page:
 
     # what is shown
 
-    async def overview(self, asked: Asked) -> Response:
+    async def overview(self, asked: ApiRequest) -> Response:
         """GET /"""
         return self._shown(asked, "customers.html", "customers", **await self.gate.run(self._spread))
 
-    async def search(self, asked: Asked) -> Response:
+    async def search(self, asked: ApiRequest) -> Response:
         """POST /customers: a person's page when it is one; who it could be when there are several."""
         form = await _form(asked.request)
         text = form.get("q", "").strip()
@@ -214,7 +214,7 @@ class Page:
             return RedirectResponse(f"/customers/{quote(told, safe=':')}", 303, HEADERS)
         return self._shown(asked, "customers.html", "customers", **told)
 
-    async def of_order(self, asked: Asked) -> Response:
+    async def of_order(self, asked: ApiRequest) -> Response:
         """GET /orders/{order_id}: the page of whoever placed it."""
         order = asked.path["order_id"]
         try:
@@ -226,11 +226,11 @@ class Page:
             raise Problem(404, detail) from None
         return RedirectResponse(f"/customers/{quote(customer.master_user_id, safe=':')}", 303, HEADERS)
 
-    async def customer(self, asked: Asked) -> Response:
+    async def customer(self, asked: ApiRequest) -> Response:
         """GET /customers/{master_user_id}"""
         return await self.gate.run(self._customer, asked)
 
-    async def stock(self, asked: Asked) -> Response:
+    async def stock(self, asked: ApiRequest) -> Response:
         """GET /stock"""
         query = {name: value for name, value in asked.query.items() if value}
         wanted = replace(asked, query=query | {"limit": LOW})
@@ -253,11 +253,11 @@ class Page:
             of=of, low=low, problem=problem, days=self.inventory.days, **names,
         )  # fmt: skip
 
-    async def queue(self, asked: Asked) -> Response:
+    async def queue(self, asked: ApiRequest) -> Response:
         """GET /fraud"""
         return await self.gate.run(self._queue, asked)
 
-    async def freshness(self, asked: Asked) -> Response:
+    async def freshness(self, asked: ApiRequest) -> Response:
         """GET /freshness"""
         at, tables, runs = await self.asking.run(self._tables)
         basis, waiting = None, None
@@ -267,7 +267,7 @@ class Page:
             waiting = problem.detail
         return self._shown(asked, "freshness.html", "freshness", at=at, tables=tables, runs=runs, basis=basis, waiting=waiting)
 
-    async def sign_in(self, asked: Asked) -> Response:
+    async def sign_in(self, asked: ApiRequest) -> Response:
         """POST /sign-in: the key goes into a cookie."""
         form = await _form(asked.request)
         key, to = form.get("key", "").strip(), own_path(form.get("next", "/"))
@@ -280,13 +280,13 @@ class Page:
         response.set_cookie(COOKIE, key, httponly=True, samesite="strict", secure=asked.request.url.scheme == "https")
         return response
 
-    async def sign_out(self, asked: Asked) -> Response:
+    async def sign_out(self, asked: ApiRequest) -> Response:
         """POST /sign-out: the cookie is taken back."""
         response = RedirectResponse("/", 303, HEADERS)
         response.delete_cookie(COOKIE, httponly=True, samesite="strict")
         return response
 
-    async def static(self, asked: Asked) -> Response:
+    async def static(self, asked: ApiRequest) -> Response:
         """GET /static/{name}"""
         asset = self._by_path.get(f"/static/{asked.path['name']}")
         if asset is None:
@@ -303,7 +303,7 @@ class Page:
     def _spread(self) -> dict[str, Any]:
         people = self._all(CUSTOMER_360, segments.RFM_READS)
         retention = self._all(COHORT_RETENTION, segments.RETENTION_READS)
-        spread: Rfm = segments.rfm(people, datetime.now(UTC))
+        spread: RfmSegments = segments.rfm(people, datetime.now(UTC))
         cohorts: list[Cohort] = segments.cohorts(retention)
         return {
             "q": "",
@@ -351,7 +351,7 @@ class Page:
             return next(iter(people))
         return told | {"people": list(people.values()), "total": max(total, len(people))}
 
-    def _customer(self, asked: Asked) -> Response:
+    def _customer(self, asked: ApiRequest) -> Response:
         limit = asked.query.get("limit", 100)
         one = self.customers.named(asked.path["master_user_id"], limit)
         every = charts.groups(one.links)
@@ -363,7 +363,7 @@ class Page:
             band=segments.recency_band(recency) if recency is not None else None, limit=limit,
         )  # fmt: skip
 
-    def _queue(self, asked: Asked) -> Response:
+    def _queue(self, asked: ApiRequest) -> Response:
         scored = self.fraud.answers()
         waiting = [found for found in scored if found[1].decision != "approve"]
         waiting.sort(key=lambda found: (-found[1].score, found[0]))
@@ -400,7 +400,7 @@ class Page:
             return False
         return True
 
-    def _shown(self, asked: Asked, template: str, tab: str, status: int = 200, **told: Any) -> Response:
+    def _shown(self, asked: ApiRequest, template: str, tab: str, status: int = 200, **told: Any) -> Response:
         return self._made(asked.request, template, tab, status, {}, **told)
 
     def _made(self, request: Request, template: str, tab: str, status: int, headers: Mapping[str, str], **told: Any) -> Response:
@@ -436,7 +436,7 @@ class Page:
         )
 
     def _endpoint(
-        self, method: str, path: str, handler: Callable[[Asked], Awaitable[Response]], scope: Scope | None,
+        self, method: str, path: str, handler: Callable[[ApiRequest], Awaitable[Response]], scope: Scope | None,
         parameters: tuple[Parameter, ...] = (), keyed: bool = False,
     ) -> Endpoint:  # fmt: skip
         name, doc = f"page_{handler.__name__}", (handler.__doc__ or "").strip()

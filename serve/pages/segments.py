@@ -18,7 +18,7 @@ RETENTION_READS = ("cohort_month", "months_since", "customers", "active_customer
 
 
 @dataclass(frozen=True)
-class Rfm:
+class RfmSegments:
     """How many customers with a purchase are in each cell; a cell that is not there has none.
 
     recency    by (recency band, frequency score)
@@ -46,7 +46,7 @@ def recency_band(days: float) -> int:
     return bisect_right(RECENCY_BINS, int(days)) + 1
 
 
-def rfm(customers: pl.DataFrame, now: datetime) -> Rfm:
+def rfm(customers: pl.DataFrame, now: datetime) -> RfmSegments:
     """The grid, from rows of gold.customer_360 (RFM_READS)."""
     bought = customers.filter(pl.col("frequency_score").is_not_null())
     days = (pl.lit(now).dt.cast_time_unit("us") - pl.col("last_order_at")).dt.total_days().clip(lower_bound=0)
@@ -58,7 +58,7 @@ def rfm(customers: pl.DataFrame, now: datetime) -> Rfm:
         found = counted.group_by(rows, "frequency_score").len()
         return {(row, column): count for row, column, count in found.iter_rows()}
 
-    return Rfm(cells("recency_band"), cells("monetary_score"), bought.height, customers.height - bought.height)
+    return RfmSegments(cells("recency_band"), cells("monetary_score"), bought.height, customers.height - bought.height)
 
 
 def cohorts(rows: pl.DataFrame) -> list[Cohort]:

@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from lakehouse.engine.engine import Upstream
+from lakehouse.engine.engine import UpstreamTable
 from lakehouse.errors import ShopSphereError
-from lakehouse.iceberg.table_handle import DATA_SEQUENCE, POSITIONS, Handle, Lake
-from lakehouse.step import Gather
+from lakehouse.iceberg.table_handle import DATA_SEQUENCE, POSITIONS, Lake, TableHandle
+from lakehouse.step import Grouped
 from lakehouse.table import GROUP_HASH, Table
 from pipelines.bronze.tables import EVENTS
 from pipelines.gold.inventory_health import INVENTORY_HEALTH
@@ -53,7 +53,7 @@ class Base:
     snapshots: Mapping[str, int]
     offsets: Mapping[str, int]
     stock: pl.DataFrame
-    events: Upstream
+    events: UpstreamTable
     known: npt.NDArray[np.int32]
     incoming: pl.DataFrame
     at: datetime | None
@@ -62,17 +62,17 @@ class Base:
 
 
 @dataclass(frozen=True)
-class At:
+class TableAsOf:
     """A table as of one of its snapshots; None: it was empty."""
 
-    handle: Handle
+    handle: TableHandle
     snapshot_id: int | None
 
     @property
-    def upstream(self) -> Upstream:
+    def upstream(self) -> UpstreamTable:
         """Its rows."""
         files = self.handle.files(snapshot_id=self.snapshot_id) if self.snapshot_id is not None else []
-        return Upstream(self.handle.table, self.handle.reader, tuple(files))
+        return UpstreamTable(self.handle.table, self.handle.reader, tuple(files))
 
     @property
     def positions(self) -> dict[str, Any]:
@@ -81,11 +81,11 @@ class At:
         found: dict[str, Any] = json.loads(told or "{}")
         return found
 
-    def above(self, lake: Lake, table: Table) -> At:
+    def above(self, lake: Lake, table: Table) -> TableAsOf:
         """The upstream table as this snapshot had read it. Raises StateError when that snapshot is gone."""
         handle, position = lake.load(table), self.positions.get(table.name)
         if position is None or position["sequence"] == 0:
-            return At(handle, None)
+            return TableAsOf(handle, None)
         metadata = handle.loaded.metadata
         wanted = str(position["sequence"])
         same = [one for one in metadata.snapshots if handle.summary(DATA_SEQUENCE, one.snapshot_id) == wanted]
@@ -94,23 +94,23 @@ class At:
                 f"The snapshot of {table.name} that {self.handle.table.name} was made from is not there any more. "
                 "Bring the tables up to date: python -m app run."
             )
-        return At(handle, max(same, key=lambda one: one.sequence_number or 0).snapshot_id)
+        return TableAsOf(handle, max(same, key=lambda one: one.sequence_number or 0).snapshot_id)
 
 
-def current(lake: Lake, table: Table) -> At:
+def current(lake: Lake, table: Table) -> TableAsOf:
     """A table as it is now."""
     handle = lake.load(table)
-    return At(handle, handle.snapshot.snapshot_id if handle.snapshot else None)
+    return TableAsOf(handle, handle.snapshot.snapshot_id if handle.snapshot else None)
 
 
 @dataclass(frozen=True)
-class Chain:
+class SnapshotChain:
     """The tables from figures to topics, each as the one before it had read it."""
 
-    health: At
-    ledger: At
-    events: At
-    bronze: At
+    health: TableAsOf
+    ledger: TableAsOf
+    events: TableAsOf
+    bronze: TableAsOf
 
     @property
     def snapshots(self) -> dict[str, int]:
@@ -139,19 +139,19 @@ class Chain:
         return read if isinstance(read, dict) else {}
 
 
-def newest_chain(lake: Lake) -> Chain:
+def newest_chain(lake: Lake) -> SnapshotChain:
     """What the next base would be made of: cheap, reads no rows. Raises StateError."""
     health = current(lake, INVENTORY_HEALTH)
     ledger = health.above(lake, INVENTORY_SNAPSHOTS)
     events = ledger.above(lake, EVENTS_CLEAN)
-    return Chain(health, ledger, events, events.above(lake, EVENTS))
+    return SnapshotChain(health, ledger, events, events.above(lake, EVENTS))
 
 
-def open_base(chain: Chain) -> Base:
+def open_base(chain: SnapshotChain) -> Base:
     """Read a consistent snapshot."""
     read, bronze = chain.events.upstream, chain.bronze
     gathered = LEDGER.reads["events"]
-    assert isinstance(gathered, Gather)
+    assert isinstance(gathered, Grouped)
     hashes = read.read([GROUP_HASH])[GROUP_HASH].to_numpy() if read.files else np.empty(0, np.int32)
     taken = bronze.handle.loaded.metadata.snapshot_by_id(bronze.snapshot_id) if bronze.snapshot_id is not None else None
     return Base(

@@ -16,7 +16,7 @@ from lakehouse.errors import ShopSphereError
 from ml.features.features import FEATURE_NAMES
 from ml.features.online import Value
 from ml.forest import Floats, Forest, forest_of
-from ml.registry import CHALLENGER, CHAMPION, Loaded, Registry
+from ml.registry import CHALLENGER, CHAMPION, LoadedModel, Registry
 from ml.training.training import FittedModel, TrainingError
 
 logger = logging.getLogger("shopsphere.serve")
@@ -31,13 +31,13 @@ class Scorer:
     codes   by the place of a category: what the model calls its values
     """
 
-    loaded: Loaded
+    loaded: LoadedModel
     forest: Forest | None
     places: npt.NDArray[np.int64]
     codes: Mapping[int, Mapping[Value, float]]
 
     @staticmethod
-    def of(loaded: Loaded) -> Scorer:
+    def of(loaded: LoadedModel) -> Scorer:
         """Make a version ready. The model's features are among FEATURES."""
         model = loaded.model
         places = [FEATURE_NAMES.index(name) for name in model.features]

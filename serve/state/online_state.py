@@ -14,14 +14,13 @@ from polars.exceptions import PanicException
 
 from lakehouse.errors import ShopSphereError
 from lakehouse.iceberg.table_handle import Lake
-from lakehouse.settings import Settings
-from lakehouse.step import Context
 from pipelines.privacy.anonymise import Anonymiser
 from pipelines.privacy.suppression import load_suppression, newest_erasure
+from pipelines.settings import BusinessSettings, Settings
 from serve.settings import ServeSettings
 from serve.state.lake_snapshot import StateError, newest_chain, open_base
 from serve.state.stock import Pair
-from serve.state.topic_follower import Line
+from serve.state.topic_follower import TopicFollower
 
 logger = logging.getLogger("shopsphere.serve")
 
@@ -58,17 +57,19 @@ class Subscriber:
         self.woken.set()
 
 
-class State:
+class OnlineState:
     """Follows the topics from the newest snapshot, and changes to a newer one's line when that has come as far.
 
     on_line(line) is called, in the state's own thread, before a line begins to answer.
     """
 
-    def __init__(self, settings: Settings, serving: ServeSettings, context: Context, on_line: Callable[[Line], None]) -> None:
+    def __init__(
+        self, settings: Settings, serving: ServeSettings, context: BusinessSettings, on_line: Callable[[TopicFollower], None]
+    ) -> None:
         self.settings, self.serving, self.context = settings, serving, context
         self.error: str | None = None
         self.ready = threading.Event()
-        self._line: Line | None = None
+        self._line: TopicFollower | None = None
         self._erased: int | None = None
         self._on_line = on_line
         self._subscribers: set[Subscriber] = set()
@@ -92,13 +93,13 @@ class State:
         return self._thread.ident is None or self._thread.is_alive()
 
     @property
-    def line(self) -> Line:
+    def line(self) -> TopicFollower:
         """The line that answers. Raises StateError while there is none."""
         if self._line is None:
             raise StateError(self.error or "The state is being read.")
         return self._line
 
-    def freshness(self, line: Line) -> Freshness:
+    def freshness(self, line: TopicFollower) -> Freshness:
         """What an answer from this line is based on, now."""
         fresh = line.fresh_at
         return Freshness(fresh, dict(line.offsets), line.base.snapshots, max(0, round((time.time() - fresh) * 1000)))
@@ -123,7 +124,7 @@ class State:
         """Hear no more."""
         self._subscribers.discard(subscriber)
 
-    def _tell(self, line: Line, pairs: set[Pair]) -> None:
+    def _tell(self, line: TopicFollower, pairs: set[Pair]) -> None:
         if line is self._line and pairs:
             for subscriber in tuple(self._subscribers):
                 subscriber.tell(pairs)
@@ -152,7 +153,9 @@ class State:
             return
         suppression = load_suppression(lake)
         anonymiser = Anonymiser(suppression) if suppression is not None else None
-        line = Line(open_base(chain), self.settings.kafka, self.context, self.serving.probe_seconds, self._tell, anonymiser)
+        line = TopicFollower(
+            open_base(chain), self.settings.kafka, self.context, self.serving.probe_seconds, self._tell, anonymiser
+        )
         line.start()
         began = time.monotonic()
         while not line.caught_up.wait(0.05):
@@ -175,7 +178,7 @@ class State:
             old.stop()
 
 
-def _differences(old: Line, new: Line) -> set[Pair]:
+def _differences(old: TopicFollower, new: TopicFollower) -> set[Pair]:
     before: dict[Pair, Any] = dict(old.stock)
     now = dict(new.stock)
     return {pair for pair in before.keys() | now.keys() if before.get(pair) != now.get(pair)}

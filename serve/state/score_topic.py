@@ -21,8 +21,8 @@ from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
 
 from lakehouse.errors import ShopSphereError
-from lakehouse.settings import KafkaSettings
 from ml.evaluation.served_scores import ORDER_SCORED
+from pipelines.settings import KafkaSettings
 from pipelines.sources.kafka.source import open_consumer
 from serve.http.edges import UNKEPT
 

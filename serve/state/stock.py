@@ -17,9 +17,9 @@ import numpy as np
 import polars as pl
 
 from lakehouse.iceberg.table_handle import group_hash, polars_schema
-from lakehouse.step import Context
 from lakehouse.table import GROUP_HASH
 from ml.tables.order_features import EVENT_READS, account_events
+from pipelines.settings import BusinessSettings
 from pipelines.silver import events_clean, inventory_snapshots
 from pipelines.silver.events_clean import EVENTS_CLEAN, STOCK_EVENTS
 from pipelines.silver.inventory_snapshots import EVENT_COLUMNS, FIGURES, GROUP, INVENTORY_SNAPSHOTS, ORDER
@@ -36,7 +36,7 @@ CHUNKS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class StockFigures:
     """A product in a store after its last event. Units; the names are those of silver.inventory_snapshots.
 
     daily_sales is the snapshot's (gold.inventory_health): a rate over weeks, which a few events do not change.
@@ -67,7 +67,7 @@ class AccountEvent(NamedTuple):
     at: int
 
 
-class Stock:
+class StockState:
     """Figures of all stores and products. One thread applies events, any may look.
 
     by_product   product -> store -> figures
@@ -77,11 +77,11 @@ class Stock:
     repeated     events that came again or late, and had a history computed anew
     """
 
-    def __init__(self, base: Base, context: Context) -> None:
+    def __init__(self, base: Base, context: BusinessSettings) -> None:
         self.base, self.context = base, context
-        self.by_product: dict[str, dict[str, Figures]] = {}
+        self.by_product: dict[str, dict[str, StockFigures]] = {}
         for store, product, *figures in base.stock.select(*STOCK, "last_event_at").iter_rows():
-            self.by_product.setdefault(product, {})[store] = Figures(*figures)
+            self.by_product.setdefault(product, {})[store] = StockFigures(*figures)
         self.later = pl.DataFrame(schema=EVENT_TYPES)
         self.account_events: list[AccountEvent] = []
         self._ids: set[str] = set()
@@ -91,12 +91,12 @@ class Stock:
     def __len__(self) -> int:
         return sum(map(len, self.by_product.values()))
 
-    def __iter__(self) -> Iterator[tuple[Pair, Figures]]:
+    def __iter__(self) -> Iterator[tuple[Pair, StockFigures]]:
         for product, stores in list(self.by_product.items()):
             for store, figures in list(stores.items()):
                 yield (store, product), figures
 
-    def of(self, store: str, product: str) -> Figures | None:
+    def of(self, store: str, product: str) -> StockFigures | None:
         """The figures of a product in a store; None where no event ever was."""
         return self.by_product.get(product, {}).get(store)
 
@@ -104,7 +104,7 @@ class Stock:
         """Take in messages as bronze has them. Gives the stores and products whose figures changed."""
         parsed = events_clean.parse_events(bronze)
         self.rejected += parsed.rejected.height if parsed.rejected is not None else 0
-        return self._take(events_clean.fill({"events": parsed.rows}, self.context))
+        return self._take(events_clean.transform({"events": parsed.rows}, self.context))
 
     def _take(self, rows: pl.DataFrame) -> set[Pair]:
         if rows.is_empty():
@@ -146,7 +146,7 @@ class Stock:
         if maybe.is_empty():
             return rows, rows.clear(), rows.clear()
         former = self._known_as(maybe, hashes[stored])
-        winners = events_clean.fill({"events": maybe, "old": former}, self.context).select(rows.columns)
+        winners = events_clean.transform({"events": maybe, "old": former}, self.context).select(rows.columns)
         corrected = winners.filter(pl.col("event_id").is_in(former["event_id"].implode())).join(
             former, on=rows.columns, how="anti", nulls_equal=True
         )
@@ -179,7 +179,7 @@ class Stock:
         lately = self.later.filter(pl.col("event_type") == "stock_incoming").select(EVENT_COLUMNS)
         events = pl.concat([fresh.select(EVENT_COLUMNS), announced, lately.join(groups, on=GROUP, how="semi")])
         frames = {"events": events, "groups": groups, "opening": opening}
-        return self._replace(inventory_snapshots.fill(frames, self.context), set(since))
+        return self._replace(inventory_snapshots.transform(frames, self.context), set(since))
 
     def history(self, pairs: Iterable[Pair] = (), product: str = "") -> pl.DataFrame:
         """The ledger of stores and products (or of a product in all stores) with everything that is known now."""
@@ -196,7 +196,7 @@ class Stock:
             both = pl.concat([events.select(GROUP), events.select(store_id="to_store_id", product_id="product_id")])
             wanted = both.drop_nulls().unique()
         groups = wanted.with_columns(since=pl.lit(None, pl.Datetime("us", "UTC")))
-        return inventory_snapshots.fill({"events": events, "groups": groups}, self.context).cast(pl.Schema(LEDGER_TYPES))
+        return inventory_snapshots.transform({"events": events, "groups": groups}, self.context).cast(pl.Schema(LEDGER_TYPES))
 
     def _replace(self, ledger: pl.DataFrame, pairs: set[Pair]) -> set[Pair]:
         """Take over the last row of each pair. Gives those whose figures changed."""
@@ -206,7 +206,7 @@ class Stock:
         for store, product, on_hand, reserved, incoming, safety, available, moment in rows.iter_rows():
             before = self.of(store, product)
             rate = before.daily_sales if before else None
-            now = Figures(on_hand, reserved, incoming, safety, available, rate, moment)
+            now = StockFigures(on_hand, reserved, incoming, safety, available, rate, moment)
             pairs.discard((store, product))
             if now != before:
                 self.by_product.setdefault(product, {})[store] = now

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 import polars as pl
 
-from lakehouse.engine.engine import Upstream
+from lakehouse.engine.engine import UpstreamTable
 from lakehouse.iceberg.table_handle import Lake
 from lakehouse.table import Table
 
@@ -19,7 +19,7 @@ from lakehouse.table import Table
 class Snapshot:
     """A table as of its newest snapshot; snapshot_id and at are None for an empty one."""
 
-    rows: Upstream
+    rows: UpstreamTable
     snapshot_id: int | None
     at: datetime | None
 
@@ -28,7 +28,7 @@ class Snapshot:
         return self.rows.read(columns or self.rows.table.schema.names, predicate)
 
 
-class Snapshots:
+class TableCache:
     """Hands out snapshots. Any thread may ask."""
 
     def __init__(self, lake: Lake, seconds: float = 1.0) -> None:
@@ -49,7 +49,7 @@ class Snapshots:
                 found = kept[1]
             else:
                 found = Snapshot(
-                    Upstream(table, handle.reader, tuple(handle.files())),
+                    UpstreamTable(table, handle.reader, tuple(handle.files())),
                     current.snapshot_id if current else None,
                     datetime.fromtimestamp(current.timestamp_ms / 1000, UTC) if current else None,
                 )

@@ -13,14 +13,13 @@ import polars as pl
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
 from polars.exceptions import PanicException
 
-from lakehouse.errors import OffsetGone, SourceError
-from lakehouse.settings import KafkaSettings
-from lakehouse.step import Context
+from lakehouse.errors import OffsetExpired, SourceError
 from pipelines.bronze.tables import EVENTS
 from pipelines.privacy.anonymise import Anonymiser
+from pipelines.settings import BusinessSettings, KafkaSettings
 from pipelines.sources.kafka.source import PASSING, bronze_rows, check_ids, open_consumer, topic_ids
 from serve.state.lake_snapshot import Base, StateError
-from serve.state.stock import Pair, Stock
+from serve.state.stock import Pair, StockState
 
 logger = logging.getLogger("shopsphere.serve")
 
@@ -32,10 +31,10 @@ LOOK_SECONDS = 10.0
 """Pause between two looks for new partitions, and for topics that were created anew."""
 GONE = (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE)
 
-Changed = Callable[["Line", set[Pair]], None]
+Changed = Callable[["TopicFollower", set[Pair]], None]
 
 
-class Line:
+class TopicFollower:
     """The state that follows from one snapshot, kept up to date until `stop`.
 
     offsets    by 'topic:partition' the first offset that `stock` does not contain yet
@@ -48,13 +47,13 @@ class Line:
         self,
         base: Base,
         kafka: KafkaSettings,
-        context: Context,
+        context: BusinessSettings,
         probe_seconds: float,
         changed: Changed,
         anonymiser: Anonymiser | None = None,
     ) -> None:
         self.anonymiser = anonymiser
-        self.base, self.stock = base, Stock(base, context)
+        self.base, self.stock = base, StockState(base, context)
         self.offsets = {name: at for name, at in base.offsets.items() if name.rpartition(":")[0] in kafka.topics}
         self.fresh_at = _unix(base.at)
         self.caught_up = threading.Event()
@@ -182,7 +181,7 @@ class Line:
             return True
         try:
             check_ids(known, topic_ids(self._kafka))
-        except OffsetGone as error:
+        except OffsetExpired as error:
             self.error = StateError(str(error))
             self._stopping.set()
             return False

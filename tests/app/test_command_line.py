@@ -26,9 +26,9 @@ from app import sandbox
 from app.cli.main import main
 from lakehouse.engine.engine import Engine
 from lakehouse.errors import CommitConflict
-from lakehouse.iceberg.table_handle import Handle, Lake
-from lakehouse.settings import load_settings
+from lakehouse.iceberg.table_handle import Lake, TableHandle
 from pipelines.bronze.tables import EVENTS
+from pipelines.settings import load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -395,14 +395,14 @@ def test_a_correction_that_meets_another_writer_is_tried_again(cli, home, monkey
     (line,) = from_json(cli("sql", query.replace("original LIKE", "original::VARCHAR LIKE"), "--json")[1])
     good = {"event_id": "broken-2", "event_type": "click", "timestamp": "2026-01-02T10:00:00Z"}
     (home / "fix.jsonl").write_text(json.dumps({**line, "value": json.dumps(good)}))
-    commit, met = Handle.commit, []
+    commit, met = TableHandle.commit, []
 
     def late(self, *arguments, **options):
         if self.table.name == "bronze.bronze_kafka__events" and not met:
             met.append(commit(Lake(load_settings()).load(self.table), positions=self.positions))
         return commit(self, *arguments, **options)
 
-    monkeypatch.setattr(Handle, "commit", late)
+    monkeypatch.setattr(TableHandle, "commit", late)
     code, out, err = cli("replay", "--fix", str(home / "fix.jsonl"), "--json")
     assert code == 0, err
     assert met

@@ -11,7 +11,7 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from app.demo.answers import ANSWERS, BEST_CUSTOMERS, LAPSING, RETENTION, REVENUE, STOCK_LEAKS, Answer
+from app.demo.answers import ANSWERS, BEST_CUSTOMERS, LAPSING, RETENTION, REVENUE, STOCK_LEAKS, BusinessQuestion
 from lakehouse.table import Table
 from pipelines.gold.cohort_retention import COHORT_RETENTION
 from pipelines.gold.customer_360 import CUSTOMER_360
@@ -42,7 +42,7 @@ class Lake:
         self.connection.execute(f"CREATE OR REPLACE TABLE {table.name} AS SELECT * FROM rows")
         self.connection.unregister("rows")
 
-    def ask(self, answer: Answer) -> list[dict[str, Any]]:
+    def ask(self, answer: BusinessQuestion) -> list[dict[str, Any]]:
         """The rows of an answer."""
         cursor = self.connection.execute(answer.sql)
         names = [item[0] for item in cursor.description or ()]
@@ -57,7 +57,7 @@ def lake() -> Iterator[Lake]:
 
 
 @pytest.mark.parametrize("answer", ANSWERS, ids=lambda answer: answer.title)
-def test_answers_need_no_rows(lake: Lake, answer: Answer) -> None:
+def test_answers_need_no_rows(lake: Lake, answer: BusinessQuestion) -> None:
     assert lake.ask(answer) == []
     assert answer.title.endswith("?")
     assert answer.reading.endswith(".")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from app.cli.model_commands import register
 from lakehouse.errors import ShopSphereError
 from ml.evaluation.drift import MonitorError
-from ml.features.features import FEATURES, ORDER_COLUMNS, History, compute
+from ml.features.features import FEATURES, ORDER_COLUMNS, OrderHistory, compute
 from ml.features.leak_check import changed, differing
 from ml.registry import RegistryError
 
@@ -72,7 +72,7 @@ def test_the_leak_check_sees_a_leak_and_only_a_leak() -> None:
         }
     )
     moment = begin + timedelta(days=59, hours=1)
-    history = History(orders=compute_ready(rows))
+    history = OrderHistory(orders=compute_ready(rows))
     asked = rows.filter(pl.col("placed_at") <= moment).tail(20)
     now, then = compute(asked, history), compute(asked, changed(history, moment, 7))
     assert differing(now, then) == []

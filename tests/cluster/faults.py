@@ -115,7 +115,7 @@ class Shop:
         addresses = self.running
         assert addresses is not None
         create_sources(addresses)
-        filling.fill(addresses, sandbox_directory(self.home), orders, seed, "USD", None)
+        filling.transform(addresses, sandbox_directory(self.home), orders, seed, "USD", None)
         sandbox.write_settings(self.home, addresses, "USD")
 
     def go_on(self, orders: int) -> None:

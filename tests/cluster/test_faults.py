@@ -23,7 +23,7 @@ from support.waiting import eventually, free_port, missing, wait_for
 import pipelines
 from app import sandbox
 from lakehouse.iceberg.table_handle import Lake
-from lakehouse.settings import load_settings
+from pipelines.settings import load_settings
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3000)]
 

@@ -15,8 +15,8 @@ from pyarrow.fs import FileSelector, FileType, LocalFileSystem
 
 from lakehouse.byte_search import Needles, search_bytes, search_files
 from lakehouse.iceberg.table_handle import Lake
-from lakehouse.settings import Settings
 from lakehouse.table import Table, column
+from pipelines.settings import Settings
 
 
 def zstd(content: bytes) -> bytes:

@@ -10,7 +10,7 @@ from support.shop_history import make_engine
 
 from lakehouse.errors import CatalogUnreachable, CommitConflict, ShopSphereError
 from pipelines.gold.dim_stores import DIM_STORES
-from pipelines.runner import run_pass
+from pipelines.runner import run_once
 
 
 def saying(monkeypatch, catalog, method: str, error: Exception, *, arrives: bool = True) -> None:
@@ -56,6 +56,6 @@ def test_a_pass_ends_at_a_catalog_that_does_not_answer(tmp_path, monkeypatch):
         part = getattr(engine.lake.settings, source).model_copy(update={"enabled": False})
         engine.lake.settings = engine.lake.settings.model_copy(update={source: part})
     saying(monkeypatch, engine.lake.catalog, "load_table", NoConnection("http://me:pw@host"), arrives=False)
-    done = run_pass(engine, lambda name, report: None)
+    done = run_once(engine, lambda name, report: None)
     assert [type(error) for error in done.errors] == [CatalogUnreachable]
     assert "pw" not in str(done.errors[0])

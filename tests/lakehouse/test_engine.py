@@ -22,12 +22,13 @@ from lakehouse.digest import digest
 from lakehouse.engine.engine import Engine
 from lakehouse.errors import CommitConflict, QueryError, ShopSphereError
 from lakehouse.iceberg.maintenance import compact, delete_orphans, expire
-from lakehouse.iceberg.table_handle import Handle, Lake, as_arrow, group_hash
-from lakehouse.parallel import Pool
+from lakehouse.iceberg.table_handle import Lake, TableHandle, as_arrow, group_hash
+from lakehouse.parallel import TaskPool
 from lakehouse.query import query
-from lakehouse.settings import RaySettings, Settings
-from lakehouse.step import Changes, Context, Gather, Parsed, Step, Whole
+from lakehouse.settings import RaySettings
+from lakehouse.step import Broadcast, Delta, Grouped, Parsed, Step
 from lakehouse.table import TIMESTAMP, Table, column, year
+from pipelines.settings import BusinessSettings, Settings
 
 BRONZE = Table(
     "bronze.accounts",
@@ -56,7 +57,7 @@ ACCOUNTS = Table(
         column("rated", pa.int64(), "amount * rate"),
     ),
     key=("id",),
-    traced=("city",),
+    tracked=("city",),
 )
 CITIES = Table(
     "gold.cities",
@@ -74,7 +75,7 @@ EVENTS = Table(
         column("at", TIMESTAMP, "moment"),
     ),
     key=("id",),
-    traced=("city", "at"),
+    tracked=("city", "at"),
 )
 LEDGER = Table(
     "silver.ledger",
@@ -149,16 +150,16 @@ STEPS = (
     Step(
         ACCOUNTS,
         {
-            "rows": Gather(BRONZE, ((pl.col("id"),),)),
-            "rates": Whole(RATES, touch=lambda new: pl.col("city").is_in(new["city"].implode()), touch_columns=("city",)),
+            "rows": Grouped(BRONZE, ((pl.col("id"),),)),
+            "rates": Broadcast(RATES, affects=lambda new: pl.col("city").is_in(new["city"].implode())),
         },
         fill_accounts,
     ),
-    Step(CITIES, {"accounts": Gather(ACCOUNTS, ((pl.col("city"),),))}, fill_cities),
-    Step(EVENTS, {"new": Changes(BRONZE, parse_events)}, fill_events),
+    Step(CITIES, {"accounts": Grouped(ACCOUNTS, ((pl.col("city"),),))}, fill_cities),
+    Step(EVENTS, {"new": Delta(BRONZE, parse_events)}, fill_events),
     Step(
         LEDGER,
-        {"events": Gather(EVENTS, ((pl.col("city"),),), columns=("city", "at", "id", "amount"))},
+        {"events": Grouped(EVENTS, ((pl.col("city"),),), columns=("city", "at", "id", "amount"))},
         fill_ledger,
         ordered_by="at",
     ),
@@ -169,7 +170,7 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 def make_engine(home: Path, **ray) -> Engine:
     options = {"inline_rows": 10**9, **ray}
     configured = Settings(home=home, ray=RaySettings(**options))
-    return Engine(Lake(configured), Pool(configured.ray), Context(), QUARANTINE)
+    return Engine(Lake(configured), TaskPool(configured.ray), BusinessSettings(), QUARANTINE)
 
 
 def bronze_rows(rows: list[tuple]) -> pl.DataFrame:
@@ -191,7 +192,7 @@ def bronze_rows(rows: list[tuple]) -> pl.DataFrame:
 
 
 def append(engine: Engine, rows: pl.DataFrame, table: Table = BRONZE) -> None:
-    handle: Handle = engine.lake.load(table)
+    handle: TableHandle = engine.lake.load(table)
     sequence = handle.sequence
     columns = as_arrow(
         rows.with_columns(pl.lit(sequence).alias("_seq"), pl.lit(0).alias("_group_hash"), pl.lit(False).alias("_deleted")),
@@ -204,7 +205,7 @@ def set_rates(engine: Engine, rates: dict[str, int]) -> None:
     table = Table("bronze.rates", "rates", (column("city", pa.string(), "c"), column("rate", pa.int64(), "r")))
     append(engine, pl.DataFrame({"city": list(rates), "rate": list(rates.values())}), table)
     step = Step(
-        RATES, {"rows": Gather(table, ((pl.col("city"),),))}, lambda f, c: f["rows"].group_by("city").agg(pl.col("rate").max())
+        RATES, {"rows": Grouped(table, ((pl.col("city"),),))}, lambda f, c: f["rows"].group_by("city").agg(pl.col("rate").max())
     )
     engine.refresh(step)
 
@@ -328,7 +329,7 @@ def test_a_rejected_row_is_judged_with_its_position_alone(tmp_path):
         return parse_events(rows)
 
     append(engine, bronze_rows([(n, n, "x", n % 2, 0, "c") for n in range(200)]))
-    engine.refresh(replace(STEPS[2], reads={"new": Changes(BRONZE, counting)}))
+    engine.refresh(replace(STEPS[2], reads={"new": Delta(BRONZE, counting)}))
     assert engine.lake.load(QUARANTINE).read(["source_position"]).height == 100
     assert len(calls) <= 4
 
@@ -376,7 +377,7 @@ def test_a_rebuild_keeps_nothing_of_what_was_there(tmp_path):
     def stricter(rows: pl.DataFrame) -> Parsed:
         return parse_events(rows.filter(pl.col("city") != "y"))
 
-    engine.refresh(replace(STEPS[2], reads={"new": Changes(BRONZE, stricter)}), rebuild=True)
+    engine.refresh(replace(STEPS[2], reads={"new": Delta(BRONZE, stricter)}), rebuild=True)
     assert engine.lake.load(EVENTS).read(["id"]).rows() == [(1,)]
 
 
@@ -400,11 +401,12 @@ def test_a_setting_that_shapes_results_recomputes_everything(tmp_path):
     engine = make_engine(tmp_path)
     append(engine, bronze_rows([(0, 1, "x", 5, 0, "c")]))
     step = replace(
-        STEPS[0], fill=lambda frames, context: fill_accounts(frames, context).with_columns(city=pl.lit(context.base_currency))
+        STEPS[0],
+        transform=lambda frames, context: fill_accounts(frames, context).with_columns(city=pl.lit(context.base_currency)),
     )
     engine.refresh(step)
     assert engine.refresh(step).status == "unchanged"
-    engine.context = Context(base_currency="EUR")
+    engine.context = BusinessSettings(base_currency="EUR")
     assert engine.refresh(step).rows_written > 0
     assert engine.lake.load(ACCOUNTS).read(["city"]).rows() == [("EUR",)]
     assert engine.refresh(step).status == "unchanged"
@@ -415,7 +417,7 @@ def test_a_column_added_to_a_declaration_is_filled(tmp_path):
     append(engine, bronze_rows([(0, 1, "x", 5, 0, "c")]))
     engine.refresh(STEPS[0])
     wider = replace(ACCOUNTS, columns=(*ACCOUNTS.columns, column("twice", pa.int64(), "amount * 2")))
-    step = replace(STEPS[0], target=wider, fill=lambda f, c: fill_accounts(f, c).with_columns(twice=pl.col("amount") * 2))
+    step = replace(STEPS[0], target=wider, transform=lambda f, c: fill_accounts(f, c).with_columns(twice=pl.col("amount") * 2))
     engine.refresh(step)
     assert engine.lake.load(wider).read(["id", "twice"]).rows() == [(1, 10)]
 
@@ -428,8 +430,8 @@ def test_another_group_in_a_declaration_doubles_no_row(tmp_path, rows_per_task):
     step = replace(
         STEPS[2],
         target=replace(EVENTS, group=("id", "city")),
-        reads={"new": Gather(BRONZE, ((pl.col("id"), pl.col("city")),))},
-        fill=lambda frames, context: newest(frames["new"]).select("id", "city", "amount", "at"),
+        reads={"new": Grouped(BRONZE, ((pl.col("id"), pl.col("city")),))},
+        transform=lambda frames, context: newest(frames["new"]).select("id", "city", "amount", "at"),
     )
     engine.refresh(step)
     append(engine, bronze_rows([(20 + n, n, "xyz"[n % 3], 7, 0, "u") for n in range(9)]))
@@ -466,21 +468,21 @@ def test_another_type_of_a_declared_column(tmp_path, before, type_, made_anew):
 
 def test_a_key_of_fewer_columns_in_a_declaration(tmp_path):
     engine = make_engine(tmp_path)
-    fine = replace(EVENTS, key=("id", "city"), group=("id", "city"), traced=())
+    fine = replace(EVENTS, key=("id", "city"), group=("id", "city"), tracked=())
     append(engine, bronze_rows([(0, 1, "x", 5, 0, "c"), (1, 1, "y", 5, 0, "u"), (2, 2, "x", 5, 0, "c")]))
 
     def fill_fine(frames, context):
         return frames["new"].select("id", "city", "amount", "at").unique(["id", "city"])
 
     engine.refresh(
-        replace(STEPS[2], target=fine, reads={"new": Gather(BRONZE, ((pl.col("id"), pl.col("city")),))}, fill=fill_fine)
+        replace(STEPS[2], target=fine, reads={"new": Grouped(BRONZE, ((pl.col("id"), pl.col("city")),))}, transform=fill_fine)
     )
     assert engine.lake.load(fine).read(["id"]).height == 3
     step = replace(
         STEPS[2],
-        target=replace(EVENTS, traced=()),
-        reads={"new": Gather(BRONZE, ((pl.col("id"),),))},
-        fill=lambda frames, context: newest(frames["new"]).select("id", "city", "amount", "at"),
+        target=replace(EVENTS, tracked=()),
+        reads={"new": Grouped(BRONZE, ((pl.col("id"),),))},
+        transform=lambda frames, context: newest(frames["new"]).select("id", "city", "amount", "at"),
     )
     engine.refresh(step)
     assert sorted(engine.lake.load(EVENTS).read(["id", "city"]).rows()) == [(1, "y"), (2, "x")]
@@ -605,17 +607,16 @@ def test_a_change_that_a_step_does_not_read_concerns_it_not(tmp_path):
         rows = frames["rows"].sort("_source_position").unique("city", keep="last", maintain_order=True)
         return rows.filter(pl.col("_op") != "d").select("city", "kind", "price")
 
-    keep = Step(kept, {"rows": Gather(goods, ((pl.col("city"),),))}, newest_goods)
+    keep = Step(kept, {"rows": Grouped(goods, ((pl.col("city"),),))}, newest_goods)
     named = replace(CITIES, columns=(*CITIES.columns, column("kind", pa.string(), "k")))
     step = Step(
         named,
         {
-            "accounts": Gather(ACCOUNTS, ((pl.col("city"),),)),
-            "goods": Whole(
+            "accounts": Grouped(ACCOUNTS, ((pl.col("city"),),)),
+            "goods": Broadcast(
                 kept,
                 columns=("city", "kind"),
-                touch=lambda new: pl.col("city").is_in(new["city"].implode()),
-                touch_columns=("city",),
+                affects=lambda new: pl.col("city").is_in(new["city"].implode()),
             ),
         },
         lambda frames, context: fill_cities(frames, context).join(frames["goods"], on="city", how="left"),

@@ -30,7 +30,7 @@ from support.sales_lake import (
 )
 
 from lakehouse.digest import digest
-from lakehouse.engine.engine import Engine, Report
+from lakehouse.engine.engine import Engine, StepResult
 from lakehouse.errors import CommitConflict, QueryError
 from lakehouse.expectations import (
     ExpectationsFailed,
@@ -48,7 +48,7 @@ from lakehouse.expectations import (
 from lakehouse.iceberg.maintenance import expire, maintain
 from lakehouse.iceberg.table_handle import EXPECTATIONS, VIOLATIONS
 from lakehouse.query import query
-from lakehouse.step import Changes, Parsed, Step
+from lakehouse.step import Delta, Parsed, Step
 from lakehouse.table import column
 from pipelines.silver.quarantine import QUARANTINE
 
@@ -58,7 +58,7 @@ def engine(tmp_path: Path) -> Engine:
     return make_engine(tmp_path)
 
 
-def run(engine: Engine) -> tuple[Report, Report]:
+def run(engine: Engine) -> tuple[StepResult, StepResult]:
     return engine.refresh(SALES_STEP), engine.refresh(TOTALS_STEP)
 
 
@@ -66,7 +66,7 @@ def totals(engine: Engine) -> dict[str, int]:
     return dict(engine.lake.load(TOTALS).read(["shop", "amount"]).sort("shop").iter_rows())
 
 
-def outcomes(report: Report) -> dict[str, tuple[str, int]]:
+def outcomes(report: StepResult) -> dict[str, tuple[str, int]]:
     return {result.expectation: (result.outcome, result.violations) for result in report.results}
 
 
@@ -97,7 +97,7 @@ def test_a_wrong_declaration_is_refused(rule, message):
 
 
 def test_a_step_that_builds_on_its_own_rows_may_not_hold_rows_back():
-    changes = Changes(SALES_RECEIVED, parse=lambda rows: Parsed(rows))
+    changes = Delta(SALES_RECEIVED, parse=lambda rows: Parsed(rows))
     with pytest.raises(ValueError, match="order of arrival"):
         Step(SALES, {"rows": changes}, fill_sales)
     with pytest.raises(ValueError, match="order of arrival"):
@@ -241,7 +241,7 @@ def test_a_quarantined_row_is_held_back_until_it_is_good(engine):
 def test_a_table_with_a_reason_of_its_own_holds_rows_back(engine):
     table = replace(SALES, columns=(*SALES.columns, column("reason", pa.string(), "why it was sold")))
     step = replace(
-        SALES_STEP, target=table, fill=lambda frames, context: fill_sales(frames, context).with_columns(reason=pl.lit("x"))
+        SALES_STEP, target=table, transform=lambda frames, context: fill_sales(frames, context).with_columns(reason=pl.lit("x"))
     )
     receive(engine, (1, "north", 10), (2, "north", 2_000_000))
     engine.refresh(step)

@@ -11,8 +11,8 @@ import pytest
 import pipelines
 from lakehouse.iceberg.file_io import NonEmptyFileIO
 from lakehouse.iceberg.table_handle import Lake
-from lakehouse.settings import Settings
-from lakehouse.transient_errors import outage
+from lakehouse.transient_errors import as_transient_error
+from pipelines.settings import Settings
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_an_answer_without_length_is_an_outage(breaking_store, seekable):
     properties = {"s3.endpoint": breaking_store, "s3.access-key-id": "a", "s3.secret-access-key": "b", "s3.region": "us-east-1"}
     with pytest.raises(ConnectionError, match="came without its content") as met:
         NonEmptyFileIO(properties).new_input("s3://lake/rows.parquet").open(seekable)
-    assert "s3://lake/rows.parquet" in str(outage(met.value))
+    assert "s3://lake/rows.parquet" in str(as_transient_error(met.value))
 
 
 def test_tables_are_read_so(tmp_path):
@@ -53,4 +53,4 @@ def test_tables_are_read_so(tmp_path):
     file.write_bytes(b"")
     with pytest.raises(ConnectionError) as met:
         lake.load(pipelines.TABLES["silver.stores"])
-    assert outage(met.value) is not None
+    assert as_transient_error(met.value) is not None

@@ -19,10 +19,10 @@ from lakehouse.byte_search import Needles, search_bytes
 from lakehouse.digest import digest
 from lakehouse.iceberg.maintenance import maintain
 from lakehouse.iceberg.table_handle import Lake
-from lakehouse.settings import Settings, load_settings
 from pipelines.privacy.erase import erase
-from pipelines.privacy.person import Asked
-from pipelines.runner import open_engine, run_pass
+from pipelines.privacy.person import SubjectQuery
+from pipelines.runner import open_engine, run_once
+from pipelines.settings import Settings, load_settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -74,7 +74,7 @@ def test_tables_in_an_object_store_are_the_same(s3, tmp_path, monkeypatch):
                 sandbox.step(home, 40)
             for settings in (local, remote):
                 with open_engine(settings) as engine:
-                    assert not run_pass(engine, lambda name, report: None).errors
+                    assert not run_once(engine, lambda name, report: None).errors
         for settings in (local, remote):
             with open_engine(settings) as engine:
                 for table in pipelines.TABLES.values():
@@ -97,7 +97,7 @@ def erased_there(settings: Settings) -> None:
     """A person goes from the store as from a disk."""
     person = somebody(Lake(settings))
     with open_engine(settings) as engine:
-        (receipt,) = erase(engine, Asked(email=person["email"]), lambda what, done, total: None)
+        (receipt,) = erase(engine, SubjectQuery(email=person["email"]), lambda what, done, total: None)
     assert receipt.clean
     assert receipt.values
     assert sum(one.files_deleted for one in receipt.forgotten)

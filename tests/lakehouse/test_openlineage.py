@@ -19,10 +19,10 @@ from support.sales_lake import SALES, SALES_STEP, TOTALS, TOTALS_STEP, make_engi
 from lakehouse import openlineage as lineage
 from lakehouse.engine.engine import Engine
 from lakehouse.expectations import ExpectationsFailed
-from lakehouse.iceberg.table_handle import Handle
+from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.openlineage import Receiver, configured, reported
-from lakehouse.run_history import Run
-from lakehouse.step import Gather
+from lakehouse.run_history import RunRecord
+from lakehouse.step import Grouped
 from ml.tables import DECLARED
 
 
@@ -53,9 +53,9 @@ def events_in(log: Path) -> list[dict]:
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
-def run(engine: Engine) -> Run:
+def run(engine: Engine) -> RunRecord:
     """A run of both steps, as a pass does it."""
-    one = Run("run")
+    one = RunRecord("run")
     with reported(engine, one, lambda: "abc123") as events:
         for step in (SALES_STEP, TOTALS_STEP):
             try:
@@ -73,7 +73,7 @@ def test_without_configuration_nothing_is_sent_or_imported(engine, monkeypatch):
     monkeypatch.setattr("openlineage.client.OpenLineageClient.__init__", lambda *_: pytest.fail("a client was made"))
     assert not configured()
     receive(engine, (1, "north", 10))
-    with reported(engine, Run("run"), lambda: pytest.fail("the version was asked for")) as events:
+    with reported(engine, RunRecord("run"), lambda: pytest.fail("the version was asked for")) as events:
         assert events is None
         engine.refresh(SALES_STEP)
 
@@ -228,11 +228,11 @@ def test_a_receiver_that_comes_back_gets_events_again(engine, receiver, monkeypa
 def test_a_run_that_is_cut_short_ends_what_it_has_begun(engine, to_file, error, state):
     receive(engine, (1, "north", 10))
 
-    def fill(frames: object, context: object) -> None:
+    def transform(frames: object, context: object) -> None:
         raise error("north@example.org")
 
-    with pytest.raises(error), reported(engine, Run("run"), lambda: "abc123"):
-        engine.refresh(replace(SALES_STEP, fill=fill))
+    with pytest.raises(error), reported(engine, RunRecord("run"), lambda: "abc123"):
+        engine.refresh(replace(SALES_STEP, transform=transform))
     assert [(event["eventType"], event["job"]["name"]) for event in events_in(to_file)] == [
         ("START", "run"),
         ("START", SALES.name),
@@ -246,11 +246,11 @@ def test_what_a_killed_run_has_built_is_told_by_the_run_that_publishes_it(engine
     receive(engine, (1, "north", 10))
     engine.refresh(SALES_STEP)
 
-    def stopped(handle: Handle) -> int:
+    def stopped(handle: TableHandle) -> int:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Handle, "publish", stopped)
+        patch.setattr(TableHandle, "publish", stopped)
         with pytest.raises(KeyboardInterrupt):
             engine.refresh(TOTALS_STEP)
     run(engine)
@@ -281,7 +281,7 @@ def test_column_lineage_of_every_step_names_columns_that_exist(step):
         step.target.name: set(step.target.schema.names)
     }
     fields, whole = lineage.column_lineage(step, "lake")
-    gathers = [read for read in step.reads.values() if isinstance(read, Gather)]
+    gathers = [read for read in step.reads.values() if isinstance(read, Grouped)]
     assert set(fields) == (set(step.target.group) if gathers else set())
     named = [one for item in fields.values() for one in item.inputFields] + whole
     assert not [(one.name, one.field) for one in named if one.field not in columns[one.name] and not one.field.startswith("_")]

@@ -12,24 +12,24 @@ import cloudpickle
 import pyarrow as pa
 import pytest
 
-from lakehouse.errors import Outage, UnknownColumn
-from lakehouse.parallel import Piece, Pieces, Pool
+from lakehouse.errors import TransientError, UnknownColumn
+from lakehouse.parallel import Block, Blocks, TaskPool
 from lakehouse.settings import RaySettings
-from lakehouse.transient_errors import outage
+from lakehouse.transient_errors import as_transient_error
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    made = Pool(RaySettings(cpus=2))
+def pool() -> Iterator[TaskPool]:
+    made = TaskPool(RaySettings(cpus=2))
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
     yield made
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     made.close()
 
 
-def test_a_worker_whose_working_directory_was_deleted_goes_on(pool: Pool) -> None:
+def test_a_worker_whose_working_directory_was_deleted_goes_on(pool: TaskPool) -> None:
     def lose(*_: object) -> str:
         gone = tempfile.mkdtemp()
         os.chdir(gone)
@@ -39,8 +39,8 @@ def test_a_worker_whose_working_directory_was_deleted_goes_on(pool: Pool) -> Non
     def look(*_: object) -> str:
         return os.getcwd()
 
-    places, _ = pool.map(lose, range(8), Pieces(), parallel=True)
-    found, _ = pool.map(look, range(8), Pieces(), parallel=True)
+    places, _ = pool.map(lose, range(8), Blocks(), parallel=True)
+    found, _ = pool.map(look, range(8), Blocks(), parallel=True)
     assert len(found) == 8
     assert not set(found) & set(places)
 
@@ -68,20 +68,20 @@ def mistake() -> None:
 @pytest.mark.parametrize(
     ("fail", "comes_out"),
     [
-        (store_away, Outage),
-        (disk_full, Outage),
-        (caused_by_an_outage, Outage),
+        (store_away, TransientError),
+        (disk_full, TransientError),
+        (caused_by_an_outage, TransientError),
         (new_column, UnknownColumn),
         (mistake, KeyError),
     ],
 )
-def test_an_error_in_a_task_is_what_it_is(pool: Pool, fail: Callable[[], None], comes_out: type[Exception]) -> None:
-    def work(*_: object) -> list[Piece]:
+def test_an_error_in_a_task_is_what_it_is(pool: TaskPool, fail: Callable[[], None], comes_out: type[Exception]) -> None:
+    def work(*_: object) -> list[Block]:
         fail()
         return []
 
     for run in (pool.map, pool.transform):
         with pytest.raises(comes_out) as met:
-            run(work, [1, 2], Pieces(), parallel=True)
-        assert isinstance(met.value, Outage) or outage(met.value) is None
+            run(work, [1, 2], Blocks(), parallel=True)
+        assert isinstance(met.value, TransientError) or as_transient_error(met.value) is None
         assert comes_out is KeyError or "\n" not in str(met.value), "one line for people, without Ray's stack"

@@ -13,14 +13,14 @@ from lakehouse.digest import digest
 from lakehouse.errors import CommitConflict
 from lakehouse.iceberg.maintenance import referenced
 from lakehouse.iceberg.rewrite import file_system, forget, listed, replace_rows, rewrite
-from lakehouse.iceberg.table_handle import Handle, Lake
-from lakehouse.settings import Settings
+from lakehouse.iceberg.table_handle import Lake, TableHandle
 from lakehouse.table import Table, column
+from pipelines.settings import Settings
 
 TABLE = Table("silver.things", "Things.", (column("id", pa.int64(), "Id."), column("text", pa.string(), "Text.")), key=("id",))
 
 
-def write(handle: Handle, ids: list[int], text: str, deleted: bool = False) -> None:
+def write(handle: TableHandle, ids: list[int], text: str, deleted: bool = False) -> None:
     frame = pl.DataFrame({"id": ids, "text": [text] * len(ids)}).with_columns(
         _seq=pl.lit(handle.sequence, pl.Int64), _group_hash=pl.lit(0, pl.Int32), _deleted=pl.lit(deleted)
     )

@@ -12,13 +12,13 @@ import polars as pl
 import pytest
 from support.sales_lake import NOW, SALES, SALES_STEP, TOTALS, TOTALS_STEP, make_engine, receive
 
-from lakehouse.engine.engine import Engine, Report
+from lakehouse.engine.engine import Engine, StepResult
 from lakehouse.errors import ShopSphereError, SourceError
 from lakehouse.expectations import ExpectationsFailed
 from lakehouse.iceberg.maintenance import maintain
-from lakehouse.iceberg.table_handle import File, FileReader, Handle, Lake
+from lakehouse.iceberg.table_handle import File, FileReader, Lake, TableHandle
 from lakehouse.query import query
-from lakehouse.run_history import OPERATIONS, RESULTS, RUNS, History, Run, forget, last_results, past_runs
+from lakehouse.run_history import OPERATIONS, RESULTS, RUNS, RunHistory, RunRecord, forget, last_results, past_runs
 from lakehouse.table import Table
 
 
@@ -27,15 +27,15 @@ def engine(tmp_path: Path) -> Engine:
     return make_engine(tmp_path)
 
 
-def noted(engine: Engine, history: History | None = None, *more: ShopSphereError, kind: str = "run") -> Run:
+def noted(engine: Engine, history: RunHistory | None = None, *more: ShopSphereError, kind: str = "run") -> RunRecord:
     """Both steps as one run, noted."""
-    one, reports, errors = Run(kind), [], list(more)
+    one, reports, errors = RunRecord(kind), [], list(more)
     for step in (SALES_STEP, TOTALS_STEP):
         try:
             reports.append(engine.refresh(step))
         except ExpectationsFailed as error:
             errors.append(error)
-    (history or History(engine.lake)).note(engine, one, reports, errors)
+    (history or RunHistory(engine.lake)).note(engine, one, reports, errors)
     return one
 
 
@@ -68,7 +68,7 @@ def test_a_run_that_did_and_found_nothing_is_not_noted(engine):
 
 
 def test_a_run_that_goes_on_for_ever_notes_what_is_new(engine):
-    history = History(engine.lake)
+    history = RunHistory(engine.lake)
     receive(engine, (1, "north", 10))
     noted(engine, history)
     runs, results = counts(engine)
@@ -89,17 +89,17 @@ def test_a_run_that_goes_on_for_ever_notes_what_is_new(engine):
 def test_two_runs_at_once_are_both_noted(engine, tmp_path):
     receive(engine, (1, "north", 10))
     noted(engine)
-    report = Report(SALES.name, "changed", rows_written=1)
+    report = StepResult(SALES.name, "changed", rows_written=1)
     with ThreadPoolExecutor(2) as pool:
         engines = [make_engine(tmp_path) for _ in range(2)]
-        list(pool.map(lambda one: History(one.lake).note(one, Run("run"), [report]), engines))
+        list(pool.map(lambda one: RunHistory(one.lake).note(one, RunRecord("run"), [report]), engines))
     assert len(past_runs(engine.lake, 10)) == 3
 
 
 def test_old_days_are_dropped_and_young_ones_stay(engine):
     for days in (200, 100, 3):
-        long_ago = Run("run", started_at=datetime.now(UTC) - timedelta(days=days))
-        History(engine.lake).note(engine, long_ago, [Report(SALES.name, "changed")])
+        long_ago = RunRecord("run", started_at=datetime.now(UTC) - timedelta(days=days))
+        RunHistory(engine.lake).note(engine, long_ago, [StepResult(SALES.name, "changed")])
     assert forget(engine.lake, 120, datetime.now(UTC)) == 1
     assert len(past_runs(engine.lake, 10)) == 2
     for table in OPERATIONS.values():
@@ -119,13 +119,13 @@ def test_a_run_that_ends_early_is_noted_with_what_it_had_done(tmp_path, monkeypa
     import pipelines
     from app.cli.main import main
 
-    def fill(frames: object, context: object) -> None:
+    def transform(frames: object, context: object) -> None:
         raise error
 
     monkeypatch.setenv("SHOPSPHERE_HOME", str(tmp_path))
     for source in ("POSTGRES", "MONGO", "KAFKA"):
         monkeypatch.setenv(f"SHOPSPHERE_{source}__ENABLED", "false")
-    monkeypatch.setattr(pipelines, "STEPS", (SALES_STEP, replace(TOTALS_STEP, fill=fill)))
+    monkeypatch.setattr(pipelines, "STEPS", (SALES_STEP, replace(TOTALS_STEP, transform=transform)))
     receive(make_engine(tmp_path), (1, "north", 10))
     assert main(["run"]) == code
     capsys.readouterr()
@@ -141,10 +141,12 @@ def test_a_run_that_ends_early_is_noted_with_what_it_had_done(tmp_path, monkeypa
 def test_old_days_go_while_a_run_notes_its_own(engine, monkeypatch, after):
     now = datetime.now(UTC)
     for days in (200, 3):
-        History(engine.lake).note(engine, Run("run", started_at=now - timedelta(days=days)), [Report(SALES.name, "changed")])
+        RunHistory(engine.lake).note(
+            engine, RunRecord("run", started_at=now - timedelta(days=days)), [StepResult(SALES.name, "changed")]
+        )
     load, loaded = Lake.load, 0
 
-    def overtaken(lake: Lake, table: Table, **more: bool) -> Handle:
+    def overtaken(lake: Lake, table: Table, **more: bool) -> TableHandle:
         nonlocal loaded
         handle = load(lake, table, **more)
         loaded += 1
@@ -182,8 +184,8 @@ def test_a_run_and_its_history_count_the_same_tables(tmp_path, monkeypatch, caps
 
 def test_the_newest_runs_are_shown_without_a_look_at_older_days(engine, monkeypatch):
     for days in (9, 8, 3, 1):
-        one = Run("run", started_at=datetime.now(UTC) - timedelta(days=days))
-        History(engine.lake).note(engine, one, [Report(SALES.name, "changed", rows_written=days)])
+        one = RunRecord("run", started_at=datetime.now(UTC) - timedelta(days=days))
+        RunHistory(engine.lake).note(engine, one, [StepResult(SALES.name, "changed", rows_written=days)])
     read: list[int] = []
     whole = FileReader.read
 
@@ -229,9 +231,9 @@ def test_a_build_published_by_hand_is_noted_as_what_readers_have(tmp_path, monke
 
 def test_status_and_publish_on_the_command_line(tmp_path, monkeypatch, capsys):
     from app.cli.main import main
-    from lakehouse.settings import Settings
     from pipelines.gold import dim_date
     from pipelines.runner import open_engine
+    from pipelines.settings import Settings
     from pipelines.silver.orders_unified import ORDERS_UNIFIED
 
     monkeypatch.setenv("SHOPSPHERE_HOME", str(tmp_path))

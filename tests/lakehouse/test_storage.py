@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from lakehouse.iceberg.table_handle import tables_on_disk
-from lakehouse.settings import CatalogSettings, RaySettings, Settings
+from lakehouse.settings import CatalogSettings, RaySettings
 from lakehouse.storage import Storage
+from pipelines.settings import Settings
 
 S3 = {"type": "sql", "uri": "postgresql+psycopg://u:hush@db/catalog", "warehouse": "s3://lake/w/", "s3.secret-access-key": "hush"}
 

@@ -13,10 +13,10 @@ import pipelines
 import pipelines.runner
 from app.cli.main import finish_erasures
 from app.cli.output import Output
-from lakehouse.errors import Outage
-from lakehouse.settings import KafkaSettings, MongoSettings, PostgresSettings, Settings
-from lakehouse.transient_errors import outage
-from pipelines.runner import open_engine, run_pass
+from lakehouse.errors import TransientError
+from lakehouse.transient_errors import as_transient_error
+from pipelines.runner import open_engine, run_once
+from pipelines.settings import KafkaSettings, MongoSettings, PostgresSettings, Settings
 
 
 def caused(error: Exception, by: Exception) -> Exception:
@@ -37,28 +37,28 @@ def caused(error: Exception, by: Exception) -> Exception:
     ],
 )
 def test_what_fails_below_us_is_an_outage_with_a_way_out(error, said):
-    found = outage(error)
-    assert isinstance(found, Outage)
+    found = as_transient_error(error)
+    assert isinstance(found, TransientError)
     assert said in str(found)
     assert "un again" in str(found)
 
 
 @pytest.mark.parametrize("error", [ValueError("wrong"), FileNotFoundError("x.parquet"), KeyError("column"), ZeroDivisionError()])
 def test_a_mistake_is_not_an_outage(error):
-    assert outage(error) is None
+    assert as_transient_error(error) is None
 
 
 def test_a_lost_ray_node_is_an_outage_and_a_mistake_in_a_task_is_not():
     from ray.exceptions import NodeDiedError, RayTaskError, WorkerCrashedError
 
     for lost in (WorkerCrashedError(), NodeDiedError("gone"), caused(RuntimeError("stage failed"), WorkerCrashedError())):
-        assert isinstance(outage(lost), Outage)
+        assert isinstance(as_transient_error(lost), TransientError)
     mistake = RayTaskError("map", "Traceback", ValueError("wrong"))
-    assert outage(mistake) is None
-    assert isinstance(outage(RayTaskError("map", "Traceback", OSError("AWS Error SLOW_DOWN"))), Outage)
+    assert as_transient_error(mistake) is None
+    assert isinstance(as_transient_error(RayTaskError("map", "Traceback", OSError("AWS Error SLOW_DOWN"))), TransientError)
     without_code = ModuleNotFoundError("No module named 'lakehouse.engine.engine'", name="lakehouse.engine.engine")
-    assert "No module named 'lakehouse.engine.engine'" in str(outage(RayTaskError("map", "Traceback", without_code)))
-    assert outage(without_code) is None, "here it is a mistake"
+    assert "No module named 'lakehouse.engine.engine'" in str(as_transient_error(RayTaskError("map", "Traceback", without_code)))
+    assert as_transient_error(without_code) is None, "here it is a mistake"
 
 
 def test_a_pass_goes_on_after_an_outage_and_stops_at_a_mistake(tmp_path, monkeypatch):
@@ -77,12 +77,12 @@ def test_a_pass_goes_on_after_an_outage_and_stops_at_a_mistake(tmp_path, monkeyp
             return refresh(step, **how)
 
         monkeypatch.setattr(engine, "refresh", struck)
-        done = run_pass(engine, lambda name, report: None)
-        assert [type(error) for error in done.errors] == [Outage]
+        done = run_once(engine, lambda name, report: None)
+        assert [type(error) for error in done.errors] == [TransientError]
         assert {report.table for report in done.reports} >= {step.target.name for step in pipelines.STEPS} - {"gold.dim_date"}
         monkeypatch.setattr(pipelines.runner, "outage", lambda error: None)
         with pytest.raises(OSError, match="PutObject"):
-            run_pass(engine, lambda name, report: None)
+            run_once(engine, lambda name, report: None)
 
 
 def test_run_every_may_start_during_an_outage(tmp_path, monkeypatch, capsys):

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from ml.evaluation.baselines import as_text, baselines, ceiling, columns_of, fit_regression, risk_score, standing
+from ml.evaluation.baselines import as_text, baselines, ceiling, columns_of, fit_regression, leaderboard, risk_score
 from ml.evaluation.metrics import average_precision, roc_auc
 from ml.features.features import FEATURES
 from pipelines.gold.user_risk_scores import RULES
@@ -98,7 +98,7 @@ def test_the_ceiling_is_the_share_of_frauds_that_is_reported() -> None:
 def test_the_table_has_a_line_a_scoring_and_the_ceiling() -> None:
     fraud = np.array([1, 1, 0, 0] * 20, dtype=np.int8)
     label = np.array([1, 0, 0, 0] * 20, dtype=np.int8)
-    one = standing("amount only", label, fraud.astype(float), 0.5, fraud)
+    one = leaderboard("amount only", label, fraud.astype(float), 0.5, fraud)
     assert (one.average_precision.value, one.recall_at_capacity, one.against_truth) == (0.5, 1.0, 1.0)
     text = as_text([one], ceiling(label, fraud))
     assert [line.split(" |")[0] for line in text.splitlines()[2:]] == [

@@ -21,7 +21,7 @@ from ml.features.features import (
     OTHER,
     UNUSUAL,
     FeatureError,
-    History,
+    OrderHistory,
     compute,
     with_ratios,
 )
@@ -33,19 +33,19 @@ def same(left: pl.DataFrame, right: pl.DataFrame) -> None:
     assert_frame_equal(left, right, check_exact=True)
 
 
-def slice_of(order: pl.DataFrame, orders: pl.DataFrame, events: pl.DataFrame, categories: pl.DataFrame) -> History:
+def slice_of(order: pl.DataFrame, orders: pl.DataFrame, events: pl.DataFrame, categories: pl.DataFrame) -> OrderHistory:
     """What serving looks up for one order: the rows that share an entity with it."""
     shared = pl.any_horizontal(*(pl.col(kind).is_in(order[kind].drop_nulls().implode()) for kind in ENTITIES)).fill_null(False)
     about = (
         pl.col("account").is_in(order["account"].drop_nulls().implode())
         | pl.col("device").is_in(order["device"].drop_nulls().implode())
     ).fill_null(False)
-    return History(orders.filter(shared), events.filter(about), categories)
+    return OrderHistory(orders.filter(shared), events.filter(about), categories)
 
 
 def test_a_thousand_training_rows_are_the_same_through_the_serving_path():
     orders, events, categories = plain_history(4000, seed=5)
-    trained = compute(orders, History(events=events, categories=categories))
+    trained = compute(orders, OrderHistory(events=events, categories=categories))
     chosen = np.random.default_rng(3).choice(orders.height, 1000, replace=False)
     for number in chosen:
         order = orders[int(number)]
@@ -58,7 +58,7 @@ def test_a_shuffled_future_moves_nothing():
     orders, events, categories = plain_history(1500, seed=6)
     now = START + timedelta(days=70)
     past, future = orders.filter(pl.col("placed_at") < now), orders.filter(pl.col("placed_at") >= now)
-    before = compute(past, History(events=events.filter(pl.col("occurred_at") < now), categories=categories))
+    before = compute(past, OrderHistory(events=events.filter(pl.col("occurred_at") < now), categories=categories))
     generator = np.random.default_rng(1)
     mixed = future.with_columns(
         pl.Series(name, future[name].gather(generator.permutation(future.height)))
@@ -67,7 +67,7 @@ def test_a_shuffled_future_moves_nothing():
     ).with_columns(known_at=pl.col("placed_at") + pl.duration(hours=1))
     everything = compute(
         with_ratios(pl.concat([mixed, past]).sample(fraction=1, shuffle=True, seed=4)),
-        History(events=events, categories=categories),
+        OrderHistory(events=events, categories=categories),
     )
     same(past.select("order_id").join(everything, on="order_id", maintain_order="left"), before)
 
@@ -77,15 +77,15 @@ def test_a_fraud_reported_tomorrow_moves_nothing_today():
     today = START + timedelta(days=60)
     asked = orders.filter(pl.col("placed_at") < today)
     known = pl.when(pl.col("known_at") < today).then("known_at")
-    before = compute(asked.with_columns(known_at=known), History(events=events, categories=categories))
+    before = compute(asked.with_columns(known_at=known), OrderHistory(events=events, categories=categories))
     # every order that ever was is now reported, tomorrow
     injected = asked.with_columns(known_at=pl.coalesce(known, pl.lit(today)))
-    same(compute(injected, History(events=events, categories=categories)), before)
+    same(compute(injected, OrderHistory(events=events, categories=categories)), before)
     # and from then on it shows
     later = orders.filter(pl.col("placed_at") > today)
     frauds = [name for name in FEATURE_NAMES if "frauds" in name]
-    quiet = compute(later, History(asked.with_columns(known_at=known), events, categories)).select(frauds)
-    loud = compute(later, History(injected, events, categories)).select(frauds)
+    quiet = compute(later, OrderHistory(asked.with_columns(known_at=known), events, categories)).select(frauds)
+    loud = compute(later, OrderHistory(injected, events, categories)).select(frauds)
     assert loud.sum().sum_horizontal()[0] > quiet.sum().sum_horizontal()[0]
 
 
@@ -93,12 +93,12 @@ def test_a_fraud_reported_tomorrow_moves_nothing_today():
 @given(st.integers(0, 10_000), st.data())
 def test_any_batch_in_any_order_gives_the_same_rows(seed, data):
     orders, events, categories = plain_history(60, seed, days=40)
-    history = History(orders, events, categories)
+    history = OrderHistory(orders, events, categories)
     whole = compute(orders, history)
     numbers = data.draw(st.lists(st.integers(0, 59), min_size=1, max_size=20, unique=True))
     again = compute(
         orders[numbers],
-        History(
+        OrderHistory(
             orders.sample(fraction=1, shuffle=True, seed=seed), events.sample(fraction=1, shuffle=True, seed=seed), categories
         ),
     )
@@ -190,7 +190,7 @@ def filled(values: dict[str, float | None]) -> dict[str, float]:
 @given(st.integers(0, 10_000))
 def test_features_are_what_a_plain_loop_counts(seed):
     orders, events, categories = plain_history(120, seed, days=150)
-    features = compute(orders, History(events=events, categories=categories)).to_dicts()
+    features = compute(orders, OrderHistory(events=events, categories=categories)).to_dicts()
     for number in range(0, 120, 7):
         expected = slow_features(orders, number)
         got = {name: features[number][name] for name in expected}
@@ -208,7 +208,7 @@ def test_events_count_until_the_moment_of_the_order():
             for minutes in all_minutes
         ]
     )
-    row = compute(orders, History(events=events)).row(0, named=True)
+    row = compute(orders, OrderHistory(events=events)).row(0, named=True)
     names = (
         "account_events_10m",
         "account_events_1h",
@@ -222,7 +222,7 @@ def test_events_count_until_the_moment_of_the_order():
 
 def test_an_unknown_category_is_a_category():
     orders, _, _ = plain_history(400, seed=2)
-    row = compute(orders, History())
+    row = compute(orders, OrderHistory())
     assert set(row["channel"]) == {"web", "pos", "marketplace", OTHER, MISSING}
     declared = {feature.name: set(feature.categories) for feature in FEATURES if feature.type == "category"}
     assert all(set(row[name].unique()) <= names for name, names in declared.items())
@@ -237,7 +237,7 @@ def test_every_feature_is_declared_once_and_explains_itself():
         assert "{value}" in feature.reason_text
         assert "None" not in feature.reason(None)
         assert feature.reason("web" if feature.type == "category" else 2.0)
-    empty = compute(pl.DataFrame(schema={"order_id": pl.String, "placed_at": pl.Datetime("us", "UTC")}), History())
+    empty = compute(pl.DataFrame(schema={"order_id": pl.String, "placed_at": pl.Datetime("us", "UTC")}), OrderHistory())
     assert empty.columns == ["order_id", "placed_at", *FEATURE_NAMES]
     assert {name: empty.schema[name] for name in FEATURE_NAMES} == {feature.name: feature.dtype for feature in FEATURES}
 
@@ -245,9 +245,9 @@ def test_every_feature_is_declared_once_and_explains_itself():
 def test_an_order_without_a_time_or_asked_about_twice_is_refused():
     orders, _, _ = plain_history(2, seed=1)
     with pytest.raises(FeatureError, match="twice"):
-        compute(pl.concat([orders, orders]), History())
+        compute(pl.concat([orders, orders]), OrderHistory())
     with pytest.raises(FeatureError, match="placed_at"):
-        compute(orders.with_columns(placed_at=pl.lit(None)), History())
+        compute(orders.with_columns(placed_at=pl.lit(None)), OrderHistory())
 
 
 @given(st.lists(st.integers(0, 5), max_size=40), st.data())

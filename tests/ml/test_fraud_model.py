@@ -20,9 +20,8 @@ from app import sandbox
 from app.cli.main import main
 from app.cli.output import Output
 from lakehouse.engine.engine import Engine
-from lakehouse.settings import load_settings
 from ml.features import leak_check
-from ml.features.features import ENTITIES, FEATURE_NAMES, FEATURES, History, compute
+from ml.features.features import ENTITIES, FEATURE_NAMES, FEATURES, OrderHistory, compute
 from ml.features.leak_check import moved_features
 from ml.registry import Registry
 from ml.tables import MODEL_STEPS
@@ -30,7 +29,8 @@ from ml.tables.order_features import ORDER_FEATURES, STEPS, history_of, read_ord
 from ml.tables.user_fraud_scores import USER_FRAUD_SCORES
 from ml.training.lineage import lineage
 from ml.training.train import DEMO, Trained, as_json, train
-from pipelines.runner import open_engine, run_pass
+from pipelines.runner import open_engine, run_once
+from pipelines.settings import load_settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -57,7 +57,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
         sandbox.start(home, orders=ORDERS, seed=7)
         try:
             with open_engine(load_settings()) as engine:
-                assert not run_pass(engine, lambda name, report: None).errors
+                assert not run_once(engine, lambda name, report: None).errors
             printed = io.StringIO()
             with redirect_stdout(printed):
                 trained = train(Output(), load_settings(), DEMO)
@@ -159,7 +159,7 @@ def test_a_thousand_training_rows_are_the_same_through_the_serving_path(engine: 
             )
             & (pl.col("occurred_at") < order["placed_at"][0])
         )
-        served = compute(order.with_columns(known_at=None), History(known, events, about.categories))
+        served = compute(order.with_columns(known_at=None), OrderHistory(known, events, about.categories))
         differing |= {name for name in FEATURE_NAMES if not served[name].eq_missing(row[name]).all()}
     assert differing == set()
     # the comparison had something to compare
@@ -173,7 +173,7 @@ def test_a_shuffled_future_moves_no_feature_of_the_past(engine: Engine) -> None:
 
 
 def test_a_future_that_is_looked_at_is_found_out(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def peeking(orders: pl.DataFrame, history: History) -> pl.DataFrame:
+    def peeking(orders: pl.DataFrame, history: OrderHistory) -> pl.DataFrame:
         found = compute(orders, history)
         later = history.orders.filter(pl.col("known_at").is_not_null())["order_id"]
         return found.with_columns(customer_frauds_ever=found["order_id"].is_in(later.implode()).cast(pl.Float64))

@@ -26,7 +26,7 @@ from ml.evaluation.gate import (
     rollback_model,
 )
 from ml.evaluation.metrics import ThresholdSettings, choose_threshold, evaluate
-from ml.registry import Registry, Training
+from ml.registry import Registry, TrainingRecord
 from ml.training.training import FittedModel, TrainingSettings, fit_here
 
 SETTINGS = GateSettings(bootstrap_rounds=200, latency_ms=1000)
@@ -135,10 +135,10 @@ class _Fake:
 # --- with the registry --------------------------------------------------------------------------------------------
 
 
-def _training(model: FittedModel) -> Training:
+def _training(model: FittedModel) -> TrainingRecord:
     asked = ThresholdSettings()
     threshold = choose_threshold(VALIDATION, model.score(VALIDATION), asked)
-    return Training(
+    return TrainingRecord(
         model=model,
         features=[feature for feature in FEATURES if feature.name in model.features],
         evaluation=evaluate(WINDOW, model.score(WINDOW), asked, threshold),

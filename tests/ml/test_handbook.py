@@ -14,10 +14,10 @@ from ml.evaluation.handbook import (
     DELAY,
     KEPT,
     PUBLISHED,
-    Figures,
     HandbookError,
+    HandbookMetrics,
+    HandbookWeek,
     Outcome,
-    Week,
     as_orders,
     featured,
     training_rows,
@@ -100,7 +100,7 @@ def test_the_protocol_from_end_to_end(tmp_path):
     def fit(train: pl.DataFrame, features: tuple[Feature, ...]) -> FittedModel:
         return fit_here(train, None, features, TrainingSettings(rounds=5, patience=0, report_every=5))
 
-    seen: list[Week] = []
+    seen: list[HandbookWeek] = []
     outcome = handbook.run(tmp_path, starts=(START,), fit=fit, seen=seen.append)
     assert seen == list(outcome.weeks)
     assert outcome.mean.roc_auc > 0.99
@@ -122,7 +122,7 @@ def test_no_feature_is_the_label(tmp_path):
 
 def test_figures_are_judged_on_all_three():
     def outcome(*figures: float) -> Outcome:
-        return Outcome((Week(START, 1, 1, Figures(*figures), 0.0),), 0.0, {}, Verdict((), None))
+        return Outcome((HandbookWeek(START, 1, 1, HandbookMetrics(*figures), 0.0),), 0.0, {}, Verdict((), None))
 
     assert outcome(0.885, 0.7616, 0.311).reaches_target
     assert outcome(0.8834, 0.77, 0.309).short_of_target == {"ROC AUC": 0.001, "card precision@100": 0.001}

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.shop_history import START, plain_history
 
-from ml.features.features import FEATURES, FeatureError, History, compute, with_ratios
-from ml.features.online import Asked, OnlineFeatures, Value, moment
+from ml.features.features import FEATURES, FeatureError, OrderHistory, compute, with_ratios
+from ml.features.online import FeatureRequest, OnlineFeatures, Value, moment
 from ml.features.windows import microseconds
 
 
@@ -27,7 +27,7 @@ def bits(values: list[Value]) -> list[bytes | str]:
     ]
 
 
-def expected(orders: pl.DataFrame, history: History) -> list[list[bytes | str]]:
+def expected(orders: pl.DataFrame, history: OrderHistory) -> list[list[bytes | str]]:
     names = [feature.name for feature in FEATURES]
     return [bits(list(row)) for row in compute(orders, history).select(names).iter_rows()]
 
@@ -38,11 +38,11 @@ def named(row: list[bytes | str], other: list[bytes | str]) -> dict[str, tuple[b
 
 def test_every_row_of_a_long_history():
     orders, events, categories = plain_history(3000, seed=11)
-    history = History(orders, events, categories)
+    history = OrderHistory(orders, events, categories)
     online = OnlineFeatures(history)
-    wanted = expected(orders, History(events=events, categories=categories))
+    wanted = expected(orders, OrderHistory(events=events, categories=categories))
     for row, want in zip(orders.iter_rows(named=True), wanted, strict=True):
-        assert named(bits(online.features(Asked.of(row))), want) == {}
+        assert named(bits(online.features(FeatureRequest.of(row))), want) == {}
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -52,31 +52,31 @@ def test_whatever_is_known_at_first_and_whatever_order_the_rest_comes_in(seed, d
     orders = orders.sort("placed_at", "order_id")
     cut = data.draw(st.integers(0, orders.height))
     seen_events = data.draw(st.integers(0, events.height))
-    online = OnlineFeatures(History(orders[:cut], events[:seen_events], categories))
+    online = OnlineFeatures(OrderHistory(orders[:cut], events[:seen_events], categories))
     for row in events[seen_events:].sample(fraction=1, shuffle=True, seed=seed).iter_rows(named=True):
         online.observe_event(row["account"], row["device"], row["kind"], moment(row["occurred_at"]))
     rest = orders[cut:].sample(fraction=1, shuffle=True, seed=seed)
     for row in rest.iter_rows(named=True):
         if data.draw(st.booleans()):
-            online.features(Asked.of(row))  # being asked changes nothing
-        online.observe(Asked.of(row).order)
+            online.features(FeatureRequest.of(row))  # being asked changes nothing
+        online.observe(FeatureRequest.of(row).order)
     for row in rest.head(5).iter_rows(named=True):
-        online.observe(Asked.of(row).order)  # twice is once
-    wanted = expected(orders, History(events=events, categories=categories))
+        online.observe(FeatureRequest.of(row).order)  # twice is once
+    wanted = expected(orders, OrderHistory(events=events, categories=categories))
     for row, want in zip(orders.iter_rows(named=True), wanted, strict=True):
-        assert named(bits(online.features(Asked.of(row))), want) == {}
+        assert named(bits(online.features(FeatureRequest.of(row))), want) == {}
 
 
 def test_a_later_version_of_an_order_takes_its_place():
     orders, events, categories = plain_history(200, seed=3)
-    online = OnlineFeatures(History(orders, events, categories))
+    online = OnlineFeatures(OrderHistory(orders, events, categories))
     changed = orders.with_columns(amount=pl.col("amount") + 500, known_at=pl.col("placed_at") + timedelta(days=2))
     changed = with_ratios(changed)
     for row in changed.sample(fraction=1, shuffle=True, seed=1).iter_rows(named=True):
-        online.observe(Asked.of(row).order)
-    wanted = expected(changed, History(events=events, categories=categories))
+        online.observe(FeatureRequest.of(row).order)
+    wanted = expected(changed, OrderHistory(events=events, categories=categories))
     for row, want in zip(changed.iter_rows(named=True), wanted, strict=True):
-        assert named(bits(online.features(Asked.of(row))), want) == {}
+        assert named(bits(online.features(FeatureRequest.of(row))), want) == {}
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -86,17 +86,17 @@ def test_what_is_forgotten_never_was(seed, data):
     orders, events, categories = plain_history(80, seed, days=60)
     events = events.unique(maintain_order=True)
     cut = data.draw(st.integers(0, orders.height))
-    online = OnlineFeatures(History(orders[:cut], events, categories))
+    online = OnlineFeatures(OrderHistory(orders[:cut], events, categories))
     if data.draw(st.booleans()):
         for row in orders.iter_rows(named=True):
-            online.features(Asked.of(row))  # the lists are there already
+            online.features(FeatureRequest.of(row))  # the lists are there already
     for row in orders[cut:].iter_rows(named=True):
-        online.observe(Asked.of(row).order)
+        online.observe(FeatureRequest.of(row).order)
     other = dict(zip(orders["order_id"], orders.sample(fraction=1, shuffle=True, seed=seed).iter_rows(named=True), strict=True))
     moved = orders["order_id"].sample(20, seed=seed + 1).to_list()
     gone = orders["order_id"].sample(20, seed=seed + 2).to_list()
     for order_id in moved:
-        online.observe(Asked.of({**other[order_id], "order_id": order_id}).order)
+        online.observe(FeatureRequest.of({**other[order_id], "order_id": order_id}).order)
     for order_id in gone:
         assert online.forget(order_id) is not None
         assert online.forget(order_id) is None
@@ -109,9 +109,9 @@ def test_what_is_forgotten_never_was(seed, data):
     ]
     left = pl.DataFrame([row for row in rows if row["order_id"] not in gone], schema=orders.schema)
     stayed = events.join(late, on=events.columns, how="anti", nulls_equal=True)
-    wanted = expected(left, History(events=stayed, categories=categories))
+    wanted = expected(left, OrderHistory(events=stayed, categories=categories))
     for row, want in zip(left.iter_rows(named=True), wanted, strict=True):
-        assert named(bits(online.features(Asked.of(row))), want) == {}
+        assert named(bits(online.features(FeatureRequest.of(row))), want) == {}
 
 
 def test_a_customer_of_a_thousand_orders():
@@ -120,27 +120,27 @@ def test_a_customer_of_a_thousand_orders():
         {"order_id": f"{n}", "placed_at": START + timedelta(minutes=7 * n), "amount": (n * 7919) % 5000, "customer": "user:1"}
         for n in range(1000)
     ]
-    online = OnlineFeatures(History())
+    online = OnlineFeatures(OrderHistory())
     for row in [*rows[::2], *rows[1::2][::-1]]:
-        online.observe(Asked.of(row).order)
+        online.observe(FeatureRequest.of(row).order)
     for row in rows[300:600:3]:
         online.forget(row["order_id"])
     kept = [row for row in rows if row not in rows[300:600:3]]
     frame = pl.DataFrame(kept).with_columns(pl.col("placed_at").cast(pl.Datetime("us", "UTC")))
-    for row, want in zip(kept, expected(frame, History()), strict=True):
-        assert named(bits(online.features(Asked.of(row))), want) == {}
+    for row, want in zip(kept, expected(frame, OrderHistory()), strict=True):
+        assert named(bits(online.features(FeatureRequest.of(row))), want) == {}
 
 
 def test_an_order_without_id_or_time_is_refused():
     with pytest.raises(FeatureError, match="order_id"):
-        Asked.of({"placed_at": START})
+        FeatureRequest.of({"placed_at": START})
     with pytest.raises(FeatureError, match="placed_at"):
-        Asked.of({"order_id": "1"})
+        FeatureRequest.of({"order_id": "1"})
 
 
 def test_moments_are_whole_microseconds():
     late = START + timedelta(days=9000, microseconds=123_457)
     assert moment(late) == microseconds(pl.Series([late]))[0]
-    row = Asked.of({"order_id": "1", "placed_at": late})
+    row = FeatureRequest.of({"order_id": "1", "placed_at": late})
     assert replace(row.order, placed=0).entities["card"] is None
-    assert np.isnan([v for v in OnlineFeatures(History()).features(row) if isinstance(v, float)]).sum() > 0
+    assert np.isnan([v for v in OnlineFeatures(OrderHistory()).features(row) if isinstance(v, float)]).sum() > 0

@@ -18,7 +18,7 @@ from support.shop_history import made_event, made_order, make_engine, put_shop
 
 from lakehouse.digest import digest
 from lakehouse.engine.engine import Engine
-from ml.features.features import FEATURE_NAMES, History, compute, with_ratios
+from ml.features.features import FEATURE_NAMES, OrderHistory, compute, with_ratios
 from ml.tables import category_amounts, order_entities
 from ml.tables.order_entities import ORDER_ENTITIES, cents
 from ml.tables.order_features import ORDER_FEATURES, STEP, STEPS, account_events, refresh
@@ -117,7 +117,7 @@ def test_the_table_holds_what_compute_gives(tmp_path):
     entities = engine.lake.load(ORDER_ENTITIES).read(ORDER_ENTITIES.schema.names)
     events = account_events(engine.lake.load(EVENTS_CLEAN).read(EVENTS_CLEAN.schema.names))
     categories = engine.lake.load(category_amounts.CATEGORY_AMOUNTS).read(category_amounts.CATEGORY_AMOUNTS.schema.names)
-    expected = compute(with_ratios(entities), History(events=events, categories=categories)).sort("order_id")
+    expected = compute(with_ratios(entities), OrderHistory(events=events, categories=categories)).sort("order_id")
     stored = engine.lake.load(ORDER_FEATURES).read(["order_id", "placed_at", *FEATURE_NAMES]).sort("order_id")
     assert_frame_equal(stored, expected, check_exact=True)
     assert expected["device_frauds_ever"].max() > 1

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 from support.shop_history import plain_history
 
-from ml.features.features import FEATURES, History, compute, with_ratios
+from ml.features.features import FEATURES, OrderHistory, compute, with_ratios
 from ml.tables.category_amounts import totals
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
@@ -28,7 +28,7 @@ def test_every_feature_is_what_the_plain_script_computes(seed):
             pl.max_horizontal("known_at", pl.col("placed_at") + timedelta(hours=1))
         ),
     )
-    ours = compute(with_ratios(orders), History(events=events, categories=totals(orders))).sort("order_id")
+    ours = compute(with_ratios(orders), OrderHistory(events=events, categories=totals(orders))).sort("order_id")
     theirs = plain_features(orders, events).sort("order_id")
     for feature in FEATURES:
         a, b = ours[feature.name], theirs[feature.name]

@@ -21,7 +21,7 @@ from support.waiting import free_port
 from ml import registry as registry_module
 from ml.evaluation.metrics import ThresholdSettings, choose_threshold, evaluate
 from ml.evaluation.plots import pictures
-from ml.registry import Registry, RegistryError, Training, code_version
+from ml.registry import Registry, RegistryError, TrainingRecord, code_version
 from ml.training.search import Trial
 from ml.training.training import TrainingSettings, fit_here
 
@@ -49,12 +49,12 @@ def registry(home: Path, request: pytest.FixtureRequest) -> Registry:
 
 
 @pytest.fixture(scope="module")
-def training() -> Training:
+def training() -> TrainingRecord:
     train, validation, test = split(orders(2500))
     model = fit_here(train, validation, FEATURES, TrainingSettings(rounds=30))
     asked = ThresholdSettings()
     threshold = choose_threshold(validation, model.score(validation), asked)
-    return Training(
+    return TrainingRecord(
         model=model,
         features=FEATURES,
         evaluation=evaluate(test, model.score(test), asked, threshold),
@@ -73,7 +73,7 @@ def training() -> Training:
     )
 
 
-def test_a_training_is_remembered_whole(registry: Registry, training: Training, tmp_path: Path) -> None:
+def test_a_training_is_remembered_whole(registry: Registry, training: TrainingRecord, tmp_path: Path) -> None:
     version = registry.record(training)
     assert (version.number, version.aliases) == (1, ("challenger",))
     assert version.threshold == training.evaluation.threshold
@@ -95,7 +95,7 @@ def test_a_training_is_remembered_whole(registry: Registry, training: Training, 
     assert list(tmp_path.iterdir()) == []  # nothing of MLflow's own default place
 
 
-def test_a_model_comes_back_bit_by_bit(registry: Registry, training: Training) -> None:
+def test_a_model_comes_back_bit_by_bit(registry: Registry, training: TrainingRecord) -> None:
     registry.record(training)
     loaded = registry.load("challenger")
     assert loaded.model == training.model
@@ -106,7 +106,7 @@ def test_a_model_comes_back_bit_by_bit(registry: Registry, training: Training) -
     assert loaded.model.score(TEST).tolist() == training.model.score(TEST).tolist()
 
 
-def test_the_model_loads_without_this_project(registry: Registry, training: Training, tmp_path: Path) -> None:
+def test_the_model_loads_without_this_project(registry: Registry, training: TrainingRecord, tmp_path: Path) -> None:
     registry.promote(registry.record(training).number)
     training.example.write_parquet(tmp_path / "unused.parquet")
     script = (
@@ -133,7 +133,7 @@ def test_the_model_loads_without_this_project(registry: Registry, training: Trai
     assert scores == pytest.approx(training.model.score(training.example).tolist())
 
 
-def test_promotion_and_rollback(registry: Registry, training: Training) -> None:
+def test_promotion_and_rollback(registry: Registry, training: TrainingRecord) -> None:
     assert registry.versions() == []
     assert registry.champion() is None
     assert registry.champion_number() is None
@@ -156,7 +156,7 @@ def test_promotion_and_rollback(registry: Registry, training: Training) -> None:
         registry.promote(9)
 
 
-def test_the_environment_is_left_as_it_was(registry: Registry, training: Training) -> None:
+def test_the_environment_is_left_as_it_was(registry: Registry, training: TrainingRecord) -> None:
     before = dict(os.environ)
     registry.record(training)
     registry.load(1)
@@ -166,7 +166,7 @@ def test_the_environment_is_left_as_it_was(registry: Registry, training: Trainin
 
 @pytest.mark.parametrize("failing", ["log_inputs", "log_artifacts", "create_model_version", "set_registered_model_alias"])
 def test_a_failure_leaves_no_version_and_moves_no_alias(
-    registry: Registry, training: Training, failing: str, monkeypatch: pytest.MonkeyPatch
+    registry: Registry, training: TrainingRecord, failing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = [(version.number, version.aliases) for version in registry.versions()]
 
@@ -185,7 +185,7 @@ def test_a_failure_leaves_no_version_and_moves_no_alias(
     assert newest.info.status == "FAILED"
 
 
-def test_stored_bytes_are_checked(registry: Registry, training: Training, home: Path) -> None:
+def test_stored_bytes_are_checked(registry: Registry, training: TrainingRecord, home: Path) -> None:
     registry.record(training)
     source = registry.client.get_logged_model(registry.client.get_model_version(registry.name, "1").source.rpartition("/")[2])
     stored = Path(source.artifact_location.removeprefix("file://").replace("%20", " ")) / "model.ubj"
@@ -220,7 +220,7 @@ def test_code_version_follows_the_sources(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_tracking_server_that_goes_away(training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracking_server_that_goes_away(training: TrainingRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with mlflow_server(tmp_path) as server:
         registry = Registry(server.address)
         registry.check()

@@ -1,4 +1,4 @@
-"""Served scores beside the lakehouse's: what is equal, what is not, and why."""
+"""ServedScores scores beside the lakehouse's: what is equal, what is not, and why."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from ml.evaluation.served_scores import CAUSES, LATE, Served, compare_served
+from ml.evaluation.served_scores import CAUSES, LATE, ServedScores, compare_served
 
 
 class Model:
@@ -44,7 +44,7 @@ def entities(*ids: str, **changed: Any) -> pl.DataFrame:
     return pl.DataFrame([{"order_id": one, "amount": 1, "person": "p", **changed} for one in ids])
 
 
-def compared(scores: dict[str, Any], now: pl.DataFrame, of: pl.DataFrame) -> Served:
+def compared(scores: dict[str, Any], now: pl.DataFrame, of: pl.DataFrame) -> ServedScores:
     return compare_served(scores, 0, now, of, Champion())  # type: ignore[arg-type]
 
 
@@ -72,4 +72,4 @@ def test_a_difference_has_its_size_and_its_cause(changed: dict[str, Any], cause:
 
 
 def test_nothing_served_is_said() -> None:
-    assert "SHOPSPHERE_KAFKA__TOPICS=events,fraud_scores" in Served().in_words
+    assert "SHOPSPHERE_KAFKA__TOPICS=events,fraud_scores" in ServedScores().in_words

@@ -19,12 +19,23 @@ import pytest
 from support.fraud_world import FEATURES, PlainFeature, orders, split
 
 from lakehouse.errors import SettingsError
-from lakehouse.parallel import Pool
+from lakehouse.parallel import TaskPool
 from lakehouse.settings import RaySettings
 from lakehouse.storage import Storage
 from ml.evaluation.metrics import average_precision, calibration_error
 from ml.training.search import SearchSettings, parameters_of, search, time_folds
-from ml.training.training import Progress, TrainingError, TrainingSettings, boost, discard, fit, fit_here, last, matrix, prepare
+from ml.training.training import (
+    TrainingError,
+    TrainingProgress,
+    TrainingSettings,
+    boost,
+    discard,
+    fit,
+    fit_here,
+    last,
+    matrix,
+    prepare,
+)
 
 QUICK = TrainingSettings(rounds=60, patience=0, report_every=20)
 
@@ -47,15 +58,15 @@ def test_the_same_orders_in_any_order_give_the_same_bytes(parts: tuple[pl.DataFr
 def test_a_resumed_training_ends_with_the_same_bytes(parts: tuple[pl.DataFrame, ...], stopped_after: int, tmp_path: Path) -> None:
     train, validation, _ = parts
     data = prepare(train, validation, FEATURES)
-    steps = list(boost(data, QUICK.xgboost(), 60, 0, Progress.none(), 20))
+    steps = list(boost(data, QUICK.xgboost(), 60, 0, TrainingProgress.none(), 20))
     assert [step.rounds for step in steps] == [20, 40, 60]
     steps[stopped_after].write(tmp_path)
-    assert last(boost(data, QUICK.xgboost(), 60, 0, Progress.read(tmp_path), 20)) == steps[-1]
+    assert last(boost(data, QUICK.xgboost(), 60, 0, TrainingProgress.read(tmp_path), 20)) == steps[-1]
 
 
 def test_a_finished_training_is_not_trained_on(parts: tuple[pl.DataFrame, ...]) -> None:
     data = prepare(parts[0], parts[1], FEATURES)
-    done = last(boost(data, QUICK.xgboost(), 20, 0, Progress.none(), 20))
+    done = last(boost(data, QUICK.xgboost(), 20, 0, TrainingProgress.none(), 20))
     assert list(boost(data, QUICK.xgboost(), 60, 0, done, 20)) == [done]
 
 
@@ -182,14 +193,14 @@ def test_no_trials_is_no_search(parts: tuple[pl.DataFrame, ...]) -> None:
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    pool = Pool(RaySettings(cpus=2))
+def pool() -> Iterator[TaskPool]:
+    pool = TaskPool(RaySettings(cpus=2))
     yield pool
     pool.close()
 
 
 @pytest.mark.slow
-def test_ray_train_gives_the_bytes_of_this_process(parts: tuple[pl.DataFrame, ...], pool: Pool, tmp_path: Path) -> None:
+def test_ray_train_gives_the_bytes_of_this_process(parts: tuple[pl.DataFrame, ...], pool: TaskPool, tmp_path: Path) -> None:
     train, validation, _ = parts
     model = fit(train, validation, FEATURES, replace(QUICK, storage=Storage.on_disk(tmp_path)), pool=pool)
     assert model == fit_here(train, validation, FEATURES, QUICK)
@@ -200,7 +211,7 @@ def test_ray_train_gives_the_bytes_of_this_process(parts: tuple[pl.DataFrame, ..
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_worker_killed_half_way_changes_nothing(pool: Pool, tmp_path: Path) -> None:
+def test_a_worker_killed_half_way_changes_nothing(pool: TaskPool, tmp_path: Path) -> None:
     train, validation, _ = split(orders(60_000))
     asked = TrainingSettings(rounds=300, patience=0, report_every=30, workers=2, storage=Storage.on_disk(tmp_path), keep=True)
     undisturbed = fit(train, validation, FEATURES, replace(asked, storage=Storage.on_disk(tmp_path / "one")), pool=pool)
@@ -234,7 +245,7 @@ def _is_trainer(process: psutil.Process) -> bool:
 
 
 @pytest.mark.slow
-def test_a_search_finds_the_same_again(parts: tuple[pl.DataFrame, ...], pool: Pool, tmp_path: Path) -> None:
+def test_a_search_finds_the_same_again(parts: tuple[pl.DataFrame, ...], pool: TaskPool, tmp_path: Path) -> None:
     asked = SearchSettings(trials=3, folds=2, delay=timedelta(days=2))
     found = [
         search(pl.concat(parts[:2]), FEATURES, asked, replace(QUICK, rounds=20, storage=Storage.on_disk(tmp_path)), pool=pool)

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from lakehouse.errors import SettingsError
 from lakehouse.iceberg.table_handle import polars_schema
-from lakehouse.settings import Settings
 from lakehouse.table import Table
 from pipelines.bronze.tables import CHARGEBACKS, EVENTS, MARKETPLACE_ORDERS, ORDER_ITEMS, ORDERS, USERS, row_schema
 from pipelines.parsing.contacts import normalise_address, normalise_email, normalise_name, normalise_phone
 from pipelines.parsing.marketplace_documents import parse_documents
 from pipelines.privacy.anonymise import Anonymiser
 from pipelines.privacy.suppression import KEY_FILE, Pseudonyms, Suppression, is_pseudonym, key_of, spelled_once
+from pipelines.settings import Settings
 from pipelines.silver.events_clean import parse_events
 
 P = Pseudonyms(b"a key for tests only, of good length", "ID")

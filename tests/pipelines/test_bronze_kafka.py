@@ -25,10 +25,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.bronze_reading import Reader
 
-from lakehouse.errors import OffsetGone, SourceError
-from lakehouse.settings import KafkaSettings
-from lakehouse.source import Position, again
+from lakehouse.errors import OffsetExpired, SourceError
+from lakehouse.source import Position, resnapshot
 from pipelines.bronze.tables import EVENTS
+from pipelines.settings import KafkaSettings
 from pipelines.sources.kafka import source as kafka
 from pipelines.sources.kafka.source import KafkaSource, Range, RangesTask
 
@@ -113,10 +113,10 @@ def test_ranges_are_exact_and_nothing_comes_twice(topic: Topic) -> None:
     assert plan.rows == 1000
     assert len(plan.tasks) == 3
     rows, positions = topic.reader.read(plan)
-    again, _ = topic.reader.read(plan)
+    resnapshot, _ = topic.reader.read(plan)
     places = [(row["partition"], row["offset"]) for row in rows[TABLE]]
     assert len(places) == len(set(places)) == 1000
-    assert {(row["partition"], row["offset"]) for row in again[TABLE]} == set(places)
+    assert {(row["partition"], row["offset"]) for row in resnapshot[TABLE]} == set(places)
     topic.reader.rows, topic.reader.positions = rows, positions
     assert offsets_of(positions[TABLE]) == {f"{topic.name}:0": 334, f"{topic.name}:1": 333, f"{topic.name}:2": 333}
     assert topic.reader.source.lag(positions) == {TABLE: "500 messages"}
@@ -146,7 +146,7 @@ def test_new_partitions_and_topics_are_read_from_their_beginning(topic: Topic) -
     topic.reader.source = KafkaSource(topic.settings.model_copy(update={"topics": (topic.name, other.name)}))
     assert sorted(row["value"] for row in topic.reader.run()[TABLE]) == [b"there before", b"v2", b"v5"]
     other.admin.delete_topics([other.name])[other.name].result(10)
-    with pytest.raises(OffsetGone, match=f"'{other.name}' does not exist any more"):
+    with pytest.raises(OffsetExpired, match=f"'{other.name}' does not exist any more"):
         topic.reader.plan()
 
 
@@ -156,7 +156,7 @@ def test_deleted_offsets_are_an_error_that_names_them(topic: Topic) -> None:
     topic.send(30)
     deleted = topic.admin.delete_records([TopicPartition(topic.name, 1, 15)])
     next(iter(deleted.values())).result(10)
-    with pytest.raises(OffsetGone, match=rf"'{topic.name}', partition 1: offsets 10 to 14 were deleted.*rebuild {TABLE}"):
+    with pytest.raises(OffsetExpired, match=rf"'{topic.name}', partition 1: offsets 10 to 14 were deleted.*rebuild {TABLE}"):
         topic.reader.plan()
     topic.reader.positions = {}
     assert len(topic.reader.run()[TABLE]) == 60 - 15
@@ -166,16 +166,18 @@ def test_a_topic_created_anew_is_an_error(topic: Topic) -> None:
     topic.send(30)
     topic.reader.run()
     topic.admin.delete_topics([topic.name])[topic.name].result(10)
-    with pytest.raises(OffsetGone, match="does not exist any more"):
+    with pytest.raises(OffsetExpired, match="does not exist any more"):
         topic.reader.plan()
     topic.admin.create_topics([NewTopic(topic.name, 3, 1)])[topic.name].result(10)
-    with pytest.raises(OffsetGone, match=rf"'{topic.name}' was deleted and created anew: its id was \S+ and is \S+\. .*rebuild"):
+    with pytest.raises(
+        OffsetExpired, match=rf"'{topic.name}' was deleted and created anew: its id was \S+ and is \S+\. .*rebuild"
+    ):
         topic.reader.plan()
     topic.reader.positions = {TABLE: offsets_of(topic.reader.positions[TABLE])}
-    with pytest.raises(OffsetGone, match=rf"'{topic.name}', partition 0: offset 10 comes next, but the topic ends at 0"):
+    with pytest.raises(OffsetExpired, match=rf"'{topic.name}', partition 0: offset 10 comes next, but the topic ends at 0"):
         topic.reader.plan()
     topic.reader.positions = {TABLE: {f"{topic.name}:3": 0}}
-    with pytest.raises(OffsetGone, match="has lost partition 3"):
+    with pytest.raises(OffsetExpired, match="has lost partition 3"):
         topic.reader.plan()
 
 
@@ -187,10 +189,10 @@ def test_a_topic_created_anew_and_refilled_past_our_offset_is_noticed(topic: Top
     topic.admin.create_topics([NewTopic(topic.name, 3, 1)])[topic.name].result(10)
     topic.producer = Producer({"bootstrap.servers": topic.bootstrap, "linger.ms": 5})
     topic.send(60)
-    with pytest.raises(OffsetGone) as error:
+    with pytest.raises(OffsetExpired) as error:
         topic.reader.plan()
     first = list(topic.reader.rows[TABLE])
-    topic.reader.positions = {TABLE: again(topic.reader.positions[TABLE])}
+    topic.reader.positions = {TABLE: resnapshot(topic.reader.positions[TABLE])}
     assert len(topic.reader.run()[TABLE]) == 60
     position = topic.reader.positions[TABLE]
     new = position["ids"][topic.name]
@@ -206,7 +208,7 @@ def test_a_topic_created_anew_and_refilled_past_our_offset_is_noticed(topic: Top
 def test_the_same_topic_read_again_gives_the_same_rows(topic: Topic) -> None:
     topic.send(30)
     first = topic.reader.run()[TABLE]
-    topic.reader.positions = {TABLE: again(topic.reader.positions[TABLE])}
+    topic.reader.positions = {TABLE: resnapshot(topic.reader.positions[TABLE])}
     by_position = {row["_source_position"]: row for row in topic.reader.run()[TABLE]}
     assert by_position == {row["_source_position"]: row for row in first}
     assert "again" not in topic.reader.positions[TABLE]
@@ -233,7 +235,7 @@ def test_a_broker_that_gives_no_ids_is_read_all_the_same(tmp_path: Path) -> None
         assert len(topic.reader.run()[TABLE]) == 3
         assert topic.reader.positions[TABLE]["ids"] == {"events": "from before"}
         # nobody can tell whether it is the same topic: the offsets may be those of other messages
-        topic.reader.positions = {TABLE: again(topic.reader.positions[TABLE])}
+        topic.reader.positions = {TABLE: resnapshot(topic.reader.positions[TABLE])}
         assert {row["_source_position"][:8] for row in topic.reader.run()[TABLE]} == {"~000001~"}
 
 
@@ -257,7 +259,7 @@ def test_offsets_deleted_while_reading_are_an_error(topic: Topic) -> None:
     topic.send(30)
     plan = topic.reader.plan()
     next(iter(topic.admin.delete_records([TopicPartition(topic.name, 0, 5)]).values())).result(10)
-    with pytest.raises(OffsetGone, match=rf"'{topic.name}', partition 0: offsets 0 to 9 were deleted"):
+    with pytest.raises(OffsetExpired, match=rf"'{topic.name}', partition 0: offsets 0 to 9 were deleted"):
         topic.reader.read(plan)
 
 
@@ -418,7 +420,7 @@ def test_messages_of_a_partition_seen_empty_are_missed_when_they_are_gone(topic:
     assert topic.producer.flush(20) == 0
     gone = TopicPartition(topic.name, 2, 5)
     topic.admin.delete_records([gone])[gone].result(10)
-    with pytest.raises(OffsetGone, match="partition 2"):
+    with pytest.raises(OffsetExpired, match="partition 2"):
         topic.reader.plan()
 
 

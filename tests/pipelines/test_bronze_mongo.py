@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 from pymongo.errors import OperationFailure
 from support.bronze_reading import Reader, living
 
-from lakehouse.errors import OffsetGone, SourceError
-from lakehouse.settings import MongoSettings
-from lakehouse.source import Reached, Rows, again
+from lakehouse.errors import OffsetExpired, SourceError
+from lakehouse.source import Reached, Rows, resnapshot
 from pipelines.bronze.tables import MARKETPLACE_ORDERS
+from pipelines.settings import MongoSettings
 from pipelines.sources.mongo import source as mongo
-from pipelines.sources.mongo.source import ChangesTask, MongoSource, Watermark
+from pipelines.sources.mongo.source import ChangeStreamTask, MongoSource, Watermark
 
 TABLE = MARKETPLACE_ORDERS.name
 START = datetime(2026, 1, 1)
@@ -152,10 +152,10 @@ def test_a_crash_before_the_commit_repeats_the_same_changes(market: Market) -> N
     market.reader.run()
     market.add(11, 3010)
     first, _ = market.reader.read(market.reader.plan())
-    again, _ = market.reader.read(market.reader.plan())
+    resnapshot, _ = market.reader.read(market.reader.plan())
     assert len(first[TABLE]) == 3000
-    assert [row["_source_position"] for row in again[TABLE]] == [row["_source_position"] for row in first[TABLE]]
-    assert [row["document"] for row in again[TABLE]] == [row["document"] for row in first[TABLE]]
+    assert [row["_source_position"] for row in resnapshot[TABLE]] == [row["_source_position"] for row in first[TABLE]]
+    assert [row["document"] for row in resnapshot[TABLE]] == [row["document"] for row in first[TABLE]]
 
 
 def test_changes_after_the_plan_wait_for_the_next_run(market: Market) -> None:
@@ -195,7 +195,7 @@ def test_a_token_of_another_server_is_an_error(market: Market) -> None:
     market.add(1, 1)
     market.reader.run()
     market.reader.positions = {TABLE: {**market.reader.positions[TABLE], "token": '{"_data": "nx:999999"}'}}
-    with pytest.raises(OffsetGone, match=f"resume token of {TABLE} is no longer valid.*python -m app rebuild {TABLE}"):
+    with pytest.raises(OffsetExpired, match=f"resume token of {TABLE} is no longer valid.*python -m app rebuild {TABLE}"):
         market.reader.plan()
 
 
@@ -208,7 +208,7 @@ def test_a_token_that_the_server_refuses_is_an_error(market: Market, monkeypatch
         raise OperationFailure("resume of change stream was not possible", code)
 
     monkeypatch.setattr(mongo, "_watching", refuse)
-    with pytest.raises(OffsetGone, match="is no longer valid"):
+    with pytest.raises(OffsetExpired, match="is no longer valid"):
         market.reader.plan()
 
 
@@ -267,7 +267,7 @@ def test_read_again_a_collection_begins_a_generation_with_a_marker(market: Marke
     before = list(market.reader.rows[TABLE])
     market.collection.delete_one({"mp_order_id": "O2"})
     market.collection.replace_one({"_id": "undated"}, {"mp_order_id": "V"})
-    market.reader.positions = {TABLE: again(market.reader.positions[TABLE])}
+    market.reader.positions = {TABLE: resnapshot(market.reader.positions[TABLE])}
     rows = market.reader.run()[TABLE]
     assert [row["_op"] for row in rows] == ["t", *["r"] * 6]
     assert rows[0]["_source_position"] == "~000001~"
@@ -287,7 +287,7 @@ def test_read_again_a_collection_that_was_emptied_is_empty(market: Market, mode:
     market.add(1, 5)
     market.reader.run()
     market.collection.delete_many({})
-    market.reader.positions = {TABLE: again(market.reader.positions[TABLE])}
+    market.reader.positions = {TABLE: resnapshot(market.reader.positions[TABLE])}
     assert [row["_op"] for row in market.reader.run()[TABLE]] == ["t"]
     assert market.reader.positions[TABLE]["generation"] == 1
     assert market.held() == {}
@@ -308,7 +308,7 @@ def test_from_change_stream_to_watermark_and_back_what_is_read_later_is_newer(ma
         if number:
             with pytest.raises(SourceError, match=f"or read it anew: python -m app rebuild {TABLE}"):
                 market.reader.plan()
-            market.reader.positions = {TABLE: again(positions[TABLE])}
+            market.reader.positions = {TABLE: resnapshot(positions[TABLE])}
             market.reader.run()
             assert in_any_order(market) == [market.there()] * 3
         market.collection.replace_one(
@@ -451,7 +451,7 @@ def test_events_of_a_replica_set(market: Market, monkeypatch: pytest.MonkeyPatch
         def __exit__(self, *arguments: object) -> None: ...
 
     monkeypatch.setattr(mongo, "_watching", lambda collection, token: Watching())
-    items = list(ChangesTask(market.settings, {"_data": "82"}, "82FF").read())
+    items = list(ChangeStreamTask(market.settings, {"_data": "82"}, "82FF").read())
     rows = [row for item in items if isinstance(item, Rows) for row in item.rows.to_pylist()]
     assert [(row["_op"], row["document_id"]) for row in rows] == [
         ("c", str(document["_id"])),
@@ -534,7 +534,7 @@ def test_changes_that_an_imitation_has_forgotten_are_an_error(tmp_path: Path) ->
         market = Market(f"mongodb://127.0.0.1:{port}/?serverSelectionTimeoutMS=30000", "shop")
         market.client.admin.command("ping")
         through_another_reader(market, 2500)
-        with pytest.raises(OffsetGone, match=r"forgotten the changes after it.*rebuild"):
+        with pytest.raises(OffsetExpired, match=r"forgotten the changes after it.*rebuild"):
             market.reader.run()
         market.client.close()
     finally:

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from psycopg.conninfo import make_conninfo
 from support.bronze_reading import Reader, living
 
-from lakehouse.errors import CommitConflict, OffsetGone, SchemaConflict, SourceError, UnknownColumn
-from lakehouse.settings import PostgresSettings
-from lakehouse.source import Rows, again
+from lakehouse.errors import CommitConflict, OffsetExpired, SchemaConflict, SourceError, UnknownColumn
+from lakehouse.source import Rows, resnapshot
 from pipelines.bronze.tables import POSTGRES_TABLES, TABLES
+from pipelines.settings import PostgresSettings
 from pipelines.sources.postgres import source as postgres
 from pipelines.sources.postgres.source import PostgresSource, StreamTask
 from pipelines.sources.postgres.types import SourceColumn, typed, widened
@@ -187,7 +187,7 @@ def test_read_again_a_table_begins_a_generation_with_a_marker(shop: Shop) -> Non
     shop("UPDATE products SET name = 'x' WHERE product_id = 'P1'; INSERT INTO stores VALUES ('T', 'two', 'store')")
     shop("DELETE FROM products WHERE product_id = 'P2'")
     before = list(shop.reader.rows[PRODUCTS])
-    shop.reader.positions[PRODUCTS] = again(shop.reader.positions[PRODUCTS])
+    shop.reader.positions[PRODUCTS] = resnapshot(shop.reader.positions[PRODUCTS])
     rows = shop.reader.run()
     found = sorted(rows[PRODUCTS], key=lambda row: row["_source_position"])
     # what the slot still held comes first: it is history
@@ -204,7 +204,7 @@ def test_read_again_a_table_begins_a_generation_with_a_marker(shop: Shop) -> Non
     assert not rows[STORES][0]["_source_position"].startswith("~")
     assert sorted(key[0] for key in shop.reader.latest(PRODUCTS, ("product_id",))) == ["P1", "P3", "P4"]
     shop("TRUNCATE products")
-    shop.reader.positions[PRODUCTS] = again(shop.reader.positions[PRODUCTS])
+    shop.reader.positions[PRODUCTS] = resnapshot(shop.reader.positions[PRODUCTS])
     positions = sorted(row["_source_position"] for row in shop.reader.run()[PRODUCTS])
     assert positions[0].startswith("~000001~")
     assert positions[1:] == ["~000002~"]
@@ -309,8 +309,8 @@ def test_a_crash_before_the_acknowledgement_repeats_nothing_and_loses_nothing(sh
     shop.add_products(1, 50)
     plan = shop.reader.plan()
     first, positions = shop.reader.read(plan)
-    again, _ = shop.reader.read(plan)
-    assert again == first
+    resnapshot, _ = shop.reader.read(plan)
+    assert resnapshot == first
     assert shop.reader.read(shop.reader.plan())[0] == first
     shop("INSERT INTO stores VALUES ('S', 'one', 'store')")
     # The products were committed, the crash came before the stores' commit and the acknowledgement.
@@ -389,10 +389,10 @@ def test_a_table_that_is_another_one_is_an_error_until_it_is_read_again(servers:
         for statement in statements:
             shop(statement)
         shop.add_products(5, 6)
-        with pytest.raises(OffsetGone, match=rf"products.* made anew, or left publication.*rebuild .*{PRODUCTS}") as error:
+        with pytest.raises(OffsetExpired, match=rf"products.* made anew, or left publication.*rebuild .*{PRODUCTS}") as error:
             shop.reader.run()
         named = str(error.value).rpartition("rebuild ")[2].split()
-        shop.reader.positions |= {table: again(shop.reader.positions[table]) for table in named}  # type: ignore[dict-item]
+        shop.reader.positions |= {table: resnapshot(shop.reader.positions[table]) for table in named}  # type: ignore[dict-item]
         shop.reader.run()
         shop.add_products(7, 7)
         shop.reader.run()
@@ -580,10 +580,10 @@ def test_a_slot_that_is_gone_is_an_error(shop: Shop) -> None:
     shop("SELECT pg_drop_replication_slot(%s)", shop.name)
     everything = " ".join(sorted(shop.reader.positions))
     message = rf"slot '.*' is gone, and with it the changes since .*python -m app rebuild {everything}$"
-    with pytest.raises(OffsetGone, match=message):
+    with pytest.raises(OffsetExpired, match=message):
         shop.reader.plan()
-    shop.reader.positions[PRODUCTS] = again(shop.reader.positions[PRODUCTS])
-    with pytest.raises(OffsetGone, match=message):
+    shop.reader.positions[PRODUCTS] = resnapshot(shop.reader.positions[PRODUCTS])
+    with pytest.raises(OffsetExpired, match=message):
         shop.reader.plan()
 
 
@@ -594,12 +594,12 @@ def test_a_slot_that_is_gone_is_made_when_all_tables_are_read_again(shop: Shop) 
     shop("SELECT pg_drop_replication_slot(%s)", shop.name)
     shop("DELETE FROM products WHERE product_id < 'P3'")
     before = dict(shop.reader.positions)
-    shop.reader.positions = {table: again(position) for table, position in before.items()}
+    shop.reader.positions = {table: resnapshot(position) for table, position in before.items()}
     # a crash when the slot was made and nothing was committed: with the positions of before, it is not forgotten
     plan = shop.reader.plan()
     plan.held.close()
     shop.add_products(6, 6)
-    with pytest.raises(OffsetGone, match="somebody else read"):
+    with pytest.raises(OffsetExpired, match="somebody else read"):
         shop.reader.source.plan(before, shop.reader.schemas)
     # a crash when only the products were committed
     plan = shop.reader.plan()
@@ -607,10 +607,12 @@ def test_a_slot_that_is_gone_is_made_when_all_tables_are_read_again(shop: Shop) 
     plan.held.close()
     halfway = {**before, PRODUCTS: positions[PRODUCTS]}
     rest = sorted(before.keys() - {PRODUCTS})
-    with pytest.raises(OffsetGone, match=rf"was made anew, but {', '.join(rest)} not read.*rebuild {' '.join(rest)}$"):
+    with pytest.raises(OffsetExpired, match=rf"was made anew, but {', '.join(rest)} not read.*rebuild {' '.join(rest)}$"):
         shop.reader.source.plan(halfway, shop.reader.schemas)
     shop.reader.rows[PRODUCTS] += rows[PRODUCTS]
-    shop.reader.positions = {table: position if table == PRODUCTS else again(position) for table, position in halfway.items()}
+    shop.reader.positions = {
+        table: position if table == PRODUCTS else resnapshot(position) for table, position in halfway.items()
+    }
     shop("INSERT INTO stores VALUES ('T', 'two', 'store'); DELETE FROM stores WHERE store_id = 'S'")
     shop.reader.run()
     shop.add_products(7, 7)
@@ -630,14 +632,14 @@ def test_a_slot_that_is_lost_is_made_anew_when_all_tables_are_read_again(shop: S
         shop("CHECKPOINT")
         assert shop("SELECT wal_status FROM pg_replication_slots WHERE slot_name = %s", shop.name) == [("lost",)]
         shop("DELETE FROM products WHERE product_id = 'P1'")
-        with pytest.raises(OffsetGone, match=rf"is lost: .* python -m app rebuild {' '.join(sorted(shop.reader.positions))}$"):
+        with pytest.raises(OffsetExpired, match=rf"is lost: .* python -m app rebuild {' '.join(sorted(shop.reader.positions))}$"):
             shop.reader.run()
-        with pytest.raises(OffsetGone, match=r"is lost: .*pg_drop_replication_slot\('.*'\), and run again"):
+        with pytest.raises(OffsetExpired, match=r"is lost: .*pg_drop_replication_slot\('.*'\), and run again"):
             shop.reader.source.plan({}, {})
     finally:
         shop("ALTER SYSTEM RESET max_slot_wal_keep_size")
         shop("SELECT pg_reload_conf()")
-    shop.reader.positions = {table: again(position) for table, position in shop.reader.positions.items()}
+    shop.reader.positions = {table: resnapshot(position) for table, position in shop.reader.positions.items()}
     shop.reader.run()
     shop.add_products(4, 4)
     shop.reader.run()
@@ -648,7 +650,7 @@ def test_another_reader_of_the_slot_is_noticed(shop: Shop) -> None:
     shop.reader.run()
     shop.add_products(1, 1)
     Reader(shop.reader.source, {}, dict(shop.reader.positions)).run()
-    with pytest.raises(OffsetGone, match="somebody else read from replication slot") as error:
+    with pytest.raises(OffsetExpired, match="somebody else read from replication slot") as error:
         shop.reader.plan()
     assert isinstance(error.value, CommitConflict)
 
@@ -656,7 +658,7 @@ def test_another_reader_of_the_slot_is_noticed(shop: Shop) -> None:
 def test_another_server_is_noticed(shop: Shop) -> None:
     shop.reader.run()
     shop.reader.positions = {table: {**position, "system": "1"} for table, position in shop.reader.positions.items()}
-    with pytest.raises(OffsetGone, match="this is another server"):
+    with pytest.raises(OffsetExpired, match="this is another server"):
         shop.reader.plan()
 
 
@@ -753,7 +755,7 @@ def test_a_publication_that_leaves_out_operations_is_an_error(shop: Shop) -> Non
     with pytest.raises(SourceError, match=rf"leaves out delete, so changes are being missed.*rebuild .*{PRODUCTS}"):
         shop.reader.run()
     shop("ALTER PUBLICATION shopsphere SET (publish = 'insert, update, delete, truncate')")
-    shop.reader.positions = {table: again(position) for table, position in shop.reader.positions.items()}  # type: ignore[misc]
+    shop.reader.positions = {table: resnapshot(position) for table, position in shop.reader.positions.items()}  # type: ignore[misc]
     shop.reader.run()
     assert list(shop.reader.latest(PRODUCTS, ("product_id",))) == [("P2",)]
 
@@ -831,7 +833,7 @@ def test_a_server_restored_to_an_earlier_moment_is_noticed(shop):
         high, low = position["lsn"].split("/")
         shop.reader.positions[table] = {**position, "lsn": f"{int(high, 16) + 1:X}/{low}"}
     shop.add_products(3, 6)
-    with pytest.raises(OffsetGone, match=r"restored to an earlier moment.*rebuild .*products"):
+    with pytest.raises(OffsetExpired, match=r"restored to an earlier moment.*rebuild .*products"):
         shop.reader.run()
 
 
@@ -842,7 +844,7 @@ def test_a_rebuild_of_all_tables_that_was_cut_between_two_commits_loses_no_histo
     shop("UPDATE products SET name = 'between' WHERE product_id = 'P1'; UPDATE products SET name = 'now' WHERE product_id = 'P1'")
     shop("UPDATE stores SET name = 'two' WHERE store_id = 'S'")
     before = dict(shop.reader.positions)
-    shop.reader.positions = {table: again(position) for table, position in before.items()}
+    shop.reader.positions = {table: resnapshot(position) for table, position in before.items()}
     plan = shop.reader.plan()
     rows, positions = shop.reader.read(plan)
     plan.held.close()

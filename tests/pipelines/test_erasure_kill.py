@@ -17,9 +17,9 @@ from lakehouse.digest import digest
 from ml.tables import TABLES
 from pipelines.gold.sales_daily import SALES_DAILY
 from pipelines.privacy.erase import erase
-from pipelines.privacy.person import Asked
+from pipelines.privacy.person import SubjectQuery
 from pipelines.privacy.suppression import erasures
-from pipelines.runner import rebuild, run_pass
+from pipelines.runner import rebuild, run_once
 
 pytestmark = pytest.mark.slow
 MOMENTS = 12
@@ -66,7 +66,7 @@ def erase_in_a_process(home: Path, email: str, at: int, when: str) -> subprocess
 @pytest.mark.timeout(3600)
 def test_killed_at_any_moment_it_finishes_when_run_again(world: World) -> None:
     person = somebody(world.lake)
-    asked, texts = Asked(email=person["email"]), texts_of(person)
+    asked, texts = SubjectQuery(email=person["email"]), texts_of(person)
     sales = digest(world.lake.load(SALES_DAILY))
     whole = erase_in_a_process(world.home, person["email_raw"], 0, "after")
     assert whole.returncode == 0, whole.stderr
@@ -95,6 +95,6 @@ def test_killed_at_any_moment_it_finishes_when_run_again(world: World) -> None:
         assert not list((world.home / "erasures").glob("*.order.json"))
     with world.engine() as engine:
         before = {name: digest(world.lake.load(table)) for name, table in TABLES.items() if world.lake.exists(table)}
-        assert not run_pass(engine, lambda name, report: None).errors
+        assert not run_once(engine, lambda name, report: None).errors
         rebuild(engine, [name for name in before if not name.startswith("bronze.")])
     assert {name: digest(world.lake.load(TABLES[name])) for name in before} == before

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
-from lakehouse.step import Context, Parsed
+from lakehouse.step import Parsed
+from pipelines.settings import BusinessSettings
 from pipelines.silver.events_clean import CHUNK, EVENTS_CLEAN, STEP, STOCK_EVENTS, parse_events
 
 WHEN = datetime(2026, 1, 2, 10, 0, 0, 123000, tzinfo=UTC)
@@ -279,7 +280,7 @@ def rows_of(values: Sequence[dict[str, Any]]) -> pl.DataFrame:
 
 def merged(new: pl.DataFrame, old: pl.DataFrame | None = None) -> pl.DataFrame:
     frames = {"events": new, "old": new.head(0) if old is None else old, "groups": new.select("event_id").unique()}
-    return STEP.fill(frames, Context())
+    return STEP.transform(frames, BusinessSettings())
 
 
 def test_an_event_that_comes_twice_stays_once() -> None:

@@ -14,11 +14,10 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from lakehouse.engine.engine import Engine, stamp
-from lakehouse.engine.row_diff import difference
+from lakehouse.engine.row_diff import row_diff
 from lakehouse.iceberg.table_handle import Lake, polars_schema
-from lakehouse.parallel import Pool
-from lakehouse.settings import Settings
-from lakehouse.step import Context, Gather, Step
+from lakehouse.parallel import TaskPool
+from lakehouse.step import Grouped, Step
 from lakehouse.table import DELETED, Table
 from pipelines.gold import (
     cohort_retention,
@@ -31,6 +30,7 @@ from pipelines.gold import (
     sales_daily,
     user_risk_scores,
 )
+from pipelines.settings import BusinessSettings, Settings
 from pipelines.silver.chargebacks import CHARGEBACKS
 from pipelines.silver.events_clean import EVENTS_CLEAN
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
@@ -195,7 +195,7 @@ def put(lake: Lake, table: Table, wanted: pl.DataFrame) -> None:
     handle = lake.load(table)
     files = handle.files()
     old = handle.reader.read(files, [*(item.name for item in table.columns), DELETED], positions=True)
-    differs = difference(table, old, wanted)
+    differs = row_diff(table, old, wanted)
     if not differs.empty:
         written = handle.writer.write(stamp(table, differs.written, handle.sequence))
         handle.commit([*written, *handle.writer.write_deletes(files, differs.deleted)], positions={})
@@ -206,20 +206,24 @@ def rebuilt(step: Step, shop: Shop) -> pl.DataFrame:
     frames = {}
     for name, read in step.reads.items():
         frames[name] = table_frame(read.table, shop)
-        if isinstance(read, Gather):
+        if isinstance(read, Grouped):
             frames[name] = frames[name].filter(
                 pl.any_horizontal(pl.all_horizontal(*(k.is_not_null() for k in keys)) for keys in read.keys)
             )
         if read.columns:
             frames[name] = frames[name].select(read.columns)
     types = polars_schema(step.target.schema)
-    return step.fill(frames, Context()).select(pl.col(name).cast(dtype) for name, dtype in types.items()).sort(step.target.key)
+    return (
+        step.transform(frames, BusinessSettings())
+        .select(pl.col(name).cast(dtype) for name, dtype in types.items())
+        .sort(step.target.key)
+    )
 
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[Engine]:
     settings = Settings(home=tmp_path)
-    return Engine(Lake(settings), Pool(settings.ray), Context(), QUARANTINE)
+    return Engine(Lake(settings), TaskPool(settings.ray), BusinessSettings(), QUARANTINE)
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lakehouse.iceberg.table_handle import polars_schema
-from lakehouse.step import Context, Step
+from lakehouse.step import Step
 from pipelines.gold import (
     cohort_retention,
     customer_360,
@@ -25,6 +25,7 @@ from pipelines.gold import (
     user_risk_scores,
 )
 from pipelines.gold.dim_stores import NO_STORE
+from pipelines.settings import BusinessSettings
 from pipelines.silver import chargebacks
 
 STEPS: tuple[Step, ...] = tuple(
@@ -69,7 +70,7 @@ def run(step: Step, **rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def filled(step: Step, frames: dict[str, pl.DataFrame]) -> pl.DataFrame:
-    result = step.fill(frames, Context())
+    result = step.transform(frames, BusinessSettings())
     types = polars_schema(step.target.schema)
     assert result.columns == list(types)
     result = result.select(pl.col(name).cast(dtype) for name, dtype in types.items()).sort(step.target.key)

@@ -10,16 +10,16 @@ from support.identity_world import BRONZE, Memory, document, emptied, masters, s
 from lakehouse.digest import digest
 from lakehouse.engine.engine import Engine
 from lakehouse.iceberg.table_handle import Lake, as_arrow
-from lakehouse.parallel import Pool
-from lakehouse.settings import RaySettings, Settings
-from lakehouse.step import Context
+from lakehouse.parallel import TaskPool
+from lakehouse.settings import RaySettings
+from pipelines.settings import BusinessSettings, Settings
 from pipelines.silver.identity_graph import IDENTITY_GRAPH, STEP
 from pipelines.silver.quarantine import QUARANTINE
 
 
 def make_engine(home) -> Engine:
     configured = Settings(home=home, ray=RaySettings(inline_rows=10**9))
-    return Engine(Lake(configured), Pool(configured.ray), Context(), QUARANTINE)
+    return Engine(Lake(configured), TaskPool(configured.ray), BusinessSettings(), QUARANTINE)
 
 
 def append(engine: Engine, rows) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.identity_world import Memory, document, emptied, masters, shop, sorted_rows, user, web_order
 
 from app.demo.identity_scores import pairwise_scores
-from lakehouse.step import Context
+from pipelines.settings import BusinessSettings
 from pipelines.sources.epochs import prefix
 
 
@@ -132,7 +132,7 @@ def test_many_orders_of_one_customer_are_no_crowd_but_many_people_are():
 
 
 def test_an_address_that_becomes_crowded_splits_and_one_that_empties_merges():
-    context = Context(address_crowd=2)
+    context = BusinessSettings(address_crowd=2)
     at_home = {"address": "Menara Satu 1"}
     memory = Memory(context).run(
         [user(1, name="Budi Santoso", **at_home), user(2, name="Budi Santoso", **at_home), user(3, name="Ani Wijaya", **at_home)]
@@ -148,7 +148,7 @@ def test_an_address_that_becomes_crowded_splits_and_one_that_empties_merges():
 
 def test_an_address_that_empties_lets_its_people_be_compared_with_those_elsewhere():
     tower = {"address": "Menara Satu 12345"}
-    memory = Memory(Context(address_crowd=2)).run(
+    memory = Memory(BusinessSettings(address_crowd=2)).run(
         [
             user(1, name="Budi Santoso", **tower),
             user(2, name="Budi Santoso", address="Menara Sattu 12345"),
@@ -437,7 +437,7 @@ def histories(draw):
 def test_any_order_duplication_and_split_gives_the_rows_of_a_rebuild(history, data):
     arrival = data.draw(st.permutations(history + data.draw(st.lists(st.sampled_from(history), max_size=3))))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(arrival)), max_size=3)))
-    context = Context(address_crowd=2, identifier_crowd=2)
+    context = BusinessSettings(address_crowd=2, identifier_crowd=2)
     memory = Memory(context)
     for start, end in zip([0, *cuts], [*cuts, len(arrival)], strict=True):
         memory.run(arrival[start:end])

@@ -20,12 +20,12 @@ from polars.testing import assert_frame_equal
 from lakehouse.digest import digest
 from lakehouse.engine.engine import Engine
 from lakehouse.iceberg.table_handle import Lake, as_arrow
-from lakehouse.parallel import Pool
-from lakehouse.settings import RaySettings, Settings
-from lakehouse.step import Context
+from lakehouse.parallel import TaskPool
+from lakehouse.settings import RaySettings
 from lakehouse.table import Table
 from pipelines.bronze import tables as bronze
 from pipelines.gold import inventory_health, inventory_shrinkage
+from pipelines.settings import BusinessSettings, Settings
 from pipelines.silver import events_clean, exchange_rates, inventory_snapshots, products
 from pipelines.silver.events_clean import EVENTS_CLEAN, STOCK_EVENTS
 from pipelines.silver.inventory_snapshots import EVENT_COLUMNS, FIGURES, GROUP, INVENTORY_SNAPSHOTS, STEP, as_of
@@ -61,13 +61,13 @@ def ledger(
     events: Sequence[dict[str, Any]] | pl.DataFrame, groups: pl.DataFrame | None = None, opening: pl.DataFrame | None = None
 ) -> pl.DataFrame:
     given_rows = events if isinstance(events, pl.DataFrame) else frame(events)
-    filled = STEP.fill(
+    filled = STEP.transform(
         {
             "events": given_rows,
             "groups": all_groups(given_rows) if groups is None else groups,
             "opening": pl.DataFrame(schema=LEDGER) if opening is None else opening,
         },
-        Context(),
+        BusinessSettings(),
     )
     assert filled.columns == INVENTORY_SNAPSHOTS.schema.names
     filled.to_arrow().cast(INVENTORY_SNAPSHOTS.schema)
@@ -261,13 +261,15 @@ def test_late_events_recompute_the_rest_only(events: list[dict[str, Any]], cut: 
     assert suffix.join(groups, on=GROUP).filter(~recompute).is_empty()
 
 
-def health(events: Sequence[dict[str, Any]], context: Context | None = None) -> dict[str, Any]:
+def health(events: Sequence[dict[str, Any]], context: BusinessSettings | None = None) -> dict[str, Any]:
     wanted = inventory_health.STEP.reads["ledger"].columns
     rows = ledger(events).select(wanted)
-    filled = inventory_health.fill({"ledger": pl.concat([rows, rows])}, context or Context())
+    filled = inventory_health.transform({"ledger": pl.concat([rows, rows])}, context or BusinessSettings())
     assert filled.columns == inventory_health.INVENTORY_HEALTH.schema.names
     filled.to_arrow().cast(inventory_health.INVENTORY_HEALTH.schema)
-    assert_frame_equal(filled, inventory_health.fill({"ledger": rows[::-1]}, context or Context()), check_row_order=False)
+    assert_frame_equal(
+        filled, inventory_health.transform({"ledger": rows[::-1]}, context or BusinessSettings()), check_row_order=False
+    )
     return filled.sort(GROUP).row(0, named=True)
 
 
@@ -305,7 +307,7 @@ def test_low_stock() -> None:
     few = [event("stock_received", 10, 0), event("stock_sold", 8, 48)]
     found = health(few)
     assert (found["daily_sales"], found["days_of_cover"], found["low_stock"]) == (4.0, 0.5, True)
-    assert not health(few, Context(low_stock_days=0.5))["low_stock"]
+    assert not health(few, BusinessSettings(low_stock_days=0.5))["low_stock"]
     assert health([event("stock_received", 1, 0), event("stock_reserved", 1, 1)])["low_stock"]
     unsold = health([event("stock_received", 1, 0)])
     assert not unsold["low_stock"]
@@ -333,7 +335,7 @@ RATES = pl.DataFrame(
 def shrinkage(events: Sequence[dict[str, Any]]) -> pl.DataFrame:
     rows = ledger(events)
     frames = {"ledger": pl.concat([rows, rows]), "products": PRODUCTS, "rates": RATES}
-    filled = inventory_shrinkage.fill(frames, Context())
+    filled = inventory_shrinkage.transform(frames, BusinessSettings())
     assert filled.columns == inventory_shrinkage.INVENTORY_SHRINKAGE.schema.names
     filled.to_arrow().cast(inventory_shrinkage.INVENTORY_SHRINKAGE.schema)
     return filled.sort(inventory_shrinkage.INVENTORY_SHRINKAGE.key)
@@ -393,7 +395,7 @@ STEPS = (
 
 def lakehouse(home: str) -> Engine:
     configured = Settings(home=Path(home), ray=RaySettings(inline_rows=10**9))
-    return Engine(Lake(configured), Pool(configured.ray), Context(), QUARANTINE)
+    return Engine(Lake(configured), TaskPool(configured.ray), BusinessSettings(), QUARANTINE)
 
 
 def append(engine: Engine, table: Table, rows: list[dict[str, Any]]) -> None:

@@ -19,8 +19,9 @@ from lakehouse.engine.engine import Engine
 from lakehouse.errors import CommitConflict
 from lakehouse.iceberg.maintenance import maintain
 from lakehouse.iceberg.table_handle import as_arrow
-from lakehouse.settings import RaySettings, Settings, load_settings
-from pipelines.runner import open_engine, run_pass
+from lakehouse.settings import RaySettings
+from pipelines.runner import open_engine, run_once
+from pipelines.settings import Settings, load_settings
 
 Bronze = Mapping[str, pl.DataFrame]
 
@@ -37,7 +38,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Bronze, dic
                 for orders in (0, 40, 40):
                     if orders:
                         sandbox.step(home, orders)
-                    assert not run_pass(engine, lambda name, report: None).errors
+                    assert not run_once(engine, lambda name, report: None).errors
                 bronze = {}
                 for table in pipelines.BRONZE:
                     handle = engine.lake.load(table)

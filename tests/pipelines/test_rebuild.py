@@ -363,20 +363,20 @@ def test_an_emptied_topic_is_read_anew(cli: Cli, servers: Addresses, monkeypatch
         monkeypatch.setenv(f"SHOPSPHERE_KAFKA__{setting}", value)
     admin, producer = (kind({"bootstrap.servers": servers.kafka_bootstrap}) for kind in (AdminClient, Producer))
 
-    def fill(name: str) -> None:
+    def transform(name: str) -> None:
         for number in range(3):
             event = {"event_id": f"{name}{number}", "event_type": "click", "timestamp": "2026-01-02T10:00:00Z"}
             producer.produce(topic, value=json.dumps(event))
         assert producer.flush(10) == 0
 
     admin.create_topics([NewTopic(topic, 1, 1)])[topic].result(10)
-    fill("a")
+    transform("a")
     run(cli)
     admin.delete_topics([topic])[topic].result(10)
     admin.create_topics([NewTopic(topic, 1, 1)])[topic].result(10)
     assert cli("run")[0] == 1
     assert cli("rebuild", "bronze.bronze_kafka__events")[0] == 0
     run(cli)
-    fill("b")
+    transform("b")
     run(cli)
     assert rows(cli, "SELECT count(*) AS n FROM silver.events_clean") == [{"n": 6}]

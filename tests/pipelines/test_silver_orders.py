@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from lakehouse.digest import digest
 from lakehouse.engine.engine import Engine
 from lakehouse.iceberg.table_handle import Lake, polars_schema
-from lakehouse.parallel import Pool
-from lakehouse.settings import RaySettings, Settings
-from lakehouse.step import Context, Gather, Join, Step, Whole
+from lakehouse.parallel import TaskPool
+from lakehouse.settings import RaySettings
+from lakehouse.step import Broadcast, Grouped, Lookup, Step
 from lakehouse.table import Table, column
 from pipelines.bronze import tables as bronze
 from pipelines.parsing.marketplace_documents import judge_documents, parse_documents
+from pipelines.settings import BusinessSettings, Settings
 from pipelines.silver import exchange_rates, order_items_unified, orders_unified, products, stores
 from pipelines.silver.current_rows import current_rows, row_versions, unreadable_rows
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
@@ -108,9 +109,9 @@ stores_table = stores.STORES
 IDR = {"rate_date": date(2026, 1, 1), "currency": "IDR", "to_base": Decimal("0.00006500")}
 
 
-def filled(step: Step, frames: Mapping[str, pl.DataFrame], context: Context | None = None) -> list[Row]:
+def filled(step: Step, frames: Mapping[str, pl.DataFrame], context: BusinessSettings | None = None) -> list[Row]:
     """The rows of the target, with its declared columns and types, sorted by its key."""
-    rows = step.fill(frames, context or Context())
+    rows = step.transform(frames, context or BusinessSettings())
     assert rows.columns == step.target.schema.names
     return rows.cast(polars_schema(step.target.schema)).sort(step.target.key).to_dicts()  # type: ignore[arg-type]
 
@@ -343,8 +344,8 @@ def test_a_new_generation_forgets_what_it_did_not_find() -> None:
 def test_orders_ask_for_exactly_what_their_rows_need() -> None:
     frames = order_frames(web=[order(1, user_id=7), order(2, 2)], documents=[document(1)])
     users, identity = orders_unified.STEP.reads["users"], orders_unified.STEP.reads["identity"]
-    assert isinstance(users, Join)
-    assert isinstance(identity, Join)
+    assert isinstance(users, Lookup)
+    assert isinstance(identity, Lookup)
     assert users.values(frames).to_list() == [7]
     assert sorted(identity.values(frames)) == ["order:tokopedia:ORD-TP-1", "user:7"]
 
@@ -361,9 +362,9 @@ def test_changes_beside_the_orders_touch_the_orders_they_concern() -> None:
 
     def touched(name: str, changed: pl.DataFrame) -> list[str]:
         read = orders_unified.STEP.reads[name]
-        assert isinstance(read, Whole | Join)
-        assert read.touch is not None
-        expression = read.touch(changed)
+        assert isinstance(read, Broadcast | Lookup)
+        assert read.affects is not None
+        expression = read.affects(changed)
         assert set(expression.meta.root_names()) <= set(read.touch_columns)
         return rows.filter(expression)["order_id"].to_list()
 
@@ -510,7 +511,7 @@ def test_steps_fill_nothing_from_nothing(module: Any) -> None:
     frames = {name: frame(read.table, []) for name, read in module.STEP.reads.items()}
     assert filled(module.STEP, frames) == []
     for read in module.STEP.reads.values():
-        if isinstance(read, Gather):
+        if isinstance(read, Grouped):
             assert all(len(keys) == len(module.STEP.target.group) for keys in read.keys)
             if read.parse is not None:
                 assert read.parse(frame(read.table, [])).rejected.is_empty()  # type: ignore[union-attr]
@@ -611,7 +612,7 @@ LINKS = Table(
 )
 
 
-def fill_identity(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+def fill_identity(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     now = current_rows(frames["links"], ("record_id",))
     return (
         frame(IDENTITY_GRAPH, [])
@@ -637,7 +638,7 @@ def fill_identity(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.Da
     )
 
 
-def fill_users(frames: Mapping[str, pl.DataFrame], context: Context) -> pl.DataFrame:
+def fill_users(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     now = current_rows(frames["links"], ("record_id",)).filter(pl.col("record_id").str.starts_with("user:"))
     user_id = pl.col("record_id").str.strip_prefix("user:").cast(pl.Int64)
     rows = now.select(user_id.alias("user_id"), pl.lit(START).alias("valid_from"), pl.lit(True).alias("is_current"), "country")
@@ -648,8 +649,8 @@ USER_ID = pl.when(pl.col("record_id").str.starts_with("user:")).then(pl.col("rec
 STEPS = (
     stores.STEP,
     exchange_rates.STEP,
-    Step(IDENTITY_GRAPH, {"links": Gather(LINKS, ((pl.col("record_id"),),))}, fill_identity),
-    Step(USERS_SCD, {"links": Gather(LINKS, ((USER_ID,),))}, fill_users),
+    Step(IDENTITY_GRAPH, {"links": Grouped(LINKS, ((pl.col("record_id"),),))}, fill_identity),
+    Step(USERS_SCD, {"links": Grouped(LINKS, ((USER_ID,),))}, fill_users),
     orders_unified.STEP,
     order_items_unified.STEP,
 )
@@ -708,7 +709,7 @@ def test_any_order_duplication_and_split_gives_the_tables_of_one_run(
 
     def engine() -> Engine:
         made = Settings(home=tmp_path_factory.mktemp("lake"), ray=RaySettings(inline_rows=10**9))
-        return Engine(Lake(made), Pool(made.ray), Context(), QUARANTINE)
+        return Engine(Lake(made), TaskPool(made.ray), BusinessSettings(), QUARANTINE)
 
     def run(lake: Engine, part: Sequence[tuple[Table, Row]], **options: Any) -> list[str]:
         for table in {table.name: table for table, _ in part}.values():

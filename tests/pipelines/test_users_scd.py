@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
-from lakehouse.step import Context
+from pipelines.settings import BusinessSettings
 from pipelines.silver.users_scd import ATTRIBUTES, STEP, USERS_SCD
 from pipelines.sources.epochs import prefix
 
@@ -72,12 +72,12 @@ def marker(generation: int, read: float) -> dict[str, Any]:
     return row | {"user_id": None, "created_at": None, "_source_position": prefix(generation)}
 
 
-def fill(rows: Sequence[dict[str, Any]], identity: dict[str, str] | None = None) -> pl.DataFrame:
+def transform(rows: Sequence[dict[str, Any]], identity: dict[str, str] | None = None) -> pl.DataFrame:
     users = pl.DataFrame([{name: row.get(name) for name in BRONZE} for row in rows], schema=BRONZE)
     known = identity or {}
     graph_schema = {"record_id": pl.String, "master_user_id": pl.String}
     graph = pl.DataFrame({"record_id": list(known), "master_user_id": list(known.values())}, schema=graph_schema)
-    filled = STEP.fill({"users": users, "identity": graph}, Context())
+    filled = STEP.transform({"users": users, "identity": graph}, BusinessSettings())
     assert filled.columns == USERS_SCD.schema.names
     filled.to_arrow().select(USERS_SCD.schema.names).cast(USERS_SCD.schema)
     return filled.sort("user_id", "valid_from")
@@ -90,7 +90,7 @@ def spans(frame: pl.DataFrame, *names: str) -> list[tuple[Any, ...]]:
 
 
 def test_versions_follow_each_other() -> None:
-    filled = fill([version(1, 0, name="A", op="c"), version(2, 5, name="B"), version(3, 9, name="C")])
+    filled = transform([version(1, 0, name="A", op="c"), version(2, 5, name="B"), version(3, 9, name="C")])
     assert spans(filled, "name", "is_current", "closed_by") == [
         (0, 5, "A", False, "update"),
         (5, 9, "B", False, "update"),
@@ -99,35 +99,35 @@ def test_versions_follow_each_other() -> None:
 
 
 def test_a_late_version_goes_where_it_belongs() -> None:
-    filled = fill([version(1, 0, name="A"), version(2, 9, name="C"), version(3, 5, name="B")])
+    filled = transform([version(1, 0, name="A"), version(2, 9, name="C"), version(3, 5, name="B")])
     assert spans(filled, "name") == [(0, 5, "A"), (5, 9, "B"), (9, None, "C")]
 
 
 def test_a_version_without_updated_at_holds_from_its_creation_or_commit() -> None:
-    filled = fill([version(1, None, name="A", created_at=at(2)), version(2, None, name="B", created_at=None, committed=7)])
+    filled = transform([version(1, None, name="A", created_at=at(2)), version(2, None, name="B", created_at=None, committed=7)])
     assert spans(filled, "name") == [(2, 7, "A"), (7, None, "B")]
 
 
 def test_nothing_new_makes_no_interval() -> None:
-    filled = fill([version(1, 0, name="A"), version(2, 5, name="A"), version(3, 9, name="B"), version(3, 9, name="B")])
+    filled = transform([version(1, 0, name="A"), version(2, 5, name="A"), version(3, 9, name="B"), version(3, 9, name="B")])
     assert spans(filled, "name") == [(0, 9, "A"), (9, None, "B")]
     assert filled["updated_at"].to_list() == [at(5), at(9)]
 
 
 def test_of_one_moment_the_last_version_stands() -> None:
-    filled = fill([version(1, 0, name="A"), version(2, 5, name="B"), version(3, 5, name="C")])
+    filled = transform([version(1, 0, name="A"), version(2, 5, name="B"), version(3, 5, name="C")])
     assert spans(filled, "name") == [(0, 5, "A"), (5, None, "C")]
 
 
 def test_a_delete_ends_the_life_and_a_new_insert_begins_another() -> None:
     rows = [version(1, 0, name="A", op="c"), version(2, None, op="d", committed=6), version(3, 8, name="A", op="c")]
-    assert spans(fill(rows[:2]), "name", "is_current", "closed_by") == [(0, 6, "A", False, "delete")]
-    assert spans(fill(rows), "name", "is_current", "closed_by") == [(0, 6, "A", False, "delete"), (8, None, "A", True, None)]
+    assert spans(transform(rows[:2]), "name", "is_current", "closed_by") == [(0, 6, "A", False, "delete")]
+    assert spans(transform(rows), "name", "is_current", "closed_by") == [(0, 6, "A", False, "delete"), (8, None, "A", True, None)]
 
 
 def test_a_truncate_deletes_every_account() -> None:
     rows = [version(1, 0, name="A"), version(2, 2, user=2, name="B"), version(3, None, op="t", committed=6) | {"user_id": None}]
-    assert spans(fill([*rows, version(4, 8, name="C")]), "user_id", "name", "closed_by") == [
+    assert spans(transform([*rows, version(4, 8, name="C")]), "user_id", "name", "closed_by") == [
         (0, 6, 1, "A", "delete"),
         (8, None, 1, "C", None),
         (2, 6, 2, "B", "delete"),
@@ -137,9 +137,9 @@ def test_a_truncate_deletes_every_account() -> None:
 def test_a_new_generation_splits_no_life_that_goes_on() -> None:
     before = [version(1, 0, name="A", op="r"), version(9, 4, name="B"), version(8, 1, user=2, name="C", op="c")]
     anew = [marker(1, 6), version(2, 4, name="B", op="r", generation=1), version(2, 1, user=2, name="C", op="r", generation=1)]
-    assert_frame_equal(fill([*before, *anew]), fill(before))
+    assert_frame_equal(transform([*before, *anew]), transform(before))
     changed = [marker(1, 6), version(2, 5, name="D", op="r", generation=1), version(3, 8, name="E", generation=1)]
-    assert spans(fill([*before, *changed]), "user_id", "name", "closed_by") == [
+    assert spans(transform([*before, *changed]), "user_id", "name", "closed_by") == [
         (0, 4, 1, "A", "update"),
         (4, 5, 1, "B", "update"),
         (5, 8, 1, "D", "update"),
@@ -150,25 +150,25 @@ def test_a_new_generation_splits_no_life_that_goes_on() -> None:
 
 def test_an_account_that_a_new_generation_did_not_find_ends_at_its_marker() -> None:
     rows = [version(9, 0, name="A"), marker(1, 6)]
-    assert spans(fill(rows), "name", "closed_by") == [(0, 6, "A", "delete")]
+    assert spans(transform(rows), "name", "closed_by") == [(0, 6, "A", "delete")]
     returned = version(3, 8, name="B", op="c", generation=1)
-    assert spans(fill([*rows, returned]), "name", "closed_by") == [(0, 6, "A", "delete"), (8, None, "B", None)]
+    assert spans(transform([*rows, returned]), "name", "closed_by") == [(0, 6, "A", "delete"), (8, None, "B", None)]
     later = [marker(2, 9), version(1, 8, name="B", op="r", generation=2)]
-    assert_frame_equal(fill([*rows, returned, *later]), fill([*rows, returned]))
+    assert_frame_equal(transform([*rows, returned, *later]), transform([*rows, returned]))
 
 
 def test_a_delete_is_no_earlier_than_what_it_deletes() -> None:
-    filled = fill([version(1, 0, name="A"), version(2, 9, name="B"), version(3, None, op="d", committed=6)])
+    filled = transform([version(1, 0, name="A"), version(2, 9, name="B"), version(3, None, op="d", committed=6)])
     assert spans(filled, "name", "closed_by") == [(0, 9, "A", "delete")]
 
 
 def test_a_new_life_begins_no_earlier_than_the_delete_before_it() -> None:
-    filled = fill([version(1, 0, name="A"), version(2, None, op="d", committed=6), version(3, 1, name="B", op="c")])
+    filled = transform([version(1, 0, name="A"), version(2, None, op="d", committed=6), version(3, 1, name="B", op="c")])
     assert spans(filled, "name", "closed_by") == [(0, 6, "A", "delete"), (6, None, "B", None)]
 
 
 def test_unsent_columns_come_from_the_version_before_in_source_order() -> None:
-    filled = fill(
+    filled = transform(
         [
             version(1, 0, name="A", address="Long street 1"),
             version(3, 2, name="C", _unchanged="address,city"),
@@ -184,11 +184,11 @@ def test_unsent_columns_come_from_the_version_before_in_source_order() -> None:
 
 def test_a_correction_stands_for_what_it_corrects() -> None:
     wrong, right = version(1, 0, name="wrong"), version(1, 0, name="right", op="fix")
-    assert spans(fill([right, wrong]), "name") == [(0, None, "right")]
+    assert spans(transform([right, wrong]), "name") == [(0, None, "right")]
 
 
 def test_contacts_are_normalised_and_kept_as_they_were() -> None:
-    filled = fill(
+    filled = transform(
         [version(1, 0, email=" Ann.Lee@Example.COM ", phone_number="0812-3456-7890", country="id")], {"user:1": "M-user:1"}
     )
     assert filled.select("email", "email_raw", "phone_number", "phone_raw", "country", "master_user_id").row(0) == (
@@ -202,7 +202,7 @@ def test_contacts_are_normalised_and_kept_as_they_were() -> None:
 
 
 def test_no_rows_give_no_rows() -> None:
-    assert fill([]).is_empty()
+    assert transform([]).is_empty()
 
 
 def test_changed_records_touch_their_users() -> None:
@@ -313,15 +313,15 @@ def oracle(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 def test_any_order_any_duplication_equals_the_slow_oracle(rows: list[dict[str, Any]], random: Any) -> None:
     delivered = rows + random.sample(rows, random.randint(0, len(rows)))
     random.shuffle(delivered)
-    filled = fill(delivered)
-    assert_frame_equal(filled, fill(rows))
+    filled = transform(delivered)
+    assert_frame_equal(filled, transform(rows))
     assert filled.select("user_id", "valid_from", "valid_to", "is_current", "name", "address", "closed_by").rows() == oracle(rows)
 
 
 @settings(max_examples=200, deadline=None)
 @given(histories())
 def test_intervals_neither_overlap_nor_leave_gaps(rows: list[dict[str, Any]]) -> None:
-    filled = fill(rows)
+    filled = transform(rows)
     for user in (1, 2):
         own = filled.filter(user_id=user)
         starts, ends, how = own["valid_from"].to_list(), own["valid_to"].to_list(), own["closed_by"].to_list()

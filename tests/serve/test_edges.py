@@ -23,10 +23,10 @@ from support.waiting import wait_for
 
 from app.cli.main import main
 from lakehouse.errors import SettingsError
-from lakehouse.settings import Settings
 from ml.registry import Registry
+from pipelines.settings import Settings
 from serve.deployment import check
-from serve.http.edges import AccessLog, Asked, Edge, Endpoint, Gate, Routes, answer
+from serve.http.edges import AccessLog, ApiRequest, Edge, Endpoint, Gate, Routes, answer
 from serve.http.keys import Keys
 from serve.http.problems import Problem
 from serve.settings import ServeSettings, load_serve_settings
@@ -223,7 +223,7 @@ ENDPOINTS = {
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "OPTIONS"])
 def test_whatever_is_asked_leads_where_starlette_leads(tmp_path: Path, method: str) -> None:
     def edge(method: str, path: str) -> Edge:
-        async def told(asked: Asked) -> Response:
+        async def told(asked: ApiRequest) -> Response:
             return answer({"method": method, "path": path, "given": asked.path, "query": asked.query})
 
         return Edge(Endpoint(method, path, path, "", told, dict), Keys(), AccessLog(tmp_path / "access.jsonl"))

@@ -21,15 +21,15 @@ from support.scoring_desk import TOPIC, Desk, made, replica, running, trained
 from support.waiting import wait_for
 
 from app import sandbox
-from lakehouse.settings import Settings
-from ml.evaluation.served_scores import served as served_scores
-from ml.features.features import FEATURES, LABEL_DELAY, ORDER_COLUMNS, History, compute
+from ml.evaluation.served_scores import served_scores as served_scores
+from ml.features.features import FEATURES, LABEL_DELAY, ORDER_COLUMNS, OrderHistory, compute
 from ml.features.online import MICROSECOND
 from ml.registry import Registry
 from ml.tables.order_features import EVENT_READS, ORDER_FEATURES, account_events, refresh
-from pipelines.runner import open_engine, run_pass
+from pipelines.runner import open_engine, run_once
+from pipelines.settings import Settings
 from pipelines.silver.events_clean import EVENTS_CLEAN
-from serve.api.fraud import Recent
+from serve.api.fraud import RecentScores
 from serve.state.score_topic import Score
 
 
@@ -213,7 +213,7 @@ def test_memory_made_anew_knows_what_was_scored(desk: Desk) -> None:
     orders = pl.concat([memory.known.entities, pl.DataFrame(history, schema=ORDER_COLUMNS)])
     later = account_events(memory.line.stock.later.select(EVENT_READS))
     events = pl.concat([memory.events, later])
-    (want,) = compute(entity, History(orders, events, memory.known.categories)).drop("order_id", "placed_at").to_dicts()
+    (want,) = compute(entity, OrderHistory(orders, events, memory.known.categories)).drop("order_id", "placed_at").to_dicts()
     told = desk.features("last")
     off = {name: (told[name], want[name]) for name in told if told[name] != want[name]}
     assert off == {}
@@ -313,7 +313,7 @@ def test_an_amount_of_any_size_is_scored_or_refused(desk: Desk) -> None:
 
 def test_an_order_is_forgotten_when_the_lakehouse_has_it_or_should_have() -> None:
     now = datetime(2026, 1, 31, tzinfo=UTC)
-    recent = Recent(timedelta(hours=1))
+    recent = RecentScores(timedelta(hours=1))
     for name, age in (("placed", 2), ("dropped", 2), ("young", 0.1)):
         recent.add({"order_id": name}, now - timedelta(hours=age), name)  # type: ignore[arg-type]
     assert recent.forget({"placed"}, now, now) == ["placed", "dropped"]
@@ -365,7 +365,7 @@ def test_what_was_served_is_reproduced_from_the_lakehouse(desk: Desk) -> None:
     kafka = desk.settings.kafka.model_copy(update={"topics": ("events", TOPIC)})
     settings = desk.settings.model_copy(update={"kafka": kafka})
     with open_engine(settings) as engine:
-        assert not run_pass(engine, lambda name, report: None).errors
+        assert not run_once(engine, lambda name, report: None).errors
         refresh(engine)
         offline = engine.lake.load(ORDER_FEATURES).read(ORDER_FEATURES.schema.names, pl.col("order_id").is_in(list(served)))
         scored = pl.col("event_type") == "order_scored"

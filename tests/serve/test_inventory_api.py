@@ -19,16 +19,15 @@ from support.serve_world import T0, figures_of, ingest
 from support.shop_history import make_engine
 
 from lakehouse.engine.engine import Engine
-from lakehouse.settings import KafkaSettings, Settings
-from lakehouse.step import context_of
 from pipelines.bronze.tables import EVENTS
+from pipelines.settings import KafkaSettings, Settings, business_settings
 from pipelines.silver.inventory_snapshots import INVENTORY_SNAPSHOTS
 from pipelines.sources.kafka.source import KafkaSource
 from serve.application import Application
 from serve.http.keys import Keys
 from serve.settings import ServeSettings
-from serve.state.online_state import State
-from serve.state.topic_follower import Line
+from serve.state.online_state import OnlineState
+from serve.state.topic_follower import TopicFollower
 
 TABLES = {EVENTS.name: EVENTS}
 
@@ -85,7 +84,7 @@ def shop(servers: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sho
     kafka = KafkaSettings(bootstrap_servers=servers.kafka_bootstrap, topics=(topic,))  # type: ignore[call-arg]
     settings = Settings(home=home, kafka=kafka)
     serving = ServeSettings(keys_file=home / "keys.json", refresh_seconds=0.3, probe_seconds=0.05, wait_seconds=1.0)
-    application = Application(settings, serving, context_of(settings))
+    application = Application(settings, serving, business_settings(settings))
     producer = Producer({"bootstrap.servers": servers.kafka_bootstrap, "linger.ms": 0})
     shop = Shop(engine, settings, topic, application, None, producer)  # type: ignore[arg-type]
     for number in range(40):
@@ -335,8 +334,8 @@ def test_without_a_broker_the_snapshot_answers_and_says_how_old_it_is(shop: Shop
     kafka = KafkaSettings(bootstrap_servers="127.0.0.1:1", topics=(shop.topic,))  # type: ignore[call-arg]
     settings = Settings(home=shop.settings.home, kafka=kafka)
     serving = ServeSettings(start_seconds=0.5, refresh_seconds=60)
-    lines: list[Line] = []
-    state = State(settings, serving, shop.engine.context, lines.append)
+    lines: list[TopicFollower] = []
+    state = OnlineState(settings, serving, shop.engine.context, lines.append)
     state.start()
     try:
         assert state.ready.wait(20), state.error

@@ -12,14 +12,14 @@ from support.shop_history import make_engine
 from lakehouse.engine.engine import Engine
 from lakehouse.iceberg.maintenance import maintain
 from lakehouse.iceberg.table_handle import Lake
-from lakehouse.settings import Settings
 from lakehouse.table import Table
 from pipelines.bronze.tables import EVENTS
 from pipelines.gold.inventory_health import INVENTORY_HEALTH
+from pipelines.settings import Settings
 from pipelines.silver.events_clean import EVENTS_CLEAN
 from pipelines.silver.inventory_snapshots import INVENTORY_SNAPSHOTS
 from serve.state.lake_snapshot import StateError, newest_chain, open_base
-from serve.state.stock import Stock
+from serve.state.stock import StockState
 
 TABLES: tuple[Table, ...] = (EVENTS, EVENTS_CLEAN, INVENTORY_SNAPSHOTS, INVENTORY_HEALTH)
 
@@ -59,14 +59,14 @@ def test_events_that_move_no_stock_move_the_offsets(engine: Engine) -> None:
 
 def test_it_is_the_same_after_compaction_and_expiry(engine: Engine) -> None:
     before = newest_chain(engine.lake)
-    stock = figures_online(Stock(open_base(before), engine.context))
+    stock = figures_online(StockState(open_base(before), engine.context))
     lake = Lake(Settings(home=engine.lake.settings.home, snapshot_retention_hours=0))
     for table in TABLES:
         maintain(lake, table, datetime.now(UTC) + timedelta(hours=1))
     chain = newest_chain(engine.lake)
     assert chain.offsets == before.offsets
     base = open_base(chain)
-    assert figures_online(Stock(base, engine.context)) == stock
+    assert figures_online(StockState(base, engine.context)) == stock
     assert len(base.known) == 12
     ledger = engine.lake.load(INVENTORY_SNAPSHOTS).read(INVENTORY_SNAPSHOTS.schema.names)
     assert stock == figures_of(ledger)

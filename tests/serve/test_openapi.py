@@ -16,8 +16,8 @@ from schemathesis import GenerationMode
 from support.scoring_desk import replica, trained
 from support.waiting import wait_for
 
-from lakehouse.settings import Settings
 from ml.registry import Registry
+from pipelines.settings import Settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ENDLESS = "/v1/inventory/stream"

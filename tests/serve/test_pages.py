@@ -27,13 +27,13 @@ from starlette.testclient import TestClient
 from support.scoring_desk import made, replica, running, trained
 
 from lakehouse.iceberg.table_handle import Lake
-from lakehouse.settings import Settings
 from lakehouse.status import TableStatus
 from lakehouse.table import Table
 from ml.registry import Registry
 from pipelines.gold.cohort_retention import COHORT_RETENTION
 from pipelines.gold.customer_360 import CUSTOMER_360
 from pipelines.privacy.suppression import ERASURES
+from pipelines.settings import Settings
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
 from serve.api.customers import AccountVersion, Channel, Entry, Link
 from serve.http.edges import COOKIE, AccessLog
@@ -421,9 +421,9 @@ def test_freshness_names_every_table_and_says_what_is_late(client: TestClient, f
 
 
 def test_freshness_tells_what_is_expected_and_does_not_hold(filled: Settings) -> None:
-    from lakehouse.engine.engine import Report
+    from lakehouse.engine.engine import StepResult
     from lakehouse.expectations import ExpectationsFailed, Result
-    from lakehouse.run_history import History, Run
+    from lakehouse.run_history import RunHistory, RunRecord
     from pipelines.gold.sales_daily import SALES_DAILY
     from pipelines.runner import open_engine
 
@@ -431,7 +431,7 @@ def test_freshness_tells_what_is_expected_and_does_not_hold(filled: Settings) ->
     with open_engine(filled) as engine:
         kept = Result(SALES_DAILY.name, rule, "fail", "fail", 10, 3, ("order_date=2026-01-01, channel=<web>",))
         error = ExpectationsFailed(SALES_DAILY.name, [kept], "audit")
-        History(engine.lake).note(engine, Run("run"), [Report("gold.dim_date", "changed")], [error])
+        RunHistory(engine.lake).note(engine, RunRecord("run"), [StepResult("gold.dim_date", "changed")], [error])
     with running(replica(filled, scores_topic="")) as client:
         text = page(client, "/freshness").text
     assert "1 fail" in text

@@ -25,8 +25,8 @@ from support.scoring_desk import made, trained
 from support.waiting import wait_for
 
 from app.sandbox.servers import sandbox_directory
-from lakehouse.settings import Settings
 from ml.registry import Registry
+from pipelines.settings import Settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[2]

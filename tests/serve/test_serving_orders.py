@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lakehouse.iceberg.table_handle import polars_schema
-from lakehouse.step import Context
 from lakehouse.table import Table
 from ml.features.features import ORDER_COLUMNS, conform
 from ml.tables import order_entities
 from pipelines.bronze.tables import ORDER_ITEMS, ORDERS
 from pipelines.identity.links import LINKED
+from pipelines.settings import BusinessSettings
 from pipelines.silver import order_items_unified, orders_unified
 from pipelines.silver.chargebacks import CHARGEBACKS
 from pipelines.silver.exchange_rates import EXCHANGE_RATES
@@ -28,7 +28,17 @@ from pipelines.silver.products import PRODUCTS
 from pipelines.silver.stores import STORES
 from pipelines.silver.users_scd import USERS_SCD
 from serve.http.problems import Problem
-from serve.state.orders import Known, Line, Order, accounts_of, nodes_of, people_of, products_of, rates_of, row_of
+from serve.state.orders import (
+    OrderLine,
+    ReferenceData,
+    ScoringOrder,
+    accounts_of,
+    nodes_of,
+    people_of,
+    products_of,
+    rates_of,
+    row_of,
+)
 
 NOW = datetime(2026, 1, 31, 12, 30, tzinfo=UTC)
 BRONZE = {"_op": "c", "_source_position": "", "_source_time": None, "_ingested_at": None, "_unchanged": None, "_unreadable": None}
@@ -45,8 +55,8 @@ class Lookups:
     stores: pl.DataFrame
 
     @property
-    def known(self) -> Known:
-        return Known(
+    def known(self) -> ReferenceData:
+        return ReferenceData(
             accounts=accounts_of(self.users),
             people=people_of(self.graph),
             nodes=nodes_of(self.graph),
@@ -67,9 +77,9 @@ def bronze(of: Table, rows: list[dict[str, Any]]) -> pl.DataFrame:
     return pl.DataFrame({name: pl.Series(name, columns[name], dtype=kind, strict=False) for name, kind in types.items()})
 
 
-def by_silver(order: Order, account: int | None, lookups: Lookups, context: Context) -> dict[str, Any]:
+def by_silver(order: ScoringOrder, account: int | None, lookups: Lookups, context: BusinessSettings) -> dict[str, Any]:
     """The order, placed by an account, through silver's functions."""
-    row = {name: getattr(order, name) for name in Order.__struct_fields__ if name in polars_schema(ORDERS.schema)}
+    row = {name: getattr(order, name) for name in ScoringOrder.__struct_fields__ if name in polars_schema(ORDERS.schema)}
     row |= {"user_id": account, "status": "placed", "total_amount": Decimal(order.total_amount)}
     row["created_at"] = (order.created_at or NOW).astimezone(UTC)
     lines = [
@@ -89,12 +99,14 @@ def by_silver(order: Order, account: int | None, lookups: Lookups, context: Cont
     masters = masters.with_columns(pl.col("master_user_id").fill_null("M-" + pl.col("record_id")))
     nothing = pl.DataFrame(schema=dict.fromkeys(MARKETPLACE_COLUMNS, pl.String))
     frames = {"web": bronze(ORDERS, [row]), "marketplace": nothing, "stores": lookups.stores, "rates": lookups.rates}
-    unified = orders_unified.fill({**frames, "users": users, "identity": masters}, context)
-    items = order_items_unified.fill({"lines": bronze(ORDER_ITEMS, lines), "marketplace": nothing, "orders": unified}, context)
+    unified = orders_unified.transform({**frames, "users": users, "identity": masters}, context)
+    items = order_items_unified.transform(
+        {"lines": bronze(ORDER_ITEMS, lines), "marketplace": nothing, "orders": unified}, context
+    )
     met = users.select("user_id", "created_at")
     if met.is_empty() and account is not None and order.account_created_at is not None:
         met = pl.DataFrame([(account, order.account_created_at.astimezone(UTC))], schema=met.schema, orient="row")
-    found = order_entities.fill(
+    found = order_entities.transform(
         {
             "orders": unified.select(order_entities.ORDER_COLUMNS),
             "items": items,
@@ -130,13 +142,13 @@ amounts = st.one_of(
 )
 PRODUCTS_KNOWN = ["P1", "P2", "P3", "P4", "P5"]
 lines = st.builds(
-    Line,
+    OrderLine,
     product_id=st.sampled_from([*PRODUCTS_KNOWN, "P9", "p1", " P1", None]),
     quantity=st.one_of(st.integers(1, 3), st.just(1_000_000)),
     unit_price=st.one_of(st.sampled_from(["5", "10.00", "-10", "2.5", "0"]), amounts),
 )
 orders = st.builds(
-    Order,
+    ScoringOrder,
     order_id=st.one_of(st.just("184467"), st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=10)),
     currency=st.sampled_from(["USD", "usd", "IDR", "eur", "JPY", "XXX", "USD\n"]),
     total_amount=amounts,
@@ -216,8 +228,8 @@ def known_tables(draw: Any) -> Lookups:
 
 @settings(max_examples=300, deadline=None)
 @given(orders, known_tables(), st.sampled_from(["USD", "EUR"]))
-def test_a_request_is_what_silver_makes_of_it(order: Order, lookups: Lookups, base: str) -> None:
-    context = Context(base_currency=base, default_region="ID")
+def test_a_request_is_what_silver_makes_of_it(order: ScoringOrder, lookups: Lookups, base: str) -> None:
+    context = BusinessSettings(base_currency=base, default_region="ID")
     row = row_of(order, lookups.known, context, NOW)
     assert list(row) == list(ORDER_COLUMNS)
     assert row == by_silver(order, row["account"], lookups, context)
@@ -231,7 +243,7 @@ def accounts_showing(node: str, lookups: Lookups) -> set[str]:
 @settings(max_examples=100, deadline=None)
 @given(known_tables(), st.sampled_from(["b@example.com", "shared@example.com", "new@example.com"]))
 def test_an_identifier_finds_the_only_account_that_shows_it(lookups: Lookups, email: str) -> None:
-    row = row_of(Order("1", "USD", "1", email=email.upper()), lookups.known, Context(default_region="ID"), NOW)
+    row = row_of(ScoringOrder("1", "USD", "1", email=email.upper()), lookups.known, BusinessSettings(default_region="ID"), NOW)
     showing = accounts_showing(f"email:{email}", lookups)
     assert row["customer"] == (showing.pop() if len(showing) == 1 else None)
 
@@ -240,4 +252,6 @@ def test_an_identifier_finds_the_only_account_that_shows_it(lookups: Lookups, em
 @pytest.mark.parametrize("moment", [NOW + timedelta(minutes=6), datetime(1, 1, 1, tzinfo=UTC)])
 def test_moments_that_contradict_the_clock_are_refused(field: str, moment: datetime) -> None:
     with pytest.raises(Problem, match=field):
-        row_of(Order("1", "USD", "1", user_id=1, **{field: moment}), Known(), Context(), NOW, "orders[3].")
+        row_of(
+            ScoringOrder("1", "USD", "1", user_id=1, **{field: moment}), ReferenceData(), BusinessSettings(), NOW, "orders[3]."
+        )

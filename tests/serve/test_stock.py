@@ -18,7 +18,7 @@ from lakehouse.engine.engine import Engine
 from pipelines.silver import events_clean, inventory_snapshots
 from pipelines.silver.inventory_snapshots import EVENT_COLUMNS, GROUP, INVENTORY_SNAPSHOTS
 from serve.state.lake_snapshot import newest_chain, open_base
-from serve.state.stock import Stock
+from serve.state.stock import StockState
 
 Sent = tuple[str, int, str, dict[str, Any]]
 SENT: st.SearchStrategy[Sent] = st.tuples(
@@ -43,7 +43,7 @@ def numbered(sent: list[Sent], first: int = 0) -> list[dict[str, Any]]:
     return [message(number, kind, hour, name, **metadata) for number, (kind, hour, name, metadata) in enumerate(sent, first)]
 
 
-def in_batches(stock: Stock, tail: list[dict[str, Any]], data: st.DataObject) -> None:
+def in_batches(stock: StockState, tail: list[dict[str, Any]], data: st.DataObject) -> None:
     """Apply messages in batches of any size; what changed must have been told."""
     before, told = figures_online(stock), set()
     while tail:
@@ -88,13 +88,13 @@ def test_the_tail_changes_figures_as_silvers_functions_do(
     engine, before = known
     rows = [*numbered(sent, len(before)), *data.draw(st.lists(st.sampled_from(before), max_size=2))]
     rows += data.draw(st.lists(st.sampled_from(rows), max_size=3))
-    stock = Stock(open_base(newest_chain(engine.lake)), engine.context)
+    stock = StockState(open_base(newest_chain(engine.lake)), engine.context)
     in_batches(stock, rows, data)
     parsed = events_clean.parse_events(bronze([*before, *rows])).rows
-    events = events_clean.fill({"events": parsed}, engine.context)
+    events = events_clean.transform({"events": parsed}, engine.context)
     both = pl.concat([events.select(GROUP), events.select(pl.col("to_store_id").alias("store_id"), "product_id")])
     groups = both.drop_nulls().unique().with_columns(since=pl.lit(None, pl.Datetime("us", "UTC")))
-    ledger = inventory_snapshots.fill({"events": events.select(EVENT_COLUMNS), "groups": groups}, engine.context)
+    ledger = inventory_snapshots.transform({"events": events.select(EVENT_COLUMNS), "groups": groups}, engine.context)
     assert figures_online(stock) == figures_of(ledger)
 
 
@@ -111,7 +111,7 @@ def test_online_stock_is_silvers(sent: list[Sent], data: st.DataObject) -> None:
             assert base.offsets == {"events:0": split}
         else:  # nothing, or nothing that can be read: the topic is read from its beginning
             assert base.offsets in ({}, {"events:0": split})
-        stock = Stock(base, engine.context)
+        stock = StockState(base, engine.context)
         # what the snapshot knows may come again: a consumer may start earlier than it has to
         in_batches(stock, rows[data.draw(st.integers(0, split)) :], data)
         ingest(engine, rows[split:])

@@ -12,8 +12,8 @@ from servers.kafka_broker import Broker
 from support.bronze_reading import Reader
 from support.waiting import wait_for
 
-from lakehouse.settings import KafkaSettings
 from pipelines.bronze.tables import EVENTS
+from pipelines.settings import KafkaSettings
 from pipelines.sources.kafka.source import KafkaSource, open_consumer
 
 DAY_MS = 86_400_000

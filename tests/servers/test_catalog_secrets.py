@@ -15,8 +15,8 @@ from support.waiting import free_port
 
 from app.cli.main import main
 from lakehouse.iceberg.table_handle import Lake
-from lakehouse.settings import load_settings
 from pipelines.gold.dim_stores import DIM_STORES
+from pipelines.settings import load_settings
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(200)]
 SECRETS = {"s3": "s3-Secret-4711", "oauth": "oauth-Secret-4712", "user": "user-Secret-4713"}

@@ -16,8 +16,8 @@ from app import sandbox
 from lakehouse.digest import digest
 from lakehouse.iceberg.maintenance import maintain
 from lakehouse.iceberg.table_handle import Lake
-from lakehouse.settings import Settings, load_settings
-from pipelines.runner import open_engine, rebuild, run_pass
+from pipelines.runner import open_engine, rebuild, run_once
+from pipelines.settings import Settings, load_settings
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(480)]
 
@@ -74,7 +74,7 @@ def test_every_catalog_and_store_holds_the_same_tables(catalogs, tmp_path, monke
             found = {}
             for name, settings in lakes.items():
                 with open_engine(settings) as engine:
-                    assert not run_pass(engine, lambda name, report: None).errors
+                    assert not run_once(engine, lambda name, report: None).errors
                     if stage == 1:  # what is removed here must not be missed by the third pass
                         for table in pipelines.TABLES.values():
                             maintain(engine.lake, table, later)

@@ -18,8 +18,8 @@ from lakehouse.digest import digest
 from lakehouse.iceberg.maintenance import maintain
 from lakehouse.iceberg.table_handle import Lake
 from lakehouse.query import query
-from lakehouse.settings import Settings, load_settings
-from pipelines.runner import open_engine, run_pass
+from pipelines.runner import open_engine, run_once
+from pipelines.settings import Settings, load_settings
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(300)]
 STATEMENTS = (
@@ -50,7 +50,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Settings, s
                 if stage:
                     sandbox.step(home, 40)
                 with open_engine(settings) as engine:
-                    assert not run_pass(engine, lambda name, report: None).errors
+                    assert not run_once(engine, lambda name, report: None).errors
         finally:
             sandbox.stop(home)
         yield settings, address

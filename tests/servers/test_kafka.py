@@ -19,8 +19,8 @@ from servers.kafka_topic import Topic
 from support.bronze_reading import Reader
 from support.waiting import wait_for
 
-from lakehouse.errors import OffsetGone, SourceError
-from lakehouse.source import Reached, Rows, again
+from lakehouse.errors import OffsetExpired, SourceError
+from lakehouse.source import Reached, Rows, resnapshot
 from pipelines.bronze.tables import EVENTS
 from pipelines.sources.kafka.source import KafkaSource, Range, RangesTask, delete_sent
 
@@ -182,9 +182,9 @@ def test_retention_that_overtakes_the_reader_is_an_error_that_names_the_gap(topi
     topic.send(producer, *(f"b{n}" for n in range(10)))
     topic.forget()
     topic.send(producer, *(f"c{n}" for n in range(10)))
-    with pytest.raises(OffsetGone, match=rf"'{topic.name}', partition 0: offsets 10 to 19 were deleted.*rebuild {TABLE}"):
+    with pytest.raises(OffsetExpired, match=rf"'{topic.name}', partition 0: offsets 10 to 19 were deleted.*rebuild {TABLE}"):
         topic.reader.plan()
-    topic.reader.positions = {TABLE: again(topic.reader.positions[TABLE])}  # type: ignore[dict-item]
+    topic.reader.positions = {TABLE: resnapshot(topic.reader.positions[TABLE])}  # type: ignore[dict-item]
     topic.reader.run()
     assert topic.values() == [f"a{n}" for n in range(10)] + [f"c{n}" for n in range(10)]
     assert not topic.reader.plan().tasks
@@ -194,7 +194,7 @@ def test_retention_that_overtakes_a_task_is_an_error(topic: Topic) -> None:
     topic.send(topic.producer(), *(f"a{n}" for n in range(10)))
     plan = topic.reader.plan()
     topic.forget()
-    with pytest.raises(OffsetGone, match=rf"'{topic.name}', partition 0: .* were deleted before they were read.*rebuild"):
+    with pytest.raises(OffsetExpired, match=rf"'{topic.name}', partition 0: .* were deleted before they were read.*rebuild"):
         topic.reader.read(plan)
 
 
@@ -209,9 +209,9 @@ def test_retention_within_a_partition_that_was_added_is_an_error(topic: Topic) -
     topic.send(later, "lost 0", "lost 1", partition=1)
     topic.configure(retention_ms="1")
     wait_for(lambda: topic.ends(1)[0] == 2, "retention deletes nothing")
-    with pytest.raises(OffsetGone, match=rf"'{topic.name}', partition 1: offsets 0 to 1 were deleted.*rebuild {TABLE}"):
+    with pytest.raises(OffsetExpired, match=rf"'{topic.name}', partition 1: offsets 0 to 1 were deleted.*rebuild {TABLE}"):
         topic.reader.plan()
-    topic.reader.positions = {TABLE: again(topic.reader.positions[TABLE])}  # type: ignore[dict-item]
+    topic.reader.positions = {TABLE: resnapshot(topic.reader.positions[TABLE])}  # type: ignore[dict-item]
     topic.reader.run()
     assert not topic.reader.plan().tasks
 
@@ -221,13 +221,13 @@ def test_a_topic_deleted_and_created_anew_is_another(topic: Topic) -> None:
     topic.reader.run()
     old = topic.reader.positions[TABLE]["ids"][topic.name]
     topic.delete()
-    with pytest.raises(OffsetGone, match=f"'{topic.name}' does not exist any more"):
+    with pytest.raises(OffsetExpired, match=f"'{topic.name}' does not exist any more"):
         topic.reader.plan()
     topic.make(1)
     topic.send(topic.producer(), *(f"b{n}" for n in range(20)))
-    with pytest.raises(OffsetGone, match=rf"'{topic.name}' was deleted and created anew: its id was {old} and is (?!{old})"):
+    with pytest.raises(OffsetExpired, match=rf"'{topic.name}' was deleted and created anew: its id was {old} and is (?!{old})"):
         topic.reader.plan()
-    topic.reader.positions = {TABLE: again(topic.reader.positions[TABLE])}  # type: ignore[dict-item]
+    topic.reader.positions = {TABLE: resnapshot(topic.reader.positions[TABLE])}  # type: ignore[dict-item]
     topic.reader.run()
     # another topic's messages at the same offsets: they come after, and replace nothing
     assert topic.values() == [f"a{n}" for n in range(10)] + [f"b{n}" for n in range(20)]
@@ -321,13 +321,13 @@ def test_a_plan_right_after_a_crash_never_takes_offsets_for_gone(topic: Topic) -
     topic.broker.kill()
     with pytest.raises(SourceError, match=r"does not answer as it should.*See that the brokers run") as error:
         topic.reader.plan()
-    assert not isinstance(error.value, OffsetGone)
+    assert not isinstance(error.value, OffsetExpired)
     with ThreadPoolExecutor() as pool:
         starting = pool.submit(topic.broker.start)
         while not starting.done():
             try:
                 topic.reader.plan()
-            except OffsetGone:
+            except OffsetExpired:
                 raise
             except SourceError:
                 continue
@@ -363,5 +363,5 @@ def test_two_brokers_data_are_not_taken_for_the_same(broker: Broker, tmp_path: P
         copy.make(1)
         copy.send(copy.producer(), "b", "c")
         moved = topic.settings.model_copy(update={"bootstrap_servers": other.bootstrap})
-        with pytest.raises(OffsetGone, match="was deleted and created anew"):
+        with pytest.raises(OffsetExpired, match="was deleted and created anew"):
             KafkaSource(moved).plan(topic.reader.positions, {})

@@ -15,9 +15,9 @@ from servers.mongo_servers import FerretDB, MongoWire
 from support.bronze_reading import Reader, living
 
 from lakehouse.errors import SourceError
-from lakehouse.settings import MongoSettings
-from lakehouse.source import again
+from lakehouse.source import resnapshot
 from pipelines.bronze.tables import MARKETPLACE_ORDERS
+from pipelines.settings import MongoSettings
 from pipelines.sources.mongo import source as mongo
 from pipelines.sources.mongo.source import MongoSource
 
@@ -108,7 +108,7 @@ def test_a_delete_is_found_by_reading_anew(market: Market) -> None:
     market.reader.run()
     market.collection.delete_many({"mp_order_id": {"$in": ["O3", "O4"]}})
     assert market.reader.run() == {}
-    market.reader.positions = {TABLE: again(market.reader.positions[TABLE])}  # type: ignore[dict-item]
+    market.reader.positions = {TABLE: resnapshot(market.reader.positions[TABLE])}  # type: ignore[dict-item]
     market.reader.run()
     assert market.held() == market.there()
     assert len(market.held()) == 8

@@ -19,10 +19,10 @@ from servers.postgres_cluster import Cluster
 from support.bronze_reading import Reader
 from support.waiting import wait_for
 
-from lakehouse.errors import OffsetGone, SchemaConflict, SourceError
-from lakehouse.settings import PostgresSettings
-from lakehouse.source import again
+from lakehouse.errors import OffsetExpired, SchemaConflict, SourceError
+from lakehouse.source import resnapshot
 from pipelines.bronze.tables import POSTGRES_TABLES
+from pipelines.settings import PostgresSettings
 from pipelines.sources.postgres import source as postgres
 from pipelines.sources.postgres.source import PostgresSource
 
@@ -60,7 +60,7 @@ class Shop:
 
     def read_again(self) -> None:
         """What `rebuild` of all PostgreSQL tables does."""
-        self.reader.positions = {table: again(position) for table, position in self.reader.positions.items()}  # type: ignore[misc]
+        self.reader.positions = {table: resnapshot(position) for table, position in self.reader.positions.items()}  # type: ignore[misc]
         self.reader.run()
 
     def products(self) -> list[str]:
@@ -151,7 +151,7 @@ def test_after_a_failover_without_the_slot_a_rebuild_is_the_way_out(tmp_path: Pa
         standby.promote()
         shop.move(standby)
         shop.add("P5")
-        with pytest.raises(OffsetGone, match=rf"replication slot 'shopsphere' is gone.*rebuild {PRODUCTS} {STORES}$"):
+        with pytest.raises(OffsetExpired, match=rf"replication slot 'shopsphere' is gone.*rebuild {PRODUCTS} {STORES}$"):
             shop.reader.plan()
         shop.read_again()
         shop.add("P6")
@@ -177,7 +177,7 @@ def test_a_standby_that_had_not_received_what_was_read_is_noticed(tmp_path: Path
         shop.add("N2")
         assert shop.cluster("SELECT pg_current_wal_flush_lsn() > %s::pg_lsn", read) == [(True,)]
         with pytest.raises(
-            OffsetGone,
+            OffsetExpired,
             match=rf"promoted or restored \(timeline 2\) and left timeline 1 at \S+, but {PRODUCTS} was read up to {read} .*"
             rf"rebuild {PRODUCTS} {STORES}$",
         ):
@@ -245,7 +245,7 @@ def test_a_slot_dropped_while_its_changes_wait_is_an_error_until_all_is_read_aga
         shop.reader.read(plan)
     assert shop.reader.positions == plan_before
     shop.cluster("DELETE FROM products WHERE product_id = 'P1'")
-    with pytest.raises(OffsetGone, match="is gone"):
+    with pytest.raises(OffsetExpired, match="is gone"):
         shop.reader.plan()
     assert shop.reader.source.lag(shop.reader.positions)[PRODUCTS] == "replication slot gone"
     shop.read_again()
@@ -273,7 +273,7 @@ def test_a_slot_that_outgrew_its_allowance_is_an_error_until_all_is_read_again(s
     finally:
         shop.cluster("ALTER SYSTEM RESET max_slot_wal_keep_size")
         shop.cluster("SELECT pg_reload_conf()")
-    with pytest.raises(OffsetGone, match=rf"'shopsphere' is lost: the server dropped WAL .*rebuild {PRODUCTS} {STORES}$"):
+    with pytest.raises(OffsetExpired, match=rf"'shopsphere' is lost: the server dropped WAL .*rebuild {PRODUCTS} {STORES}$"):
         shop.reader.plan()
     assert shop.reader.source.lag(shop.reader.positions)[PRODUCTS] == "replication slot lost"
     shop.read_again()

@@ -21,9 +21,10 @@ from app import sandbox
 from lakehouse.digest import digest
 from lakehouse.errors import CommitConflict
 from lakehouse.iceberg.table_handle import Lake, as_arrow
-from lakehouse.settings import CatalogSettings, Settings, load_settings
+from lakehouse.settings import CatalogSettings
 from pipelines.gold.dim_stores import DIM_STORES
-from pipelines.runner import open_engine, run_pass
+from pipelines.runner import open_engine, run_once
+from pipelines.settings import Settings, load_settings
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(400)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,7 +122,7 @@ def digests(lake: Lake) -> dict[str, str]:
 
 def run_calmly(settings: Settings) -> dict[str, str]:
     with open_engine(settings) as engine:
-        assert not run_pass(engine, lambda name, report: None).errors
+        assert not run_once(engine, lambda name, report: None).errors
         return digests(engine.lake)
 
 

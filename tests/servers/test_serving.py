@@ -19,22 +19,22 @@ from support.serve_world import figures_of, figures_online, ingest
 from support.waiting import wait_for
 
 from lakehouse.engine.engine import Engine
-from lakehouse.errors import OffsetGone
+from lakehouse.errors import OffsetExpired
 from lakehouse.iceberg.table_handle import Lake
-from lakehouse.parallel import Pool
-from lakehouse.settings import KafkaSettings, MongoSettings, PostgresSettings, RaySettings, Settings
-from lakehouse.step import context_of
+from lakehouse.parallel import TaskPool
+from lakehouse.settings import RaySettings
 from pipelines.bronze.tables import EVENTS
 from pipelines.runner import rebuild
+from pipelines.settings import KafkaSettings, MongoSettings, PostgresSettings, Settings, business_settings
 from pipelines.silver.events_clean import EVENTS_CLEAN
 from pipelines.silver.inventory_snapshots import INVENTORY_SNAPSHOTS
 from pipelines.silver.quarantine import QUARANTINE
 from pipelines.sources.kafka.source import KafkaSource
 from serve.settings import ServeSettings
 from serve.state import topic_follower as line_module
-from serve.state.online_state import State
+from serve.state.online_state import OnlineState
 from serve.state.score_topic import Score, ScoreLog
-from serve.state.topic_follower import Line
+from serve.state.topic_follower import TopicFollower
 
 pytestmark = pytest.mark.servers
 
@@ -63,9 +63,9 @@ class Shop:
         self.engine.ingest(KafkaSource(self.settings.kafka), {EVENTS.name: EVENTS})
         ingest(self.engine, [])
 
-    def state(self, lines: list[Line]) -> State:
+    def state(self, lines: list[TopicFollower]) -> OnlineState:
         serving = ServeSettings(refresh_seconds=60, probe_seconds=0.05)
-        return State(self.settings, serving, context_of(self.settings), lines.append)
+        return OnlineState(self.settings, serving, business_settings(self.settings), lines.append)
 
     def events(self) -> list[str]:
         frame = self.engine.lake.load(EVENTS_CLEAN)
@@ -82,12 +82,12 @@ def shop(broker: Broker, tmp_path: Path) -> Iterator[Shop]:
         mongo=MongoSettings(enabled=False),  # type: ignore[call-arg]
     )
     made = settings.model_copy(update={"ray": RaySettings(inline_rows=10**9)})  # type: ignore[call-arg]
-    yield Shop(topic, Engine(Lake(made), Pool(made.ray), context_of(made), QUARANTINE), made)
+    yield Shop(topic, Engine(Lake(made), TaskPool(made.ray), business_settings(made), QUARANTINE), made)
     with suppress(KafkaException):
         topic.admin.delete_topics([topic.name])[topic.name].result(10)
 
 
-def on_hand(line: Line) -> int:
+def on_hand(line: TopicFollower) -> int:
     return int(figures_online(line.stock)["S1", "P1"][0])
 
 
@@ -160,7 +160,7 @@ def test_what_retention_took_is_an_error_and_a_rebuild_is_the_way_out(shop: Shop
     shop.topic.forget()
     for _ in range(5):
         shop.send(producer, 1)
-    with pytest.raises(OffsetGone, match=r"offsets 5 to 9 were deleted .*python -m app rebuild bronze.bronze_k"):
+    with pytest.raises(OffsetExpired, match=r"offsets 5 to 9 were deleted .*python -m app rebuild bronze.bronze_k"):
         shop.run()
     assert shop.events() == [f"e{n}" for n in range(1, 6)]
     rebuild(shop.engine, [EVENTS.name])
@@ -178,7 +178,7 @@ def test_a_topic_created_anew_is_not_followed_at_the_old_offsets(shop: Shop, mon
         shop.send(shop.topic.producer(), 1)
     shop.run()
     serving = ServeSettings(refresh_seconds=0.3, probe_seconds=0.05)
-    state = State(shop.settings, serving, context_of(shop.settings), lambda line: None)
+    state = OnlineState(shop.settings, serving, business_settings(shop.settings), lambda line: None)
     state.start()
     try:
         assert state.ready.wait(30), state.error

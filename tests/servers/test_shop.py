@@ -19,9 +19,10 @@ from app.sandbox import filling
 from app.sandbox.schema import create_sources
 from app.sandbox.servers import Addresses
 from lakehouse.digest import business_columns, digest
-from lakehouse.iceberg.table_handle import Lake, living
-from lakehouse.settings import KafkaSettings, MongoSettings, PostgresSettings, RaySettings, Settings
-from pipelines.runner import open_engine, rebuild, run_pass
+from lakehouse.iceberg.table_handle import Lake, live_rows
+from lakehouse.settings import RaySettings
+from pipelines.runner import open_engine, rebuild, run_once
+from pipelines.settings import KafkaSettings, MongoSettings, PostgresSettings, Settings
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(600)]
 ORDERS, SEED, STEPS = 200, 11, (15, 25)
@@ -29,7 +30,7 @@ ORDERS, SEED, STEPS = 200, 11, (15, 25)
 
 def run(settings: Settings) -> None:
     with open_engine(settings) as engine:
-        assert run_pass(engine, lambda name, report: None).errors == ()
+        assert run_once(engine, lambda name, report: None).errors == ()
 
 
 def tables(settings: Settings) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def tables(settings: Settings) -> dict[str, Any]:
         handle = lake.load(step.target)
         found[step.target.name] = digest(handle)
         if step.target.name in ("silver.users_scd", "gold.dim_users"):
-            frame = handle.reader.read(handle.files(), business_columns(handle), living(handle.table, None))
+            frame = handle.reader.read(handle.files(), business_columns(handle), live_rows(handle.table, None))
             timeless = pl.when(pl.col("closed_by").ne_missing("delete")).then("valid_to").alias("valid_to")
             found[step.target.name] = sorted(frame.with_columns(timeless).iter_rows(), key=repr)
     return found
@@ -88,7 +89,7 @@ def test_the_shop_on_genuine_servers_gives_the_same_tables(
     with genuine(tmp_path, kind(tmp_path / "mongo")) as addresses:
         settings = configured(home, addresses)
         create_sources(addresses)
-        filling.fill(addresses, home, ORDERS, SEED, "USD", None)
+        filling.transform(addresses, home, ORDERS, SEED, "USD", None)
         run(settings)
         for orders in STEPS:
             filling.go_on(addresses, home, orders, None)

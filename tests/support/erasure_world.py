@@ -16,9 +16,9 @@ import pytest
 from app import sandbox
 from lakehouse.engine.engine import Engine
 from lakehouse.iceberg.table_handle import Lake
-from lakehouse.settings import Settings, load_settings
 from pipelines.gold.customer_360 import CUSTOMER_360
-from pipelines.runner import open_engine, run_pass
+from pipelines.runner import open_engine, run_once
+from pipelines.settings import Settings, load_settings
 from pipelines.silver.users_scd import USERS_SCD
 
 PARTS = ("warehouse", "catalog.db", "erasures", "erasure.key", "mlflow")
@@ -74,7 +74,7 @@ def shop(home: Path, orders: int, seed: int) -> Iterator[World]:
             patch.setenv("SHOPSPHERE_HOME", str(home))
             settings = load_settings()
         with open_engine(settings) as engine:
-            done = run_pass(engine, lambda name, report: None)
+            done = run_once(engine, lambda name, report: None)
             assert not done.errors
         with psycopg.connect(settings.postgres.dsn.get_secret_value(), autocommit=True) as source:
             source.execute("SELECT pg_copy_logical_replication_slot(%s, 'kept')", [settings.postgres.slot])

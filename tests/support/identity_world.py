@@ -11,9 +11,10 @@ from typing import Any
 
 import polars as pl
 
-from lakehouse.step import Context, Gather, Join
+from lakehouse.step import Grouped, Lookup
 from lakehouse.table import Table
 from pipelines.bronze.tables import MARKETPLACE_ORDERS, ORDERS, USERS
+from pipelines.settings import BusinessSettings
 from pipelines.silver.identity_graph import DEFAULTS, IDENTITY_GRAPH, STEP, expand
 
 START = datetime(2025, 1, 1, tzinfo=UTC)
@@ -94,7 +95,7 @@ def emptied(name: str, at: int) -> tuple[str, dict[str, Any]]:
 class Memory:
     """The engine in memory: bronze rows in order of arrival, and the graph."""
 
-    context: Context = DEFAULTS
+    context: BusinessSettings = DEFAULTS
     bronze: dict[str, pl.DataFrame] = field(
         default_factory=lambda: {name: pl.DataFrame(schema=schema(table)) for name, table in BRONZE.items()}
     )
@@ -140,14 +141,14 @@ class Memory:
             frame = next((new[name] for name, each in BRONZE.items() if each.name == read.table.name and name in new), None)
             if frame is None:
                 continue
-            if isinstance(read, Gather):
+            if isinstance(read, Grouped):
                 parts.append(frame.select(read.keys[0][0].alias("record_id")))
                 if read.resolve:
                     again = self._rows(read.table).join(frame.select(read.resolve), on=list(read.resolve), how="semi")
                     parts.append(again.select(read.keys[0][0].alias("record_id")))
-            elif isinstance(read, Join) and read.touch and read.through:
-                again = self._rows(read.through).filter(read.touch(frame))
-                parts.append(again.select(read.touch_keys[0].alias("record_id")))
+            elif isinstance(read, Lookup) and read.affects and read.through:
+                again = self._rows(read.through).filter(read.affects(frame))
+                parts.append(again.select(read.affected_keys[0].alias("record_id")))
         return pl.concat(parts).drop_nulls().unique()
 
     def _replace(self, groups: pl.DataFrame, whole: bool) -> None:
@@ -155,16 +156,16 @@ class Memory:
         frames = {"groups": groups, "old": self.graph.join(groups, on="record_id", how="semi")}
         for name, read in STEP.reads.items():
             frame = self._rows(read.table)
-            if isinstance(read, Gather) and not whole:
+            if isinstance(read, Grouped) and not whole:
                 emptied = frame["_op"] == "t"
                 chosen = frame.filter(read.keys[0][0].is_in(groups["record_id"].implode()))
                 if read.resolve:
                     chosen = frame.join(chosen.select(read.resolve), on=list(read.resolve), how="semi")
                 frame = pl.concat([chosen, frame.filter(emptied)])
-            elif isinstance(read, Join):
+            elif isinstance(read, Lookup):
                 frame = frame.filter(pl.col(read.on).is_in(read.values(frames).unique().implode()))
             frames[name] = frame.select(read.columns)  # type: ignore[union-attr]
-        filled = STEP.fill(frames, self.context).select(self.graph.columns).cast(self.graph.schema)  # type: ignore[arg-type]
+        filled = STEP.transform(frames, self.context).select(self.graph.columns).cast(self.graph.schema)  # type: ignore[arg-type]
         filled = filled.join(groups, on="record_id", how="semi")
         self.graph = pl.concat([self.graph.join(groups, on="record_id", how="anti"), filled])
 

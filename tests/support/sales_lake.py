@@ -16,10 +16,11 @@ from lakehouse.expectations import (
     within,
 )
 from lakehouse.iceberg.table_handle import Lake, as_arrow
-from lakehouse.parallel import Pool
-from lakehouse.settings import RaySettings, Settings
-from lakehouse.step import Context, Gather, Step
+from lakehouse.parallel import TaskPool
+from lakehouse.settings import RaySettings
+from lakehouse.step import Grouped, Step
 from lakehouse.table import TIMESTAMP, Table, column
+from pipelines.settings import BusinessSettings, Settings
 from pipelines.silver.quarantine import QUARANTINE
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
@@ -51,7 +52,7 @@ SALES = Table(
         column("at", TIMESTAMP, "moment"),
     ),
     key=("id",),
-    traced=("shop",),
+    tracked=("shop",),
     expectations=(
         within("amount", -1_000, 1_000_000, severity="quarantine"),
         accepted("shop", {"north", "south", "east"}, severity="warn"),
@@ -86,15 +87,15 @@ def fill_totals(frames, context):
     )
 
 
-SALES_STEP = Step(SALES, {"rows": Gather(SALES_RECEIVED, keys=((pl.col("id"),),))}, fill_sales)
+SALES_STEP = Step(SALES, {"rows": Grouped(SALES_RECEIVED, keys=((pl.col("id"),),))}, fill_sales)
 
 
-TOTALS_STEP = Step(TOTALS, {"sales": Gather(SALES, keys=((pl.col("shop"),),))}, fill_totals)
+TOTALS_STEP = Step(TOTALS, {"sales": Grouped(SALES, keys=((pl.col("shop"),),))}, fill_totals)
 
 
 def make_engine(home: Path) -> Engine:
     settings = Settings(home=home)
-    return Engine(Lake(settings), Pool(RaySettings(inline_rows=10**9)), Context(), QUARANTINE, clock=lambda: NOW)
+    return Engine(Lake(settings), TaskPool(RaySettings(inline_rows=10**9)), BusinessSettings(), QUARANTINE, clock=lambda: NOW)
 
 
 def receive(engine: Engine, *sales: tuple[int, str | None, int], position: str = "1", op: str = "i", at: datetime = NOW) -> None:

@@ -13,19 +13,18 @@ import polars as pl
 from starlette.testclient import TestClient
 
 from lakehouse.iceberg.table_handle import Lake
-from lakehouse.settings import Settings
-from lakehouse.step import context_of
 from ml.evaluation.metrics import ThresholdSettings, choose_threshold, evaluate
-from ml.features.features import FEATURES, History, compute
-from ml.registry import Training
+from ml.features.features import FEATURES, OrderHistory, compute
+from ml.registry import TrainingRecord
 from ml.tables.order_features import account_events
 from ml.training.training import TrainingSettings, fit_here
+from pipelines.settings import Settings, business_settings
 from pipelines.silver.events_clean import EVENTS_CLEAN
 from serve.application import Application
 from serve.settings import ServeSettings
-from serve.state.orders import read_known
+from serve.state.orders import read_reference_data
 from serve.state.score_topic import Score
-from serve.state.table_cache import Snapshots
+from serve.state.table_cache import TableCache
 
 TOPIC = f"scores{time.time_ns():x}"
 
@@ -59,11 +58,11 @@ def made(**order: Any) -> dict[str, Any]:
     } | order
 
 
-def trained(settings: Settings, seed: int) -> Training:
+def trained(settings: Settings, seed: int) -> TrainingRecord:
     """A model of the shop's own features; its label is made up, so that there is something to learn."""
-    known = read_known(Snapshots(Lake(settings)), context_of(settings))
+    known = read_reference_data(TableCache(Lake(settings)), business_settings(settings))
     events = account_events(Lake(settings).load(EVENTS_CLEAN).read(EVENTS_CLEAN.schema.names))
-    frame = compute(known.entities, History(known.entities, events, known.categories)).sort("placed_at", "order_id")
+    frame = compute(known.entities, OrderHistory(known.entities, events, known.categories)).sort("placed_at", "order_id")
     wrong = (frame["amount"] > 80) ^ pl.Series(np.random.default_rng(seed).random(frame.height) < 0.2)
     frame = frame.with_columns(label=wrong.fill_null(False).cast(pl.Int8)).join(
         known.entities.select("order_id", "customer"), on="order_id"
@@ -72,7 +71,7 @@ def trained(settings: Settings, seed: int) -> Training:
     model = fit_here(train, None, FEATURES, TrainingSettings(rounds=15, seed=seed))
     asked = ThresholdSettings()
     threshold = choose_threshold(test, model.score(test), asked)
-    return Training(
+    return TrainingRecord(
         model=model,
         features=FEATURES,
         evaluation=evaluate(test, model.score(test), asked, threshold),
@@ -85,7 +84,7 @@ def trained(settings: Settings, seed: int) -> Training:
 
 def replica(settings: Settings, **serving: Any) -> Application:
     options = {"keys_file": settings.home / "none.json", "scores_topic": TOPIC, "refresh_seconds": 0.3, "model_seconds": 0.3}
-    return Application(settings, ServeSettings(**(options | {"probe_seconds": 0.05} | serving)), context_of(settings))
+    return Application(settings, ServeSettings(**(options | {"probe_seconds": 0.05} | serving)), business_settings(settings))
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from pipelines.bronze.tables import EVENTS, row_schema
 from pipelines.gold import inventory_health
 from pipelines.silver import events_clean, inventory_snapshots
 from pipelines.silver.inventory_snapshots import FIGURES, GROUP, as_of
-from serve.state.stock import Stock
+from serve.state.stock import StockState
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 STEPS = (events_clean.STEP, inventory_snapshots.STEP, inventory_health.STEP)
@@ -67,5 +67,5 @@ def figures_of(ledger: pl.DataFrame) -> dict[tuple[str, str], tuple[int, ...]]:
     return {(row[0], row[1]): row[2:] for row in last.select(*GROUP, *FIGURES, "available_to_promise").iter_rows()}
 
 
-def figures_online(stock: Stock) -> dict[tuple[str, str], tuple[int, ...]]:
+def figures_online(stock: StockState) -> dict[tuple[str, str], tuple[int, ...]]:
     return {pair: tuple(getattr(one, name) for name in (*FIGURES, "available_to_promise")) for pair, one in stock}

@@ -12,13 +12,13 @@ from typing import Any
 import polars as pl
 
 from lakehouse.engine.engine import Engine, conform, stamp
-from lakehouse.engine.row_diff import difference
+from lakehouse.engine.row_diff import row_diff
 from lakehouse.iceberg.table_handle import Lake, polars_schema
-from lakehouse.parallel import Pool
-from lakehouse.settings import RaySettings, Settings
-from lakehouse.step import Context
+from lakehouse.parallel import TaskPool
+from lakehouse.settings import RaySettings
 from lakehouse.table import DELETED, Table
 from ml.features.features import EVENT_KINDS, ORDER_COLUMNS
+from pipelines.settings import BusinessSettings, Settings
 from pipelines.silver.chargebacks import CHARGEBACKS
 from pipelines.silver.events_clean import EVENTS_CLEAN
 from pipelines.silver.order_items_unified import ORDER_ITEMS_UNIFIED
@@ -32,7 +32,7 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 
 def make_engine(home: Path, **ray: Any) -> Engine:
     configured = Settings(home=home, ray=RaySettings(**{"inline_rows": 10**9, **ray}))
-    return Engine(Lake(configured), Pool(configured.ray), Context(), QUARANTINE)
+    return Engine(Lake(configured), TaskPool(configured.ray), BusinessSettings(), QUARANTINE)
 
 
 def put(engine: Engine, table: Table, rows: Sequence[dict[str, Any]]) -> None:
@@ -43,7 +43,7 @@ def put(engine: Engine, table: Table, rows: Sequence[dict[str, Any]]) -> None:
     handle = engine.lake.load(table)
     files = handle.files()
     old = handle.reader.read(files, [*types, DELETED], positions=True)
-    change = difference(table, old, wanted)
+    change = row_diff(table, old, wanted)
     if not change.empty:
         written = handle.writer.write(stamp(table, change.written, handle.sequence))
         handle.commit([*written, *handle.writer.write_deletes(files, change.deleted)], positions={})

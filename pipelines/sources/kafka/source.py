@@ -27,11 +27,11 @@ import pyarrow as pa
 from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, Consumer, KafkaError, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient
 
-from lakehouse.errors import OffsetGone, SourceError
-from lakehouse.settings import KafkaSettings
-from lakehouse.source import Plan, Position, Reached, Rows, is_again
+from lakehouse.errors import OffsetExpired, SourceError
+from lakehouse.source import Plan, Position, Reached, Rows, is_resnapshot
 from lakehouse.table import TIMESTAMP
 from pipelines.bronze.tables import EVENTS, MILLISECONDS, row_schema
+from pipelines.settings import KafkaSettings
 from pipelines.sources.epochs import prefix
 
 SCHEMA = row_schema(EVENTS)
@@ -87,8 +87,8 @@ class KafkaSource:
     def plan(self, positions: Mapping[str, Position | None], schemas: Mapping[str, pa.Schema]) -> Plan:
         """See `lakehouse.source.Source`."""
         known = positions.get(EVENTS.name) or {}
-        offsets, ids = self._offsets({} if is_again(known) else known)
-        position = _anew(known, ids) if is_again(known) else _with_ids(known, ids)
+        offsets, ids = self._offsets({} if is_resnapshot(known) else known)
+        position = _anew(known, ids) if is_resnapshot(known) else _with_ids(known, ids)
         # of a topic that was read before, a partition that is not known was added since, and begins at 0
         read = {name.rpartition(":")[0] for name in position if ":" in name}
         ranges = []
@@ -99,7 +99,7 @@ class KafkaSource:
             if high > start:
                 ranges.append(Range(topic, partition, start, high))
         # a partition seen empty is remembered, so that messages that come and go unread are missed
-        if not ranges and not is_again(known) and (not known or position == known):
+        if not ranges and not is_resnapshot(known) and (not known or position == known):
             return Plan()
         # of a topic that is empty by now, what is to be remembered is that it was read
         groups = _tasks(ranges, self.settings.batch_messages) or [()]
@@ -151,7 +151,7 @@ class KafkaSource:
             for topic in self.settings.topics:
                 if topic not in existing:
                     read_before = any(name.rpartition(":")[0] == topic for name in position)
-                    raise (OffsetGone if read_before else SourceError)(
+                    raise (OffsetExpired if read_before else SourceError)(
                         f"Kafka topic '{topic}' does not exist{' any more' if read_before else ''}. Create it, or correct "
                         f"kafka.topics (SHOPSPHERE_KAFKA__TOPICS). Topics there are: {_some(existing)}."
                     )
@@ -168,7 +168,7 @@ class KafkaSource:
                     topic
                 ].partitions.keys()
                 if gone:
-                    raise OffsetGone(
+                    raise OffsetExpired(
                         f"Kafka topic '{topic}' has lost partition {min(gone)}: it was created anew. "
                         f"Read it from the beginning: python -m app rebuild {EVENTS.name}"
                     )
@@ -191,7 +191,7 @@ class RangesTask:
     silence_seconds: float = SILENCE_SECONDS
 
     def read(self) -> Iterator[Rows | Reached]:
-        """Give exactly the messages of the ranges. Raises OffsetGone, and SourceError when the broker goes silent."""
+        """Give exactly the messages of the ranges. Raises OffsetExpired, and SourceError when the broker goes silent."""
         if self.ranges:
             yield from self._messages()
         if self.reached is not None:
@@ -288,10 +288,10 @@ def delete_sent(settings: KafkaSettings, topic: str, before: datetime, position:
 
 
 def check_ids(known: Mapping[str, str], ids: Mapping[str, str]) -> None:
-    """Raises OffsetGone when a topic is not the one that was read."""
+    """Raises OffsetExpired when a topic is not the one that was read."""
     for topic, identity in ids.items():
         if known.get(topic, identity) != identity:
-            raise OffsetGone(
+            raise OffsetExpired(
                 f"Kafka topic '{topic}' was deleted and created anew: its id was {known[topic]} and is {identity}. "
                 f"Read it from the beginning: python -m app rebuild {EVENTS.name}"
             )
@@ -314,20 +314,20 @@ def _with_ids(position: Position, ids: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _check(topic: str, partition: int, start: int, low: int, high: int) -> None:
-    """Raises OffsetGone when what comes next is not there any more."""
+    """Raises OffsetExpired when what comes next is not there any more."""
     if start < low:
         raise _gone(topic, partition, start, low)
     if start > high:
-        raise OffsetGone(
+        raise OffsetExpired(
             f"Kafka topic '{topic}', partition {partition}: offset {start} comes next, but the topic ends at {high}: it was "
             f"truncated or created anew, offsets {high} to {start - 1} are not what was read. "
             f"Read it from the beginning: python -m app rebuild {EVENTS.name}"
         )
 
 
-def _gone(topic: str, partition: int, start: int, end: int | None) -> OffsetGone:
+def _gone(topic: str, partition: int, start: int, end: int | None) -> OffsetExpired:
     last = f" to {end - 1}" if end is not None else ""
-    return OffsetGone(
+    return OffsetExpired(
         f"Kafka topic '{topic}', partition {partition}: offsets {start}{last} were deleted before they were read. "
         f"Read what is left: python -m app rebuild {EVENTS.name}; and keep messages longer (retention.ms) or run more often."
     )

@@ -45,11 +45,11 @@ from pymongo.errors import (
 )
 from pymongo.uri_parser import parse_uri
 
-from lakehouse.errors import OffsetGone, SourceError
-from lakehouse.settings import MongoSettings
-from lakehouse.source import GENERATION, Plan, Position, Reached, Rows, Task, generation, is_again
+from lakehouse.errors import OffsetExpired, SourceError
+from lakehouse.source import EPOCH, Plan, Position, Reached, Rows, Task, epoch, is_resnapshot
 from lakehouse.table import TIMESTAMP
 from pipelines.bronze.tables import MARKETPLACE_ORDERS, MILLISECONDS, row_schema
+from pipelines.settings import MongoSettings
 from pipelines.sources.epochs import MarkerTask, prefix
 
 TABLE = MARKETPLACE_ORDERS.name
@@ -94,8 +94,8 @@ class MongoSource:
         """See `lakehouse.source.Source`."""
         position = positions.get(TABLE)
         with _collection(self.settings) as collection:
-            if not position or is_again(position):
-                return self._plan_initial(collection, generation(position))
+            if not position or is_resnapshot(position):
+                return self._plan_initial(collection, epoch(position))
             mode = position["mode"]
             if self.settings.mode not in ("auto", mode):
                 raise SourceError(
@@ -107,7 +107,7 @@ class MongoSource:
                 task: Task = WatermarkTask(self.settings, position)
             else:
                 waiting, upto = _waiting(collection, _token(position))
-                task = ChangesTask(self.settings, _token(position), upto, generation(position))
+                task = ChangeStreamTask(self.settings, _token(position), upto, epoch(position))
         if waiting == 0 and (mode == "watermark" or time.time() - float(position.get("at", 0)) < TOKEN_SECONDS):
             return Plan()
         return Plan(tasks=(task,), schemas={TABLE: SCHEMA}, rows=None if waiting >= COUNTED_CHANGES else waiting)
@@ -123,7 +123,7 @@ class MongoSource:
             return Plan()
         marker = (MarkerTask(TABLE, SCHEMA, number, moment),) if number else ()
         if token is None:
-            task = WatermarkTask(self.settings, {GENERATION: number})
+            task = WatermarkTask(self.settings, {EPOCH: number})
             return Plan(tasks=(*marker, task), schemas={TABLE: SCHEMA}, rows=count)
         edges = _edges(collection, count, self.documents_per_task)
         documents = tuple(InitialTask(self.settings, first, last, moment, number) for first, last in pairwise(edges))
@@ -158,7 +158,7 @@ class InitialTask:
     first: Any
     last: Any
     moment: int
-    generation: int = 0
+    epoch: int = 0
 
     def read(self) -> Iterator[Rows]:
         """Give the documents in batches."""
@@ -166,27 +166,27 @@ class InitialTask:
         bounds = {name: value for name, value in bounds.items() if value is not None}
         with _collection(self.settings) as collection:
             cursor = collection.find({"_id": bounds} if bounds else {}, batch_size=BATCH_DOCUMENTS)
-            for batch in _batches(_initial_row(document, self.moment, self.generation) for document in cursor):
+            for batch in _batches(_initial_row(document, self.moment, self.epoch) for document in cursor):
                 yield Rows(TABLE, _rows(batch))
 
 
 @dataclass(frozen=True)
-class ChangesTask:
+class ChangeStreamTask:
     """The change stream from a resume token until it is quiet, or past `upto` (the stream's end when this was planned)."""
 
     settings: MongoSettings = field(repr=False)
     token: Mapping[str, Any]
     upto: str
-    generation: int = 0
+    epoch: int = 0
 
     def read(self) -> Iterator[Rows | Reached]:
         """Give the changes in batches, then the position reached."""
         with _collection(self.settings) as collection, _watching(collection, self.token) as watch:
             reached: list[Mapping[str, Any]] = [self.token]
             changes = self._changes(watch.stream, reached)
-            for batch in _batches(_change_rows(collection, changes, self.generation, looked_up=watch.emulated)):
+            for batch in _batches(_change_rows(collection, changes, self.epoch, looked_up=watch.emulated)):
                 yield Rows(TABLE, _rows(batch))
-        yield Reached(TABLE, _stream_position(reached[0], self.generation))
+        yield Reached(TABLE, _stream_position(reached[0], self.epoch))
 
     def _changes(self, stream: CollectionChangeStream[Document], reached: list[Mapping[str, Any]]) -> Iterator[Document]:
         quiet = 0
@@ -217,7 +217,7 @@ class WatermarkTask:
         """Give the documents in batches, then the watermark reached."""
         mark = Watermark.of(self.position)
         initial = WATERMARK not in self.position
-        number, reads = generation(self.position), 0 if initial else int(self.position.get(READS, 0)) + 1
+        number, reads = epoch(self.position), 0 if initial else int(self.position.get(READS, 0)) + 1
         moment = int(time.time() * 1_000_000)
 
         def rows(cursor: Iterable[Document]) -> Iterator[Row]:
@@ -230,7 +230,7 @@ class WatermarkTask:
         with _collection(self.settings) as collection:
             for batch in _batches(rows(collection.find(mark.query(), batch_size=BATCH_DOCUMENTS))):
                 yield Rows(TABLE, _rows(batch))
-        yield Reached(TABLE, reached.position() | {READS: reads} | ({GENERATION: number} if number else {}))
+        yield Reached(TABLE, reached.position() | {READS: reads} | ({EPOCH: number} if number else {}))
 
 
 @dataclass
@@ -452,7 +452,7 @@ def _stream_position(token: Mapping[str, Any], number: int) -> dict[str, Any]:
     """A resume token as it is stored; `at`: when it was taken, in seconds since 1970; number: of the generation."""
     text = json_util.dumps(token, json_options=JSON_OPTIONS)
     position = {"mode": "change_stream", "token": text, "at": int(time.time())}
-    return position | ({GENERATION: number} if number else {})
+    return position | ({EPOCH: number} if number else {})
 
 
 def _token(position: Position) -> dict[str, Any]:
@@ -549,8 +549,8 @@ def _first_token(collection: Collection[Document], *, required: bool) -> Mapping
     return None
 
 
-def _token_gone(why: str) -> OffsetGone:
-    return OffsetGone(
+def _token_gone(why: str) -> OffsetExpired:
+    return OffsetExpired(
         f"MongoDB: the resume token of {TABLE} is no longer valid ({why}), so changes may be missing. "
         f"Read the collection anew: python -m app rebuild {TABLE}; and run more often, or keep a longer oplog."
     )

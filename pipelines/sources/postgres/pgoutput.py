@@ -38,7 +38,7 @@ class Relation:
     key: tuple[int, ...]
 
 
-class Change(NamedTuple):
+class RowChange(NamedTuple):
     """A change of one row.
 
     op         c, u, d or t (TRUNCATE: all values null)
@@ -63,7 +63,7 @@ KeyOf = Callable[[str, str], Sequence[str]]
 """key_of(schema, table): the columns that identify a row; empty: the ones that the server marks."""
 
 
-def changes(messages: Iterable[bytes], key_of: KeyOf) -> Iterator[Change]:
+def changes(messages: Iterable[bytes], key_of: KeyOf) -> Iterator[RowChange]:
     """Decode the messages of whole transactions, in their order. Raises ValueError on a message of another protocol."""
     relations: dict[int, Relation] = {}
     commit_lsn = time = number = 0
@@ -73,7 +73,7 @@ def changes(messages: Iterable[bytes], key_of: KeyOf) -> Iterator[Change]:
             number += 1
             values, unsent, _ = _values(message, 6)
             relation = relations[_INT32(message, 1)[0]]
-            yield Change(relation, "c", commit_lsn, number, time, values, _names(relation, unsent) if unsent else None, size)
+            yield RowChange(relation, "c", commit_lsn, number, time, values, _names(relation, unsent) if unsent else None, size)
         elif kind == 0x55:  # Update
             relation = relations[_INT32(message, 1)[0]]
             image = message[5]
@@ -90,13 +90,13 @@ def changes(messages: Iterable[bytes], key_of: KeyOf) -> Iterator[Change]:
                     unsent = None
                 if _moved(relation, old, values, unsent or ()):
                     number += 1
-                    yield Change(relation, "d", commit_lsn, number, time, old, None, size)
+                    yield RowChange(relation, "d", commit_lsn, number, time, old, None, size)
             number += 1
-            yield Change(relation, "u", commit_lsn, number, time, values, _names(relation, unsent) if unsent else None, size)
+            yield RowChange(relation, "u", commit_lsn, number, time, values, _names(relation, unsent) if unsent else None, size)
         elif kind == 0x44:  # Delete
             number += 1
             values, _, _ = _values(message, 6)
-            yield Change(relations[_INT32(message, 1)[0]], "d", commit_lsn, number, time, values, None, size)
+            yield RowChange(relations[_INT32(message, 1)[0]], "d", commit_lsn, number, time, values, None, size)
         elif kind == 0x42:  # Begin
             commit_lsn, time, _ = _BEGIN(message, 1)
             time += EPOCH_MICROSECONDS
@@ -108,7 +108,7 @@ def changes(messages: Iterable[bytes], key_of: KeyOf) -> Iterator[Change]:
             count, _ = _TRUNCATE(message, 1)
             truncated = [relations[_INT32(message, 6 + 4 * index)[0]] for index in range(count)]
             for place, relation in enumerate(truncated, number + 1):
-                yield Change(relation, "t", commit_lsn, place, time, [None] * len(relation.columns), None, size)
+                yield RowChange(relation, "t", commit_lsn, place, time, [None] * len(relation.columns), None, size)
             number += count
         elif kind not in _IGNORED:
             raise ValueError(f"pgoutput message of unknown kind {chr(kind)!r}")

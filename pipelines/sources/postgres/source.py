@@ -29,13 +29,13 @@ import pyarrow.csv as pacsv
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
-from lakehouse.errors import CommitConflict, OffsetGone, SchemaConflict, SourceError, UnknownColumn
-from lakehouse.settings import PostgresSettings
-from lakehouse.source import AGAIN, GENERATION, Plan, Position, Reached, Rows, Task, generation, is_again
+from lakehouse.errors import CommitConflict, OffsetExpired, SchemaConflict, SourceError, UnknownColumn
+from lakehouse.source import EPOCH, RESNAPSHOT, Plan, Position, Reached, Rows, Task, epoch, is_resnapshot
 from lakehouse.table import TIMESTAMP
 from pipelines.bronze.tables import INGESTED_AT, POSTGRES_EXTRA, POSTGRES_TABLES, row_schema
+from pipelines.settings import PostgresSettings
 from pipelines.sources.epochs import MarkerTask, prefix
-from pipelines.sources.postgres.pgoutput import Change, Relation, changes
+from pipelines.sources.postgres.pgoutput import Relation, RowChange, changes
 from pipelines.sources.postgres.types import SourceColumn, beside, type_name, typed, widened
 
 BATCH_ROWS = 100_000
@@ -55,10 +55,10 @@ RESERVED = frozenset({*(column.name for column in POSTGRES_EXTRA), INGESTED_AT.n
 T = TypeVar("T")
 
 
-class SlotMoved(OffsetGone, CommitConflict):
+class SlotMoved(OffsetExpired, CommitConflict):
     """The slot is past all positions: another run committed meanwhile, or a reader that is none of ours took changes.
 
-    A CommitConflict, so that the run is tried again with the positions of now; what is left then is an OffsetGone.
+    A CommitConflict, so that the run is tried again with the positions of now; what is left then is an OffsetExpired.
     """
 
 
@@ -122,7 +122,7 @@ class PostgresSource:
     def plan(self, positions: Mapping[str, Position | None], schemas: Mapping[str, pa.Schema]) -> Plan:
         """See `lakehouse.source.Source`."""
         read = {table: position for table in self.tables if (position := positions.get(table))}
-        known = {table: position for table, position in read.items() if not is_again(position)}
+        known = {table: position for table, position in read.items() if not is_resnapshot(position)}
         with _errors(self.settings), _connect(self.settings) as connection:
             state = _state(connection, self.settings)
             _check(state, self.settings, known, read)
@@ -158,7 +158,7 @@ class PostgresSource:
         self, state: SlotState, unread: Sequence[Catalog], read: Mapping[str, Position], schemas: Mapping[str, pa.Schema]
     ) -> Plan:
         """Read `unread` under a snapshot; the tables that were read before are brought to the same moment."""
-        known = {table: position for table, position in read.items() if not is_again(position)}
+        known = {table: position for table, position in read.items() if not is_resnapshot(position)}
         with _snapshot(self.settings, [item.name for item in unread], temporary=state.slot_exists) as (start, exporting):
             holder = _connect(self.settings)
             try:
@@ -173,7 +173,7 @@ class PostgresSource:
             before = {item.name: item.storage for item in unread}
             if changed := [item.name for item in reading if before.get(item.name) != item.storage]:
                 raise SourceError(f"PostgreSQL table '{changed[0]}' was being altered when the initial read began. Run again.")
-            generations = {item.table: generation(read.get(item.table)) for item in reading}
+            generations = {item.table: epoch(read.get(item.table)) for item in reading}
             ended = _still_followed(state, read)
             tasks: list[Task] = [
                 MarkerTask(table, planned[table], number, moment) for table, number in generations.items() if number
@@ -346,7 +346,7 @@ class StreamTask:
                 yield rows
         for table in sorted(filled - self.ended) or sorted(self.positions.keys() - self.ended)[:1]:
             before, origin = self.positions[table], self.origins.get(table, "")
-            yield Reached(table, _position(self.upto, self.system, self.timeline, _slot_time(before), generation(before), origin))
+            yield Reached(table, _position(self.upto, self.system, self.timeline, _slot_time(before), epoch(before), origin))
 
     def decode(self, messages: Iterator[bytes]) -> Iterator[Rows]:
         """Rows from the slot's messages."""
@@ -364,7 +364,7 @@ class StreamTask:
                 if buffer:
                     yield buffer.take()
                 table = POSTGRES_TABLES[relation.name][0].name
-                before = prefix(generation(self.positions[table]))
+                before = prefix(epoch(self.positions[table]))
                 buffer = buffers[relation.name] = Buffer(table, relation, self.schemas[table], self.settings, before)
             buffer.add(change)
             if len(buffer) >= self.batch_rows or buffer.size >= BATCH_BYTES:
@@ -394,7 +394,7 @@ class Buffer:
     def __len__(self) -> int:
         return len(self.ops)
 
-    def add(self, change: Change) -> None:
+    def add(self, change: RowChange) -> None:
         """Take a change."""
         for column, value in zip(self.columns, change.values, strict=True):
             column.append(value)
@@ -682,7 +682,7 @@ def _flush(connection: psycopg.Connection[Any]) -> None:
 
 
 def _check(state: SlotState, settings: PostgresSettings, known: Mapping[str, Position], read: Mapping[str, Position]) -> None:
-    """Raises SourceError when the server cannot give changes, OffsetGone when it no longer has those that come next.
+    """Raises SourceError when the server cannot give changes, OffsetExpired when it no longer has those that come next.
 
     known: the tables to go on with. read: all that were ever read; those that are not known are read anew.
     """
@@ -702,13 +702,13 @@ def _check(state: SlotState, settings: PostgresSettings, known: Mapping[str, Pos
         )
     systems = {str(position["system"]) for position in known.values() if position.get("system")}
     if state.system and systems - {state.system}:
-        raise OffsetGone(
+        raise OffsetExpired(
             f"PostgreSQL: this is another server (system {state.system}) than the tables were read from "
             f"({', '.join(sorted(systems - {state.system}))}). Correct postgres.dsn. {again}"
         )
     if not state.slot_exists:
         if known:
-            raise OffsetGone(
+            raise OffsetExpired(
                 f"PostgreSQL: replication slot '{settings.slot}' is gone, and with it the changes since "
                 f"{_lsn_text(max(_lsns(known).values()))}. {again}"
             )
@@ -720,12 +720,12 @@ def _check(state: SlotState, settings: PostgresSettings, known: Mapping[str, Pos
         )
     if state.wal_status == "lost" and (known or not read):
         way_out = again if read else f"If it is nobody's: SELECT pg_drop_replication_slot('{settings.slot}'), and run again."
-        raise OffsetGone(
+        raise OffsetExpired(
             f"PostgreSQL: replication slot '{settings.slot}' is lost: the server dropped WAL that was not read yet. {way_out}"
         )
     times = {table: _slot_time(position) for table, position in known.items()}
     if left_behind := sorted(table for table, time in times.items() if time < max(times.values())):
-        raise OffsetGone(
+        raise OffsetExpired(
             f"PostgreSQL: replication slot '{settings.slot}' was made anew, but {', '.join(left_behind)} not read anew with it. "
             f"Read what is missing: python -m app rebuild {' '.join(left_behind)}"
         )
@@ -749,10 +749,10 @@ def _reached(known: Mapping[str, Position], read: Mapping[str, Position]) -> int
 
 
 def _check_not_restored(state: SlotState, known: Mapping[str, Position], read: Mapping[str, Position]) -> None:
-    """Raises OffsetGone when the server is at an earlier moment than the tables: its log goes on with other changes."""
+    """Raises OffsetExpired when the server is at an earlier moment than the tables: its log goes on with other changes."""
     reached = _reached(known, read)
     if reached is not None and reached > state.written:
-        raise OffsetGone(
+        raise OffsetExpired(
             f"PostgreSQL: the server is at {_lsn_text(state.written)}, but its tables were read up to {_lsn_text(reached)}: "
             f"it was restored to an earlier moment. Read the tables anew: python -m app rebuild {' '.join(sorted(read))}"
         )
@@ -761,7 +761,7 @@ def _check_not_restored(state: SlotState, known: Mapping[str, Position], read: M
 def _check_timelines(
     state: SlotState, settings: PostgresSettings, known: Mapping[str, Position], read: Mapping[str, Position]
 ) -> None:
-    """Raises OffsetGone when tables were read past the moment at which the server's history left that of the server they
+    """Raises OffsetExpired when tables were read past the moment at which the server's history left that of the server they
     were read from: its log has other changes there. A timeline begins with each promotion of a standby."""
     before = {int(position.get("timeline", state.timeline)) for position in known.values()}
     if before <= {state.timeline}:
@@ -773,7 +773,7 @@ def _check_timelines(
             where = (
                 f"left timeline {timeline} at {_lsn_text(left[timeline])}" if timeline in left else f"has no timeline {timeline}"
             )
-            raise OffsetGone(
+            raise OffsetExpired(
                 f"PostgreSQL: the server was promoted or restored (timeline {state.timeline}) and {where}, but {table} was read "
                 f"up to {_lsn_text(lsn)} of that: what was read last is not in the server. "
                 f"Read the tables anew: python -m app rebuild {' '.join(sorted(read))}"
@@ -801,9 +801,9 @@ def _still_followed(state: SlotState, read: Mapping[str, Position]) -> dict[str,
     if not same or not state.confirmed <= reached <= state.written:
         return {}
     return {
-        table: {name: value for name, value in position.items() if name != AGAIN} | {GENERATION: generation(position) - 1}
+        table: {name: value for name, value in position.items() if name != RESNAPSHOT} | {EPOCH: epoch(position) - 1}
         for table, position in current.items()
-        if is_again(position)
+        if is_resnapshot(position)
     }
 
 
@@ -828,10 +828,10 @@ def _origins(catalog: Sequence[Catalog]) -> dict[str, str]:
 
 
 def _check_origins(catalog: Sequence[Catalog], settings: PostgresSettings, known: Mapping[str, Position]) -> None:
-    """Raises OffsetGone when a table is not the one that was read, or was not published all the time since."""
+    """Raises OffsetExpired when a table is not the one that was read, or was not published all the time since."""
     before = {table: position[ORIGIN] for table, position in known.items() if ORIGIN in position}
     if others := [item for item in catalog if before.get(item.table, item.origin) != item.origin]:
-        raise OffsetGone(
+        raise OffsetExpired(
             f"PostgreSQL: {', '.join(item.name for item in others)} was made anew, or left publication "
             f"'{settings.publication}' and joined it again, so changes are missing. "
             f"Read it anew: python -m app rebuild {' '.join(item.table for item in others)}"
@@ -990,7 +990,7 @@ def _position(lsn: int, system: str, timeline: int, slot: int, number: int, orig
     """A position as it is stored. slot: see `_slot_time`. number: of the generation. origin: see `Catalog`."""
     position: dict[str, Any] = {"lsn": _lsn_text(lsn), "system": system, "timeline": timeline}
     position |= {ORIGIN: origin} if origin else {}
-    return position | ({"slot": slot} if slot else {}) | ({GENERATION: number} if number else {})
+    return position | ({"slot": slot} if slot else {}) | ({EPOCH: number} if number else {})
 
 
 def _slot_time(position: Position) -> int:
