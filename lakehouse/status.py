@@ -10,14 +10,13 @@ from typing import Any, Final, Literal
 
 import polars as pl
 
-import pipelines
 from lakehouse.errors import OffsetExpired, SourceError, TableNotFound
 from lakehouse.expectations import Fresh, Result, freshness
 from lakehouse.iceberg.table_handle import Lake, TableHandle
+from lakehouse.project import Project
 from lakehouse.run_history import last_results
+from lakehouse.step import upstream_names
 from lakehouse.table import DELETED, Table
-from ml.tables import DECLARED, MODEL_TABLES, TABLES
-from pipelines.settings import settings_of
 
 LOST: Final = "has lost a file"
 """Instead of a lag."""
@@ -41,17 +40,23 @@ class TableStatus:
     """The expectations that do not hold, with what was found."""
 
 
-def statuses(lake: Lake) -> list[TableStatus]:
+def statuses(lake: Lake, project: Project) -> list[TableStatus]:
     """The state of every table, bronze first. A source that cannot be reached shows as such in `lag`."""
-    loaded = {name: _loaded(lake, table) for name, table in TABLES.items()}
+    loaded = {name: _loaded(lake, table) for name, table in project.tables.items()}
     handles = {name: None if handle == LOST else handle for name, handle in loaded.items()}
-    lags = {**_source_lags(lake, handles), **_step_lags(handles), **{name: LOST for name in loaded if loaded[name] == LOST}}
+    lags = {
+        **_source_lags(lake, project, handles),
+        **_step_lags(project, handles),
+        **{name: LOST for name in loaded if loaded[name] == LOST},
+    }
     judged: dict[str, list[Result]] = {}
     for result in last_results(lake):
         judged.setdefault(result.table, []).append(result)
     now = datetime.now(UTC)
     return [
-        replace(_status(TABLES[name], handle, lags.get(name, "")), **_expectations(lake, handle, judged.get(name, []), now))
+        replace(
+            _status(project.tables[name], handle, lags.get(name, "")), **_expectations(lake, handle, judged.get(name, []), now)
+        )
         for name, handle in handles.items()
     ]
 
@@ -80,9 +85,9 @@ def _expectations(lake: Lake, handle: TableHandle | None, results: list[Result],
     return {"expectations": text, "broken": tuple(f"{result.outcome}: {result}" for result in broken)}
 
 
-def _source_lags(lake: Lake, handles: Mapping[str, TableHandle | None]) -> dict[str, str]:
+def _source_lags(lake: Lake, project: Project, handles: Mapping[str, TableHandle | None]) -> dict[str, str]:
     lags: dict[str, str] = {}
-    for source in pipelines.sources(settings_of(lake)):
+    for source in project.sources(lake.settings):
         positions = {name: handle.positions.get(source.name) if (handle := handles[name]) else None for name in source.tables}
         try:
             lags |= source.lag(positions)
@@ -93,17 +98,15 @@ def _source_lags(lake: Lake, handles: Mapping[str, TableHandle | None]) -> dict[
     return lags
 
 
-def _step_lags(handles: Mapping[str, TableHandle | None]) -> dict[str, str]:
+def _step_lags(project: Project, handles: Mapping[str, TableHandle | None]) -> dict[str, str]:
     lags = {}
-    for step in DECLARED:
+    for step in project.all_steps:
         handle = handles[step.target.name]
         stored = handle.positions if handle else {}
-        late = [
-            name for name in sorted(pipelines.upstream(step)) if (above := handles[name]) and _unread(above, stored.get(name))
-        ]
+        late = [name for name in sorted(upstream_names(step)) if (above := handles[name]) and _unread(above, stored.get(name))]
         behind = f"behind {', '.join(n.split('.')[1] for n in late)}"
         # `run` leaves the model's tables to the commands that need them
-        until = " until the next train or monitor" if step.target.name in MODEL_TABLES else ""
+        until = " until the next train or monitor" if project.is_on_demand(step.target.name) else ""
         lags[step.target.name] = f"{behind}{until}" if late else "up to date"
     return lags
 

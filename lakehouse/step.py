@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from typing import Any
 
 import polars as pl
@@ -140,3 +141,17 @@ class Step:
                 f"{self.target.name}: a step that builds on the table's own rows cannot hold some of them back: its rows would "
                 "depend on the order of arrival. Use the severity warn or fail, or reject rows where they are parsed."
             )
+
+
+def upstream_names(step: Step) -> set[str]:
+    """Return the names of the tables that a step reads."""
+    reads = step.reads.values()
+    through = {read.through.name for read in reads if isinstance(read, Broadcast | Lookup) and read.through}
+    return ({read.table.name for read in reads} | through) - {step.target.name}
+
+
+def in_dependency_order(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """Return the steps, each after all that it reads."""
+    by_name = {step.target.name: step for step in steps}
+    graph = {name: upstream_names(step) & by_name.keys() for name, step in by_name.items()}
+    return tuple(by_name[name] for name in TopologicalSorter(graph).static_order())

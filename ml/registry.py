@@ -16,7 +16,6 @@ import logging
 import math
 import os
 import shlex
-import subprocess
 import tempfile
 import time
 import urllib.error
@@ -486,19 +485,6 @@ def _undo(client: MlflowClient, name: str, version: ModelVersion | None, made: b
             client.delete_registered_model(name)
     except Exception as error:
         logging.getLogger(__name__).warning("could not take back a version of model '%s': %s", name, type(error).__name__)
-
-
-def code_version(root: Path = ROOT) -> str:
-    """What the code is: the commit, and a digest of the sources themselves, which also covers what is not committed."""
-    hashed = hashlib.sha256()
-    for path in sorted(path for package in ("lakehouse", "pipelines", "ml") for path in (root / package).rglob("*.py")):
-        hashed.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    sources = f"sources:{hashed.hexdigest()[:16]}"
-    try:
-        told = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return sources
-    return f"{told.stdout.strip()[:12]} {sources}"
 
 
 def _datasets(training: TrainingRecord) -> list[DatasetInput]:

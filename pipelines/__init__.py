@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from graphlib import TopologicalSorter
-
+from lakehouse.project import Project
 from lakehouse.source import Source
-from lakehouse.step import Broadcast, Lookup, Step
+from lakehouse.step import Step
 from lakehouse.table import Table
 from pipelines.bronze import tables as bronze
 from pipelines.gold import (
@@ -65,32 +64,6 @@ DECLARED: tuple[Step, ...] = (
 )
 
 
-def upstream(step: Step) -> set[str]:
-    """The names of the tables that a step reads."""
-    reads = step.reads.values()
-    through = {read.through.name for read in reads if isinstance(read, Broadcast | Lookup) and read.through}
-    return ({read.table.name for read in reads} | through) - {step.target.name}
-
-
-def in_order(steps: tuple[Step, ...]) -> tuple[Step, ...]:
-    """The steps, each after all that it reads."""
-    by_name = {step.target.name: step for step in steps}
-    graph = {name: upstream(step) & by_name.keys() for name, step in by_name.items()}
-    return tuple(by_name[name] for name in TopologicalSorter(graph).static_order())
-
-
-STEPS: tuple[Step, ...] = in_order(DECLARED)
-BRONZE: tuple[Table, ...] = bronze.TABLES
-TABLES: dict[str, Table] = {
-    table.name: table
-    for table in (
-        *(*BRONZE, ERASURES),
-        *(*(step.target for step in DECLARED if step.target.layer == "silver"), QUARANTINE),
-        *(step.target for step in DECLARED if step.target.layer == "gold"),
-    )
-}
-
-
 def sources(settings: Settings) -> tuple[Source, ...]:
     """The sources that are switched on."""
     found: list[Source] = []
@@ -101,3 +74,16 @@ def sources(settings: Settings) -> tuple[Source, ...]:
     if settings.kafka.enabled:
         found.append(KafkaSource(settings.kafka))
     return tuple(found)
+
+
+PROJECT = Project(
+    sources=sources,
+    source_tables=bronze.TABLES,
+    steps=DECLARED,
+    quarantine=QUARANTINE,
+    other_tables=(ERASURES,),
+)
+"""Sources, tables and steps of the retail lakehouse, without the fraud model's."""
+STEPS: tuple[Step, ...] = PROJECT.ordered_steps
+BRONZE: tuple[Table, ...] = PROJECT.source_tables
+TABLES: dict[str, Table] = PROJECT.tables

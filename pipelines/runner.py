@@ -15,7 +15,7 @@ from typing import Any
 
 import polars as pl
 
-import pipelines
+from lakehouse.code_version import code_version
 from lakehouse.engine.engine import Engine, StepResult
 from lakehouse.errors import CatalogUnreachable, SettingsError, ShopSphereError, SourceError
 from lakehouse.expectations import by_hand, from_text
@@ -23,16 +23,15 @@ from lakehouse.iceberg.missing_files import missing_file, missing_files_error
 from lakehouse.iceberg.table_handle import EXPECTATIONS, Lake, TableHandle, tables_on_disk
 from lakehouse.openlineage import LineageEvents, reported
 from lakehouse.parallel import TaskPool
+from lakehouse.project import Project
 from lakehouse.run_history import RunHistory, RunRecord
-from lakehouse.step import Delta, Grouped, Parsed, Step
+from lakehouse.step import Delta, Grouped, Parsed, Step, upstream_names
 from lakehouse.table import BOOKKEEPING, SEQUENCE, Table
 from lakehouse.transient_errors import as_transient_error, file_is_gone
-from ml.registry import code_version
-from ml.tables import MODEL_TABLES, TABLES, rebuild_model_table
 from pipelines.bronze.corrections import corrected
 from pipelines.privacy.anonymise import Anonymiser, OnArrival
 from pipelines.privacy.suppression import ERASURES, Suppression, load_suppression
-from pipelines.settings import Settings, business_settings, settings_of
+from pipelines.settings import Settings, business_settings
 from pipelines.silver.quarantine import QUARANTINE
 
 ProgressCallback = Callable[[str, StepResult | None], None]
@@ -87,7 +86,11 @@ def recorded(engine: Engine, kind: str) -> Iterator[list[StepResult]]:
 
 
 def run_once(
-    engine: Engine, tell: ProgressCallback, stopping: Callable[[], bool] = lambda: False, history: RunHistory | None = None
+    engine: Engine,
+    project: Project,
+    tell: ProgressCallback,
+    stopping: Callable[[], bool] = lambda: False,
+    history: RunHistory | None = None,
 ) -> RunResult:
     """Read what is new at every source, then bring every table up to date. A source that cannot be read, or a table
     that cannot be filled, does not keep the others from going on, nor does an outage; the errors are in the result. What the
@@ -98,7 +101,7 @@ def run_once(
     errors: list[ShopSphereError] = []
     try:
         with reported(engine, run, code_version) as events:
-            _pass(engine, tell, stopping, events, reports, errors)
+            _pass(engine, project, tell, stopping, events, reports, errors)
     except BaseException as error:
         _note_end(history or RunHistory(engine.lake), engine, run, reports, errors, error)
         raise
@@ -139,22 +142,23 @@ def _note_end(
 
 def _pass(
     engine: Engine,
+    project: Project,
     tell: ProgressCallback,
     stopping: Callable[[], bool],
     events: LineageEvents | None,
     reports: list[StepResult],
     errors: list[ShopSphereError],
 ) -> None:
-    for source in pipelines.sources(settings_of(engine.lake)):
+    for source in project.sources(engine.lake.settings):
         if stopping():
             break
         tell(source.name, None)
         try:
-            done = engine.ingest(source, pipelines.TABLES)
+            done = engine.ingest(source, project.bronze)
         except SettingsError:
             raise  # nothing can go on
         except Exception as error:
-            errors.append(_expected(error, engine.lake, source.tables))
+            errors.append(_expected(error, engine.lake, [project.tables[name] for name in source.tables]))
             if events:
                 events.failed += 1
             if isinstance(errors[-1], CatalogUnreachable):
@@ -163,9 +167,9 @@ def _pass(
         for report in done:
             tell(report.table, report)
             if events:
-                events.received(source.name, report, pipelines.TABLES[report.table])
+                events.received(source.name, report, project.bronze[report.table])
         reports += done
-    for step in pipelines.STEPS:
+    for step in project.ordered_steps:
         if stopping():
             break
         tell(step.target.name, None)
@@ -174,7 +178,7 @@ def _pass(
         except SettingsError:
             raise  # nothing can go on
         except Exception as error:
-            errors.append(_expected(error, engine.lake, _touched(step)))
+            errors.append(_expected(error, engine.lake, [project.tables[name] for name in _touched(step)]))
             if events:
                 events.fail(step.target.name, errors[-1])
             if isinstance(errors[-1], CatalogUnreachable):
@@ -187,68 +191,68 @@ def _pass(
 
 
 def _touched(step: Step) -> tuple[str, ...]:
-    return (*sorted(pipelines.upstream(step)), QUARANTINE.name, step.target.name)
+    return (*sorted(upstream_names(step)), QUARANTINE.name, step.target.name)
 
 
-def _expected(error: Exception, lake: Lake | None = None, tables: Sequence[str] = ()) -> ShopSphereError:
+def _expected(error: Exception, lake: Lake | None = None, tables: Sequence[Table] = ()) -> ShopSphereError:
     """An error that a pass goes on after; raises any other. tables: those that it may come from."""
     found = error if isinstance(error, ShopSphereError) else as_transient_error(error)
     if found is None and lake is not None and file_is_gone(error):
-        found = missing_files_error(lake, [TABLES[name] for name in tables])
+        found = missing_files_error(lake, tables)
     if found is None:
         raise error
     return found
 
 
-def table_named(name: str) -> Table:
+def table_named(project: Project, name: str) -> Table:
     """The table of that name, with or without its layer. Raises ShopSphereError listing the tables."""
-    found = [table for full, table in TABLES.items() if name in (full, table.short_name)]
+    found = [table for full, table in project.tables.items() if name in (full, table.short_name)]
     if len(found) != 1:
-        raise ShopSphereError(f"There is no table '{name}'. Tables: {', '.join(TABLES)}.")
+        raise ShopSphereError(f"There is no table '{name}'. Tables: {', '.join(project.tables)}.")
     return found[0]
 
 
-def rebuild(engine: Engine, names: Sequence[str]) -> list[StepResult]:
+def rebuild(engine: Engine, project: Project, names: Sequence[str]) -> list[StepResult]:
     """Fill tables again from everything upstream; bronze tables: read their source again from the beginning, those of
     one source all at once. Bronze first, then each table after those that it reads. One that has lost files is made anew.
 
     Raises DamagedTable when a bronze table has lost files: there is nothing that could fill it."""
-    tables = {table_named(name).name: None for name in names}
+    tables = {table_named(project, name).name: None for name in names}
     with recorded(engine, "rebuild") as reports:
-        for report in _rebuilt(engine, tables):
+        for report in _rebuilt(engine, project, tables):
             reports.append(report)
     return reports
 
 
-def _rebuilt(engine: Engine, tables: Mapping[str, None]) -> Iterator[StepResult]:
-    known = pipelines.sources(settings_of(engine.lake))
+def _rebuilt(engine: Engine, project: Project, tables: Mapping[str, None]) -> Iterator[StepResult]:
+    known = project.sources(engine.lake.settings)
     if ERASURES.name in tables:
         raise ShopSphereError(f"{ERASURES.name} is filled by `python -m app erase`, and by nothing else.")
-    bronze = {name for name in tables if TABLES[name].layer == "bronze"}
+    bronze = {name for name in tables if project.tables[name].layer == "bronze"}
     if off := sorted(bronze - {name for source in known for name in source.tables}):
         raise SourceError(f"The source of {off[0]} is switched off. Switch it on in the settings.")
-    if (lost := missing_files_error(engine.lake, [TABLES[name] for name in bronze])) is not None:
+    if (lost := missing_files_error(engine.lake, [project.tables[name] for name in bronze])) is not None:
         raise lost
     for name in tables.keys() - bronze:
-        if missing_file(engine.lake, TABLES[name]) is not None:
-            engine.lake.drop(TABLES[name])
+        if missing_file(engine.lake, project.tables[name]) is not None:
+            engine.lake.drop(project.tables[name])
     for source in known:
         if chosen := bronze.intersection(source.tables):
-            done = engine.ingest(source, pipelines.TABLES, again=frozenset(chosen))
+            done = engine.ingest(source, project.bronze, again=frozenset(chosen))
             yield from (report for report in done if report.table in chosen)
-    for step in pipelines.STEPS:
+    for step in project.ordered_steps:
         if step.target.name in tables or (QUARANTINE.name in tables and (_bronze_reads(step) or step.target.quarantines)):
             try:
                 report = engine.refresh(step, rebuild=True)
             except FileNotFoundError as error:
-                raise _expected(error, engine.lake, _touched(step)) from error
+                raise _expected(error, engine.lake, [project.tables[name] for name in _touched(step)]) from error
             yield report
-    yield from (rebuild_model_table(engine, TABLES[name]) for name in TABLES if name in tables and name in MODEL_TABLES)
+    yield from (recompute(engine) for name, recompute in project.rebuild_on_demand.items() if name in tables)
 
 
-def publish(engine: Engine, name: str) -> int:
+def publish(engine: Engine, project: Project, name: str) -> int:
     """Publish the build of a table that its expectations have refused; gives the snapshot. Raises ShopSphereError."""
-    table = table_named(name)
+    table = table_named(project, name)
     handle = engine.lake.load(table, create=False)
     if handle.build is None:
         others = "" if table.layer == "gold" else " Only gold is built beside what is read: other tables keep the rows of before."
@@ -275,17 +279,17 @@ class Replay:
     reports: tuple[StepResult, ...]
 
 
-def replay(engine: Engine, fixes: Path | None) -> Replay:
+def replay(engine: Engine, project: Project, fixes: Path | None) -> Replay:
     """Store corrections, read the quarantined rows again, and take those that can be read now out of quarantine."""
-    corrections = store_corrections(engine, fixes) if fixes else 0
+    corrections = store_corrections(engine, project, fixes) if fixes else 0
     quarantined = _quarantined(engine.lake)
     positions: dict[str, tuple[str, ...]] = {
         table: tuple(quarantined.filter(pl.col("source_table") == table)["source_position"].to_list())
         for table in quarantined["source_table"].unique().sort()
-        if TABLES[table].layer == "bronze"  # what breaks an expectation leaves when its table is filled anew
+        if project.tables[table].layer == "bronze"  # what breaks an expectation leaves when its table is filled anew
     }
     with recorded(engine, "replay") as reports:
-        for step in pipelines.STEPS:
+        for step in project.ordered_steps:
             reports.append(engine.refresh(step, replay=positions if _bronze_reads(step) & positions.keys() else None))
     return Replay(corrections, quarantined.height, _quarantined(engine.lake).height, tuple(reports))
 
@@ -294,7 +298,7 @@ def _quarantined(lake: Lake) -> pl.DataFrame:
     return lake.load(QUARANTINE).read(["source_table", "source_position"])
 
 
-def store_corrections(engine: Engine, file: Path) -> int:
+def store_corrections(engine: Engine, project: Project, file: Path) -> int:
     """Append the corrections of a JSON Lines file to bronze: {"table", "position", "value" | "value_base64"}."""
     by_table: dict[str, dict[str, bytes]] = {}
     try:
@@ -303,35 +307,35 @@ def store_corrections(engine: Engine, file: Path) -> int:
         raise ShopSphereError(f"{file} cannot be read ({error.strerror}). Give a JSON Lines file of corrections.") from None
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            table, position, value = _correction(f"{file}:{number}", line)
+            table, position, value = _correction(project, f"{file}:{number}", line)
             by_table.setdefault(table.name, {})[position] = value
     for name, values in by_table.items():
         # nothing is stored of a file with an error in it
-        _corrections(engine.lake.load(pipelines.TABLES[name], create=False), values, load_suppression(engine.lake))
+        _corrections(project, engine.lake.load(project.bronze[name], create=False), values, load_suppression(engine.lake))
     return sum(
-        engine.retried(partial(_append_corrections, engine.lake, pipelines.TABLES[name], values))
+        engine.retried(partial(_append_corrections, engine.lake, project, project.bronze[name], values))
         for name, values in by_table.items()
     )
 
 
-def _correction(where: str, line: str) -> tuple[Table, str, bytes]:
+def _correction(project: Project, where: str, line: str) -> tuple[Table, str, bytes]:
     try:
         item: dict[str, Any] = json.loads(line)
         value = base64.b64decode(item["value_base64"]) if "value_base64" in item else str(item["value"]).encode()
-        table, position = table_named(str(item["table"])), str(item["position"])
+        table, position = table_named(project, str(item["table"])), str(item["position"])
     except (ValueError, KeyError, TypeError) as error:
         raise ShopSphereError(
             f'{where}: not a correction ({type(error).__name__}: {error}). Write {{"table": ..., "position": ..., "value": ...}}.'
         ) from None
-    if table not in pipelines.BRONZE:
+    if table not in project.source_tables:
         raise ShopSphereError(f"{where}: {table.name} is not a bronze table. Give the quarantined row's source_table.")
     return table, position, value
 
 
-def _append_corrections(lake: Lake, table: Table, values: Mapping[str, bytes]) -> int:
+def _append_corrections(lake: Lake, project: Project, table: Table, values: Mapping[str, bytes]) -> int:
     """Store those that are not there yet; gives how many."""
     handle = lake.load(table, create=False)
-    fixes = _corrections(handle, values, load_suppression(lake))
+    fixes = _corrections(project, handle, values, load_suppression(lake))
     if fixes.height:
         now = pl.lit(datetime.now(UTC)).cast(pl.Datetime("us", "UTC")).alias("_ingested_at")
         fixes = fixes.with_columns(now, pl.lit(handle.sequence, pl.Int64).alias(SEQUENCE))
@@ -339,7 +343,9 @@ def _append_corrections(lake: Lake, table: Table, values: Mapping[str, bytes]) -
     return fixes.height
 
 
-def _corrections(handle: TableHandle, values: Mapping[str, bytes], suppression: Suppression | None) -> pl.DataFrame:
+def _corrections(
+    project: Project, handle: TableHandle, values: Mapping[str, bytes], suppression: Suppression | None
+) -> pl.DataFrame:
     """One new row a correction, at the position of the row that it corrects; none for one that is there already.
 
     Only of rows that cannot be read: so at most one row at a position speaks, and the tables stay functions of the set
@@ -362,7 +368,7 @@ def _corrections(handle: TableHandle, values: Mapping[str, bytes], suppression: 
     content = [name for name in columns if name != "_ingested_at"]
     fixes = fixes.join(rows.select(content), on=content, how="anti", nulls_equal=True)
     about = rows.filter(pl.col("_source_position").is_in(fixes["_source_position"].implode()))
-    for parse in _parsers(table):
+    for parse in _parsers(project, table):
         read = parse(about).parsed_positions
         if read is not None and read.len():
             raise ShopSphereError(
@@ -372,7 +378,7 @@ def _corrections(handle: TableHandle, values: Mapping[str, bytes], suppression: 
     return fixes
 
 
-def _parsers(table: Table) -> list[Callable[[pl.DataFrame], Parsed]]:
+def _parsers(project: Project, table: Table) -> list[Callable[[pl.DataFrame], Parsed]]:
     """What tells of the table's rows which can be read; the first is as good as any."""
-    reads = [read for step in pipelines.STEPS for read in step.reads.values() if isinstance(read, Grouped | Delta)]
+    reads = [read for step in project.ordered_steps for read in step.reads.values() if isinstance(read, Grouped | Delta)]
     return [read.parse for read in reads if read.table.name == table.name and read.parse is not None][:1]

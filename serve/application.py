@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from lakehouse.iceberg.table_handle import Lake
+from lakehouse.project import Project
 from ml.registry import Registry
 from pipelines.settings import BusinessSettings, Settings
 from pipelines.silver.orders_unified import ORDERS_UNIFIED
@@ -46,8 +47,17 @@ TICK_SECONDS = 0.5
 class Application:
     """What a replica is made of."""
 
-    def __init__(self, settings: Settings, serving: ServeSettings, context: BusinessSettings, keys: Keys | None = None) -> None:
-        """keys: None: those of the settings' file."""
+    def __init__(
+        self,
+        settings: Settings,
+        serving: ServeSettings,
+        context: BusinessSettings,
+        keys: Keys | None = None,
+        *,
+        project: Project,
+    ) -> None:
+        """keys: None: those of the settings' file. project: its tables are shown on the freshness page."""
+        self.project = project
         self._keys = keys
         self.settings, self.serving = settings, serving
         self.state = OnlineState(settings, serving, context, self._on_line)
@@ -188,7 +198,9 @@ class Application:
     def asgi(self) -> Starlette:
         """The application. Raises SettingsError."""
         keys = Keys.read(self.serving.keys) if self._keys is None else self._keys
-        page = Page(Lake(self.settings), self.customers, self.inventory, self.fraud, self.lookups, self.asking, keys)
+        page = Page(
+            Lake(self.settings), self.project, self.customers, self.inventory, self.fraud, self.lookups, self.asking, keys
+        )
 
         async def unknown(request: Request, error: Exception) -> Response:
             problem = _unknown(error)

@@ -17,6 +17,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lakehouse.errors import SettingsError, ShopSphereError
+from lakehouse.project import Project
 from pipelines.settings import Settings, business_settings, load_settings
 from serve.application import MULTIPROCESS, Application
 from serve.http.edges import DIRECT
@@ -127,11 +128,11 @@ def middlewares() -> list[Middleware]:
 class Replica:
     """One process with all of the state. Ray Serve makes it, asks after its health, and ends it."""
 
-    def __init__(self, settings: Settings, serving: ServeSettings, keys: Keys) -> None:
+    def __init__(self, settings: Settings, serving: ServeSettings, keys: Keys, project: Project) -> None:
         """What was read where serving was started: this node may have neither the settings' nor the keys' file."""
         if directory := os.environ.get(MULTIPROCESS):
             _forget_dead(Path(directory))
-        self.application = Application(settings, serving, business_settings(settings), keys)
+        self.application = Application(settings, serving, business_settings(settings), keys, project=project)
 
     def __serve_build_asgi_app__(self) -> Any:
         return self.application.asgi()
@@ -141,8 +142,8 @@ class Replica:
         self.application.check_health()
 
 
-def build(arguments: Mapping[str, Any] | None = None) -> Any:
-    """The Ray Serve application; what `serve deploy serve/deploy.yaml` imports. Settings come from the environment."""
+def build(project: Project, arguments: Mapping[str, Any] | None = None) -> Any:
+    """Return the Ray Serve application. Settings come from the environment; `arguments` win over them."""
     from ray import serve as rayserve
 
     serving, settings = load_serve_settings(**dict(arguments or {})), load_settings()
@@ -162,7 +163,7 @@ def build(arguments: Mapping[str, Any] | None = None) -> Any:
         health_check_timeout_s=10,
         ray_actor_options={"num_cpus": serving.replica_cpus, "runtime_env": {"env_vars": environment(home)}},
     )
-    return deployment.bind(settings, serving, keys)
+    return deployment.bind(settings, serving, keys, project)
 
 
 def _forget_dead(directory: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from app import sandbox
+from app.project import PROJECT
 from app.sandbox.servers import Addresses, start_servers, stop_servers
 from pipelines.runner import open_engine, run_once
 from pipelines.settings import Settings, load_settings
@@ -32,7 +33,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
             patch.setenv("SHOPSPHERE_HOME", str(home))
             settings = load_settings()
         with open_engine(settings) as engine:
-            assert not run_once(engine, lambda name, report: None).errors
+            assert not run_once(engine, PROJECT, lambda name, report: None).errors
         yield settings
     finally:
         sandbox.stop(home)

@@ -11,11 +11,11 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 import pipelines
+from app.project import PROJECT
 from lakehouse.settings import Section
 from lakehouse.step import Delta, Grouped, Lookup, Read
 from lakehouse.table import Column, Table
 from ml.features.features import FEATURE_GROUPS, FEATURES, ORDER
-from ml.tables import DECLARED, MODEL_TABLES, TABLES
 from pipelines.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,14 +46,14 @@ def read_name(read: Read) -> str:
 
 def table_section(table: Table) -> list[str]:
     """One table: what it is, how it is laid out and filled, its columns."""
-    step = next((s for s in DECLARED if s.target.name == table.name), None)
+    step = next((s for s in PROJECT.all_steps if s.target.name == table.name), None)
     lines = [f"### {table.name}", "", table.doc, ""]
     facts = [("key", ", ".join(table.key))]
     if table.group != table.key:
         facts.append(("recomputed by", ", ".join(table.group)))
     facts.append(("partitioned by", ", ".join(f"{p.transform}({p.column})" for p in table.partition_by)))
     facts.append(("owner", table.owner))
-    if table.name in MODEL_TABLES:
+    if PROJECT.is_on_demand(table.name):
         facts.append(("filled by", "`train` and `monitor`; `run` leaves it as it is"))
     lines += [f"- {name}: {value}" for name, value in facts if value]
     lines += [f"- `{r.column}` refers to `{r.table.name}.{r.to}`" for r in table.references]
@@ -80,9 +80,9 @@ def graph() -> list[str]:
     lines = ["```mermaid", "flowchart LR"]
     for layer in ("bronze", "silver", "gold"):
         lines.append(f"  subgraph {layer}")
-        lines += [f"    {t.name.replace('.', '_')}[{t.short_name}]" for t in TABLES.values() if t.layer == layer]
+        lines += [f"    {t.name.replace('.', '_')}[{t.short_name}]" for t in PROJECT.tables.values() if t.layer == layer]
         lines.append("  end")
-    for step in DECLARED:
+    for step in PROJECT.all_steps:
         lines += [
             f"  {name.replace('.', '_')} --> {step.target.name.replace('.', '_')}" for name in sorted(pipelines.upstream(step))
         ]
@@ -91,7 +91,7 @@ def graph() -> list[str]:
 
 def star_page() -> str:
     """docs/star-schema.md."""
-    pointing = [table for table in TABLES.values() if table.references]
+    pointing = [table for table in PROJECT.tables.values() if table.references]
     pointed = {reference.table.name: reference.table for table in pointing for reference in table.references}
     drawn = {table.name: table for table in (*pointing, *pointed.values())}
     lines = [
@@ -139,7 +139,7 @@ def tables_page() -> str:
     lines = [NOTE, "# Tables", "", *graph()]
     for layer in ("bronze", "silver", "gold"):
         lines += [f"## {layer}", ""]
-        for table in TABLES.values():
+        for table in PROJECT.tables.values():
             if table.layer == layer:
                 lines += table_section(table)
     return "\n".join(lines).rstrip() + "\n"

@@ -20,6 +20,7 @@ import typer.core
 from app.cli.model_commands import register
 from app.cli.output import Output
 from app.cli.serving import register as register_serving
+from app.project import PROJECT
 from lakehouse.errors import ShopSphereError
 from lakehouse.format_bytes import format_bytes
 from lakehouse.settings import home_directory
@@ -79,7 +80,7 @@ def run(
             while True:
                 begun = time.monotonic()
                 with output.progress() as show:
-                    done = run_once(engine, teller(show), stop.is_set, history)
+                    done = run_once(engine, PROJECT, teller(show), stop.is_set, history)
                 print_pass(output, done)
                 if not finished and not stop.is_set():
                     # the pass may have read what was corrected
@@ -160,11 +161,11 @@ def print_reports(output: Output, reports: tuple[StepResult, ...] | list[StepRes
 @app.command()
 def rebuild(tables: Annotated[list[str], typer.Argument(help="Tables, e.g. gold.sales_daily")], json: Json = False) -> None:
     """Fill tables again from everything upstream (bronze: read their source again from the beginning)."""
-    from pipelines import runner as passes
+    from pipelines import runner
 
     output = Output(json)
-    with passes.open_engine(load_settings()) as engine:
-        reports = passes.rebuild(engine, tables)
+    with runner.open_engine(load_settings()) as engine:
+        reports = runner.rebuild(engine, PROJECT, tables)
     if json:
         output.json([asdict(report) for report in reports])
     else:
@@ -178,11 +179,11 @@ def replay(
     json: Json = False,
 ) -> None:
     """Read quarantined rows again, with corrections if given; what can be read now leaves the quarantine."""
-    from pipelines import runner as passes
+    from pipelines import runner
 
     output = Output(json)
-    with passes.open_engine(load_settings()) as engine:
-        done = passes.replay(engine, fix)
+    with runner.open_engine(load_settings()) as engine:
+        done = runner.replay(engine, PROJECT, fix)
     if json:
         output.json(asdict(done))
     else:
@@ -193,11 +194,11 @@ def replay(
 @app.command()
 def publish(table: Annotated[str, typer.Argument(help="Table, e.g. gold.sales_daily")], json: Json = False) -> None:
     """Publish the build of a gold table that its expectations have refused, after a look at it."""
-    from pipelines import runner as passes
+    from pipelines import runner
 
     output = Output(json)
-    with passes.open_engine(load_settings()) as engine:
-        snapshot = passes.publish(engine, table)
+    with runner.open_engine(load_settings()) as engine:
+        snapshot = runner.publish(engine, PROJECT, table)
     if json:
         output.json({"table": table, "snapshot": snapshot})
     else:
@@ -227,7 +228,7 @@ def status(
         if runs:
             print_runs(output, past)
         return
-    found = statuses(Lake(load_settings()))
+    found = statuses(Lake(load_settings()), PROJECT)
     if json:
         output.json([asdict(item) for item in found])
         return
@@ -290,10 +291,9 @@ def sql(statement: Annotated[str, typer.Argument(help="One SELECT; tables by lay
     from lakehouse.iceberg.table_handle import Lake
     from lakehouse.query import query
     from lakehouse.run_history import OPERATIONS
-    from ml.tables import TABLES
 
     output = Output(json)
-    result = query(Lake(load_settings()), {**TABLES, **OPERATIONS}, statement)
+    result = query(Lake(load_settings()), {**PROJECT.tables, **OPERATIONS}, statement)
     if json:
         output.json(result.to_pylist())
     else:
@@ -305,11 +305,10 @@ def digest(tables: Annotated[list[str] | None, typer.Argument(help="Tables; none
     """A digest of each table's business columns: the same whatever the order of rows, the files or the run."""
     from lakehouse.digest import digest as digest_of
     from lakehouse.iceberg.table_handle import Lake
-    from ml.tables import TABLES
     from pipelines.runner import table_named
 
     output, lake = Output(json), Lake(load_settings())
-    chosen = [table_named(name) for name in tables] if tables else list(TABLES.values())
+    chosen = [table_named(PROJECT, name) for name in tables] if tables else list(PROJECT.tables.values())
     found = {table.name: digest_of(lake.load(table)) for table in chosen}
     if json:
         output.json(found)
@@ -328,7 +327,6 @@ def maintain(
     from lakehouse.iceberg.maintenance import maintain as maintain_table
     from lakehouse.iceberg.table_handle import Lake
     from lakehouse.run_history import OPERATIONS, forget
-    from ml.tables import TABLES
     from pipelines.runner import open_engine, table_named
 
     overrides = {
@@ -340,8 +338,12 @@ def maintain(
     with open_engine(settings) as engine:
         finished = finish_erasures(engine, output)
     lake = Lake(settings)
-    every = (*TABLES.values(), *OPERATIONS.values())
-    chosen = [OPERATIONS.get(name) or table_named(name) for name in tables] if tables else [t for t in every if lake.exists(t)]
+    every = (*PROJECT.tables.values(), *OPERATIONS.values())
+    chosen = (
+        [OPERATIONS.get(name) or table_named(PROJECT, name) for name in tables]
+        if tables
+        else [t for t in every if lake.exists(t)]
+    )
     if any(table.name in OPERATIONS for table in chosen):
         forget(lake, lake.settings.history_days, datetime.now(UTC))
     done = []

@@ -66,8 +66,8 @@ def serve(
 
 @contextlib.contextmanager
 def _served(ray: RaySettings, host: str, port: int, arguments: Mapping[str, object]) -> Iterator[None]:
+    from app.serving import build
     from lakehouse.parallel import TaskPool
-    from serve.deployment import build
 
     pool = TaskPool(ray)
     pool.start()

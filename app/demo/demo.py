@@ -16,6 +16,7 @@ from app.demo.answers import ANSWERS
 from app.demo.identity_scores import Scores, pairwise_scores
 from app.demo.live_requests import as_json as answered_as_json
 from app.demo.live_requests import ask_live, print_answered, product_to_look_up, requests
+from app.project import PROJECT
 from lakehouse.errors import SandboxError
 from lakehouse.format_bytes import format_bytes
 from lakehouse.iceberg.table_handle import Lake
@@ -23,7 +24,6 @@ from lakehouse.query import query
 from lakehouse.settings import home_directory
 from lakehouse.status import statuses
 from ml.registry import Registry
-from ml.tables import TABLES
 from ml.training.train import DEMO, Trained, as_json, print_trained, train_on
 from pipelines.runner import open_engine, run_once
 from pipelines.settings import load_settings
@@ -46,7 +46,7 @@ def run_demo(output: Output, *, orders: int, seed: int, keep: bool) -> None:
         with open_engine(settings) as engine:
             output.say("\n2. Sources -> bronze -> silver -> gold")
             with output.progress() as show:
-                done = run_once(engine, teller(show))
+                done = run_once(engine, PROJECT, teller(show))
             if not output.as_json:
                 print_pass(output, done)
             if done.errors:
@@ -106,8 +106,8 @@ def identity_scores(lake: Lake, home: Path) -> Scores:
 
 def show_results(output: Output, lake: Lake, home: Path, seconds: float, trained: Trained) -> dict[str, Any]:
     """Tables, identity, answers; gives them as for JSON."""
-    found, scores = statuses(lake), identity_scores(lake, home)
-    answers = {answer.title: query(lake, TABLES, answer.sql) for answer in ANSWERS}
+    found, scores = statuses(lake, PROJECT), identity_scores(lake, home)
+    answers = {answer.title: query(lake, PROJECT.tables, answer.sql) for answer in ANSWERS}
     told = {
         "tables": {s.table: s.rows for s in found},
         "identity": {"precision": scores.precision, "recall": scores.recall, "f1": scores.f1},
@@ -120,7 +120,10 @@ def show_results(output: Output, lake: Lake, home: Path, seconds: float, trained
     output.say("\n4. What the lakehouse holds")
     output.table(
         ("table", "rows", "files", "size", "what it is"),
-        [(s.table, s.rows, s.files, format_bytes(s.bytes), TABLES[s.table].doc.split(". ")[0].rstrip(".")) for s in found],
+        [
+            (s.table, s.rows, s.files, format_bytes(s.bytes), PROJECT.tables[s.table].doc.split(". ")[0].rstrip("."))
+            for s in found
+        ],
     )
     output.say(
         f"\n5. One identity per person, against the ground truth: precision {scores.precision:.4f}, "

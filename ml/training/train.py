@@ -14,6 +14,7 @@ import polars as pl
 
 from app import sandbox
 from app.cli.output import Output
+from lakehouse.code_version import code_version
 from lakehouse.engine.engine import Engine, StepResult
 from lakehouse.storage import Storage
 from ml.evaluation.baselines import Ceiling, LeaderboardEntry, as_text, baselines, ceiling, leaderboard
@@ -23,7 +24,7 @@ from ml.evaluation.metrics import Evaluation, ThresholdSettings, choose_threshol
 from ml.evaluation.plots import pictures
 from ml.features.features import FEATURES
 from ml.features.leak_check import moved_features
-from ml.registry import Registry, TrainingRecord, Version, code_version
+from ml.registry import Registry, TrainingRecord, Version
 from ml.tables import user_fraud_scores
 from ml.tables.order_features import refresh
 from ml.training.lineage import lineage

@@ -23,6 +23,7 @@ import polars as pl
 from pyarrow.fs import FileInfo, FileSelector, FileType, LocalFileSystem
 
 import pipelines
+from app.project import PROJECT
 from lakehouse.byte_search import Needles, Searched, search_files
 from lakehouse.digest import digest as digest_of
 from lakehouse.engine.engine import Engine, conform, stamp
@@ -42,7 +43,7 @@ from lakehouse.iceberg.table_handle import Lake
 from lakehouse.run_history import OPERATIONS
 from lakehouse.table import SEQUENCE, Table
 from ml.registry import Registry, RegistryError
-from ml.tables import TABLES, order_features, user_fraud_scores
+from ml.tables import order_features, user_fraud_scores
 from pipelines.bronze.tables import EVENTS
 from pipelines.bronze.tables import TABLES as BRONZE
 from pipelines.gold.sales_daily import SALES_DAILY
@@ -193,7 +194,7 @@ def _finish(engine: Engine, one: Erasure, show: Show) -> Receipt:
     stage("follow", 2)
     forgotten = tuple(
         engine.retried(partial(forget, lake, table, tombstones=table.keeps_tombstones))
-        for table in (*TABLES.values(), *OPERATIONS.values())
+        for table in (*PROJECT.tables.values(), *OPERATIONS.values())
         if lake.exists(table)
     )
     stage("forget", 3)
@@ -328,7 +329,7 @@ def search_everything(lake: Lake, needles: Needles) -> Searched:
     """Search all files of all tables, and of the home directory: see `_beside`."""
     total = Searched()
     seen: set[str] = set()
-    for table in (*TABLES.values(), *OPERATIONS.values()):
+    for table in (*PROJECT.tables.values(), *OPERATIONS.values()):
         if lake.exists(table):
             handle = lake.load(table)
             files = listed(handle)

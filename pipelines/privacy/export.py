@@ -15,11 +15,11 @@ from typing import Any
 import polars as pl
 
 from app.cli.output import plain
+from app.project import PROJECT
 from lakehouse.byte_search import Needles
 from lakehouse.errors import ShopSphereError
 from lakehouse.iceberg.table_handle import Lake
 from lakehouse.table import BOOKKEEPING, Table
-from ml.tables import TABLES
 from pipelines.bronze.tables import EVENTS, ORDERS
 from pipelines.identity.evidence import ORDER
 from pipelines.privacy.person import DataSubject, SubjectQuery, documents_of, find
@@ -61,7 +61,7 @@ def export(lake: Lake, asked: SubjectQuery, directory: Path) -> Exported:
     told = {
         "exported_at": datetime.now(UTC),
         "person": {name: sorted(values) for name, values in asdict(person).items() if name != "spelled"},
-        "tables": {name: {"what": TABLES[name].doc, "rows": rows.to_dicts()} for name, rows in found.items()},
+        "tables": {name: {"what": PROJECT.tables[name].doc, "rows": rows.to_dicts()} for name, rows in found.items()},
     }
     _write(directory / "person.json", json.dumps(plain(told), ensure_ascii=False, indent=1))
     for name, rows in found.items():
@@ -73,7 +73,7 @@ def known_of(lake: Lake, person: DataSubject) -> dict[str, pl.DataFrame]:
     """The rows of every table that are the person's, or of their orders; in bronze every version."""
     values = _values(lake, person)
     result: dict[str, pl.DataFrame] = {}
-    for table in TABLES.values():
+    for table in PROJECT.tables.values():
         if not lake.exists(table) or table.name == ERASURES.name:
             continue
         if table.name == EVENTS.name:

@@ -39,7 +39,7 @@ SILENT = ("self", "place", "block")
 """Kinds of links that explain nothing: the record itself, and where records only meet to be compared."""
 
 
-class CustomerProfile(msgspec.Struct, frozen=True):
+class Profile(msgspec.Struct, frozen=True):
     """Who it is, of the account that stands for the person."""
 
     name: str | None
@@ -109,7 +109,7 @@ class Channel(msgspec.Struct, frozen=True):
     share: float
 
 
-class CustomerRfm(msgspec.Struct, frozen=True):
+class Rfm(msgspec.Struct, frozen=True):
     """Recency, frequency, monetary value."""
 
     last_order_at: datetime | None
@@ -147,13 +147,13 @@ class Customer(msgspec.Struct, frozen=True):
     """A person over all accounts and channels."""
 
     master_user_id: str
-    profile: CustomerProfile
+    profile: Profile
     history: Annotated[list[AccountVersion], Meta(description="All accounts, all their versions, newest first.")]
     links: list[Link]
     timeline: Annotated[list[Entry], Meta(description="Newest first, at most ?limit=.")]
     timeline_total: int
     channel_mix: list[Channel]
-    rfm: CustomerRfm
+    rfm: Rfm
     lifetime_value: LifetimeValue
     risk: Risk
     as_of: Annotated[datetime | None, Meta(description="When the lakehouse last changed one of the tables read.")]
@@ -372,9 +372,9 @@ def _ordered(links: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(links, key=lambda row: (row["status"] != LINKED, row["trust"], row["record_id"], row["node"]))
 
 
-def _profile(whole: Mapping[str, Any]) -> CustomerProfile:
+def _profile(whole: Mapping[str, Any]) -> Profile:
     cards = [card.strip() for card in (whole.get("loyalty_ids") or "").split(",") if card.strip()]
-    return CustomerProfile(
+    return Profile(
         name=whole.get("name"),
         email=whole.get("email"),
         phone=whole.get("phone"),
@@ -428,9 +428,9 @@ def _days_since(moment: datetime | None, now: datetime) -> float | None:
     return None if moment is None else max(0.0, (now - moment).total_seconds() / SECONDS_OF_DAY)
 
 
-def _rfm(whole: Mapping[str, Any], now: datetime) -> CustomerRfm:
+def _rfm(whole: Mapping[str, Any], now: datetime) -> Rfm:
     last = whole.get("last_order_at")
-    return CustomerRfm(
+    return Rfm(
         last,
         _days_since(last, now),
         whole.get("orders", 0),

@@ -31,8 +31,7 @@ from serve.http.edges import DECISIONS, ApiRequest, Endpoint, Gate, answer, unpa
 from serve.http.problems import busy
 from serve.settings import ServeSettings
 from serve.state.models import Models, ModelWatch, Scorer
-from serve.state.orders import ReferenceData, ScoringOrder, read_reference_data, row_of, snapshots_of
-from serve.state.orders import TopicFollower as OrderLine
+from serve.state.orders import Line, Order, ReferenceData, read_reference_data, row_of, snapshots_of
 from serve.state.score_topic import Score, ScoreLog
 from serve.state.table_cache import TableCache
 from serve.state.topic_follower import TopicFollower
@@ -94,10 +93,10 @@ class FraudScores(msgspec.Struct, frozen=True):
     scores: list[FraudScore]
 
 
-class ScoringBatch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Batch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Orders to score."""
 
-    orders: Annotated[list[ScoringOrder], Meta(min_length=1, max_length=MOST)]
+    orders: Annotated[list[Order], Meta(min_length=1, max_length=MOST)]
 
 
 class RecentScores:
@@ -285,12 +284,12 @@ class Fraud:
         places = [f"orders[{number}]." for number in range(len(asked.body.orders))]
         return answer(FraudScores(await self.gate.run(self.scored, asked.body.orders, places)))
 
-    def scored(self, orders: Sequence[ScoringOrder], places: Sequence[str]) -> list[FraudScore]:
+    def scored(self, orders: Sequence[Order], places: Sequence[str]) -> list[FraudScore]:
         """Score orders, in the order given. places: what fields are told under. Raises Problem."""
         with self._lock:
             return self._scored(orders, places)
 
-    def _scored(self, orders: Sequence[ScoringOrder], places: Sequence[str]) -> list[FraudScore]:
+    def _scored(self, orders: Sequence[Order], places: Sequence[str]) -> list[FraudScore]:
         models, memory = self.watch.current, self.memory
         if models.champion is None:
             if self.watch.error is not None:
@@ -385,11 +384,11 @@ class Fraud:
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
         """What can be asked."""
-        order = ScoringOrder(
+        order = Order(
             "184467",
             "USD",
             "249.90",
-            [OrderLine("P0001", 1, "249.90")],
+            [Line("P0001", 1, "249.90")],
             user_id=42,
             payment_method="card",
             card_fingerprint="c-77",
@@ -416,7 +415,7 @@ class Fraud:
                 self.score,
                 FraudScore,
                 "score",
-                body=ScoringOrder,
+                body=Order,
                 limit=self.serving.body_bytes,
                 body_example=order,
                 answer_example=told,
@@ -430,9 +429,9 @@ class Fraud:
                 self.score_batch,
                 FraudScores,
                 "score",
-                body=ScoringBatch,
+                body=Batch,
                 limit=self.serving.batch_body_bytes,
-                body_example=ScoringBatch([order]),
+                body_example=Batch([order]),
                 answer_example=FraudScores([told]),
                 statuses=(409, 429, 503),
             ),

@@ -27,6 +27,7 @@ from starlette.responses import RedirectResponse, Response
 
 from lakehouse.format_bytes import format_bytes
 from lakehouse.iceberg.table_handle import Lake
+from lakehouse.project import Project
 from lakehouse.run_history import PastRun, past_runs
 from lakehouse.status import TableStatus, statuses
 from lakehouse.table import Table
@@ -163,10 +164,19 @@ class Page:
     """The page and its routes."""
 
     def __init__(
-        self, lake: Lake, customers: Customers, inventory: Inventory, fraud: Fraud, gate: Gate, asking: Gate, keys: Keys
+        self,
+        lake: Lake,
+        project: Project,
+        customers: Customers,
+        inventory: Inventory,
+        fraud: Fraud,
+        gate: Gate,
+        asking: Gate,
+        keys: Keys,
     ) -> None:
         """`asking` has one thread of its own: a source that does not answer must not hold up look-ups."""
-        self.lake, self.customers, self.inventory, self.fraud = lake, customers, inventory, fraud
+        self.lake, self.project = lake, project
+        self.customers, self.inventory, self.fraud = customers, inventory, fraud
         self.gate, self.asking, self.keys = gate, asking, keys
         self.snapshots = customers.snapshots
         self.assets = assets(DIRECTORY / "static")
@@ -387,7 +397,7 @@ class Page:
     def _tables(self) -> tuple[datetime, list[TableStatus], list[PastRun]]:
         kept = self._statuses
         if kept is None or time.monotonic() - kept[0] > STATUS_SECONDS:
-            told = (datetime.now(UTC), statuses(self.lake), past_runs(self.lake, RUNS))
+            told = (datetime.now(UTC), statuses(self.lake, self.project), past_runs(self.lake, RUNS))
             self._statuses = kept = (time.monotonic(), told)
         return kept[1]
 

@@ -60,7 +60,7 @@ Amount = Annotated[str, Meta(pattern=r"^-?[0-9]{1,12}(\.[0-9]{1,4})?$")]
 """Money as text: a JSON number would be a float on its way here. What silver's columns hold, with room for sums."""
 
 
-class OrderLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A line of an order."""
 
     product_id: Annotated[str, Meta(max_length=200)] | None
@@ -68,13 +68,13 @@ class OrderLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     unit_price: Annotated[Amount, Meta(description="Of one piece, in the order's currency.")]
 
 
-class ScoringOrder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An order as the checkout knows it: the fields of `orders` and its items."""
 
     order_id: Annotated[str, Meta(min_length=1, max_length=100, description="As it will be in `orders`, as text.")]
     currency: Annotated[str, Meta(pattern="^[A-Za-z]{3}$", description="ISO 4217")]
     total_amount: Amount
-    items: Annotated[list[OrderLine], Meta(max_length=500)] = []
+    items: Annotated[list[Line], Meta(max_length=500)] = []
     source: Annotated[Literal["web", "pos"], Meta(description="Where it is placed.")] = "web"
     user_id: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     email: Annotated[Text, Meta(description="Without user_id finds the account, as do phone and loyalty_id.")] | None = None
@@ -185,7 +185,7 @@ def snapshots_of(snapshots: TableCache) -> dict[str, int]:
     return {name: number for name, number in found.items() if number is not None}
 
 
-def row_of(order: ScoringOrder, known: ReferenceData, context: BusinessSettings, now: datetime, at: str = "") -> dict[str, Any]:
+def row_of(order: Order, known: ReferenceData, context: BusinessSettings, now: datetime, at: str = "") -> dict[str, Any]:
     """The order as features take it (ORDER_COLUMNS). Raises Problem for a moment in the future; at: where the order stands."""
     account = account_of(order, known, context.default_region)
     placed = _moment(order.created_at or now, now, f"{at}created_at")
@@ -227,7 +227,7 @@ def _moment(moment: datetime, now: datetime, field: str) -> datetime:
     return moment.astimezone(UTC)
 
 
-def account_of(order: ScoringOrder, known: ReferenceData, region: str) -> int | None:
+def account_of(order: Order, known: ReferenceData, region: str) -> int | None:
     """The account that places the order: the one named, or the only one that shows an identifier given."""
     if order.user_id is not None:
         return order.user_id
@@ -241,7 +241,7 @@ def account_of(order: ScoringOrder, known: ReferenceData, region: str) -> int | 
     return None
 
 
-def _cents(order: ScoringOrder, day: date, known: ReferenceData, base_currency: str) -> int | None:
+def _cents(order: Order, day: date, known: ReferenceData, base_currency: str) -> int | None:
     """The amount in cents of the base currency; None when the rate is unknown."""
     currency, rate = order.currency.strip(SPACES).upper(), RATE_UNITS
     if currency != base_currency:
@@ -267,7 +267,7 @@ def _half_even(value: int, by: int) -> int:
     return floor + (rest > by // 2 or (rest == by // 2 and floor % 2 == 1))
 
 
-def _category(lines: Sequence[OrderLine], known: ReferenceData) -> str | None:
+def _category(lines: Sequence[Line], known: ReferenceData) -> str | None:
     """The category with the greatest share of what was ordered; of equals the first by name."""
     shares: dict[str, int] = {}
     for line in lines:

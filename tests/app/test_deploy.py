@@ -71,7 +71,7 @@ def test_serve_takes_both_of_its_files() -> None:
     spread = ServeDeploySchema.model_validate(yaml.safe_load(loaded(ROOT / "deploy/kuberay/serve.yaml")["spec"]["serveConfigV2"]))
     for one in (plain, spread):
         (application,) = one.applications
-        assert application.import_path == "serve.deployment:build"
+        assert application.import_path == "app.serving:build"
         assert application.args["host"] == one.http_options.host
         assert application.args["port"] == one.http_options.port
         assert not application.runtime_env

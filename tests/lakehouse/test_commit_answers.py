@@ -8,6 +8,7 @@ from pyiceberg.exceptions import CommitFailedException, ForbiddenError, ServerEr
 from requests.exceptions import ConnectionError as NoConnection
 from support.shop_history import make_engine
 
+from app.project import PROJECT
 from lakehouse.errors import CatalogUnreachable, CommitConflict, ShopSphereError
 from pipelines.gold.dim_stores import DIM_STORES
 from pipelines.runner import run_once
@@ -56,6 +57,6 @@ def test_a_pass_ends_at_a_catalog_that_does_not_answer(tmp_path, monkeypatch):
         part = getattr(engine.lake.settings, source).model_copy(update={"enabled": False})
         engine.lake.settings = engine.lake.settings.model_copy(update={source: part})
     saying(monkeypatch, engine.lake.catalog, "load_table", NoConnection("http://me:pw@host"), arrives=False)
-    done = run_once(engine, lambda name, report: None)
+    done = run_once(engine, PROJECT, lambda name, report: None)
     assert [type(error) for error in done.errors] == [CatalogUnreachable]
     assert "pw" not in str(done.errors[0])

@@ -15,6 +15,7 @@ from support.erasure_world import somebody, texts_of
 
 import pipelines
 from app import sandbox
+from app.project import PROJECT
 from lakehouse.byte_search import Needles, search_bytes
 from lakehouse.digest import digest
 from lakehouse.iceberg.maintenance import maintain
@@ -74,7 +75,7 @@ def test_tables_in_an_object_store_are_the_same(s3, tmp_path, monkeypatch):
                 sandbox.step(home, 40)
             for settings in (local, remote):
                 with open_engine(settings) as engine:
-                    assert not run_once(engine, lambda name, report: None).errors
+                    assert not run_once(engine, PROJECT, lambda name, report: None).errors
         for settings in (local, remote):
             with open_engine(settings) as engine:
                 for table in pipelines.TABLES.values():

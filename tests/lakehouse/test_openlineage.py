@@ -16,6 +16,7 @@ import pytest
 from openlineage.client.event_v2 import RunState
 from support.sales_lake import SALES, SALES_STEP, TOTALS, TOTALS_STEP, make_engine, receive
 
+from app.project import PROJECT
 from lakehouse import openlineage as lineage
 from lakehouse.engine.engine import Engine
 from lakehouse.expectations import ExpectationsFailed
@@ -23,7 +24,6 @@ from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.openlineage import Receiver, configured, reported
 from lakehouse.run_history import RunRecord
 from lakehouse.step import Grouped
-from ml.tables import DECLARED
 
 
 @pytest.fixture(autouse=True)
@@ -275,7 +275,7 @@ def test_a_wrong_configuration_does_not_end_the_run(engine, monkeypatch, tmp_pat
     assert "nothing is sent" in caplog.text
 
 
-@pytest.mark.parametrize("step", DECLARED, ids=lambda step: step.target.name)
+@pytest.mark.parametrize("step", PROJECT.all_steps, ids=lambda step: step.target.name)
 def test_column_lineage_of_every_step_names_columns_that_exist(step):
     columns = {table.name: set(table.schema.names) for table in lineage.upstream_tables(step)} | {
         step.target.name: set(step.target.schema.names)

@@ -13,6 +13,7 @@ import pipelines
 import pipelines.runner
 from app.cli.main import finish_erasures
 from app.cli.output import Output
+from app.project import PROJECT
 from lakehouse.errors import TransientError
 from lakehouse.transient_errors import as_transient_error
 from pipelines.runner import open_engine, run_once
@@ -77,12 +78,12 @@ def test_a_pass_goes_on_after_an_outage_and_stops_at_a_mistake(tmp_path, monkeyp
             return refresh(step, **how)
 
         monkeypatch.setattr(engine, "refresh", struck)
-        done = run_once(engine, lambda name, report: None)
+        done = run_once(engine, PROJECT, lambda name, report: None)
         assert [type(error) for error in done.errors] == [TransientError]
         assert {report.table for report in done.reports} >= {step.target.name for step in pipelines.STEPS} - {"gold.dim_date"}
         monkeypatch.setattr(pipelines.runner, "outage", lambda error: None)
         with pytest.raises(OSError, match="PutObject"):
-            run_once(engine, lambda name, report: None)
+            run_once(engine, PROJECT, lambda name, report: None)
 
 
 def test_run_every_may_start_during_an_outage(tmp_path, monkeypatch, capsys):

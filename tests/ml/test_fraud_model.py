@@ -19,6 +19,7 @@ import pytest
 from app import sandbox
 from app.cli.main import main
 from app.cli.output import Output
+from app.project import PROJECT
 from lakehouse.engine.engine import Engine
 from ml.features import leak_check
 from ml.features.features import ENTITIES, FEATURE_NAMES, FEATURES, OrderHistory, compute
@@ -57,7 +58,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
         sandbox.start(home, orders=ORDERS, seed=7)
         try:
             with open_engine(load_settings()) as engine:
-                assert not run_once(engine, lambda name, report: None).errors
+                assert not run_once(engine, PROJECT, lambda name, report: None).errors
             printed = io.StringIO()
             with redirect_stdout(printed):
                 trained = train(Output(), load_settings(), DEMO)

@@ -18,10 +18,11 @@ from support.fraud_world import FEATURES, orders, split
 from support.mlflow_server import mlflow_server
 from support.waiting import free_port
 
+from lakehouse.code_version import code_version
 from ml import registry as registry_module
 from ml.evaluation.metrics import ThresholdSettings, choose_threshold, evaluate
 from ml.evaluation.plots import pictures
-from ml.registry import Registry, RegistryError, TrainingRecord, code_version
+from ml.registry import Registry, RegistryError, TrainingRecord
 from ml.training.search import Trial
 from ml.training.training import TrainingSettings, fit_here
 

@@ -26,6 +26,7 @@ from support.waiting import wait_for
 import pipelines
 import pipelines.privacy.erase
 from app.cli.main import main
+from app.project import PROJECT
 from lakehouse.digest import digest
 from lakehouse.engine.engine import Engine
 from lakehouse.errors import SettingsError, ShopSphereError
@@ -73,7 +74,7 @@ def digests(lake: Lake, layers: tuple[str, ...] = ("silver", "gold")) -> dict[st
 
 def run(world: World) -> None:
     with world.engine() as engine:
-        assert not run_once(engine, lambda name, report: None).errors
+        assert not run_once(engine, PROJECT, lambda name, report: None).errors
 
 
 def test_a_person_goes_from_every_file_and_every_sum_stays(world: World) -> None:
@@ -102,7 +103,7 @@ def test_a_person_goes_from_every_file_and_every_sum_stays(world: World) -> None
     assert after != before
     run(world)
     with world.engine() as engine:
-        rebuild(engine, [name for name, table in pipelines.TABLES.items() if table.layer != "bronze"])
+        rebuild(engine, PROJECT, [name for name, table in pipelines.TABLES.items() if table.layer != "bronze"])
     assert digests(world.lake) == after
     # no snapshot to travel back to, and the receipt tells nothing of the person
     assert all(
@@ -212,8 +213,8 @@ def test_quarantined_rows_go_too_and_their_correction_does_not_bring_anything_ba
         fixes = tmp_path / "fixes.jsonl"
         fixes.write_text(json.dumps({"table": MARKETPLACE_ORDERS.name, "position": position, "value": value}))
         with world.engine() as engine:
-            done = replay(engine, fixes)
-            again = replay(engine, fixes)
+            done = replay(engine, PROJECT, fixes)
+            again = replay(engine, PROJECT, fixes)
         assert (done.corrections, again.corrections) == (1, 0)
         assert done.after == done.before - 1
         assert holding(world.home, texts) == []
@@ -272,7 +273,7 @@ def test_a_row_that_claims_to_begin_in_the_future_is_no_hiding_place(world: Worl
         (receipt,) = erase(engine, SubjectQuery(email=person["email"]), quiet)
         assert receipt.clean
         assert holding(world.home, [*texts_of(person), "d-of-the-future"]) == []
-        rebuild(engine, [EVENTS.name])
+        rebuild(engine, PROJECT, [EVENTS.name])
     run(world)
     assert holding(world.home, ["d-of-the-future"]) == []
 
@@ -358,13 +359,13 @@ def test_without_its_key_nothing_is_ingested(world: World) -> None:
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     key.rename(world.home / "elsewhere")
     with world.engine() as engine, pytest.raises(SettingsError, match="key"):
-        run_once(engine, lambda name, report: None)
+        run_once(engine, PROJECT, lambda name, report: None)
     with world.engine() as engine, pytest.raises(SettingsError, match="is missing"):
         erase(engine, SubjectQuery(user_id=int(somebody(world.lake, 1)["primary_user_id"])), quiet)
     assert not key.exists(), "another key would stand in the way of the former one"
     key.write_text(os.urandom(32).hex())
     with world.engine() as engine, pytest.raises(SettingsError, match="another"):
-        run_once(engine, lambda name, report: None)
+        run_once(engine, PROJECT, lambda name, report: None)
     (world.home / "elsewhere").unlink()
 
 
@@ -504,7 +505,7 @@ def test_a_shop_that_goes_on_selling_meanwhile_is_no_reason_to_stay_unfinished(w
         item = {"product_id": "P0001", "product_name": "Thing", "quantity": 1, "price": 5}
         collection.insert_one({**sale, "order_time": datetime.now(UTC), "items": [item]})
         try:
-            assert not run_once(engine, lambda name, report: None).errors
+            assert not run_once(engine, PROJECT, lambda name, report: None).errors
             (receipt,) = erase(engine, None, quiet)
         finally:
             collection.delete_one({"_id": "sold-meanwhile"})

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from support.erasure_world import World, holding, shop, somebody, texts_of
 
+from app.project import PROJECT
 from lakehouse.digest import digest
-from ml.tables import TABLES
 from pipelines.gold.sales_daily import SALES_DAILY
 from pipelines.privacy.erase import erase
 from pipelines.privacy.person import SubjectQuery
@@ -94,7 +94,7 @@ def test_killed_at_any_moment_it_finishes_when_run_again(world: World) -> None:
         assert digest(world.lake.load(SALES_DAILY)) == sales
         assert not list((world.home / "erasures").glob("*.order.json"))
     with world.engine() as engine:
-        before = {name: digest(world.lake.load(table)) for name, table in TABLES.items() if world.lake.exists(table)}
-        assert not run_once(engine, lambda name, report: None).errors
-        rebuild(engine, [name for name in before if not name.startswith("bronze.")])
-    assert {name: digest(world.lake.load(TABLES[name])) for name in before} == before
+        before = {name: digest(world.lake.load(table)) for name, table in PROJECT.tables.items() if world.lake.exists(table)}
+        assert not run_once(engine, PROJECT, lambda name, report: None).errors
+        rebuild(engine, PROJECT, [name for name in before if not name.startswith("bronze.")])
+    assert {name: digest(world.lake.load(PROJECT.tables[name])) for name in before} == before

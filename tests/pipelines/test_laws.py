@@ -14,6 +14,7 @@ import pytest
 
 import pipelines
 from app import sandbox
+from app.project import PROJECT
 from lakehouse.digest import digest
 from lakehouse.engine.engine import Engine
 from lakehouse.errors import CommitConflict
@@ -38,7 +39,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Bronze, dic
                 for orders in (0, 40, 40):
                     if orders:
                         sandbox.step(home, orders)
-                    assert not run_once(engine, lambda name, report: None).errors
+                    assert not run_once(engine, PROJECT, lambda name, report: None).errors
                 bronze = {}
                 for table in pipelines.BRONZE:
                     handle = engine.lake.load(table)

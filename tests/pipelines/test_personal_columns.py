@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from ml.tables import TABLES
+from app.project import PROJECT
 from pipelines.bronze.tables import DOCUMENT_PATHS, EVENT_PATHS
 from pipelines.privacy.suppression import Pseudonyms, is_pseudonym
 
@@ -26,7 +26,7 @@ OF_PLACES = {("name", table) for table in ("products", "stores", "dim_products",
 def test_every_column_of_text_is_declared_personal_or_harmless() -> None:
     forgotten = [
         f"{table.name}.{column.name}"
-        for table in TABLES.values()
+        for table in PROJECT.tables.values()
         for column in table.columns
         if (pa.types.is_string(column.type) or pa.types.is_binary(column.type))
         and not column.personal
@@ -40,7 +40,7 @@ def test_every_column_of_text_is_declared_personal_or_harmless() -> None:
 def test_no_column_is_declared_both() -> None:
     both = {
         column.name
-        for table in TABLES.values()
+        for table in PROJECT.tables.values()
         for column in table.columns
         if column.personal and column.name in HARMLESS and table.name != "silver.identity_graph"
     }
@@ -49,7 +49,9 @@ def test_no_column_is_declared_both() -> None:
 
 def test_every_kind_of_bronze_has_a_pseudonym_that_is_known_again() -> None:
     pseudonyms = Pseudonyms(b"0123456789abcdefghijklmnopqrstuvwxyz", "ID")
-    columns = [c.personal for t in TABLES.values() if t.layer == "bronze" for c in t.columns if isinstance(c.personal, str)]
+    columns = [
+        c.personal for t in PROJECT.tables.values() if t.layer == "bronze" for c in t.columns if isinstance(c.personal, str)
+    ]
     kinds = {*columns, *(kind for _, kind in (*DOCUMENT_PATHS, *EVENT_PATHS))} - {"", "account", "name", "city"}
     assert {"email", "phone", "address", "card", "device", "ip", "loyalty", "session"} <= kinds
     for kind in kinds:

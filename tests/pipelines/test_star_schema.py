@@ -8,15 +8,15 @@ import polars as pl
 import pytest
 from support.shop_history import make_engine
 
+from app.project import PROJECT
 from lakehouse.iceberg.table_handle import Lake
 from lakehouse.query import query
 from lakehouse.table import column, references
-from ml.tables import TABLES
 from pipelines.gold.dim_date import DIM_DATE
 from pipelines.gold.dim_stores import DIM_STORES, NO_STORE
 from pipelines.gold.fact_orders import FACT_ORDERS
 
-POINTING = [(table, reference) for table in TABLES.values() for reference in table.references]
+POINTING = [(table, reference) for table in PROJECT.tables.values() for reference in table.references]
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_a_foreign_key_finds_its_row(filled, table, reference):
     there = f"(SELECT DISTINCT {reference.to} AS key FROM {reference.table.name})"
     found = query(
         lake,
-        TABLES,
+        PROJECT.tables,
         f"SELECT count({reference.column}) AS keys, count(*) FILTER ({reference.column} IS NOT NULL AND key IS NULL) AS lost "
         f"FROM {table.name} LEFT JOIN {there} ON key = {reference.column}",
     ).to_pylist()[0]
@@ -41,21 +41,21 @@ def test_a_foreign_key_finds_its_row(filled, table, reference):
 def test_a_referred_column_is_unique(filled):
     lake = Lake(filled)
     for name, to in {(reference.table.name, reference.to) for _, reference in POINTING}:
-        (found,) = query(lake, TABLES, f"SELECT count(*) AS rows, count(DISTINCT {to}) AS keys FROM {name}").to_pylist()
+        (found,) = query(lake, PROJECT.tables, f"SELECT count(*) AS rows, count(DISTINCT {to}) AS keys FROM {name}").to_pylist()
         assert found["rows"] == found["keys"] > 0, name
 
 
 def test_the_calendar_covers_every_day_of_gold(filled):
     lake = Lake(filled)
-    for table in (FACT_ORDERS, TABLES["gold.sales_daily"]):
+    for table in (FACT_ORDERS, PROJECT.tables["gold.sales_daily"]):
         missing = query(
-            lake, TABLES, f"SELECT count(*) AS n FROM {table.name} ANTI JOIN gold.dim_date ON date = order_date"
+            lake, PROJECT.tables, f"SELECT count(*) AS n FROM {table.name} ANTI JOIN gold.dim_date ON date = order_date"
         ).to_pylist()
         assert missing == [{"n": 0}]
 
 
 def test_what_belongs_to_no_store_has_a_member(filled):
-    rows = query(Lake(filled), TABLES, f"SELECT name FROM gold.dim_stores WHERE store_id = '{NO_STORE}'").to_pylist()
+    rows = query(Lake(filled), PROJECT.tables, f"SELECT name FROM gold.dim_stores WHERE store_id = '{NO_STORE}'").to_pylist()
     assert rows == [{"name": "No store"}]
 
 
@@ -68,7 +68,7 @@ def test_a_reference_must_name_columns():
 
 def test_comments_and_identifiers_are_in_the_catalog(filled):
     lake = Lake(filled)
-    for table in TABLES.values():
+    for table in PROJECT.tables.values():
         if table.layer != "gold" or not lake.exists(table):
             continue
         loaded = lake.catalog.load_table(table.name)

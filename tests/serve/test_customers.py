@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 from starlette.testclient import TestClient
 
+from app.project import PROJECT
 from lakehouse.iceberg.table_handle import Lake
 from lakehouse.table import Table
 from pipelines.gold.customer_360 import CUSTOMER_360
@@ -36,7 +37,9 @@ def client(settings: Settings) -> TestClient:
     """Customers need no online state, so none is followed: the application is not started."""
     serving = ServeSettings(keys_file=settings.home / "no-keys.json")
     return TestClient(
-        Application(settings, serving, business_settings(settings)).asgi(), client=("127.0.0.1", 1), base_url="http://127.0.0.1"
+        Application(settings, serving, business_settings(settings), project=PROJECT).asgi(),
+        client=("127.0.0.1", 1),
+        base_url="http://127.0.0.1",
     )
 
 
@@ -178,7 +181,7 @@ def test_what_is_not_there_or_cannot_be(client: TestClient, query: str, status: 
 def test_personal_data_needs_its_own_scope(settings: Settings, merged: list[str], tmp_path: Path) -> None:
     file = tmp_path / "keys.json"
     keys = {scope: Keys.read(file).add(file, scope, (scope,)) for scope in ("inventory", "customers")}  # type: ignore[arg-type]
-    application = Application(settings, ServeSettings(keys_file=file), business_settings(settings))
+    application = Application(settings, ServeSettings(keys_file=file), business_settings(settings), project=PROJECT)
     client = TestClient(application.asgi())
     status = {
         scope: client.get(f"/v1/customers/{merged[0]}", headers={"authorization": f"Bearer {key}"}).status_code

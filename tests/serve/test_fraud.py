@@ -21,6 +21,7 @@ from support.scoring_desk import TOPIC, Desk, made, replica, running, trained
 from support.waiting import wait_for
 
 from app import sandbox
+from app.project import PROJECT
 from ml.evaluation.served_scores import served_scores as served_scores
 from ml.features.features import FEATURES, LABEL_DELAY, ORDER_COLUMNS, OrderHistory, compute
 from ml.features.online import MICROSECOND
@@ -365,7 +366,7 @@ def test_what_was_served_is_reproduced_from_the_lakehouse(desk: Desk) -> None:
     kafka = desk.settings.kafka.model_copy(update={"topics": ("events", TOPIC)})
     settings = desk.settings.model_copy(update={"kafka": kafka})
     with open_engine(settings) as engine:
-        assert not run_once(engine, lambda name, report: None).errors
+        assert not run_once(engine, PROJECT, lambda name, report: None).errors
         refresh(engine)
         offline = engine.lake.load(ORDER_FEATURES).read(ORDER_FEATURES.schema.names, pl.col("order_id").is_in(list(served)))
         scored = pl.col("event_type") == "order_scored"

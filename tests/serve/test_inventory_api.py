@@ -18,6 +18,7 @@ from starlette.testclient import TestClient
 from support.serve_world import T0, figures_of, ingest
 from support.shop_history import make_engine
 
+from app.project import PROJECT
 from lakehouse.engine.engine import Engine
 from pipelines.bronze.tables import EVENTS
 from pipelines.settings import KafkaSettings, Settings, business_settings
@@ -84,7 +85,7 @@ def shop(servers: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sho
     kafka = KafkaSettings(bootstrap_servers=servers.kafka_bootstrap, topics=(topic,))  # type: ignore[call-arg]
     settings = Settings(home=home, kafka=kafka)
     serving = ServeSettings(keys_file=home / "keys.json", refresh_seconds=0.3, probe_seconds=0.05, wait_seconds=1.0)
-    application = Application(settings, serving, business_settings(settings))
+    application = Application(settings, serving, business_settings(settings), project=PROJECT)
     producer = Producer({"bootstrap.servers": servers.kafka_bootstrap, "linger.ms": 0})
     shop = Shop(engine, settings, topic, application, None, producer)  # type: ignore[arg-type]
     for number in range(40):
@@ -293,7 +294,7 @@ def test_keys_open_their_scopes_only(shop: Shop, tmp_path: Path) -> None:
     wrong = Keys.read(file).add(file, "desk", ("customers",))
     assert right not in file.read_text()
     assert file.stat().st_mode & 0o077 == 0
-    application = Application(shop.settings, ServeSettings(keys_file=file), shop.engine.context)
+    application = Application(shop.settings, ServeSettings(keys_file=file), shop.engine.context, project=PROJECT)
     application.state = shop.application.state
     application.inventory.state = shop.application.state
     client = TestClient(application.asgi(), client=("203.0.113.9", 1), base_url="http://127.0.0.1")

@@ -29,9 +29,9 @@ from pipelines.silver.stores import STORES
 from pipelines.silver.users_scd import USERS_SCD
 from serve.http.problems import Problem
 from serve.state.orders import (
-    OrderLine,
+    Line,
+    Order,
     ReferenceData,
-    ScoringOrder,
     accounts_of,
     nodes_of,
     people_of,
@@ -77,9 +77,9 @@ def bronze(of: Table, rows: list[dict[str, Any]]) -> pl.DataFrame:
     return pl.DataFrame({name: pl.Series(name, columns[name], dtype=kind, strict=False) for name, kind in types.items()})
 
 
-def by_silver(order: ScoringOrder, account: int | None, lookups: Lookups, context: BusinessSettings) -> dict[str, Any]:
+def by_silver(order: Order, account: int | None, lookups: Lookups, context: BusinessSettings) -> dict[str, Any]:
     """The order, placed by an account, through silver's functions."""
-    row = {name: getattr(order, name) for name in ScoringOrder.__struct_fields__ if name in polars_schema(ORDERS.schema)}
+    row = {name: getattr(order, name) for name in Order.__struct_fields__ if name in polars_schema(ORDERS.schema)}
     row |= {"user_id": account, "status": "placed", "total_amount": Decimal(order.total_amount)}
     row["created_at"] = (order.created_at or NOW).astimezone(UTC)
     lines = [
@@ -142,13 +142,13 @@ amounts = st.one_of(
 )
 PRODUCTS_KNOWN = ["P1", "P2", "P3", "P4", "P5"]
 lines = st.builds(
-    OrderLine,
+    Line,
     product_id=st.sampled_from([*PRODUCTS_KNOWN, "P9", "p1", " P1", None]),
     quantity=st.one_of(st.integers(1, 3), st.just(1_000_000)),
     unit_price=st.one_of(st.sampled_from(["5", "10.00", "-10", "2.5", "0"]), amounts),
 )
 orders = st.builds(
-    ScoringOrder,
+    Order,
     order_id=st.one_of(st.just("184467"), st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=10)),
     currency=st.sampled_from(["USD", "usd", "IDR", "eur", "JPY", "XXX", "USD\n"]),
     total_amount=amounts,
@@ -228,7 +228,7 @@ def known_tables(draw: Any) -> Lookups:
 
 @settings(max_examples=300, deadline=None)
 @given(orders, known_tables(), st.sampled_from(["USD", "EUR"]))
-def test_a_request_is_what_silver_makes_of_it(order: ScoringOrder, lookups: Lookups, base: str) -> None:
+def test_a_request_is_what_silver_makes_of_it(order: Order, lookups: Lookups, base: str) -> None:
     context = BusinessSettings(base_currency=base, default_region="ID")
     row = row_of(order, lookups.known, context, NOW)
     assert list(row) == list(ORDER_COLUMNS)
@@ -243,7 +243,7 @@ def accounts_showing(node: str, lookups: Lookups) -> set[str]:
 @settings(max_examples=100, deadline=None)
 @given(known_tables(), st.sampled_from(["b@example.com", "shared@example.com", "new@example.com"]))
 def test_an_identifier_finds_the_only_account_that_shows_it(lookups: Lookups, email: str) -> None:
-    row = row_of(ScoringOrder("1", "USD", "1", email=email.upper()), lookups.known, BusinessSettings(default_region="ID"), NOW)
+    row = row_of(Order("1", "USD", "1", email=email.upper()), lookups.known, BusinessSettings(default_region="ID"), NOW)
     showing = accounts_showing(f"email:{email}", lookups)
     assert row["customer"] == (showing.pop() if len(showing) == 1 else None)
 
@@ -252,6 +252,4 @@ def test_an_identifier_finds_the_only_account_that_shows_it(lookups: Lookups, em
 @pytest.mark.parametrize("moment", [NOW + timedelta(minutes=6), datetime(1, 1, 1, tzinfo=UTC)])
 def test_moments_that_contradict_the_clock_are_refused(field: str, moment: datetime) -> None:
     with pytest.raises(Problem, match=field):
-        row_of(
-            ScoringOrder("1", "USD", "1", user_id=1, **{field: moment}), ReferenceData(), BusinessSettings(), NOW, "orders[3]."
-        )
+        row_of(Order("1", "USD", "1", user_id=1, **{field: moment}), ReferenceData(), BusinessSettings(), NOW, "orders[3].")

@@ -14,6 +14,7 @@ from servers.rest_catalog import BUILD, needed, rest_catalog
 
 import pipelines
 from app import sandbox
+from app.project import PROJECT
 from lakehouse.digest import digest
 from lakehouse.iceberg.maintenance import maintain
 from lakehouse.iceberg.table_handle import Lake
@@ -50,7 +51,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Settings, s
                 if stage:
                     sandbox.step(home, 40)
                 with open_engine(settings) as engine:
-                    assert not run_once(engine, lambda name, report: None).errors
+                    assert not run_once(engine, PROJECT, lambda name, report: None).errors
         finally:
             sandbox.stop(home)
         yield settings, address

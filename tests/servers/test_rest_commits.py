@@ -18,6 +18,7 @@ from servers.rest_catalog import rest_catalog
 
 import pipelines
 from app import sandbox
+from app.project import PROJECT
 from lakehouse.digest import digest
 from lakehouse.errors import CommitConflict
 from lakehouse.iceberg.table_handle import Lake, as_arrow
@@ -122,7 +123,7 @@ def digests(lake: Lake) -> dict[str, str]:
 
 def run_calmly(settings: Settings) -> dict[str, str]:
     with open_engine(settings) as engine:
-        assert not run_once(engine, lambda name, report: None).errors
+        assert not run_once(engine, PROJECT, lambda name, report: None).errors
         return digests(engine.lake)
 
 

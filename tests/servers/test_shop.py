@@ -15,6 +15,7 @@ from servers.postgres_cluster import Cluster
 
 import pipelines
 from app import sandbox
+from app.project import PROJECT
 from app.sandbox import filling
 from app.sandbox.schema import create_sources
 from app.sandbox.servers import Addresses
@@ -30,7 +31,7 @@ ORDERS, SEED, STEPS = 200, 11, (15, 25)
 
 def run(settings: Settings) -> None:
     with open_engine(settings) as engine:
-        assert run_once(engine, lambda name, report: None).errors == ()
+        assert run_once(engine, PROJECT, lambda name, report: None).errors == ()
 
 
 def tables(settings: Settings) -> dict[str, Any]:
@@ -98,6 +99,6 @@ def test_the_shop_on_genuine_servers_gives_the_same_tables(
         assert {name for name in found if found[name] != expected[name]} == set()
         bronze = [name for source in pipelines.sources(settings) for name in source.tables]
         with open_engine(settings) as engine:
-            rebuild(engine, [*bronze, *(step.target.name for step in pipelines.STEPS)])
+            rebuild(engine, PROJECT, [*bronze, *(step.target.name for step in pipelines.STEPS)])
         again = tables(settings)
         assert {name for name in found if found[name] != again[name]} == set()

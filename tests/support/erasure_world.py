@@ -14,6 +14,7 @@ import psycopg
 import pytest
 
 from app import sandbox
+from app.project import PROJECT
 from lakehouse.engine.engine import Engine
 from lakehouse.iceberg.table_handle import Lake
 from pipelines.gold.customer_360 import CUSTOMER_360
@@ -74,7 +75,7 @@ def shop(home: Path, orders: int, seed: int) -> Iterator[World]:
             patch.setenv("SHOPSPHERE_HOME", str(home))
             settings = load_settings()
         with open_engine(settings) as engine:
-            done = run_once(engine, lambda name, report: None)
+            done = run_once(engine, PROJECT, lambda name, report: None)
             assert not done.errors
         with psycopg.connect(settings.postgres.dsn.get_secret_value(), autocommit=True) as source:
             source.execute("SELECT pg_copy_logical_replication_slot(%s, 'kept')", [settings.postgres.slot])

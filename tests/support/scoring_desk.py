@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 from starlette.testclient import TestClient
 
+from app.project import PROJECT
 from lakehouse.iceberg.table_handle import Lake
 from ml.evaluation.metrics import ThresholdSettings, choose_threshold, evaluate
 from ml.features.features import FEATURES, OrderHistory, compute
@@ -84,7 +85,9 @@ def trained(settings: Settings, seed: int) -> TrainingRecord:
 
 def replica(settings: Settings, **serving: Any) -> Application:
     options = {"keys_file": settings.home / "none.json", "scores_topic": TOPIC, "refresh_seconds": 0.3, "model_seconds": 0.3}
-    return Application(settings, ServeSettings(**(options | {"probe_seconds": 0.05} | serving)), business_settings(settings))
+    return Application(
+        settings, ServeSettings(**(options | {"probe_seconds": 0.05} | serving)), business_settings(settings), project=PROJECT
+    )
 
 
 @contextlib.contextmanager
