@@ -21,7 +21,13 @@ from __future__ import annotations
 
 
 class ShopSphereError(Exception):
-    """Anything this project raises on purpose: one line, with a way out."""
+    """Anything this project raises on purpose: one line, with a way out.
+
+    `remedy` names what resolves the error, so that the command line can add the command that does it: "rebuild" (re-create
+    the table from its source or inputs), "run" (run again), "status", or "" when the message says all there is to do.
+    """
+
+    remedy: str = ""
 
 
 class SettingsError(ShopSphereError):
