@@ -46,10 +46,10 @@ def train(
     json: Json = False,
 ) -> None:
     """Train a fraud model, record it in MLflow, and promote it if it is better than the one that serves."""
+    from app.cli.train_output import train_and_print
     from ml.evaluation.metrics import ThresholdSettings
     from ml.training.search import SearchSettings
     from ml.training.train import TrainSettings
-    from ml.training.train import train as run
     from ml.training.training import TrainingSettings
     from ml.training.training_set import SplitSettings
 
@@ -60,7 +60,7 @@ def train(
         training=TrainingSettings(rounds=rounds, workers=workers, threads=threads, seed=seed),
         thresholds=ThresholdSettings(threshold.value, capacity, review_cost, loss_share),
     )
-    run(Output(json), load_settings(), options)
+    train_and_print(Output(json), load_settings(), options)
 
 
 def _moment(text: str) -> datetime:
@@ -80,12 +80,12 @@ def monitor(
     json: Json = False,
 ) -> None:
     """Compare live features and scores with the training's, write a report page; exit code 3 on drift."""
+    from app.cli.monitor_output import monitor_and_print
     from ml.evaluation.drift import DriftSettings
     from ml.evaluation.monitor import MonitorSettings
-    from ml.evaluation.monitor import monitor as run
 
     options = MonitorSettings(days=days, delay=timedelta(days=label_delay), drift=DriftSettings(moved=moved, drifted=drifted))
-    if code := run(Output(json), load_settings(), options, report):
+    if code := monitor_and_print(Output(json), load_settings(), options, report):
         raise typer.Exit(code)
 
 

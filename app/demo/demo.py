@@ -12,6 +12,7 @@ from typing import Any
 from app import sandbox
 from app.cli.main import print_pass, teller
 from app.cli.output import Output
+from app.cli.train_output import print_training, training_json
 from app.demo.answers import ANSWERS
 from app.demo.identity_scores import Scores, pairwise_scores
 from app.demo.live_requests import as_json as answered_as_json
@@ -24,7 +25,7 @@ from lakehouse.query import query
 from lakehouse.settings import home_directory
 from lakehouse.status import statuses
 from ml.registry import Registry
-from ml.training.train import DEMO, Trained, as_json, print_trained, train_on
+from ml.training.train import DEMO, TrainingResult, train_on
 from pipelines.runner import open_engine, run_once
 from pipelines.settings import load_settings
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
@@ -55,9 +56,9 @@ def run_demo(output: Output, *, orders: int, seed: int, keep: bool) -> None:
             registry = Registry(home=settings.home)
             registry.check()
             with output.progress() as show:
-                trained = train_on(engine, registry, DEMO, show)
+                trained = train_on(engine, registry, DEMO, show, sandbox.truth(home)["fraud"]["order_id"])
             if not output.as_json:
-                print_trained(output, trained)
+                print_training(output, trained)
         lake = Lake(settings)
         told = show_results(output, lake, home, done.seconds, trained)
         output.say("\n7. Answers over HTTP, while it happens")
@@ -104,7 +105,7 @@ def identity_scores(lake: Lake, home: Path) -> Scores:
     return pairwise_scores(predicted, truth)
 
 
-def show_results(output: Output, lake: Lake, home: Path, seconds: float, trained: Trained) -> dict[str, Any]:
+def show_results(output: Output, lake: Lake, home: Path, seconds: float, trained: TrainingResult) -> dict[str, Any]:
     """Tables, identity, answers; gives them as for JSON."""
     found, scores = statuses(lake, PROJECT), identity_scores(lake, home)
     answers = {answer.title: query(lake, PROJECT.tables, answer.sql) for answer in ANSWERS}
@@ -112,7 +113,7 @@ def show_results(output: Output, lake: Lake, home: Path, seconds: float, trained
         "tables": {s.table: s.rows for s in found},
         "identity": {"precision": scores.precision, "recall": scores.recall, "f1": scores.f1},
         "answers": {title: rows.to_pylist() for title, rows in answers.items()},
-        "model": as_json(trained),
+        "model": training_json(trained),
         "pass_seconds": seconds,
     }
     if output.as_json:

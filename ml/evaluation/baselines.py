@@ -1,7 +1,7 @@
-"""What the model has to beat, and what nobody can beat.
+"""Baselines that the model has to beat, and an upper bound that no model can beat.
 
 Three baselines score the same orders from the same features as the model: the amount alone, the hand-weighted rules of
-gold.user_risk_scores, and a logistic regression. The ceiling needs the truth, which only a simulated shop knows.
+gold.user_risk_scores, and a logistic regression. The upper bound needs the ground truth, which only generated data has.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class LeaderboardEntry:
     """Average precision where every fraud counts, reported or not; None: the truth is not known."""
 
 
-def leaderboard(name: str, label: Array, score: Array, capacity: float, fraud: Array | None = None) -> LeaderboardEntry:
+def leaderboard_entry(name: str, label: Array, score: Array, capacity: float, fraud: Array | None = None) -> LeaderboardEntry:
     """How a scoring ranks the orders. fraud: the truth, where it is known."""
     within = score >= capacity_threshold(score, capacity)
     recall = float(label[within].sum() / max(int(label.sum()), 1))
@@ -181,41 +181,41 @@ def _loss(columns: Floats, label: Floats, weights: Floats, penalty: Floats) -> f
     return float(np.sum(np.logaddexp(0.0, odds) - label * odds) + 0.5 * np.sum(penalty * weights * weights))
 
 
-# --- the ceiling ---------------------------------------------------------------------------------------------------
+# --- upper bound ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Ceiling:
-    """What an oracle reaches that knows which orders are fraud, but not which of these will be reported."""
+class UpperBound:
+    """The result of an oracle that knows which orders are fraud, but not which of these will be reported."""
 
     average_precision: float
     frauds: int
     reported: int
 
 
-def ceiling(label: Array, fraud: Array) -> Ceiling:
-    """The ceiling over labelled orders whose truth (1: fraud) is known. label: 1 where a fraud was reported.
+def upper_bound(label: Array, fraud: Array) -> UpperBound:
+    """Return the upper bound over labelled orders. label: 1 for a reported fraud; fraud: 1 for any fraud.
 
-    Which frauds are never reported is drawn by lot after the order, so nothing known at the order tells them apart: the
-    oracle gives all frauds the same score, and its average precision is the share of them that was reported."""
-    frauds = int(np.count_nonzero(fraud))
-    return Ceiling(average_precision(label, fraud.astype(np.float64)), frauds, int(np.count_nonzero((fraud == 1) & (label == 1))))
+    Whether a fraud is reported is random and decided after the order, so nothing known at the time of the order predicts
+    it. The oracle therefore scores all frauds equally, and its average precision is the reported share of the frauds."""
+    precision = average_precision(label, fraud.astype(np.float64))
+    return UpperBound(precision, int(np.count_nonzero(fraud)), int(np.count_nonzero((fraud == 1) & (label == 1))))
 
 
-def as_text(standings: Sequence[LeaderboardEntry], limit: Ceiling | None) -> str:
+def as_text(leaderboard: Sequence[LeaderboardEntry], bound: UpperBound | None) -> str:
     """A table for people, as Markdown."""
     lines = [
         "| scoring | average precision | 95% interval | ROC AUC | recall at capacity | against the truth |",
         "|---|---|---|---|---|---|",
     ]
-    for one in standings:
+    for one in leaderboard:
         ap = one.average_precision
         lines.append(
             f"| {one.name} | {ap.value:.3f} | {ap.low:.3f} to {ap.high:.3f} | {one.roc_auc:.3f} | {one.recall_at_capacity:.3f} "
             f"| {_told(one.against_truth)} |"
         )
-    if limit is not None:
-        lines.append(f"| ceiling (knows every fraud, not which are reported) | {limit.average_precision:.3f} | | | | 1.000 |")
+    if bound is not None:
+        lines.append(f"| upper bound (knows every fraud, not which are reported) | {bound.average_precision:.3f} | | | | 1.000 |")
     return "\n".join(lines) + "\n"
 
 

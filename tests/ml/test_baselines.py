@@ -1,4 +1,4 @@
-"""Baselines and ceiling: what they score, on orders of which the right answer is known."""
+"""The baselines and the upper bound, on orders with a known answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from ml.evaluation.baselines import as_text, baselines, ceiling, columns_of, fit_regression, leaderboard, risk_score
+from ml.evaluation.baselines import as_text, baselines, columns_of, fit_regression, leaderboard_entry, risk_score, upper_bound
 from ml.evaluation.metrics import average_precision, roc_auc
 from ml.features.features import FEATURES
 from pipelines.gold.user_risk_scores import RULES
@@ -82,26 +82,26 @@ def test_every_baseline_scores_every_order() -> None:
     assert all(len(score) == test.height and not np.isnan(score).any() for score in found.values())
 
 
-def test_the_ceiling_is_the_share_of_frauds_that_is_reported() -> None:
+def test_the_upper_bound_is_the_share_of_frauds_that_is_reported() -> None:
     fraud = np.zeros(1000, dtype=np.int8)
     fraud[:50] = 1
     label = fraud.copy()
     label[40:50] = 0
-    limit = ceiling(label, fraud)
-    assert (limit.average_precision, limit.frauds, limit.reported) == (0.8, 50, 40)
-    # whoever tells frauds from the rest perfectly, but orders the frauds by lot, reaches it on average
+    bound = upper_bound(label, fraud)
+    assert (bound.average_precision, bound.frauds, bound.reported) == (0.8, 50, 40)
+    # a scoring that separates frauds perfectly but ranks them at random reaches it on average
     random = np.random.default_rng(1)
     lots = [average_precision(label, fraud + random.random(1000) / 2) for _ in range(300)]
-    assert np.mean(lots) == pytest.approx(limit.average_precision, abs=0.02)
+    assert np.mean(lots) == pytest.approx(bound.average_precision, abs=0.02)
 
 
-def test_the_table_has_a_line_a_scoring_and_the_ceiling() -> None:
+def test_the_table_has_a_line_a_scoring_and_the_upper_bound() -> None:
     fraud = np.array([1, 1, 0, 0] * 20, dtype=np.int8)
     label = np.array([1, 0, 0, 0] * 20, dtype=np.int8)
-    one = leaderboard("amount only", label, fraud.astype(float), 0.5, fraud)
+    one = leaderboard_entry("amount only", label, fraud.astype(float), 0.5, fraud)
     assert (one.average_precision.value, one.recall_at_capacity, one.against_truth) == (0.5, 1.0, 1.0)
-    text = as_text([one], ceiling(label, fraud))
+    text = as_text([one], upper_bound(label, fraud))
     assert [line.split(" |")[0] for line in text.splitlines()[2:]] == [
         "| amount only",
-        "| ceiling (knows every fraud, not which are reported)",
+        "| upper bound (knows every fraud, not which are reported)",
     ]

@@ -19,6 +19,7 @@ import pytest
 from app import sandbox
 from app.cli.main import main
 from app.cli.output import Output
+from app.cli.train_output import train_and_print, training_json
 from app.project import PROJECT
 from lakehouse.engine.engine import Engine
 from ml.features import leak_check
@@ -29,7 +30,7 @@ from ml.tables import MODEL_STEPS
 from ml.tables.order_features import ORDER_FEATURES, STEPS, history_of, read_orders, refresh
 from ml.tables.user_fraud_scores import USER_FRAUD_SCORES
 from ml.training.lineage import lineage
-from ml.training.train import DEMO, Trained, as_json, train
+from ml.training.train import DEMO, TrainingResult
 from pipelines.runner import open_engine, run_once
 from pipelines.settings import load_settings
 
@@ -44,7 +45,7 @@ class Shop:
     """A shop with a lakehouse and a first model, and what its training printed."""
 
     home: Path
-    trained: Trained
+    trained: TrainingResult
     printed: str
 
 
@@ -61,7 +62,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
                 assert not run_once(engine, PROJECT, lambda name, report: None).errors
             printed = io.StringIO()
             with redirect_stdout(printed):
-                trained = train(Output(), load_settings(), DEMO)
+                trained = train_and_print(Output(), load_settings(), DEMO)
             yield Shop(home, trained, printed.getvalue())
         finally:
             sandbox.stop(home)
@@ -91,21 +92,21 @@ def test_train_trains_records_and_promotes(shop: Shop, engine: Engine) -> None:
     assert done.version.aliases == ("champion",)
     assert "Version 1 is the champion now" in shop.printed
     assert f"Look at the run: mlflow ui --backend-store-uri 'sqlite:///{shop.home}/mlflow/mlflow.db'" in shop.printed
-    assert done.ceiling is not None
-    assert [one.name for one in done.standings] == [
+    assert done.upper_bound is not None
+    assert [one.name for one in done.leaderboard] == [
         "amount only",
         "hand-weighted risk score",
         "logistic regression",
         "fraud model",
     ]
-    for name in ("ceiling", "95% interval"):
+    for name in ("upper bound", "95% interval"):
         assert name in shop.printed
     recorded = Registry(home=shop.home).load()
     assert {feature["name"] for feature in recorded.features} == set(FEATURE_NAMES)
     known = {name.removeprefix("snapshot."): int(tag) for name, tag in run_tags(shop).items() if name.startswith("snapshot.")}
     assert known == lineage(engine.lake)
     assert known.keys() >= {step.target.name for step in STEPS} | {"silver.orders_unified", "silver.chargebacks"}
-    assert json.loads(json.dumps(as_json(done), default=str))["promoted"] is True
+    assert json.loads(json.dumps(training_json(done), default=str))["promoted"] is True
 
 
 def test_every_person_has_the_champions_score(shop: Shop, engine: Engine) -> None:
@@ -192,7 +193,7 @@ def moments(engine: Engine) -> list[datetime]:
 
 
 def test_models_from_a_refusal_to_a_rollback(shop: Shop, cli: Any) -> None:
-    again = train(Output(), load_settings(), DEMO)
+    again = train_and_print(Output(), load_settings(), DEMO)
     assert not again.verdict.passed
     assert again.verdict.refusal.startswith("gain: average precision +0.0000 against the champion")
     listed = json.loads(cli("models", "list", "--json")[1])
