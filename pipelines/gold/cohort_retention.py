@@ -11,7 +11,7 @@ from lakehouse.expectations import within
 from lakehouse.step import Grouped, Step
 from lakehouse.table import MONEY as MONEY_TYPE
 from lakehouse.table import Table, column
-from pipelines.gold.revenue import MONEY, NOTHING, is_cancelled, is_purchase
+from pipelines.sales import MONEY, NOTHING, is_cancelled, is_purchase
 from pipelines.settings import BusinessSettings
 from pipelines.silver.orders_unified import ORDERS_UNIFIED
 

@@ -21,8 +21,8 @@ from lakehouse.expectations import accepted, row_count_drift, within
 from lakehouse.step import Grouped, Lookup, Step
 from lakehouse.table import MONEY as MONEY_TYPE
 from lakehouse.table import TIMESTAMP, Table, column
-from pipelines.gold.affected_rows import rows_with
-from pipelines.gold.revenue import MONEY, NOTHING, is_cancelled, is_purchase, line_revenue
+from pipelines.affected_rows import rows_with
+from pipelines.sales import MONEY, NOTHING, is_cancelled, is_purchase, line_revenue
 from pipelines.settings import BusinessSettings
 from pipelines.silver.chargebacks import CHARGEBACKS
 from pipelines.silver.identity_graph import IDENTITY_GRAPH

@@ -10,12 +10,12 @@ import pyarrow as pa
 from lakehouse.expectations import accepted, fresh, row_count_drift, within
 from lakehouse.step import Grouped, Lookup, Step
 from lakehouse.table import MONEY, TIMESTAMP, Table, column, references, year
-from pipelines.gold.affected_rows import rows_with
+from pipelines.affected_rows import rows_with
 from pipelines.gold.customer_360 import CUSTOMER_360
 from pipelines.gold.dim_date import DIM_DATE, date_key
 from pipelines.gold.dim_stores import DIM_STORES
 from pipelines.gold.dim_users import DIM_USERS, user_key
-from pipelines.gold.revenue import NOTHING, is_cancelled, line_revenue
+from pipelines.sales import NOTHING, is_cancelled, line_revenue
 from pipelines.settings import BusinessSettings
 from pipelines.silver.chargebacks import CHARGEBACKS
 from pipelines.silver.order_items_unified import ORDER_ITEMS_UNIFIED

@@ -13,7 +13,7 @@ from lakehouse.table import TIMESTAMP, Table, column, references
 from pipelines.gold.dim_products import DIM_PRODUCTS
 from pipelines.gold.dim_stores import DIM_STORES
 from pipelines.settings import BusinessSettings
-from pipelines.silver.inventory_snapshots import GROUP, INVENTORY_SNAPSHOTS, ORDER
+from pipelines.silver.inventory_snapshots import INVENTORY_SNAPSHOTS, LEDGER_ORDER, STORE_PRODUCT
 
 SALES_DAYS = 28
 """Days up to the last event over which the sales rate is taken: four whole weeks, so that weekends weigh alike."""
@@ -66,7 +66,7 @@ DAYS_PER_MICROSECOND = 1 / 86_400_000_000
 def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     """The ledgers of the touched stores and products -> one row each."""
     ledger = frames["ledger"].unique(list(INVENTORY_SNAPSHOTS.key), keep="any")
-    spans = ledger.group_by(GROUP).agg(
+    spans = ledger.group_by(STORE_PRODUCT).agg(
         last_event_at=pl.col("occurred_at").max(),
         first_event_at=pl.col("occurred_at").min(),
         last_counted_at=pl.col("occurred_at").filter(pl.col("shrinkage").is_not_null()).max(),
@@ -76,12 +76,12 @@ def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> 
     )
     # few rows happened at the last moment: only they need sorting
     last = (
-        ledger.join(spans.select(*GROUP, occurred_at="last_event_at"), on=[*GROUP, "occurred_at"], how="semi")
-        .sort(ORDER)
-        .unique(GROUP, keep="last", maintain_order=True)
-        .select(*GROUP, "on_hand", "reserved", "incoming", "safety_stock")
+        ledger.join(spans.select(*STORE_PRODUCT, occurred_at="last_event_at"), on=[*STORE_PRODUCT, "occurred_at"], how="semi")
+        .sort(LEDGER_ORDER)
+        .unique(STORE_PRODUCT, keep="last", maintain_order=True)
+        .select(*STORE_PRODUCT, "on_hand", "reserved", "incoming", "safety_stock")
     )
-    stock = spans.join(last, on=GROUP).join(_sold(ledger, spans), on=GROUP, how="left")
+    stock = spans.join(last, on=STORE_PRODUCT).join(_sold(ledger, spans), on=STORE_PRODUCT, how="left")
     observed = (pl.col("last_event_at") - pl.col("first_event_at")).dt.total_microseconds() * DAYS_PER_MICROSECOND
     shown = pl.col("available_to_promise")
     return (
@@ -105,10 +105,10 @@ def _sold(ledger: pl.DataFrame, spans: pl.DataFrame) -> pl.DataFrame:
     quantity = pl.col("quantity").cast(pl.Int64)
     return (
         ledger.filter(pl.col("event_type") == "stock_sold")
-        .select(*GROUP, "occurred_at", "quantity")
-        .join(spans.select(*GROUP, "last_event_at"), on=GROUP)
+        .select(*STORE_PRODUCT, "occurred_at", "quantity")
+        .join(spans.select(*STORE_PRODUCT, "last_event_at"), on=STORE_PRODUCT)
         .filter(age < pl.duration(days=LONG_DAYS))
-        .group_by(GROUP)
+        .group_by(STORE_PRODUCT)
         .agg(sold_28d=quantity.filter(age < pl.duration(days=SALES_DAYS)).sum(), sold_90d=quantity.sum())
     )
 

@@ -10,13 +10,13 @@ import pyarrow as pa
 from lakehouse.expectations import row_count_drift, within
 from lakehouse.step import Broadcast, Grouped, Step
 from lakehouse.table import MONEY, TIMESTAMP, Table, column, references
-from pipelines.gold.affected_rows import rows_with
+from pipelines.affected_rows import rows_with
 from pipelines.gold.dim_products import DIM_PRODUCTS
 from pipelines.gold.dim_stores import DIM_STORES
-from pipelines.parsing.amounts import line_amounts, to_base
+from pipelines.parsing.amounts import line_amounts, to_base_currency
 from pipelines.settings import BusinessSettings
 from pipelines.silver.exchange_rates import EXCHANGE_RATES, with_rates
-from pipelines.silver.inventory_snapshots import GROUP, INVENTORY_SNAPSHOTS
+from pipelines.silver.inventory_snapshots import INVENTORY_SNAPSHOTS, STORE_PRODUCT
 from pipelines.silver.products import PRODUCTS
 
 INVENTORY_SHRINKAGE = Table(
@@ -62,19 +62,20 @@ def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> 
         frames["ledger"]
         .filter(pl.col("event_type") == "stock_counted")
         .unique(list(INVENTORY_SNAPSHOTS.key), keep="any")
-        .sort(*GROUP, "occurred_at", "event_id")
+        .sort(*STORE_PRODUCT, "occurred_at", "event_id")
         .with_columns(
-            cumulative_shrinkage_units=pl.col("shrinkage").cum_sum().over(GROUP),
-            days_since_previous_count=pl.col("occurred_at").diff().over(GROUP).dt.total_microseconds() * DAYS_PER_MICROSECOND,
+            cumulative_shrinkage_units=pl.col("shrinkage").cum_sum().over(STORE_PRODUCT),
+            days_since_previous_count=pl.col("occurred_at").diff().over(STORE_PRODUCT).dt.total_microseconds()
+            * DAYS_PER_MICROSECOND,
         )
     )
     prices = frames["products"].select("product_id", "list_price", pl.col("currency").str.strip_chars().str.to_uppercase())
     priced = counts.join(prices, on="product_id", how="left").with_columns(order_date=pl.col("occurred_at").dt.date())
     rated = with_rates(priced, frames["rates"], context.base_currency)
     return rated.with_columns(
-        shrinkage_value_base=to_base(line_amounts(rated["shrinkage"], rated["list_price"]), rated["exchange_rate"])
+        shrinkage_value_base=to_base_currency(line_amounts(rated["shrinkage"], rated["list_price"]), rated["exchange_rate"])
     ).select(
-        *GROUP,
+        *STORE_PRODUCT,
         pl.col("occurred_at").alias("counted_at"),
         "event_id",
         pl.col("expected_on_hand").alias("expected_units"),

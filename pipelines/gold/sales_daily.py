@@ -10,11 +10,11 @@ import pyarrow as pa
 from lakehouse.expectations import accepted, fresh, row_count_drift, within
 from lakehouse.step import Broadcast, Grouped, Step
 from lakehouse.table import MONEY, Table, column, references, year
-from pipelines.gold.affected_rows import rows_with
+from pipelines.affected_rows import rows_with
 from pipelines.gold.dim_date import DIM_DATE
 from pipelines.gold.dim_products import UNCATEGORISED
 from pipelines.gold.dim_stores import DIM_STORES, NO_STORE
-from pipelines.gold.revenue import line_revenue
+from pipelines.sales import line_revenue
 from pipelines.settings import BusinessSettings
 from pipelines.silver.order_items_unified import ORDER_ITEMS_UNIFIED
 from pipelines.silver.products import PRODUCTS

@@ -16,9 +16,9 @@ import pyarrow as pa
 from lakehouse.expectations import accepted, within
 from lakehouse.step import Grouped, Lookup, Step
 from lakehouse.table import TIMESTAMP, Table, column, references
-from pipelines.gold.affected_rows import rows_with
+from pipelines.affected_rows import rows_with
 from pipelines.gold.customer_360 import CUSTOMER_360
-from pipelines.gold.revenue import is_cancelled
+from pipelines.sales import is_cancelled
 from pipelines.settings import BusinessSettings
 from pipelines.silver.chargebacks import CHARGEBACKS
 from pipelines.silver.events_clean import EVENTS_CLEAN

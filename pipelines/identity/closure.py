@@ -9,8 +9,9 @@ import polars as pl
 from lakehouse.step import ReadRows
 from lakehouse.table import Table
 from pipelines.bronze.tables import MARKETPLACE_ORDERS, ORDERS, USERS
-from pipelines.identity.evidence import NAMELESS, ORDER, USER, Evidence, read_evidence
+from pipelines.identity.evidence import NAMELESS, Evidence, read_evidence
 from pipelines.identity.links import COMPARED, CONTACTS, CROWDED, WEAK, is_crowd, people_at
+from pipelines.identity.records import ORDER_PREFIX, ORDER_RECORD_ID, user_ids_of_records
 from pipelines.settings import BusinessSettings
 
 CROWD = "crowd|"
@@ -24,8 +25,6 @@ ORDER_COLUMNS = (
     "order_id", "user_id", "device_id", "shipping_address", "_op", "_source_position", "_ingested_at", "_unchanged",
 )  # fmt: skip
 DOCUMENT_COLUMNS = ("document_id", "platform", "mp_order_id", "document", "_op", "_source_position", "_ingested_at")
-ORDER_KEY = pl.lit(ORDER) + pl.col("platform") + pl.lit(":") + pl.col("mp_order_id")
-USER_KEY = pl.lit(USER) + pl.col("user_id").cast(pl.String)
 
 _EMPTIED = pl.col("_op").eq_missing(pl.lit("t"))
 """Rows that say that all before them is gone: they concern every record."""
@@ -80,14 +79,14 @@ def widened(groups: pl.DataFrame, lookup: ReadRows, graph: Table, context: Busin
 
 def _shown_now(touched: pl.Series, lookup: ReadRows, region: str) -> Evidence:
     """What the touched records show now."""
-    users = touched.filter(touched.str.starts_with(USER)).str.slice(len(USER)).cast(pl.Int64, strict=False).drop_nulls()
-    orders = touched.filter(touched.str.starts_with(ORDER))
+    users = user_ids_of_records(touched)
+    orders = touched.filter(touched.str.starts_with(ORDER_PREFIX))
     of_users = pl.col("user_id").is_in(users.implode())
     # a delete need not say whose the order was, and an order may have moved on to somebody else
     of_orders = pl.col("order_id").is_in(lookup(ORDERS, ("order_id",), of_users)["order_id"].unique().implode())
     documents = pl.DataFrame(schema=dict.fromkeys(DOCUMENT_COLUMNS, pl.String))
     if not orders.is_empty():
-        named = lookup(MARKETPLACE_ORDERS, ("document_id",), ORDER_KEY.is_in(orders.implode()))
+        named = lookup(MARKETPLACE_ORDERS, ("document_id",), ORDER_RECORD_ID.is_in(orders.implode()))
         documents = lookup(
             MARKETPLACE_ORDERS,
             DOCUMENT_COLUMNS,

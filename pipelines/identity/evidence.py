@@ -8,12 +8,12 @@ from hashlib import blake2b
 
 import polars as pl
 
+from pipelines.bronze.current_rows import current_rows, row_versions, since_truncate
 from pipelines.identity.names import signature
+from pipelines.identity.records import ORDER_PREFIX, USER_RECORD_ID
 from pipelines.parsing import contacts
 from pipelines.parsing.marketplace_documents import parse_documents
-from pipelines.silver.current_rows import current_rows, row_versions, since_truncate
 
-USER, ORDER = "user:", "order:"
 LOYALTY, VERIFIED_EMAIL, VERIFIED_PHONE, CONTACT, DEVICE, ADDRESS = 1, 2, 3, 4, 5, 6
 """Trust in an identifier, strongest first."""
 
@@ -83,7 +83,7 @@ def _user_evidence(users: pl.DataFrame, orders: pl.DataFrame, region: str) -> tu
     ]
     used = current_rows(orders, ("order_id",)).filter(pl.col("user_id").is_not_null())
     used = used.select("user_id", "device_id", "shipping_address").unique()
-    used = used.with_columns(_trimmed("device_id"), contacts.addresses(used["shipping_address"]).alias("address"))
+    used = used.with_columns(_trimmed("device_id"), contacts.normalise_addresses(used["shipping_address"]).alias("address"))
     used = used.join(now.select("user_id", "record_id", "name", "city"), on="user_id")
     shown += [
         _nodes(used, "device", pl.col("device_id"), DEVICE, pl.lit("Ordered from device ") + pl.col("device_id")),
@@ -93,19 +93,19 @@ def _user_evidence(users: pl.DataFrame, orders: pl.DataFrame, region: str) -> tu
 
 
 def _typed(users: pl.DataFrame, region: str) -> pl.DataFrame:
-    country = contacts.regions(users["country"]).fill_null(region)
+    country = contacts.phone_regions(users["country"]).fill_null(region)
     where = users.select(
         pl.when(pl.col("address").is_not_null())
         .then(pl.concat_str("address", "city", separator=", ", ignore_nulls=True))
         .alias("address")
     )
     return users.with_columns(
-        (pl.lit(USER) + pl.col("user_id").cast(pl.String)).alias("record_id"),
-        contacts.emails(users["email"]).alias("email"),
-        contacts.phones(users["phone_number"], country).alias("phone"),
-        contacts.names(users["name"]).alias("name"),
-        contacts.addresses(where["address"]).alias("address"),
-        contacts.addresses(users["city"]).alias("city"),
+        USER_RECORD_ID.alias("record_id"),
+        contacts.normalise_emails(users["email"]).alias("email"),
+        contacts.normalise_phones(users["phone_number"], country).alias("phone"),
+        contacts.normalise_names(users["name"]).alias("name"),
+        contacts.normalise_addresses(where["address"]).alias("address"),
+        contacts.normalise_addresses(users["city"]).alias("city"),
         _trimmed("loyalty_id"),
     )
 
@@ -129,10 +129,10 @@ def _contact(history: pl.DataFrame, now: pl.DataFrame, kind: str, verified: str,
 def _marketplace_evidence(documents: pl.DataFrame, region: str) -> tuple[pl.DataFrame, pl.DataFrame]:
     orders = parse_documents(documents, region).orders
     orders = orders.with_columns(
-        (pl.lit(ORDER) + pl.col("order_id")).alias("record_id"),
+        (pl.lit(ORDER_PREFIX) + pl.col("order_id")).alias("record_id"),
         pl.col("placed_at").alias("first_seen"),
-        contacts.names(orders["buyer_name"]).alias("name"),
-        contacts.addresses(orders["shipping_address"]).alias("address"),
+        contacts.normalise_names(orders["buyer_name"]).alias("name"),
+        contacts.normalise_addresses(orders["shipping_address"]).alias("address"),
         pl.lit(None, pl.String).alias("city"),
         _trimmed("device_id"),
         _trimmed("loyalty_id"),

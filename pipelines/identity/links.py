@@ -17,6 +17,7 @@ from pipelines.identity.components import Indices, connected
 from pipelines.identity.evidence import ADDRESS, VERIFIED_EMAIL, VERIFIED_PHONE, Evidence
 from pipelines.identity.names import groups
 from pipelines.identity.probabilistic import THRESHOLD, compare
+from pipelines.identity.records import MASTER_PREFIX, RECORD_NODE_PREFIX
 
 LINKED, CROWDED, WEAK = "linked", "crowded", "weak"
 CONTACTS = ("email", "phone")
@@ -24,7 +25,6 @@ JOINING = ("loyalty", "email", "phone", "address")
 """Kinds that join records by themselves."""
 COMPARED = ("device", "place", "block")
 """Kinds at which records only meet, to be compared."""
-MASTER = "M-"
 MATCH = {
     "at": pl.Int64,
     "other": pl.Int64,
@@ -68,7 +68,7 @@ def resolve(evidence: Evidence, known_crowded: Collection[str], address_crowd: i
     own = masters.select(
         "at",
         "record_id",
-        (pl.lit("record:") + pl.col("record_id")).alias("node"),
+        (RECORD_NODE_PREFIX + pl.col("record_id")).alias("node"),
         pl.lit("self").alias("kind"),
         pl.lit(1, pl.Int32).alias("trust"),
         pl.lit(None, pl.Float64).alias("weight"),
@@ -220,7 +220,7 @@ def _matches(records: pl.DataFrame, shown: pl.DataFrame, hubs: Indices) -> pl.Da
         .with_columns(
             pl.col("item").alias("at"),
             pl.col("item_r").alias("other"),
-            (pl.lit("record:") + pl.col("record_id_r")).alias("node"),
+            (RECORD_NODE_PREFIX + pl.col("record_id_r")).alias("node"),
             pl.lit("match").alias("kind"),
             pl.lit(ADDRESS, pl.Int32).alias("trust"),
         )
@@ -261,4 +261,4 @@ def _guarded(best: pl.DataFrame, records: pl.DataFrame, shown: pl.DataFrame, hub
 def _masters(records: pl.DataFrame, people: Indices) -> pl.DataFrame:
     """Add `master_user_id`: the oldest member of each component."""
     oldest = pl.col("record_id").sort_by("first_seen", "record_id").first().over("person")
-    return records.with_columns(pl.Series("person", people)).with_columns((pl.lit(MASTER) + oldest).alias("master_user_id"))
+    return records.with_columns(pl.Series("person", people)).with_columns((MASTER_PREFIX + oldest).alias("master_user_id"))

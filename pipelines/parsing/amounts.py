@@ -205,7 +205,7 @@ def line_amounts(quantity: pl.Series, unit_price: pl.Series) -> pl.Series:
     return _decimals(_that_fit(product), 20, SCALE)
 
 
-def to_base(amount: pl.Series, rate: pl.Series) -> pl.Series:
+def to_base_currency(amount: pl.Series, rate: pl.Series) -> pl.Series:
     """amount x rate in the base currency, rounded half-even to 4 places, as Decimal(20, 4); null where it would not fit.
 
     amount: Decimal(20, 4), rate: Decimal(18, 8). The product of the two is held exactly in 128 bits and rounded once.

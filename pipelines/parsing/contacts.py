@@ -192,7 +192,7 @@ def _placeholder(national: str) -> bool:
     return len(set(national[1:])) == 1 or national in "01234567890" or national in "9876543210"
 
 
-def region_of(country: str | None = None, currency: str | None = None, platform: str | None = None) -> str | None:
+def phone_region(country: str | None = None, currency: str | None = None, platform: str | None = None) -> str | None:
     """The region (ISO 3166-1 alpha-2) that a record's phone numbers are written for; None when nothing tells.
 
     The country if there is one; else the platform's home; where the platform sells in many countries, the currency's
@@ -252,22 +252,22 @@ def _on_distinct(values: pl.Series, function: Callable[[str | None], str | None]
     return values.cast(pl.String).replace_strict(distinct, results, default=None, return_dtype=pl.String).alias(values.name)
 
 
-def emails(values: pl.Series) -> pl.Series:
+def normalise_emails(values: pl.Series) -> pl.Series:
     """`normalise_email` of a column of text."""
     return _on_distinct(values, normalise_email)
 
 
-def names(values: pl.Series) -> pl.Series:
+def normalise_names(values: pl.Series) -> pl.Series:
     """`normalise_name` of a column of text."""
     return _on_distinct(values, normalise_name)
 
 
-def addresses(values: pl.Series) -> pl.Series:
+def normalise_addresses(values: pl.Series) -> pl.Series:
     """`normalise_address` of a column of text."""
     return _on_distinct(values, normalise_address)
 
 
-def phones(values: pl.Series, regions: pl.Series | str) -> pl.Series:
+def normalise_phones(values: pl.Series, regions: pl.Series | str) -> pl.Series:
     """`normalise_phone` of a column of text, with one region for all or one per row (null: unknown)."""
     if isinstance(regions, str):
         return _on_distinct(values, lambda value: normalise_phone(value, regions))
@@ -278,7 +278,7 @@ def phones(values: pl.Series, regions: pl.Series | str) -> pl.Series:
     return pairs.join(found, on=["raw", "region"], how="left", maintain_order="left")["phone"].alias(values.name)
 
 
-def regions(country: pl.Series, currency: pl.Series | None = None, platform: pl.Series | None = None) -> pl.Series:
+def phone_regions(country: pl.Series, currency: pl.Series | None = None, platform: pl.Series | None = None) -> pl.Series:
     """`region_of` of columns of text; null when nothing tells."""
     nothing = pl.Series([None] * len(country), dtype=pl.String)
     told = pl.DataFrame(
@@ -289,6 +289,6 @@ def regions(country: pl.Series, currency: pl.Series | None = None, platform: pl.
         }
     )
     distinct = told.unique()
-    found = distinct.with_columns(pl.Series("region", [region_of(*row) for row in distinct.iter_rows()], dtype=pl.String))
+    found = distinct.with_columns(pl.Series("region", [phone_region(*row) for row in distinct.iter_rows()], dtype=pl.String))
     joined = told.join(found, on=["country", "currency", "platform"], how="left", nulls_equal=True, maintain_order="left")
     return joined["region"]

@@ -18,9 +18,9 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.step import Parsed
+from pipelines.bronze.current_rows import since_truncate
 from pipelines.parsing import contacts
 from pipelines.parsing.amounts import AmountUnreadable, amount_of_digits, marked_currency, parse_amount
-from pipelines.silver.current_rows import since_truncate
 
 _TIME = pl.Datetime("us", "UTC")
 _MONEY = pl.Decimal(20, 4)
@@ -115,7 +115,7 @@ _Order = tuple[tuple[Any, ...], tuple[_Item, ...]]
 of plain values: the garbage collector soon leaves those alone, which halves the time of a large reading."""
 
 
-def judge_documents(bronze: pl.DataFrame) -> Parsed:
+def find_unreadable_documents(bronze: pl.DataFrame) -> Parsed:
     """Which of these bronze rows can be read: every one is judged. `rows` is what was given."""
     judged = _Judgement()
     rows = _one_per_position(bronze)
@@ -447,9 +447,9 @@ def _order_frame(chosen: list[tuple[str, str, _Order]], default_region: str) -> 
     }
     for name, values in zip(names, columns, strict=True):
         data[name] = _series(values, ORDER_SCHEMA[name])
-    region = contacts.regions(_nulls(len(chosen)), data["currency"], data["platform"])
-    data["email"] = contacts.emails(data["email_raw"])
-    data["phone"] = contacts.phones(data["phone_raw"], region.fill_null(default_region))
+    region = contacts.phone_regions(_nulls(len(chosen)), data["currency"], data["platform"])
+    data["email"] = contacts.normalise_emails(data["email_raw"])
+    data["phone"] = contacts.normalise_phones(data["phone_raw"], region.fill_null(default_region))
     data["region"] = region
     return pl.DataFrame(data, schema=ORDER_SCHEMA).sort("order_id")
 

@@ -30,8 +30,8 @@ from pipelines.bronze.tables import (
     POSTGRES_TABLES,
     TABLES,
 )
-from pipelines.identity.evidence import ORDER
-from pipelines.parsing.contacts import region_of
+from pipelines.identity.records import ORDER_PREFIX
+from pipelines.parsing.contacts import phone_region
 from pipelines.privacy.suppression import ACCOUNT, MENTION, RECORD, Digest, Suppression, is_pseudonym, spelled_once
 from pipelines.silver.events_clean import whole_number
 
@@ -167,7 +167,7 @@ class Anonymiser:
         begun = _microseconds(rows, "created_at")
         result: dict[str, list[Any]] = {}
         cities = rows["city"].to_list() if "city" in marks else None
-        regions = [region_of(text) for text in rows["country"].to_list()] if "country" in names else None
+        regions = [phone_region(text) for text in rows["country"].to_list()] if "country" in names else None
         for name, kind in marks.items():
             if name == "_unreadable":
                 continue
@@ -204,7 +204,7 @@ class Anonymiser:
     def _owners_of_orders(self, orders: pl.Series) -> list[str | None]:
         """The erasure of each order, of the shop or of a marketplace."""
         ours = self._owners(RECORD, pl.select(pl.lit(f"{ORDERS.name}|") + orders).to_series())
-        theirs = self._owners(RECORD, pl.select(pl.lit(ORDER) + orders).to_series())
+        theirs = self._owners(RECORD, pl.select(pl.lit(ORDER_PREFIX) + orders).to_series())
         return [one if one is not None else other for one, other in zip(ours, theirs, strict=True)]
 
     def _owners(self, kind: str, values: pl.Series) -> list[str | None]:
@@ -223,7 +223,7 @@ class Anonymiser:
         columns = rows.select("document_id", "platform", "mp_order_id", "document")
         for document_id, platform, mp_order_id, text in columns.iter_rows():
             key = f"{MARKETPLACE_ORDERS.name}|{document_id}"
-            keys = (key, f"{ORDER}{platform}:{mp_order_id}")
+            keys = (key, f"{ORDER_PREFIX}{platform}:{mp_order_id}")
             owner = next((found for one in keys if (found := self._owner(RECORD, one)) is not None), None)
             new = self._document(owner, self._owner(MENTION, key) is not None, platform, text)
             documents.append(new)
@@ -243,7 +243,7 @@ class Anonymiser:
         if not isinstance(document, dict):
             return UNREADABLE if owner is not None or mentioned else text
         told = document.get("currency")
-        region = region_of(None, told if isinstance(told, str) else None, platform) or ""
+        region = phone_region(None, told if isinstance(told, str) else None, platform) or ""
         begun = _moment_of_document(document.get("order_time"))
         bare = owner is not None or mentioned
 
@@ -313,7 +313,7 @@ class Anonymiser:
         told = metadata.get("order_ref") if isinstance(metadata, dict) else None
         if not isinstance(told, str | int):
             return False
-        return any(self._owner_kept(RECORD, f"{before}{told}") is not None for before in (f"{ORDERS.name}|", ORDER))
+        return any(self._owner_kept(RECORD, f"{before}{told}") is not None for before in (f"{ORDERS.name}|", ORDER_PREFIX))
 
     def _owner_of_message(self, message: dict[str, Any], place: str) -> str | None:
         metadata = message.get("metadata")

@@ -21,7 +21,7 @@ from lakehouse.errors import ShopSphereError
 from lakehouse.iceberg.table_handle import Lake
 from lakehouse.table import BOOKKEEPING, Table
 from pipelines.bronze.tables import EVENTS, ORDERS
-from pipelines.identity.evidence import ORDER
+from pipelines.identity.records import ORDER_PREFIX
 from pipelines.privacy.person import DataSubject, SubjectQuery, documents_of, find
 from pipelines.privacy.suppression import ERASURES
 from pipelines.silver.events_clean import EVENTS_CLEAN, parse_events
@@ -90,7 +90,7 @@ def _values(lake: Lake, person: DataSubject) -> dict[str, list[Any]]:
     accounts, records = sorted(person.accounts), sorted(person.records)
     of_account = lake.load(ORDERS).read(["order_id"], pl.col("user_id").is_in(accounts))["order_id"].cast(pl.String)
     of_record = lake.load(ORDERS_UNIFIED).read(["order_id"], pl.col("customer_record").is_in(records))["order_id"]
-    orders = {*of_account, *of_record, *(one.removeprefix(ORDER) for one in person.orders)}
+    orders = {*of_account, *of_record, *(one.removeprefix(ORDER_PREFIX) for one in person.orders)}
     devices = lake.load(IDENTITY_GRAPH).read(["node"], (pl.col("kind") == "device") & pl.col("record_id").is_in(records))
     own = pl.col("user_id").is_in(accounts) | pl.col("order_ref").is_in(list(orders))
     unsigned = pl.col("user_id").is_null() & pl.col("device_id").is_in(devices["node"].str.strip_prefix("device:").implode())

@@ -13,8 +13,8 @@ from lakehouse.errors import ShopSphereError
 from lakehouse.iceberg.table_handle import Lake
 from lakehouse.table import BOOKKEEPING, Table
 from pipelines.bronze.tables import DOCUMENT_PATHS, EVENTS, MARKETPLACE_ORDERS, ORDERS, TABLES
-from pipelines.identity.evidence import ORDER, USER
-from pipelines.parsing.contacts import addresses, normalise_email, normalise_phone, region_of
+from pipelines.identity.records import ORDER_PREFIX, USER_PREFIX
+from pipelines.parsing.contacts import normalise_addresses, normalise_email, normalise_phone, phone_region
 from pipelines.privacy.anonymise import ALWAYS, KEYS, Anonymiser, Shown
 from pipelines.privacy.suppression import ACCOUNT, MENTION, RECORD, Digest, Pseudonyms, Suppression, erasures, spelled_once
 from pipelines.settings import settings_of
@@ -58,7 +58,7 @@ class DataSubject:
     @property
     def records(self) -> frozenset[str]:
         """All their record ids, as silver.identity_graph has them."""
-        return self.orders | {f"{USER}{number}" for number in self.accounts}
+        return self.orders | {f"{USER_PREFIX}{number}" for number in self.accounts}
 
 
 def find(lake: Lake, asked: SubjectQuery) -> DataSubject:
@@ -80,7 +80,7 @@ def find(lake: Lake, asked: SubjectQuery) -> DataSubject:
             f"That is shown by {len(masters)} people: {', '.join(sorted(masters)[:10])}. Name one of them: --master-user-id."
         )
     members = set(graph.filter(pl.col("master_user_id").is_in(list(masters)))["record_id"]) | set(records if not masters else ())
-    accounts |= {int(one.removeprefix(USER)) for one in members if one.startswith(USER)}
+    accounts |= {int(one.removeprefix(USER_PREFIX)) for one in members if one.startswith(USER_PREFIX)}
     # closed accounts are in no graph: they are the person's when they showed an e-mail that the others, or their orders, show
     orders = lake.load(ORDERS_UNIFIED).read(["email"], pl.col("customer_record").is_in(sorted(members)))
     emails = pl.concat([users.filter(pl.col("user_id").is_in(accounts))["email"], orders["email"]]).drop_nulls().unique()
@@ -89,9 +89,9 @@ def find(lake: Lake, asked: SubjectQuery) -> DataSubject:
     crowds = names.filter(pl.col("names") > settings_of(lake).identifier_crowd)["email"]
     closed = showing.filter(~pl.col("email").is_in(crowds.implode()))["user_id"].unique().to_list()
     known = set(graph["record_id"])
-    accounts |= {number for number in closed if f"{USER}{number}" not in known}
+    accounts |= {number for number in closed if f"{USER_PREFIX}{number}" not in known}
     return DataSubject(
-        frozenset(masters), frozenset(accounts), frozenset(one for one in members if one.startswith(ORDER)), spelled
+        frozenset(masters), frozenset(accounts), frozenset(one for one in members if one.startswith(ORDER_PREFIX)), spelled
     )
 
 
@@ -104,7 +104,7 @@ def _named(
         return records, set(users.filter(pl.col("master_user_id") == asked.master_user_id)["user_id"]), ()
     if asked.user_id is not None:
         known = users.filter(pl.col("user_id") == asked.user_id).height > 0
-        return [f"{USER}{asked.user_id}"], {asked.user_id} if known else set(), ()
+        return [f"{USER_PREFIX}{asked.user_id}"], {asked.user_id} if known else set(), ()
     kind, column, raw = next(
         (kind, column, raw)
         for kind, column, raw in (
@@ -158,7 +158,7 @@ def orders_of(lake: Lake, person: DataSubject) -> list[str]:
 def documents_of(lake: Lake, person: DataSubject) -> list[str]:
     """The ids of the person's marketplace documents."""
     wanted = pl.col("platform") + pl.lit(":") + pl.col("mp_order_id")
-    names = [one.removeprefix(ORDER) for one in person.orders]
+    names = [one.removeprefix(ORDER_PREFIX) for one in person.orders]
     found = lake.load(MARKETPLACE_ORDERS).read(["document_id"], wanted.is_in(names))
     return found["document_id"].drop_nulls().unique().sort().to_list()
 
@@ -229,7 +229,7 @@ def _unlinked(
     if MARKETPLACE_ORDERS.name not in rows:
         return set()
     documents = rows[MARKETPLACE_ORDERS.name].drop_nulls("document")
-    record = pl.lit(ORDER) + pl.col("platform") + pl.lit(":") + pl.col("mp_order_id")
+    record = pl.lit(ORDER_PREFIX) + pl.col("platform") + pl.lit(":") + pl.col("mp_order_id")
     living = lake.load(IDENTITY_GRAPH).read(["record_id"])["record_id"].unique()
     dead = documents.filter(~record.is_in(living.implode()).fill_null(False))
     found: set[tuple[str, Digest]] = set()
@@ -239,7 +239,7 @@ def _unlinked(
             for path, kind in DOCUMENT_PATHS
             if kind in ("email", "phone", "loyalty")
             for raw in _at(text, path)
-            if (spelling := spelled_once(kind, raw, region_of(None, None, platform) or pseudonyms.region)) is not None
+            if (spelling := spelled_once(kind, raw, phone_region(None, None, platform) or pseudonyms.region)) is not None
         }
         if contacts & entries:
             found.add((RECORD, pseudonyms.digest(RECORD, f"{MARKETPLACE_ORDERS.name}|{document_id}")))
@@ -342,11 +342,11 @@ def _holders(lake: Lake, person: DataSubject, values: set[tuple[str, str]]) -> d
         ["master_user_id", "email", "phone", "card_fingerprint", "device_id", "ip_address", "shipping_address"],
         ~pl.col("master_user_id").is_in(list(person.masters)).fill_null(False) & pl.col("master_user_id").is_not_null(),
     )
-    whose = pl.coalesce("master_user_id", pl.lit(USER) + pl.col("user_id").cast(pl.String))
+    whose = pl.coalesce("master_user_id", pl.lit(USER_PREFIX) + pl.col("user_id").cast(pl.String))
     where = pl.concat_str("address", "city", separator=", ", ignore_nulls=True)
     users = users.with_columns(whose.alias("who"), pl.when(pl.col("address").is_not_null()).then(where).alias("address"))
-    users = users.with_columns(addresses(users["address"]))
-    orders = orders.with_columns(addresses(orders["shipping_address"]), pl.col("master_user_id").alias("who"))
+    users = users.with_columns(normalise_addresses(users["address"]))
+    orders = orders.with_columns(normalise_addresses(orders["shipping_address"]), pl.col("master_user_id").alias("who"))
     told = [
         *((kind, users.select("who", value=name)) for kind, name in (("email", "email"), ("phone", "phone_number"))),
         *((kind, users.select("who", value=name)) for kind, name in (("address", "address"), ("loyalty", "loyalty_id"))),

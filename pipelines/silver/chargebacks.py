@@ -10,9 +10,9 @@ import pyarrow as pa
 from lakehouse.expectations import accepted, not_null
 from lakehouse.step import Grouped, Step
 from lakehouse.table import TIMESTAMP, Table, column
+from pipelines.bronze.current_rows import current_rows, unreadable_rows
 from pipelines.bronze.tables import CHARGEBACKS as BRONZE_CHARGEBACKS
 from pipelines.settings import BusinessSettings
-from pipelines.silver.current_rows import current_rows, unreadable_rows
 
 CHARGEBACKS = Table(
     "silver.chargebacks",

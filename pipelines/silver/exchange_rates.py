@@ -11,10 +11,10 @@ import pyarrow as pa
 from lakehouse.expectations import within
 from lakehouse.step import Grouped, Step
 from lakehouse.table import Table, column
+from pipelines.bronze.current_rows import current_rows, unreadable_rows
 from pipelines.bronze.tables import EXCHANGE_RATES as BRONZE_EXCHANGE_RATES
 from pipelines.bronze.tables import EXCHANGE_RATES_KEY
 from pipelines.settings import BusinessSettings
-from pipelines.silver.current_rows import current_rows, unreadable_rows
 
 EXCHANGE_RATES = Table(
     "silver.exchange_rates",

@@ -14,14 +14,13 @@ from pipelines.bronze.tables import MARKETPLACE_ORDERS, ORDERS, USERS
 from pipelines.identity.closure import (
     DOCUMENT_COLUMNS,
     ORDER_COLUMNS,
-    ORDER_KEY,
     USER_COLUMNS,
-    USER_KEY,
     crowded_groups,
     widened,
 )
 from pipelines.identity.evidence import Evidence, read_evidence
 from pipelines.identity.links import resolve
+from pipelines.identity.records import ORDER_RECORD_ID, USER_RECORD_ID
 from pipelines.settings import BusinessSettings
 
 IDENTITY_GRAPH = Table(
@@ -109,9 +108,11 @@ def same_orders(new: pl.DataFrame) -> pl.Expr:
 STEP = Step(
     target=IDENTITY_GRAPH,
     reads={
-        "users": Grouped(USERS, keys=((USER_KEY,),), columns=USER_COLUMNS),
-        "marketplace": Grouped(MARKETPLACE_ORDERS, keys=((ORDER_KEY,),), columns=DOCUMENT_COLUMNS, resolve=("document_id",)),
-        "named_orders": Grouped(ORDERS, keys=((USER_KEY,),), columns=("order_id", "_op", "_source_position")),
+        "users": Grouped(USERS, keys=((USER_RECORD_ID,),), columns=USER_COLUMNS),
+        "marketplace": Grouped(
+            MARKETPLACE_ORDERS, keys=((ORDER_RECORD_ID,),), columns=DOCUMENT_COLUMNS, resolve=("document_id",)
+        ),
+        "named_orders": Grouped(ORDERS, keys=((USER_RECORD_ID,),), columns=("order_id", "_op", "_source_position")),
         # all rows of these orders, whomever they name: a deletion need not name anybody
         "orders": Lookup(
             ORDERS,
@@ -120,7 +121,7 @@ STEP = Step(
             columns=ORDER_COLUMNS,
             affects=same_orders,
             through=ORDERS,
-            affected_keys=(USER_KEY,),
+            affected_keys=(USER_RECORD_ID,),
         ),
     },
     transform=transform,

@@ -47,9 +47,9 @@ INVENTORY_SNAPSHOTS = Table(
     ),
 )
 
-GROUP = ["store_id", "product_id"]
-ORDER = ["occurred_at", "event_id", "leg"]
-FIGURES = ["on_hand", "reserved", "incoming", "safety_stock"]
+STORE_PRODUCT = ["store_id", "product_id"]
+LEDGER_ORDER = ["occurred_at", "event_id", "leg"]
+STOCK_LEVELS = ["on_hand", "reserved", "incoming", "safety_stock"]
 EVENT_COLUMNS = (
     "event_id",
     "event_type",
@@ -71,11 +71,11 @@ def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> 
     `events` must hold every stock event from `since` on, and every stock_incoming before it: which purchase orders
     were announced is the only thing that the last row before `since` (`opening`) does not say.
     """
-    groups = frames["groups"].select(*GROUP, "since").with_row_index("group")
+    groups = frames["groups"].select(*STORE_PRODUCT, "since").with_row_index("group")
     rows = pl.concat([_openings(groups, frames.get("opening")), _legs(frames["events"], groups)], how="diagonal")
-    rows = rows.sort("group", *ORDER, nulls_last=False)
+    rows = rows.sort("group", *LEDGER_ORDER, nulls_last=False)
     # an event that was gathered twice has its neighbour for a twin
-    again = pl.all_horizontal([pl.col(name).eq_missing(pl.col(name).shift(1)) for name in ("group", *ORDER)])
+    again = pl.all_horizontal([pl.col(name).eq_missing(pl.col(name).shift(1)) for name in ("group", *LEDGER_ORDER)])
     rows = rows.filter(~again)
     rows = rows.with_columns(announced=_announced(rows))
     names = INVENTORY_SNAPSHOTS.schema.names
@@ -88,8 +88,8 @@ def as_of(ledger: pl.DataFrame | pl.LazyFrame, at: datetime) -> pl.DataFrame:
     return (
         ledger.lazy()
         .filter(pl.col("occurred_at") <= moment)
-        .sort(*GROUP, *ORDER)
-        .unique(GROUP, keep="last", maintain_order=True)
+        .sort(*STORE_PRODUCT, *LEDGER_ORDER)
+        .unique(STORE_PRODUCT, keep="last", maintain_order=True)
         .collect()
     )
 
@@ -97,9 +97,13 @@ def as_of(ledger: pl.DataFrame | pl.LazyFrame, at: datetime) -> pl.DataFrame:
 def _openings(groups: pl.DataFrame, opening: pl.DataFrame | None) -> pl.DataFrame:
     """A row per group that sorts before its events and sets every figure to what it was before `since`."""
     if opening is None or opening.is_empty():
-        return groups.select("group", *GROUP, *(pl.lit(0, pl.Int64).alias(name) for name in FIGURES), opens=True, live=False)
-    known = groups.join(opening.select(*GROUP, *FIGURES), on=GROUP, how="left")
-    return known.select("group", *GROUP, *(pl.col(name).cast(pl.Int64).fill_null(0) for name in FIGURES), opens=True, live=False)
+        return groups.select(
+            "group", *STORE_PRODUCT, *(pl.lit(0, pl.Int64).alias(name) for name in STOCK_LEVELS), opens=True, live=False
+        )
+    known = groups.join(opening.select(*STORE_PRODUCT, *STOCK_LEVELS), on=STORE_PRODUCT, how="left")
+    return known.select(
+        "group", *STORE_PRODUCT, *(pl.col(name).cast(pl.Int64).fill_null(0) for name in STOCK_LEVELS), opens=True, live=False
+    )
 
 
 def _legs(events: pl.DataFrame, groups: pl.DataFrame) -> pl.DataFrame:
@@ -116,7 +120,7 @@ def _legs(events: pl.DataFrame, groups: pl.DataFrame) -> pl.DataFrame:
     return (
         pl.concat([stock, received])
         .drop("to_store_id")
-        .join(groups, on=GROUP, how="inner")
+        .join(groups, on=STORE_PRODUCT, how="inner")
         .with_columns(opens=False, live=pl.col("since").is_null() | (pl.col("occurred_at") >= pl.col("since")))
         .drop("since")
     )

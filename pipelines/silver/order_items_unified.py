@@ -10,12 +10,13 @@ import pyarrow as pa
 from lakehouse.expectations import not_null, row_count_drift
 from lakehouse.step import Grouped, Step
 from lakehouse.table import MONEY, TIMESTAMP, Table, column
+from pipelines.bronze.current_rows import current_rows, unreadable_rows
 from pipelines.bronze.tables import MARKETPLACE_ORDERS, ORDER_ITEMS, ORDER_ITEMS_KEY
-from pipelines.parsing.amounts import line_amounts, to_base
+from pipelines.identity.records import MARKETPLACE_ORDER_ID
+from pipelines.parsing.amounts import line_amounts, to_base_currency
 from pipelines.parsing.marketplace_documents import parse_items
 from pipelines.settings import BusinessSettings
-from pipelines.silver.current_rows import current_rows, unreadable_rows
-from pipelines.silver.orders_unified import MARKETPLACE_COLUMNS, MARKETPLACE_KEY, ORDERS_UNIFIED
+from pipelines.silver.orders_unified import MARKETPLACE_COLUMNS, ORDERS_UNIFIED
 
 ORDER_ITEMS_UNIFIED = Table(
     "silver.order_items_unified",
@@ -77,7 +78,7 @@ def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> 
     joined = priced.join(orders, on="order_id", how="left")
     cancelled = (pl.col("status") == "cancelled").fill_null(False)
     return joined.with_columns(
-        to_base(joined["line_amount"], joined["exchange_rate"]).alias("net_base"),
+        to_base_currency(joined["line_amount"], joined["exchange_rate"]).alias("net_base"),
         (pl.col("_known").fill_null(False) & ~cancelled).alias("counts_as_sale"),
     ).select(ORDER_ITEMS_UNIFIED.schema.names)
 
@@ -100,7 +101,7 @@ STEP = Step(
     reads={
         "lines": Grouped(ORDER_ITEMS, keys=((pl.col("order_id").cast(pl.String),),), parse=unreadable_rows),
         "marketplace": Grouped(
-            MARKETPLACE_ORDERS, keys=((MARKETPLACE_KEY,),), columns=MARKETPLACE_COLUMNS, resolve=("document_id",)
+            MARKETPLACE_ORDERS, keys=((MARKETPLACE_ORDER_ID,),), columns=MARKETPLACE_COLUMNS, resolve=("document_id",)
         ),
         "orders": Grouped(ORDERS_UNIFIED, keys=((pl.col("order_id"),),), columns=_OF_ORDER),
     },

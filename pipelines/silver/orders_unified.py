@@ -10,12 +10,20 @@ import pyarrow as pa
 from lakehouse.expectations import accepted, fresh, not_null, row_count_drift
 from lakehouse.step import Broadcast, Grouped, Lookup, Step
 from lakehouse.table import MONEY, TIMESTAMP, Table, column
+from pipelines.bronze.current_rows import current_rows, unreadable_rows
 from pipelines.bronze.tables import MARKETPLACE_ORDERS, ORDERS, ORDERS_KEY
+from pipelines.identity.records import (
+    MARKETPLACE_ORDER_ID,
+    ORDER_PREFIX,
+    ORDER_RECORD_ID,
+    USER_RECORD_ID,
+    masters_by_record,
+    user_record_ids,
+)
 from pipelines.parsing import contacts
-from pipelines.parsing.amounts import to_base
-from pipelines.parsing.marketplace_documents import judge_documents, parse_documents
+from pipelines.parsing.amounts import to_base_currency
+from pipelines.parsing.marketplace_documents import find_unreadable_documents, parse_documents
 from pipelines.settings import BusinessSettings
-from pipelines.silver.current_rows import current_rows, unreadable_rows
 from pipelines.silver.exchange_rates import EXCHANGE_RATES, with_rates
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
 from pipelines.silver.stores import STORES
@@ -65,12 +73,7 @@ ORDERS_UNIFIED = Table(
     ),
 )
 
-MARKETPLACE_KEY = pl.col("platform") + ":" + pl.col("mp_order_id")
-"""order_id of a bronze row of marketplace orders; null for a delete."""
-
 MARKETPLACE_COLUMNS = ("document_id", "platform", "mp_order_id", "document", "_op", "_source_position", "_ingested_at")
-
-_USER, _ORDER = "user:", "order:"
 
 
 def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
@@ -78,12 +81,11 @@ def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> 
     orders = pl.concat([_web(frames["web"]), _marketplace(frames["marketplace"], context)], how="vertical")
     orders = with_rates(orders, frames["rates"], context.base_currency)
     stores = frames["stores"].select("store_id", pl.col("country").alias("store_country"))
-    masters = frames["identity"].group_by("record_id").agg(pl.col("master_user_id").min())
     return (
-        orders.with_columns(to_base(orders["total_amount"], orders["exchange_rate"]).alias("total_base"))
+        orders.with_columns(to_base_currency(orders["total_amount"], orders["exchange_rate"]).alias("total_base"))
         .join(stores.unique("store_id"), on="store_id", how="left")
         .join(_countries(frames["users"]), on="user_id", how="left")
-        .join(masters, left_on="customer_record", right_on="record_id", how="left")
+        .join(masters_by_record(frames["identity"]), left_on="customer_record", right_on="record_id", how="left")
         .with_columns(pl.coalesce("store_country", "user_country", "platform_country").alias("country"))
         .select(ORDERS_UNIFIED.schema.names)
     )
@@ -99,7 +101,7 @@ def _web(bronze: pl.DataFrame) -> pl.DataFrame:
         _code("source").str.to_lowercase().alias("channel"),
         nothing.alias("platform"),
         "user_id",
-        (_USER + pl.col("user_id").cast(pl.String)).alias("customer_record"),
+        USER_RECORD_ID.alias("customer_record"),
         "store_id",
         _code("status").str.to_lowercase().alias("status"),
         _code("currency").str.to_uppercase().alias("currency"),
@@ -126,7 +128,7 @@ def _marketplace(bronze: pl.DataFrame, context: BusinessSettings) -> pl.DataFram
         pl.lit("marketplace").alias("channel"),
         "platform",
         pl.lit(None, pl.Int64).alias("user_id"),
-        (_ORDER + pl.col("order_id")).alias("customer_record"),
+        (ORDER_PREFIX + pl.col("order_id")).alias("customer_record"),
         pl.lit(None, pl.String).alias("store_id"),
         "status",
         "currency",
@@ -164,8 +166,8 @@ def _user_ids(gathered: Mapping[str, pl.DataFrame]) -> pl.Series:
 
 def _records(gathered: Mapping[str, pl.DataFrame]) -> pl.Series:
     """Records whose master user the orders may need."""
-    marketplace = gathered["marketplace"].select(_ORDER + MARKETPLACE_KEY).to_series().drop_nulls().unique()
-    return pl.concat([_USER + _user_ids(gathered).cast(pl.String), marketplace])
+    marketplace = gathered["marketplace"].select(ORDER_RECORD_ID).to_series().drop_nulls().unique()
+    return pl.concat([user_record_ids(_user_ids(gathered)), marketplace])
 
 
 def _of_stores(changed: pl.DataFrame) -> pl.Expr:
@@ -193,9 +195,9 @@ STEP = Step(
         "web": Grouped(ORDERS, keys=((pl.col("order_id").cast(pl.String),),), parse=unreadable_rows),
         "marketplace": Grouped(
             MARKETPLACE_ORDERS,
-            keys=((MARKETPLACE_KEY,),),
+            keys=((MARKETPLACE_ORDER_ID,),),
             columns=MARKETPLACE_COLUMNS,
-            parse=judge_documents,
+            parse=find_unreadable_documents,
             resolve=("document_id",),
         ),
         "stores": Broadcast(STORES, columns=("store_id", "country"), affects=_of_stores),

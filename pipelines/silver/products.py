@@ -10,10 +10,10 @@ import pyarrow as pa
 from lakehouse.expectations import within
 from lakehouse.step import Grouped, Step
 from lakehouse.table import TIMESTAMP, Table, column
+from pipelines.bronze.current_rows import current_rows, unreadable_rows
 from pipelines.bronze.tables import PRODUCTS as BRONZE_PRODUCTS
 from pipelines.bronze.tables import PRODUCTS_KEY
 from pipelines.settings import BusinessSettings
-from pipelines.silver.current_rows import current_rows, unreadable_rows
 
 PRODUCTS = Table(
     "silver.products",

@@ -10,10 +10,10 @@ import pyarrow as pa
 from lakehouse.expectations import row_count_drift
 from lakehouse.step import Grouped, Step
 from lakehouse.table import TIMESTAMP, Table, column
+from pipelines.bronze.current_rows import current_rows, unreadable_rows
 from pipelines.bronze.tables import STORES as BRONZE_STORES
 from pipelines.bronze.tables import STORES_KEY
 from pipelines.settings import BusinessSettings
-from pipelines.silver.current_rows import current_rows, unreadable_rows
 
 STORES = Table(
     "silver.stores",

@@ -10,10 +10,11 @@ import pyarrow as pa
 from lakehouse.expectations import row_count_drift
 from lakehouse.step import Grouped, Lookup, Step
 from lakehouse.table import TIMESTAMP, Table, column
+from pipelines.bronze.current_rows import row_versions, unreadable_rows
 from pipelines.bronze.tables import USERS
-from pipelines.parsing.contacts import emails, phones, regions
+from pipelines.identity.records import USER_RECORD_ID, masters_by_record, user_ids_of_records, user_record_ids
+from pipelines.parsing.contacts import normalise_emails, normalise_phones, phone_regions
 from pipelines.settings import BusinessSettings
-from pipelines.silver.current_rows import row_versions, unreadable_rows
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
 
 USERS_SCD = Table(
@@ -61,26 +62,22 @@ ATTRIBUTES = (
 )
 """Columns of the source whose change makes a new interval; a changed `updated_at` alone does not."""
 
-RECORD = "user:"
-"""Prefix of a user's record_id in silver.identity_graph."""
-
 
 def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     """All versions of the users -> their intervals, with contacts normalised and the master user."""
     history = intervals(frames["users"])
-    masters = frames["identity"].group_by("record_id").agg(pl.col("master_user_id").min())
     country = history["country"].str.strip_chars().str.to_uppercase()
-    region = regions(country).fill_null(context.default_region)
+    region = phone_regions(country).fill_null(context.default_region)
     return (
         history.with_columns(
-            record_id=RECORD + pl.col("user_id").cast(pl.String),
+            record_id=USER_RECORD_ID,
             email_raw="email",
             phone_raw="phone_number",
-            email=emails(history["email"]),
-            phone_number=phones(history["phone_number"], region),
+            email=normalise_emails(history["email"]),
+            phone_number=normalise_phones(history["phone_number"], region),
             country=pl.select(pl.when(country != "").then(country)).to_series(),
         )
-        .join(masters, on="record_id", how="left")
+        .join(masters_by_record(frames["identity"]), on="record_id", how="left")
         .select(USERS_SCD.schema.names)
     )
 
@@ -152,13 +149,12 @@ def _same_as_previous(*names: str) -> pl.Expr:
 
 def _records(gathered: Mapping[str, pl.DataFrame]) -> pl.Series:
     """The record ids of the gathered users."""
-    return RECORD + gathered["users"]["user_id"].drop_nulls().unique().cast(pl.String)
+    return user_record_ids(gathered["users"]["user_id"].drop_nulls().unique())
 
 
 def _users_of(identity: pl.DataFrame) -> pl.Expr:
     """The target's rows of the users whose records changed."""
-    users = identity["record_id"].filter(identity["record_id"].str.starts_with(RECORD)).str.strip_prefix(RECORD)
-    return pl.col("user_id").is_in(users.cast(pl.Int64, strict=False).drop_nulls().unique().to_list())
+    return pl.col("user_id").is_in(user_ids_of_records(identity["record_id"]).unique().implode())
 
 
 STEP = Step(

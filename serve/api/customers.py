@@ -19,7 +19,8 @@ from starlette.responses import Response
 from lakehouse.table import Table
 from pipelines.gold.customer_360 import CHANNELS, CUSTOMER_360
 from pipelines.gold.user_risk_scores import USER_RISK_SCORES
-from pipelines.identity.links import LINKED, MASTER
+from pipelines.identity.links import LINKED
+from pipelines.identity.records import MASTER_PREFIX
 from pipelines.parsing.contacts import normalise_email, normalise_phone
 from pipelines.silver.chargebacks import CHARGEBACKS
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
@@ -212,7 +213,7 @@ class Customers:
     def named(self, name: str, limit: int) -> Customer:
         """The person of a master_user_id, also of one from before a merge. Raises Problem 404."""
         # a master user is named after a record; when persons merge, that record still tells whose it is now
-        masters = self._masters(pl.col("record_id") == name.removeprefix(MASTER)) if name.startswith(MASTER) else []
+        masters = self._masters(pl.col("record_id") == name.removeprefix(MASTER_PREFIX)) if name.startswith(MASTER_PREFIX) else []
         return self._only(masters, limit)
 
     def shown_by(self, given: Mapping[str, str], limit: int) -> Customer:

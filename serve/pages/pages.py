@@ -35,7 +35,7 @@ from pipelines.gold.cohort_retention import COHORT_RETENTION
 from pipelines.gold.customer_360 import CUSTOMER_360
 from pipelines.gold.dim_products import DIM_PRODUCTS
 from pipelines.gold.dim_stores import DIM_STORES, NO_STORE
-from pipelines.identity.links import MASTER
+from pipelines.identity.records import MASTER_PREFIX
 from pipelines.privacy.suppression import ERASURES
 from pipelines.silver.quarantine import QUARANTINE
 from serve.api.customers import LIMIT, AccountVersion, Customer, Customers, Found
@@ -145,7 +145,7 @@ def changes(history: list[AccountVersion]) -> list[AccountChange]:
 
 def kinds(text: str) -> tuple[str, ...]:
     """What a text to search for can be, likeliest first."""
-    if text.startswith(MASTER):
+    if text.startswith(MASTER_PREFIX):
         return ("master_user_id",)
     if "@" in text:
         return ("email",)

@@ -23,8 +23,8 @@ from lakehouse.table import Table
 from ml.features.features import ORDER_COLUMNS, conform, with_ratios
 from ml.tables import order_entities
 from ml.tables.category_amounts import totals
-from pipelines.identity.evidence import USER
-from pipelines.identity.links import LINKED, MASTER
+from pipelines.identity.links import LINKED
+from pipelines.identity.records import MASTER_PREFIX, USER_PREFIX, masters_by_record
 from pipelines.parsing.contacts import normalise_email, normalise_phone
 from pipelines.settings import BusinessSettings
 from pipelines.silver.chargebacks import CHARGEBACKS
@@ -152,16 +152,16 @@ def accounts_of(users: pl.DataFrame) -> dict[int, datetime | None]:
 
 def people_of(graph: pl.DataFrame) -> dict[str, str]:
     """silver.identity_graph -> the person of each account."""
-    own = graph.filter((pl.col("kind") == "self") & pl.col("record_id").str.starts_with(USER))
-    named = own.select("record_id", pl.col("master_user_id").fill_null(MASTER + pl.col("record_id")))
-    return dict(named.group_by("record_id").agg(pl.col("master_user_id").min()).iter_rows())
+    own = graph.filter((pl.col("kind") == "self") & pl.col("record_id").str.starts_with(USER_PREFIX))
+    named = own.select("record_id", pl.col("master_user_id").fill_null(MASTER_PREFIX + pl.col("record_id")))
+    return dict(masters_by_record(named).iter_rows())
 
 
 def nodes_of(graph: pl.DataFrame) -> dict[str, int | None]:
     """silver.identity_graph -> the account that shows an identifier; None: several do."""
     joins = graph.filter(pl.col("kind").is_in(["email", "phone", "loyalty"]) & (pl.col("status") == LINKED))
-    shown = joins.filter(pl.col("record_id").str.starts_with(USER)).group_by("node").agg(pl.col("record_id").unique())
-    return {node: int(records[0].removeprefix(USER)) if len(records) == 1 else None for node, records in shown.iter_rows()}
+    shown = joins.filter(pl.col("record_id").str.starts_with(USER_PREFIX)).group_by("node").agg(pl.col("record_id").unique())
+    return {node: int(records[0].removeprefix(USER_PREFIX)) if len(records) == 1 else None for node, records in shown.iter_rows()}
 
 
 def products_of(products: pl.DataFrame) -> dict[str, str]:
@@ -192,9 +192,9 @@ def row_of(order: Order, known: ReferenceData, context: BusinessSettings, now: d
     created: datetime | None = None
     record = person = None
     if account is not None:
-        record = f"{USER}{account}"
+        record = f"{USER_PREFIX}{account}"
         # an account that the lakehouse has not met is a person of its own until it is
-        person = known.people.get(record) or MASTER + record
+        person = known.people.get(record) or MASTER_PREFIX + record
         if order.account_created_at is not None:
             created = _moment(order.account_created_at, now, f"{at}account_created_at")
         if account in known.accounts:

@@ -22,7 +22,7 @@ from ml.tables.order_features import EVENT_READS, account_events
 from pipelines.settings import BusinessSettings
 from pipelines.silver import events_clean, inventory_snapshots
 from pipelines.silver.events_clean import EVENTS_CLEAN, STOCK_EVENTS
-from pipelines.silver.inventory_snapshots import EVENT_COLUMNS, FIGURES, GROUP, INVENTORY_SNAPSHOTS, ORDER
+from pipelines.silver.inventory_snapshots import EVENT_COLUMNS, INVENTORY_SNAPSHOTS, LEDGER_ORDER, STOCK_LEVELS, STORE_PRODUCT
 from serve.state.lake_snapshot import STOCK, Base
 
 Pair = tuple[str, str]
@@ -167,23 +167,29 @@ class StockState:
         """Go on from the last figures with events that are all later."""
         groups = pl.DataFrame(
             [(*pair, first) for pair, first in since.items()],
-            schema={**dict.fromkeys(GROUP, pl.String), "since": pl.Datetime("us", "UTC")},
+            schema={**dict.fromkeys(STORE_PRODUCT, pl.String), "since": pl.Datetime("us", "UTC")},
             orient="row",
         )
         opening = pl.DataFrame(
-            [(*pair, *(getattr(known, name) for name in FIGURES)) for pair in since if (known := self.of(*pair)) is not None],
-            schema={**dict.fromkeys(GROUP, pl.String), **dict.fromkeys(FIGURES, pl.Int64)},
+            [
+                (*pair, *(getattr(known, name) for name in STOCK_LEVELS))
+                for pair in since
+                if (known := self.of(*pair)) is not None
+            ],
+            schema={**dict.fromkeys(STORE_PRODUCT, pl.String), **dict.fromkeys(STOCK_LEVELS, pl.Int64)},
             orient="row",
         )
-        announced = self.base.incoming.join(groups, on=GROUP, how="semi").filter(~pl.col("event_id").is_in(list(self._corrected)))
+        announced = self.base.incoming.join(groups, on=STORE_PRODUCT, how="semi").filter(
+            ~pl.col("event_id").is_in(list(self._corrected))
+        )
         lately = self.later.filter(pl.col("event_type") == "stock_incoming").select(EVENT_COLUMNS)
-        events = pl.concat([fresh.select(EVENT_COLUMNS), announced, lately.join(groups, on=GROUP, how="semi")])
+        events = pl.concat([fresh.select(EVENT_COLUMNS), announced, lately.join(groups, on=STORE_PRODUCT, how="semi")])
         frames = {"events": events, "groups": groups, "opening": opening}
         return self._replace(inventory_snapshots.transform(frames, self.context), set(since))
 
     def history(self, pairs: Iterable[Pair] = (), product: str = "") -> pl.DataFrame:
         """The ledger of stores and products (or of a product in all stores) with everything that is known now."""
-        wanted = pl.DataFrame(list(pairs), schema=dict.fromkeys(GROUP, pl.String), orient="row")
+        wanted = pl.DataFrame(list(pairs), schema=dict.fromkeys(STORE_PRODUCT, pl.String), orient="row")
         products = [product] if product else wanted["product_id"].unique().to_list()
         of_products = pl.col("product_id").is_in(products) & IS_STOCK
         later = self.later
@@ -193,16 +199,16 @@ class StockState:
             [stored.filter(~pl.col("event_id").is_in(superseded.implode())), later.filter(of_products).select(EVENT_COLUMNS)]
         )
         if product:
-            both = pl.concat([events.select(GROUP), events.select(store_id="to_store_id", product_id="product_id")])
+            both = pl.concat([events.select(STORE_PRODUCT), events.select(store_id="to_store_id", product_id="product_id")])
             wanted = both.drop_nulls().unique()
         groups = wanted.with_columns(since=pl.lit(None, pl.Datetime("us", "UTC")))
         return inventory_snapshots.transform({"events": events, "groups": groups}, self.context).cast(pl.Schema(LEDGER_TYPES))
 
     def _replace(self, ledger: pl.DataFrame, pairs: set[Pair]) -> set[Pair]:
         """Take over the last row of each pair. Gives those whose figures changed."""
-        last = ledger.sort(*GROUP, *ORDER).unique(GROUP, keep="last", maintain_order=True)
+        last = ledger.sort(*STORE_PRODUCT, *LEDGER_ORDER).unique(STORE_PRODUCT, keep="last", maintain_order=True)
         changed = set()
-        rows = last.select(*GROUP, *FIGURES, "available_to_promise", "occurred_at")
+        rows = last.select(*STORE_PRODUCT, *STOCK_LEVELS, "available_to_promise", "occurred_at")
         for store, product, on_hand, reserved, incoming, safety, available, moment in rows.iter_rows():
             before = self.of(store, product)
             rate = before.daily_sales if before else None
@@ -232,13 +238,13 @@ def _legs(rows: pl.DataFrame) -> pl.DataFrame:
     stock = rows.filter(IS_STOCK)
     moved = stock.filter(pl.col("event_type") == "stock_transferred")
     received = moved.select("occurred_at", store_id="to_store_id", product_id="product_id")
-    return pl.concat([stock.select("occurred_at", *GROUP), received]).drop_nulls(GROUP)
+    return pl.concat([stock.select("occurred_at", *STORE_PRODUCT), received]).drop_nulls(STORE_PRODUCT)
 
 
 def _pairs(rows: pl.DataFrame) -> set[Pair]:
-    return set(_legs(rows).select(GROUP).iter_rows())
+    return set(_legs(rows).select(STORE_PRODUCT).iter_rows())
 
 
 def _first_moments(rows: pl.DataFrame) -> dict[Pair, datetime]:
-    firsts = _legs(rows).group_by(GROUP).agg(pl.col("occurred_at").min())
+    firsts = _legs(rows).group_by(STORE_PRODUCT).agg(pl.col("occurred_at").min())
     return {(store, product): first for store, product, first in firsts.iter_rows()}

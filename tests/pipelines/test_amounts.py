@@ -15,7 +15,7 @@ from pipelines.parsing.amounts import (
     line_amounts,
     marked_currency,
     parse_amount,
-    to_base,
+    to_base_currency,
 )
 
 
@@ -180,8 +180,8 @@ def test_conversion_is_exact_and_rounds_half_even_once(pairs: list[tuple[Decimal
     exact = Context(prec=80)
     expected = [exact.quantize(exact.multiply(a, r), Decimal("0.0001")) for a, r in pairs]
     fitting = [value if abs(value) < Decimal(10) ** 16 else None for value in expected]
-    assert to_base(amounts, rates).to_list() == fitting
-    assert to_base(amounts, rates).dtype == pl.Decimal(20, 4)
+    assert to_base_currency(amounts, rates).to_list() == fitting
+    assert to_base_currency(amounts, rates).dtype == pl.Decimal(20, 4)
 
 
 @settings(deadline=None)
@@ -198,5 +198,5 @@ def test_line_amounts_are_exact(lines: list[tuple[int, Decimal]]) -> None:
 def test_unknown_stays_unknown() -> None:
     amounts = pl.Series([None, Decimal(1), Decimal(1)], dtype=pl.Decimal(20, 4))
     rates = pl.Series([Decimal(2), None, Decimal(2)], dtype=pl.Decimal(18, 8))
-    assert to_base(amounts, rates).to_list() == [None, None, Decimal(2)]
+    assert to_base_currency(amounts, rates).to_list() == [None, None, Decimal(2)]
     assert line_amounts(pl.Series([None, 2, 2], dtype=pl.Int32), amounts).to_list() == [None, Decimal(2), Decimal(2)]

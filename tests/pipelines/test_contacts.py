@@ -144,7 +144,7 @@ def test_an_email_once_normalised_stays(address: str) -> None:
     ],
 )
 def test_regions(told: dict[str, str], expected: str | None) -> None:
-    assert contacts.region_of(**told) == expected
+    assert contacts.phone_region(**told) == expected
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_addresses(one: str, other: str) -> None:
 
 def test_columns_are_the_functions_of_their_values() -> None:
     raw = pl.Series("phone", ["0812-3456-7890", None, "0812 3456 7890", "(415) 555-2671", "?"])
-    assert contacts.phones(raw, "ID").to_list() == [
+    assert contacts.normalise_phones(raw, "ID").to_list() == [
         INDONESIAN,
         None,
         INDONESIAN,
@@ -191,9 +191,9 @@ def test_columns_are_the_functions_of_their_values() -> None:
         None,
     ]
     regions = pl.Series(["ID", "ID", "ID", "US", None])
-    assert contacts.phones(raw, regions).to_list() == [INDONESIAN, None, INDONESIAN, "+14155552671", None]
-    assert contacts.emails(pl.Series("e", ["A@x.com", None, "a@X.com"])).to_list() == ["a@x.com", None, "a@x.com"]
-    assert contacts.names(pl.Series("n", [None], dtype=pl.String)).to_list() == [None]
-    assert contacts.addresses(pl.Series("a", [], dtype=pl.String)).to_list() == []
-    told = contacts.regions(pl.Series([None, "GB"]), pl.Series(["IDR", None]), pl.Series([None, "tokopedia"]))
+    assert contacts.normalise_phones(raw, regions).to_list() == [INDONESIAN, None, INDONESIAN, "+14155552671", None]
+    assert contacts.normalise_emails(pl.Series("e", ["A@x.com", None, "a@X.com"])).to_list() == ["a@x.com", None, "a@x.com"]
+    assert contacts.normalise_names(pl.Series("n", [None], dtype=pl.String)).to_list() == [None]
+    assert contacts.normalise_addresses(pl.Series("a", [], dtype=pl.String)).to_list() == []
+    told = contacts.phone_regions(pl.Series([None, "GB"]), pl.Series(["IDR", None]), pl.Series([None, "tokopedia"]))
     assert told.to_list() == ["ID", "GB"]

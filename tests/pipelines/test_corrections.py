@@ -9,8 +9,8 @@ import polars as pl
 
 from lakehouse.iceberg.table_handle import polars_schema
 from pipelines.bronze.corrections import corrected
+from pipelines.bronze.current_rows import current_rows, unreadable_rows
 from pipelines.bronze.tables import PRODUCTS, PRODUCTS_KEY
-from pipelines.silver.current_rows import current_rows, unreadable_rows
 
 TYPES = polars_schema(PRODUCTS.schema)
 

@@ -28,7 +28,7 @@ from pipelines.gold import inventory_health, inventory_shrinkage
 from pipelines.settings import BusinessSettings, Settings
 from pipelines.silver import events_clean, exchange_rates, inventory_snapshots, products
 from pipelines.silver.events_clean import EVENTS_CLEAN, STOCK_EVENTS
-from pipelines.silver.inventory_snapshots import EVENT_COLUMNS, FIGURES, GROUP, INVENTORY_SNAPSHOTS, STEP, as_of
+from pipelines.silver.inventory_snapshots import EVENT_COLUMNS, INVENTORY_SNAPSHOTS, STEP, STOCK_LEVELS, STORE_PRODUCT, as_of
 from pipelines.silver.quarantine import QUARANTINE
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
@@ -53,7 +53,7 @@ def frame(rows: Sequence[dict[str, Any]]) -> pl.DataFrame:
 
 
 def all_groups(events: pl.DataFrame) -> pl.DataFrame:
-    legs = pl.concat([events.select(GROUP), events.select(pl.col("to_store_id").alias("store_id"), "product_id")])
+    legs = pl.concat([events.select(STORE_PRODUCT), events.select(pl.col("to_store_id").alias("store_id"), "product_id")])
     return legs.drop_nulls().unique().with_columns(since=pl.lit(None, TS))
 
 
@@ -77,7 +77,7 @@ def ledger(
 def after(*events: dict[str, Any], store: str = "S1") -> tuple[int, ...]:
     """on_hand, reserved, incoming, safety_stock, available_to_promise after the events."""
     last = as_of(ledger(events), T0 + timedelta(days=999)).filter(store_id=store)
-    return tuple(last.select(*FIGURES, "available_to_promise").row(0))
+    return tuple(last.select(*STOCK_LEVELS, "available_to_promise").row(0))
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def oracle(events: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
     result = []
     for occurred_at, event_id, leg, store, row in sorted(legs, key=lambda item: item[:3]):
         kind, q, pair = row["event_type"], row["quantity"], (store, row["product_id"])
-        now = state.setdefault(pair, dict.fromkeys(FIGURES, 0))
+        now = state.setdefault(pair, dict.fromkeys(STOCK_LEVELS, 0))
         expected = shrinkage = None
         order = (*pair, row["purchase_order"]) if row["purchase_order"] else None
         if kind == "stock_received":
@@ -222,7 +222,9 @@ def oracle(events: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
         elif kind == "safety_stock_set":
             now["safety_stock"] = q
         atp = now["on_hand"] - now["reserved"] - now["safety_stock"]
-        result.append((*pair, occurred_at, event_id, leg, kind, q, *(now[name] for name in FIGURES), atp, expected, shrinkage))
+        result.append(
+            (*pair, occurred_at, event_id, leg, kind, q, *(now[name] for name in STOCK_LEVELS), atp, expected, shrinkage)
+        )
     return sorted(result)
 
 
@@ -244,21 +246,24 @@ def test_late_events_recompute_the_rest_only(events: list[dict[str, Any]], cut: 
     stored = ledger(before)
     stock = late.filter(pl.col("event_type") != "view_product")
     receiving = stock.select(pl.col("to_store_id").alias("store_id"), "product_id", "occurred_at")
-    legs = pl.concat([stock.select(*GROUP, "occurred_at"), receiving])
-    groups = legs.drop_nulls().group_by(GROUP).agg(since=pl.col("occurred_at").min())
+    legs = pl.concat([stock.select(*STORE_PRODUCT, "occurred_at"), receiving])
+    groups = legs.drop_nulls().group_by(STORE_PRODUCT).agg(since=pl.col("occurred_at").min())
     recompute = pl.col("occurred_at") >= pl.col("since")
-    touched = stored.join(groups, on=GROUP)
+    touched = stored.join(groups, on=STORE_PRODUCT)
     opening = (
-        touched.filter(~recompute).sort(INVENTORY_SNAPSHOTS.key).unique(GROUP, keep="last", maintain_order=True).drop("since")
+        touched.filter(~recompute)
+        .sort(INVENTORY_SNAPSHOTS.key)
+        .unique(STORE_PRODUCT, keep="last", maintain_order=True)
+        .drop("since")
     )
     earliest: Any = groups["since"].min()
     announcements = everything.filter(pl.col("event_type") == "stock_incoming")
     recent = everything.filter(pl.col("occurred_at") >= earliest) if earliest is not None else late
     gathered = pl.concat([announcements, recent])
     suffix = ledger(gathered, groups, opening)
-    kept = pl.concat([touched.filter(~recompute).drop("since"), stored.join(groups, on=GROUP, how="anti")])
+    kept = pl.concat([touched.filter(~recompute).drop("since"), stored.join(groups, on=STORE_PRODUCT, how="anti")])
     assert_frame_equal(pl.concat([kept, suffix]).sort(INVENTORY_SNAPSHOTS.key), ledger(everything))
-    assert suffix.join(groups, on=GROUP).filter(~recompute).is_empty()
+    assert suffix.join(groups, on=STORE_PRODUCT).filter(~recompute).is_empty()
 
 
 def health(events: Sequence[dict[str, Any]], context: BusinessSettings | None = None) -> dict[str, Any]:
@@ -270,7 +275,7 @@ def health(events: Sequence[dict[str, Any]], context: BusinessSettings | None = 
     assert_frame_equal(
         filled, inventory_health.transform({"ledger": rows[::-1]}, context or BusinessSettings()), check_row_order=False
     )
-    return filled.sort(GROUP).row(0, named=True)
+    return filled.sort(STORE_PRODUCT).row(0, named=True)
 
 
 def test_health_of_a_product_in_a_store() -> None:
@@ -380,7 +385,10 @@ def test_what_changed_elsewhere_touches_the_counts_it_values() -> None:
 def test_only_counts_are_read_for_shrinkage() -> None:
     rows = ledger([event("stock_received", 10, 0), event("stock_counted", 9, 24)])
     (keys,) = inventory_shrinkage.STEP.reads["ledger"].keys
-    assert rows.select(key.alias(name) for key, name in zip(keys, GROUP, strict=True)).rows() == [(None, None), ("S1", "P1")]
+    assert rows.select(key.alias(name) for key, name in zip(keys, STORE_PRODUCT, strict=True)).rows() == [
+        (None, None),
+        ("S1", "P1"),
+    ]
 
 
 STEPS = (

@@ -22,10 +22,10 @@ from lakehouse.settings import RaySettings
 from lakehouse.step import Broadcast, Grouped, Lookup, Step
 from lakehouse.table import Table, column
 from pipelines.bronze import tables as bronze
-from pipelines.parsing.marketplace_documents import judge_documents, parse_documents
+from pipelines.bronze.current_rows import current_rows, row_versions, unreadable_rows
+from pipelines.parsing.marketplace_documents import find_unreadable_documents, parse_documents
 from pipelines.settings import BusinessSettings, Settings
 from pipelines.silver import exchange_rates, order_items_unified, orders_unified, products, stores
-from pipelines.silver.current_rows import current_rows, row_versions, unreadable_rows
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
 from pipelines.silver.quarantine import QUARANTINE
 from pipelines.silver.users_scd import USERS_SCD
@@ -281,7 +281,7 @@ def test_a_document_that_became_another_order_leaves_the_first() -> None:
     ],
 )
 def test_what_cannot_be_read_is_rejected_with_its_reason(row: Row, reason: str) -> None:
-    judged = judge_documents(marketplace([row, document(2, "65b0")]))
+    judged = find_unreadable_documents(marketplace([row, document(2, "65b0")]))
     assert judged.rejected is not None
     assert judged.parsed_positions is not None
     assert judged.rejected.to_dicts() == [
@@ -309,7 +309,7 @@ def test_a_correction_stands_for_the_row_it_corrects() -> None:
     again = {**document(3, op="fix", status="delivered"), "_ingested_at": START + timedelta(days=10)}
     assert [row["status"] for row in unified(documents=[fixed, document(1), broken])] == ["shipped"]
     assert [row["status"] for row in unified(documents=[again, fixed, broken])] == ["delivered"]
-    judged = judge_documents(marketplace([broken, fixed]))
+    judged = find_unreadable_documents(marketplace([broken, fixed]))
     assert judged.rejected is not None
     assert judged.rejected.is_empty()
     assert unified(documents=[fixed, broken, document(4, op="d")]) == []
@@ -350,7 +350,7 @@ def test_orders_ask_for_exactly_what_their_rows_need() -> None:
     assert sorted(identity.values(frames)) == ["order:tokopedia:ORD-TP-1", "user:7"]
 
 
-def test_changes_beside_the_orders_touch_the_orders_they_concern() -> None:
+def test_changed_lookups_affect_only_their_orders() -> None:
     rows = frame(
         orders_unified.ORDERS_UNIFIED,
         [
@@ -360,19 +360,19 @@ def test_changes_beside_the_orders_touch_the_orders_they_concern() -> None:
         ],
     )
 
-    def touched(name: str, changed: pl.DataFrame) -> list[str]:
+    def affected(name: str, changed: pl.DataFrame) -> list[str]:
         read = orders_unified.STEP.reads[name]
         assert isinstance(read, Broadcast | Lookup)
         assert read.affects is not None
         expression = read.affects(changed)
-        assert set(expression.meta.root_names()) <= set(read.touch_columns)
+        assert set(expression.meta.root_names()) <= set(rows.columns)
         return rows.filter(expression)["order_id"].to_list()
 
-    assert touched("stores", pl.DataFrame({"store_id": ["S1"]})) == ["1"]
-    assert touched("users", pl.DataFrame({"user_id": [7]})) == ["1"]
-    assert touched("identity", pl.DataFrame({"record_id": ["user:7"]})) == ["2"]
+    assert affected("stores", pl.DataFrame({"store_id": ["S1"]})) == ["1"]
+    assert affected("users", pl.DataFrame({"user_id": [7]})) == ["1"]
+    assert affected("identity", pl.DataFrame({"record_id": ["user:7"]})) == ["2"]
     rates = pl.DataFrame({"currency": ["EUR", "EUR", "USD"], "rate_date": [date(2026, 1, 5), date(2026, 1, 3), date(2026, 1, 1)]})
-    assert touched("rates", rates) == ["2"]
+    assert affected("rates", rates) == ["2"]
 
 
 # ---- lines

@@ -16,7 +16,7 @@ from support.shop_history import make_engine
 
 from lakehouse.engine.engine import Engine
 from pipelines.silver import events_clean, inventory_snapshots
-from pipelines.silver.inventory_snapshots import EVENT_COLUMNS, GROUP, INVENTORY_SNAPSHOTS
+from pipelines.silver.inventory_snapshots import EVENT_COLUMNS, INVENTORY_SNAPSHOTS, STORE_PRODUCT
 from serve.state.lake_snapshot import newest_chain, open_base
 from serve.state.stock import StockState
 
@@ -92,7 +92,7 @@ def test_the_tail_changes_figures_as_silvers_functions_do(
     in_batches(stock, rows, data)
     parsed = events_clean.parse_events(bronze([*before, *rows])).rows
     events = events_clean.transform({"events": parsed}, engine.context)
-    both = pl.concat([events.select(GROUP), events.select(pl.col("to_store_id").alias("store_id"), "product_id")])
+    both = pl.concat([events.select(STORE_PRODUCT), events.select(pl.col("to_store_id").alias("store_id"), "product_id")])
     groups = both.drop_nulls().unique().with_columns(since=pl.lit(None, pl.Datetime("us", "UTC")))
     ledger = inventory_snapshots.transform({"events": events.select(EVENT_COLUMNS), "groups": groups}, engine.context)
     assert figures_online(stock) == figures_of(ledger)

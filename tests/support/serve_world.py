@@ -15,7 +15,7 @@ from lakehouse.step import Step
 from pipelines.bronze.tables import EVENTS, row_schema
 from pipelines.gold import inventory_health
 from pipelines.silver import events_clean, inventory_snapshots
-from pipelines.silver.inventory_snapshots import FIGURES, GROUP, as_of
+from pipelines.silver.inventory_snapshots import STOCK_LEVELS, STORE_PRODUCT, as_of
 from serve.state.stock import StockState
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
@@ -64,8 +64,8 @@ def ingest(engine: Engine, rows: list[dict[str, Any]], steps: Sequence[Step] = S
 
 def figures_of(ledger: pl.DataFrame) -> dict[tuple[str, str], tuple[int, ...]]:
     last = as_of(ledger, T0 + timedelta(days=999))
-    return {(row[0], row[1]): row[2:] for row in last.select(*GROUP, *FIGURES, "available_to_promise").iter_rows()}
+    return {(row[0], row[1]): row[2:] for row in last.select(*STORE_PRODUCT, *STOCK_LEVELS, "available_to_promise").iter_rows()}
 
 
 def figures_online(stock: StockState) -> dict[tuple[str, str], tuple[int, ...]]:
-    return {pair: tuple(getattr(one, name) for name in (*FIGURES, "available_to_promise")) for pair, one in stock}
+    return {pair: tuple(getattr(one, name) for name in (*STOCK_LEVELS, "available_to_promise")) for pair, one in stock}
