@@ -382,16 +382,19 @@ def erase(
     json: Json = False,
 ) -> None:
     """Erase a person from every table, snapshot and file, and prove it; without a person: finish what was begun."""
-    from pipelines.privacy import erase as erasing
+    from app.cli.erasure_receipt import receipt_lines
+    from app.erasure import erasure_context
+    from pipelines.privacy import erase as erasure_service
+    from pipelines.privacy.receipt import as_json
     from pipelines.runner import open_engine
 
     output, asked = Output(json), asked_for(email, phone, loyalty_id, user_id, master_user_id)
     with open_engine(load_settings()) as engine, output.progress() as show:
-        receipts = erasing.erase(engine, asked, show)
+        receipts = erasure_service.erase(erasure_context(engine, show), asked)
     if json:
-        output.json([erasing.as_json(one) for one in receipts])
+        output.json([as_json(one) for one in receipts])
     for one in receipts:
-        for line in erasing.in_words(one):
+        for line in receipt_lines(one):
             output.say(line)
     if not receipts:
         output.say("No erasure was under way.")
@@ -417,7 +420,7 @@ def export(
     if asked is None:
         raise ShopSphereError("Name the person: --email, --phone, --loyalty-id, --user-id or --master-user-id.")
     directory = to or Path(f"export-{datetime.now(UTC):%Y%m%d-%H%M%S}")
-    done = write_export(Lake(load_settings()), asked, directory)
+    done = write_export(Lake(load_settings()), PROJECT.tables, asked, directory)
     if json:
         output.json({"directory": str(done.directory), "rows": dict(done.rows)})
         return
@@ -428,13 +431,15 @@ def export(
 def finish_erasures(engine: Engine, output: Output, *, keep_going: bool = False) -> bool:
     """Finish what an interrupted `erase` has left, and tell of it. False when rows that break an expectation keep it from
     that: only a pass reads their correction, so that nothing else may wait for the erasure. keep_going: nor for an outage."""
+    from app.cli.erasure_receipt import receipt_lines
+    from app.erasure import erasure_context
     from lakehouse.errors import CatalogUnreachable
     from lakehouse.expectations import ExpectationsFailed
-    from pipelines.privacy import erase as erasing
+    from pipelines.privacy import erase as erasure_service
 
     try:
         with output.progress() as show:
-            receipts = erasing.finish_begun(engine, show)
+            receipts = erasure_service.finish_pending(erasure_context(engine, show))
     except ExpectationsFailed as error:
         print(f"error: An erasure is under way and cannot be finished yet. {error}", file=sys.stderr, flush=True)
         return False
@@ -445,7 +450,7 @@ def finish_erasures(engine: Engine, output: Output, *, keep_going: bool = False)
         print(f"error: {away}", file=sys.stderr, flush=True)
         return False
     for one in receipts:
-        for line in erasing.in_words(one):
+        for line in receipt_lines(one):
             print(line, file=sys.stderr)
     return True
 

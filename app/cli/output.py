@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date, datetime, time, timedelta
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
@@ -16,24 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
-
-def plain(value: Any) -> Any:
-    """A value as JSON has it: decimals as exact text, times in ISO 8601, bytes as text, NaN as null."""
-    if isinstance(value, Decimal):
-        return str(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None  # JSON has no NaN
-    if isinstance(value, datetime | date | time):
-        return value.isoformat()
-    if isinstance(value, timedelta):
-        return value.total_seconds()
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "backslashreplace")
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value
+from lakehouse.json_values import to_json_value
 
 
 def text(value: Any) -> str:
@@ -50,7 +32,7 @@ def text(value: Any) -> str:
         return f"{value:,f}"
     if isinstance(value, datetime):
         return value.isoformat(sep=" ", timespec="seconds").replace("+00:00", "")
-    return str(plain(value))
+    return str(to_json_value(value))
 
 
 @dataclass(frozen=True)
@@ -66,7 +48,7 @@ class Output:
 
     def json(self, value: Any) -> None:
         """Print one JSON value."""
-        print(json.dumps(plain(value), ensure_ascii=False), flush=True)
+        print(json.dumps(to_json_value(value), ensure_ascii=False), flush=True)
 
     def say(self, line: str = "") -> None:
         """Print a line; nothing in JSON mode."""

@@ -32,7 +32,8 @@ from pipelines.bronze.tables import (
 )
 from pipelines.identity.records import ORDER_PREFIX
 from pipelines.parsing.contacts import phone_region
-from pipelines.privacy.suppression import ACCOUNT, MENTION, RECORD, Digest, Suppression, is_pseudonym, spelled_once
+from pipelines.privacy.pseudonyms import Digest, is_pseudonym, normalise_value
+from pipelines.privacy.suppression import ACCOUNT, MENTION, RECORD, Suppression
 from pipelines.silver.events_clean import whole_number
 
 TABLES_BY_NAME = {table.name: table for table in TABLES}
@@ -111,14 +112,14 @@ class Anonymiser:
         pseudonyms = self.suppression.pseudonyms
         if is_pseudonym(kind, raw):
             return raw, None
-        spelling = spelled_once(kind, raw, region or pseudonyms.region, city)
-        entry = self.suppression.of(kind, spelling) if spelling is not None else None
-        instead = pseudonyms.instead(kind, spelling) if spelling is not None else pseudonyms.instead("text", raw)
+        spelling = normalise_value(kind, raw, region or pseudonyms.region, city)
+        entry = self.suppression.find(kind, spelling) if spelling is not None else None
+        instead = pseudonyms.pseudonym(kind, spelling) if spelling is not None else pseudonyms.pseudonym("text", raw)
         return instead, entry[1] if entry is not None else None
 
     def _note(self, kind: str, raw: str, region: str = "", city: str = "") -> None:
         if self.seen is not None and not is_pseudonym(kind, raw):
-            spelling = spelled_once(kind, raw, region or self.suppression.pseudonyms.region, city)
+            spelling = normalise_value(kind, raw, region or self.suppression.pseudonyms.region, city)
             self.seen.add(Shown(kind, raw, spelling))
 
     def _replaced(self, kind: str, raw: str, owner: str | None, begun: int, region: str = "", city: str = "") -> str | None:
@@ -130,7 +131,7 @@ class Anonymiser:
             if until is None or begun > until:
                 return raw
             if self.latest is not None:
-                spelling = spelled_once(kind, raw, region or self.suppression.pseudonyms.region, city) or ""
+                spelling = normalise_value(kind, raw, region or self.suppression.pseudonyms.region, city) or ""
                 digest = self.suppression.pseudonyms.digest(kind, spelling)
                 self.latest[digest] = max(begun, self.latest.get(digest, begun))
             return instead
@@ -142,7 +143,7 @@ class Anonymiser:
         return self._value(kind, raw, region, city)[0]
 
     def _owner(self, kind: str, value: str) -> str | None:
-        entry = self.suppression.of(kind, value)
+        entry = self.suppression.find(kind, value)
         return entry[0] if entry is not None else None
 
     # --- PostgreSQL

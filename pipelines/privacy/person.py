@@ -16,7 +16,8 @@ from pipelines.bronze.tables import DOCUMENT_PATHS, EVENTS, MARKETPLACE_ORDERS, 
 from pipelines.identity.records import ORDER_PREFIX, USER_PREFIX
 from pipelines.parsing.contacts import normalise_addresses, normalise_email, normalise_phone, phone_region
 from pipelines.privacy.anonymise import ALWAYS, KEYS, Anonymiser, Shown
-from pipelines.privacy.suppression import ACCOUNT, MENTION, RECORD, Digest, Pseudonyms, Suppression, erasures, spelled_once
+from pipelines.privacy.pseudonyms import Digest, Pseudonyms, normalise_value
+from pipelines.privacy.suppression import ACCOUNT, MENTION, RECORD, Suppression, erasures
 from pipelines.settings import settings_of
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
 from pipelines.silver.orders_unified import ORDERS_UNIFIED
@@ -61,7 +62,7 @@ class DataSubject:
         return self.orders | {f"{USER_PREFIX}{number}" for number in self.accounts}
 
 
-def find(lake: Lake, asked: SubjectQuery) -> DataSubject:
+def find_person(lake: Lake, asked: SubjectQuery) -> DataSubject:
     """The person. Raises ShopSphereError when nobody is known, or several are."""
     region = settings_of(lake).default_region
     graph = lake.load(IDENTITY_GRAPH).read(["record_id", "node", "master_user_id"])
@@ -72,9 +73,7 @@ def find(lake: Lake, asked: SubjectQuery) -> DataSubject:
     if asked.master_user_id is not None:
         masters &= {asked.master_user_id}
     if not masters and not accounts and not spelled:
-        raise ShopSphereError(
-            "Nobody is known by that. Name the person by another identifier: e-mail, phone, account, loyalty card."
-        )
+        raise ShopSphereError("No customer matches this identifier. Try another one: e-mail, phone, account or loyalty card.")
     if len(masters) > 1:
         raise ShopSphereError(
             f"That is shown by {len(masters)} people: {', '.join(sorted(masters)[:10])}. Name one of them: --master-user-id."
@@ -123,7 +122,7 @@ def _named(
 
 
 @dataclass(frozen=True)
-class SubjectOrder:
+class ErasurePlan:
     """What an erasure is to do: hashes to suppress, and the clear texts to look for afterwards.
 
     until   by hash, up to when records of others are concerned, where rows are there that claim to begin after the erasure
@@ -163,7 +162,7 @@ def documents_of(lake: Lake, person: DataSubject) -> list[str]:
     return found["document_id"].drop_nulls().unique().sort().to_list()
 
 
-def collect(lake: Lake, person: DataSubject, pseudonyms: Pseudonyms, erasure: str, moment: int) -> SubjectOrder:
+def plan_erasure(lake: Lake, person: DataSubject, pseudonyms: Pseudonyms, erasure: str, moment: int) -> ErasurePlan:
     """Everything that the person's rows show, and what of it is theirs alone. Reads all of bronze twice."""
     entries = own_entries(person, pseudonyms, orders_of(lake, person), documents_of(lake, person))
     seen: set[Shown] = set(person.spelled)
@@ -198,7 +197,7 @@ def collect(lake: Lake, person: DataSubject, pseudonyms: Pseudonyms, erasure: st
         if text in unsure:
             shared[kind] = shared.get(kind, 0) + 1
     until = {digest: at for digest, at in (after.latest or {}).items() if at > moment}
-    return SubjectOrder(frozenset(entries), tuple(sorted({text for _, text in texts} - unsure)), until, shared)
+    return ErasurePlan(frozenset(entries), tuple(sorted({text for _, text in texts} - unsure)), until, shared)
 
 
 def _own_values(
@@ -239,7 +238,7 @@ def _unlinked(
             for path, kind in DOCUMENT_PATHS
             if kind in ("email", "phone", "loyalty")
             for raw in _at(text, path)
-            if (spelling := spelled_once(kind, raw, phone_region(None, None, platform) or pseudonyms.region)) is not None
+            if (spelling := normalise_value(kind, raw, phone_region(None, None, platform) or pseudonyms.region)) is not None
         }
         if contacts & entries:
             found.add((RECORD, pseudonyms.digest(RECORD, f"{MARKETPLACE_ORDERS.name}|{document_id}")))
@@ -328,7 +327,7 @@ def _homes(lake: Lake, person: DataSubject) -> set[Shown]:
     result = set()
     for address, city in users.unique().iter_rows():
         if address is not None:
-            result.add(Shown("address", address, spelled_once("address", address, "", city or "")))
+            result.add(Shown("address", address, normalise_value("address", address, "", city or "")))
     return result
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import boto3
 import pytest
-from support.erasure_world import somebody, texts_of
+from support.erasure_world import context_of, somebody, texts_of
 
 import pipelines
 from app import sandbox
@@ -98,7 +98,7 @@ def erased_there(settings: Settings) -> None:
     """A person goes from the store as from a disk."""
     person = somebody(Lake(settings))
     with open_engine(settings) as engine:
-        (receipt,) = erase(engine, SubjectQuery(email=person["email"]), lambda what, done, total: None)
+        (receipt,) = erase(context_of(engine), SubjectQuery(email=person["email"]))
     assert receipt.clean
     assert receipt.values
     assert sum(one.files_deleted for one in receipt.forgotten)

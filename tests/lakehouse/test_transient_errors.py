@@ -81,16 +81,16 @@ def test_a_pass_goes_on_after_an_outage_and_stops_at_a_mistake(tmp_path, monkeyp
         done = run_once(engine, PROJECT, lambda name, report: None)
         assert [type(error) for error in done.errors] == [TransientError]
         assert {report.table for report in done.reports} >= {step.target.name for step in pipelines.STEPS} - {"gold.dim_date"}
-        monkeypatch.setattr(pipelines.runner, "outage", lambda error: None)
+        monkeypatch.setattr(pipelines.runner, "as_transient_error", lambda error: None)
         with pytest.raises(OSError, match="PutObject"):
             run_once(engine, PROJECT, lambda name, report: None)
 
 
 def test_run_every_may_start_during_an_outage(tmp_path, monkeypatch, capsys):
-    def away(engine, show):
+    def away(context):
         raise OSError("AWS Error NETWORK_CONNECTION during HeadObject operation")
 
-    monkeypatch.setattr("pipelines.privacy.erase.finish_begun", away)
+    monkeypatch.setattr("pipelines.privacy.erase.finish_pending", away)
     with open_engine(Settings(home=tmp_path)) as engine:
         assert not finish_erasures(engine, Output(False), keep_going=True)
         assert "cannot be used: AWS Error NETWORK_CONNECTION" in capsys.readouterr().err

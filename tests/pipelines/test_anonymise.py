@@ -19,7 +19,8 @@ from pipelines.bronze.tables import CHARGEBACKS, EVENTS, MARKETPLACE_ORDERS, ORD
 from pipelines.parsing.contacts import normalise_address, normalise_email, normalise_name, normalise_phone
 from pipelines.parsing.marketplace_documents import parse_documents
 from pipelines.privacy.anonymise import Anonymiser
-from pipelines.privacy.suppression import KEY_FILE, Pseudonyms, Suppression, is_pseudonym, key_of, spelled_once
+from pipelines.privacy.pseudonyms import KEY_FILE, Pseudonyms, erasure_key, is_pseudonym, normalise_value
+from pipelines.privacy.suppression import Suppression
 from pipelines.settings import Settings
 from pipelines.silver.events_clean import parse_events
 
@@ -297,10 +298,10 @@ def test_whatever_comes_is_anonymised_once_and_for_all(given: list[dict[str, Any
 @settings(deadline=None)
 @given(st.sampled_from(["email", "phone", "address", "card", "device", "ip", "loyalty", "session"]), st.text(min_size=1))
 def test_a_pseudonym_stays_itself(kind: str, value: str) -> None:
-    pseudonym = P.instead(kind, value)
+    pseudonym = P.pseudonym(kind, value)
     assert is_pseudonym(kind, pseudonym)
-    assert spelled_once(kind, pseudonym, "ID") == pseudonym
-    assert P.instead(kind, value) == pseudonym != Pseudonyms(b"another key", "ID").instead(kind, value)
+    assert normalise_value(kind, pseudonym, "ID") == pseudonym
+    assert P.pseudonym(kind, value) == pseudonym != Pseudonyms(b"another key", "ID").pseudonym(kind, value)
 
 
 def test_an_anonymiser_travels_without_what_it_saw() -> None:
@@ -314,14 +315,14 @@ def test_an_anonymiser_travels_without_what_it_saw() -> None:
 @pytest.mark.parametrize("key", ["short", "a" * 64])
 def test_a_weak_key_is_refused_and_never_shown(key: str, tmp_path: Any) -> None:
     with pytest.raises(SettingsError, match="too weak") as error:
-        key_of(Settings(home=tmp_path, erasure={"key": key}))
+        erasure_key(Settings(home=tmp_path, erasure={"key": key}))
     assert key not in str(error.value)
 
 
 def test_the_key_file_is_made_once_for_its_owner(tmp_path: Any) -> None:
     settings = Settings(home=tmp_path)
-    assert key_of(settings) is None
-    key = key_of(settings, create=True)
+    assert erasure_key(settings) is None
+    key = erasure_key(settings, create=True)
     assert key is not None
-    assert key_of(settings, create=True) == key
+    assert erasure_key(settings, create=True) == key
     assert (tmp_path / KEY_FILE).stat().st_mode & 0o777 == 0o600

@@ -19,16 +19,16 @@ import pymongo
 import pytest
 from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
-from support.erasure_world import World, holding, shop, somebody, texts_of
+from support.erasure_world import World, context_of, holding, shop, somebody, texts_of, use_project
 from support.mlflow_server import mlflow_server
 from support.waiting import wait_for
 
 import pipelines
 import pipelines.privacy.erase
+from app.cli.erasure_receipt import receipt_lines
 from app.cli.main import main
 from app.project import PROJECT
 from lakehouse.digest import digest
-from lakehouse.engine.engine import Engine
 from lakehouse.errors import SettingsError, ShopSphereError
 from lakehouse.expectations import accepted
 from lakehouse.iceberg.table_handle import Lake
@@ -39,10 +39,12 @@ from pipelines.bronze.tables import EVENTS, MARKETPLACE_ORDERS, USERS
 from pipelines.gold.customer_360 import CUSTOMER_360
 from pipelines.gold.fact_orders import FACT_ORDERS
 from pipelines.gold.sales_daily import SALES_DAILY
-from pipelines.privacy.erase import erase, finish, in_words, request
+from pipelines.privacy.context import ErasureContext
+from pipelines.privacy.erase import erase, finish, request
 from pipelines.privacy.export import export
 from pipelines.privacy.person import SubjectQuery
-from pipelines.privacy.suppression import KEY_FILE, erasures, is_pseudonym
+from pipelines.privacy.pseudonyms import KEY_FILE, is_pseudonym
+from pipelines.privacy.suppression import erasures
 from pipelines.runner import rebuild, replay, run_once
 from pipelines.settings import business_settings
 from pipelines.silver.quarantine import QUARANTINE
@@ -64,10 +66,6 @@ def world(filled_shop: World) -> World:
     return filled_shop
 
 
-def quiet(what: str, done: int, total: int) -> None:
-    pass
-
-
 def digests(lake: Lake, layers: tuple[str, ...] = ("silver", "gold")) -> dict[str, str]:
     return {name: digest(lake.load(table)) for name, table in pipelines.TABLES.items() if table.layer in layers}
 
@@ -85,7 +83,7 @@ def test_a_person_goes_from_every_file_and_every_sum_stays(world: World) -> None
     orders = lake.load(FACT_ORDERS).read(["order_id", "net_revenue", "store_id", "order_date", "master_user_id"]).sort("order_id")
     before, begun = digests(lake), datetime.now(UTC)
     with world.engine() as engine:
-        (receipt,) = erase(engine, SubjectQuery(email=person["email_raw"]), quiet)
+        (receipt,) = erase(context_of(engine), SubjectQuery(email=person["email_raw"]))
     assert begun <= receipt.requested_at <= receipt.finished_at
     assert receipt.clean
     assert receipt.values
@@ -111,19 +109,17 @@ def test_a_person_goes_from_every_file_and_every_sum_stays(world: World) -> None
     )
     kept = "".join(file.read_text() for file in (world.home / "erasures").iterdir())
     assert not [text for text in texts if text in kept]
-    with world.engine() as engine, pytest.raises(ShopSphereError, match="Nobody is known"):
-        erase(engine, SubjectQuery(email=person["email_raw"]), quiet)
+    with world.engine() as engine, pytest.raises(ShopSphereError, match="No customer matches"):
+        erase(context_of(engine), SubjectQuery(email=person["email_raw"]))
 
 
 @pytest.mark.slow
 def test_a_source_that_still_has_the_row_does_not_bring_the_person_back(world: World) -> None:
     person = somebody(world.lake)
     with world.engine() as engine:
-        erase(engine, SubjectQuery(master_user_id=person["master_user_id"]), quiet)
+        erase(context_of(engine), SubjectQuery(master_user_id=person["master_user_id"]))
         after = digests(engine.lake)
-        rebuild(
-            engine, [name for name, table in pipelines.TABLES.items() if table.layer == "bronze" and table in pipelines.BRONZE]
-        )
+        rebuild(engine, PROJECT, [table.name for table in pipelines.BRONZE])
     run(world)
     assert holding(world.home, texts_of(person)) == []
     assert digests(world.lake) == after
@@ -157,8 +153,8 @@ def test_a_broken_expectation_keeps_an_erasure_waiting_and_nothing_else(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     strict = replace(FACT_ORDERS, expectations=(accepted("channel", {"web", "pos", "marketplace"}),))
-    steps = tuple(replace(one, target=strict) if one.target.name == strict.name else one for one in pipelines.STEPS)
-    monkeypatch.setattr(pipelines, "STEPS", steps)
+    steps = tuple(replace(step, target=strict) if step.target.name == strict.name else step for step in PROJECT.steps)
+    use_project(monkeypatch, replace(PROJECT, steps=steps))
     monkeypatch.setenv("SHOPSPHERE_HOME", str(world.home))
     run(world)
     person = somebody(world.lake, 2)
@@ -169,7 +165,7 @@ def test_a_broken_expectation_keeps_an_erasure_waiting_and_nothing_else(
         )
         try:
             with world.engine() as engine:
-                one = request(engine, SubjectQuery(email=person["email_raw"]), quiet)
+                one = request(context_of(engine), SubjectQuery(email=person["email_raw"]))
                 for known in pipelines.sources(world.settings):  # as a run does that is killed after this
                     engine.ingest(known, pipelines.TABLES)
             capsys.readouterr()
@@ -201,7 +197,7 @@ def test_quarantined_rows_go_too_and_their_correction_does_not_bring_anything_ba
         kept = world.lake.load(QUARANTINE).read(["source_position", "original"])
         assert person["email_raw"].encode() in b"".join(kept["original"])
         with world.engine() as engine:
-            (receipt,) = erase(engine, SubjectQuery(email=person["email"]), quiet)
+            (receipt,) = erase(context_of(engine), SubjectQuery(email=person["email"]))
         assert receipt.clean
         texts = [*texts_of(person), "Xaver Ungelesen", "Hinterhof 77"]
         assert holding(world.home, texts) == []
@@ -249,7 +245,7 @@ def test_what_names_the_person_goes_wherever_it_stands_in_what_concerns_them(wor
     try:
         run(world)
         with world.engine() as engine:
-            (receipt,) = erase(engine, SubjectQuery(user_id=account), quiet)
+            (receipt,) = erase(context_of(engine), SubjectQuery(user_id=account))
     finally:
         collection.delete_many({"_id": {"$in": ["erasure-gift", "erasure-other"]}})
     assert receipt.clean
@@ -270,7 +266,7 @@ def test_a_row_that_claims_to_begin_in_the_future_is_no_hiding_place(world: Worl
     run(world)
     assert holding(world.home, ["d-of-the-future"])
     with world.engine() as engine:
-        (receipt,) = erase(engine, SubjectQuery(email=person["email"]), quiet)
+        (receipt,) = erase(context_of(engine), SubjectQuery(email=person["email"]))
         assert receipt.clean
         assert holding(world.home, [*texts_of(person), "d-of-the-future"]) == []
         rebuild(engine, PROJECT, [EVENTS.name])
@@ -284,7 +280,7 @@ def test_others_keep_what_is_theirs(world: World) -> None:
     columns = ["user_id", "email", "phone_number", "name", "master_user_id"]
     others = lake.load(USERS_SCD).read(columns, pl.col("master_user_id") != person["master_user_id"]).sort(columns)
     with world.engine() as engine:
-        erase(engine, SubjectQuery(user_id=int(person["primary_user_id"])), quiet)
+        erase(context_of(engine), SubjectQuery(user_id=int(person["primary_user_id"])))
     after = world.lake.load(USERS_SCD).read(columns, pl.col("master_user_id") != person["master_user_id"]).sort(columns)
     assert after.equals(others)
 
@@ -292,12 +288,12 @@ def test_others_keep_what_is_theirs(world: World) -> None:
 def test_the_list_of_what_to_look_for_outlives_no_erasure(world: World) -> None:
     person, place = somebody(world.lake), world.home / "erasures"
     with world.engine() as engine:
-        one = request(engine, SubjectQuery(email=person["email"]), quiet)
+        one = request(context_of(engine), SubjectQuery(email=person["email"]))
         (kept,) = place.glob("*.order.json")
         told = kept.read_bytes()
-        assert finish(engine, one, quiet).clean
+        assert finish(context_of(engine), one).clean
         kept.write_bytes(told)  # as a process leaves it that was killed before its last step
-        assert erase(engine, None, quiet) == []
+        assert erase(context_of(engine), None) == []
     assert not list(place.glob("*.order.json"))
     assert not list(place.glob(".*"))
 
@@ -305,9 +301,9 @@ def test_the_list_of_what_to_look_for_outlives_no_erasure(world: World) -> None:
 def test_whoever_is_erased_once_more_is_erased_still(world: World) -> None:
     person = somebody(world.lake)
     with world.engine() as engine:
-        (once,) = erase(engine, SubjectQuery(email=person["email"]), quiet)
+        (once,) = erase(context_of(engine), SubjectQuery(email=person["email"]))
         names = set(engine.lake.load(USERS_SCD).read(["name"])["name"])
-        (again,) = erase(engine, SubjectQuery(user_id=int(person["primary_user_id"])), quiet)
+        (again,) = erase(context_of(engine), SubjectQuery(user_id=int(person["primary_user_id"])))
         assert set(engine.lake.load(USERS_SCD).read(["name"])["name"]) == names
     assert once.clean
     assert again.clean
@@ -324,13 +320,13 @@ def test_half_written_files_go_with_what_they_hold_and_others_are_named(world: W
     outside.write_bytes(whole[:300])
     try:
         with world.engine() as engine:
-            (receipt,) = erase(engine, SubjectQuery(email=person["email"]), quiet)
+            (receipt,) = erase(context_of(engine), SubjectQuery(email=person["email"]))
             assert not receipt.clean
             assert receipt.searched.unread == (str(outside),)
-            assert any(str(outside) in line for line in in_words(receipt))
+            assert any(str(outside) in line for line in receipt_lines(receipt))
             assert not any(file.exists() for file in left)
             outside.unlink()
-            (receipt,) = erase(engine, None, quiet)
+            (receipt,) = erase(context_of(engine), None)
             assert receipt.clean
     finally:
         outside.unlink(missing_ok=True)
@@ -340,11 +336,11 @@ def test_half_written_files_go_with_what_they_hold_and_others_are_named(world: W
 def test_two_at_once_and_an_erasure_that_was_begun(world: World) -> None:
     one, other = somebody(world.lake), somebody(world.lake, 3)
     with world.engine() as engine:
-        request(engine, SubjectQuery(email=one["email"]), quiet)
-        request(engine, SubjectQuery(email=other["email"]), quiet)
+        request(context_of(engine), SubjectQuery(email=one["email"]))
+        request(context_of(engine), SubjectQuery(email=other["email"]))
     assert [item.finished for item in erasures(world.lake)] == [False, False]
     with world.engine() as engine:
-        receipts = erase(engine, None, quiet)
+        receipts = erase(context_of(engine), None)
     assert [receipt.clean for receipt in receipts] == [True, True]
     assert holding(world.home, [*texts_of(one), *texts_of(other)]) == []
     assert all(item.finished for item in erasures(world.lake))
@@ -354,17 +350,17 @@ def test_two_at_once_and_an_erasure_that_was_begun(world: World) -> None:
 def test_without_its_key_nothing_is_ingested(world: World) -> None:
     person = somebody(world.lake)
     with world.engine() as engine:
-        erase(engine, SubjectQuery(email=person["email"]), quiet)
+        erase(context_of(engine), SubjectQuery(email=person["email"]))
     key = world.home / KEY_FILE
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     key.rename(world.home / "elsewhere")
     with world.engine() as engine, pytest.raises(SettingsError, match="key"):
         run_once(engine, PROJECT, lambda name, report: None)
     with world.engine() as engine, pytest.raises(SettingsError, match="is missing"):
-        erase(engine, SubjectQuery(user_id=int(somebody(world.lake, 1)["primary_user_id"])), quiet)
+        erase(context_of(engine), SubjectQuery(user_id=int(somebody(world.lake, 1)["primary_user_id"])))
     assert not key.exists(), "another key would stand in the way of the former one"
     key.write_text(os.urandom(32).hex())
-    with world.engine() as engine, pytest.raises(SettingsError, match="another"):
+    with world.engine() as engine, pytest.raises(SettingsError, match="differs"):
         run_once(engine, PROJECT, lambda name, report: None)
     (world.home / "elsewhere").unlink()
 
@@ -372,7 +368,7 @@ def test_without_its_key_nothing_is_ingested(world: World) -> None:
 def test_export_tells_everything_and_overwrites_nothing(world: World, tmp_path: Path) -> None:
     person = somebody(world.lake)
     target = tmp_path / "export"
-    done = export(world.lake, SubjectQuery(email=person["email"]), target)
+    done = export(world.lake, PROJECT.tables, SubjectQuery(email=person["email"]), target)
     told = json.loads((target / "person.json").read_text())
     assert told["person"]["masters"] == [person["master_user_id"]]
     assert {USERS.name, EVENTS.name, "silver.identity_graph", "silver.users_scd", "gold.customer_360"} <= set(told["tables"])
@@ -383,9 +379,9 @@ def test_export_tells_everything_and_overwrites_nothing(world: World, tmp_path: 
     assert done.rows["gold.fact_orders"] == orders.height
     assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in target.iterdir())
     with pytest.raises(ShopSphereError, match="not overwritten"):
-        export(world.lake, SubjectQuery(email=person["email"]), target)
-    with pytest.raises(ShopSphereError, match="Nobody is known"):
-        export(world.lake, SubjectQuery(email="nobody@nowhere.example"), tmp_path / "other")
+        export(world.lake, PROJECT.tables, SubjectQuery(email=person["email"]), target)
+    with pytest.raises(ShopSphereError, match="No customer matches"):
+        export(world.lake, PROJECT.tables, SubjectQuery(email="nobody@nowhere.example"), tmp_path / "other")
 
 
 @pytest.mark.slow
@@ -411,7 +407,7 @@ def test_a_replica_forgets_too(world: World) -> None:
         send("tail-1")
         wait_for(lambda: devices() == ["d-of-the-tail"])
         with world.engine() as engine:
-            assert erase(engine, SubjectQuery(email=person["email"]), quiet)[0].clean
+            assert erase(context_of(engine), SubjectQuery(email=person["email"]))[0].clean
         send("tail-2")
         wait_for(lambda: len(devices()) == 2 and len(set(devices())) == 1 and is_pseudonym("device", devices()[0]))
         run(world)
@@ -449,9 +445,9 @@ def test_served_scores_of_before_go_from_their_topic(world: World, taken_in: boo
         for number in range(5):
             score(number)
         with world.engine() as engine:
-            one = request(engine, SubjectQuery(email=person["email"]), quiet)
+            one = request(context_of(engine), SubjectQuery(email=person["email"]))
             score(5)
-            receipt = finish(engine, one, quiet)
+            receipt = finish(context_of(engine), one)
         assert receipt.clean
         assert in_topic() == 1, "what was sent afterwards stays"
         run(world)
@@ -465,11 +461,11 @@ def test_an_erasure_waits_for_the_topic_of_scores(world: World) -> None:
     away = world.settings.kafka.model_copy(update={"bootstrap_servers": "127.0.0.1:1"})
     apart = replace(world, settings=world.settings.model_copy(update={"kafka": away}))
     with apart.engine() as engine:
-        (receipt,) = erase(engine, SubjectQuery(email=somebody(world.lake)["email"]), quiet)
+        (receipt,) = erase(context_of(engine), SubjectQuery(email=somebody(world.lake)["email"]))
         assert not receipt.clean
-        assert "not reached topic fraud_scores could not be emptied: Kafka: 127.0.0.1:1" in "\n".join(in_words(receipt))
+        assert "not reached topic fraud_scores could not be emptied: Kafka: 127.0.0.1:1" in "\n".join(receipt_lines(receipt))
     with world.engine() as engine:
-        (receipt,) = erase(engine, None, quiet)
+        (receipt,) = erase(context_of(engine), None)
         assert receipt.clean
 
 
@@ -484,14 +480,14 @@ def test_a_tracking_server_is_searched_too(world: World, tmp_path: Path, monkeyp
         assert experiment is not None
         run_id = registry.client.create_run(experiment.experiment_id).info.run_id
         registry.client.log_text(run_id, f"a note on {person['email_raw']}", "note.txt")
-        (receipt,) = erase(engine, SubjectQuery(email=person["email"]), quiet)
+        (receipt,) = erase(context_of(engine), SubjectQuery(email=person["email"]))
         assert receipt.searched.matches == (f"mlflow/runs/{run_id}/artifacts/note.txt",)
         registry.client.log_text(run_id, "a note on nobody", "note.txt")
-        (receipt,) = erase(engine, None, quiet)
+        (receipt,) = erase(context_of(engine), None)
         assert receipt.clean
         server.stop()
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        (receipt,) = erase(engine, SubjectQuery(email=somebody(world.lake, 1)["email"]), quiet)
+        (receipt,) = erase(context_of(engine), SubjectQuery(email=somebody(world.lake, 1)["email"]))
         assert [what.split(" could")[0] for what in receipt.unreached] == [f"MLflow at {server.address}"]
 
 
@@ -500,13 +496,13 @@ def test_a_shop_that_goes_on_selling_meanwhile_is_no_reason_to_stay_unfinished(w
     world, person = world.without_postgres, somebody(world.lake)
     collection = orders_of_marketplaces(world)
     with world.engine() as engine:
-        request(engine, SubjectQuery(email=person["email"]), quiet)
+        request(context_of(engine), SubjectQuery(email=person["email"]))
         sale = {"_id": "sold-meanwhile", "platform": "lazada", "mp_order_id": "LZ-NEW", "amount": 5, "currency": "IDR"}
         item = {"product_id": "P0001", "product_name": "Thing", "quantity": 1, "price": 5}
         collection.insert_one({**sale, "order_time": datetime.now(UTC), "items": [item]})
         try:
             assert not run_once(engine, PROJECT, lambda name, report: None).errors
-            (receipt,) = erase(engine, None, quiet)
+            (receipt,) = erase(context_of(engine), None)
         finally:
             collection.delete_one({"_id": "sold-meanwhile"})
     assert not receipt.sums_equal
@@ -518,21 +514,21 @@ def test_a_shop_that_goes_on_selling_meanwhile_is_no_reason_to_stay_unfinished(w
 @pytest.mark.slow
 def test_a_sale_that_a_run_had_begun_to_read_is_no_difference_of_sums(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world, person = world.without_postgres, somebody(world.lake)
-    collection, begun = orders_of_marketplaces(world), pipelines.privacy.erase.bring_up_to_date
+    collection, begun = orders_of_marketplaces(world), pipelines.privacy.erase.refresh_all
     sale = {"_id": "sold-before", "platform": "lazada", "mp_order_id": "LZ-BEFORE", "amount": 5, "currency": "IDR"}
     item = {"product_id": "P0001", "product_name": "Thing", "quantity": 1, "price": 5}
 
-    def then_a_run_stores_it(engine: Engine) -> None:
-        begun(engine)
+    def then_a_run_stores_it(context: ErasureContext) -> None:
+        begun(context)
         for source in pipelines.sources(world.settings):
-            engine.ingest(source, pipelines.TABLES)
+            context.engine.ingest(source, pipelines.TABLES)
         monkeypatch.undo()
 
     collection.insert_one({**sale, "order_time": datetime.now(UTC), "items": [item]})
-    monkeypatch.setattr(pipelines.privacy.erase, "bring_up_to_date", then_a_run_stores_it)
+    monkeypatch.setattr(pipelines.privacy.erase, "refresh_all", then_a_run_stores_it)
     try:
         with world.engine() as engine:
-            (receipt,) = erase(engine, SubjectQuery(email=person["email"]), quiet)
+            (receipt,) = erase(context_of(engine), SubjectQuery(email=person["email"]))
     finally:
         collection.delete_one({"_id": "sold-before"})
     assert not receipt.sums_equal
@@ -553,7 +549,7 @@ def test_the_features_of_every_order_stay_what_they_were(world: World) -> None:
     with world.engine() as engine:
         order_features.refresh(engine)
         before = engine.lake.load(ORDER_FEATURES).read(names).sort("order_id")
-        (receipt,) = erase(engine, SubjectQuery(email=person["email"]), quiet)
+        (receipt,) = erase(context_of(engine), SubjectQuery(email=person["email"]))
         after = engine.lake.load(ORDER_FEATURES).read(names).sort("order_id")
     assert receipt.clean
     assert after.equals(before)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.erasure_world import World, holding, shop, somebody, texts_of
+from support.erasure_world import World, context_of, holding, shop, somebody, texts_of
 
 from app.project import PROJECT
 from lakehouse.digest import digest
@@ -27,7 +27,7 @@ MOMENTS = 12
 # every write that others can see: commits, deleted files, files beside the warehouse; counted, and one of them is the last
 CHILD = """
 import os, signal, sys
-import pipelines.privacy.erase, lakehouse.iceberg.table_handle, lakehouse.iceberg.rewrite
+import pipelines.privacy.receipt, lakehouse.iceberg.table_handle, lakehouse.iceberg.rewrite
 from app.cli.main import main
 wanted, after, count = int(sys.argv[1]), sys.argv[2] == "after", 0
 def counted(function):
@@ -41,9 +41,9 @@ def counted(function):
             os.kill(os.getpid(), signal.SIGKILL)
         return result
     return call
-lakehouse.iceberg.table_handle.Handle.commit = counted(lakehouse.iceberg.table_handle.Handle.commit)
+lakehouse.iceberg.table_handle.TableHandle.commit = counted(lakehouse.iceberg.table_handle.TableHandle.commit)
 lakehouse.iceberg.rewrite.delete = counted(lakehouse.iceberg.rewrite.delete)
-pipelines.privacy.erase.write_private = counted(pipelines.privacy.erase.write_private)
+pipelines.privacy.receipt.replace_private_file = counted(pipelines.privacy.receipt.replace_private_file)
 code = main(["erase", "--email", sys.argv[3]])
 print("writes", count, file=sys.stderr)
 sys.exit(code)
@@ -85,9 +85,9 @@ def test_killed_at_any_moment_it_finishes_when_run_again(world: World) -> None:
         assert killed.returncode == -signal.SIGKILL, (at, when, killed.stderr)
         with world.engine() as engine:
             # what `run` does first; where the erasure was not stored yet, the one who asked asks again
-            receipts = erase(engine, None, lambda what, done, total: None)
+            receipts = erase(context_of(engine), None)
             if not erasures(engine.lake):
-                receipts = erase(engine, asked, lambda what, done, total: None)
+                receipts = erase(context_of(engine), asked)
         assert all(receipt.clean for receipt in receipts), (at, when)
         assert all(one.finished for one in erasures(world.lake))
         assert holding(world.home, texts) == [], (at, when)

@@ -15,7 +15,7 @@ from lakehouse.engine.row_diff import with_mark
 from lakehouse.errors import ShopSphereError
 from lakehouse.iceberg.table_handle import Lake, polars_schema
 from lakehouse.table import TIMESTAMP, Table
-from pipelines.privacy.person import SubjectQuery, find
+from pipelines.privacy.person import SubjectQuery, find_person
 from pipelines.settings import Settings
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
 from pipelines.silver.orders_unified import ORDERS_UNIFIED
@@ -54,11 +54,11 @@ def test_a_closed_account_is_theirs_who_show_its_email_on_a_marketplace_alone(tm
     write(lake, USERS_SCD, user(7, "ada@x.example", "Ada"), user(8, "bo@x.example", "Bo", "M-2"))
     write(lake, ORDERS_UNIFIED, {"order_id": "lazada:1", "customer_record": "order:lazada:1", "email": "ada@x.example"})
     for asked in (SubjectQuery(master_user_id="M-1"), SubjectQuery(email="ADA@x.example")):
-        person = find(lake, asked)
+        person = find_person(lake, asked)
         assert (person.accounts, person.orders, person.masters) == ({7}, {"order:lazada:1"}, {"M-1"})
-    assert find(lake, SubjectQuery(user_id=8)).accounts == {8}
-    with pytest.raises(ShopSphereError, match="Nobody"):
-        find(lake, SubjectQuery(user_id=9))
+    assert find_person(lake, SubjectQuery(user_id=8)).accounts == {8}
+    with pytest.raises(ShopSphereError, match="No customer"):
+        find_person(lake, SubjectQuery(user_id=9))
 
 
 def test_closed_accounts_of_a_crowd_are_nobodys(tmp_path: Path) -> None:
@@ -66,4 +66,4 @@ def test_closed_accounts_of_a_crowd_are_nobodys(tmp_path: Path) -> None:
     write(lake, IDENTITY_GRAPH, node("user:8", "email:none@x.example", "M-2"))
     write(lake, USERS_SCD, user(8, "none@x.example", "Bo", "M-2"), *(user(n, "none@x.example", f"No {n}") for n in range(20, 30)))
     write(lake, ORDERS_UNIFIED, {"order_id": "1", "customer_record": "user:8", "email": None})
-    assert find(lake, SubjectQuery(user_id=8)).accounts == {8}
+    assert find_person(lake, SubjectQuery(user_id=8)).accounts == {8}

@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from app.project import PROJECT
 from pipelines.bronze.tables import DOCUMENT_PATHS, EVENT_PATHS
-from pipelines.privacy.suppression import Pseudonyms, is_pseudonym
+from pipelines.privacy.pseudonyms import Pseudonyms, is_pseudonym
 
 WORDS = """
     _op _source_position _unchanged brand category changed_field channel chargeback_reason closed_by country currency
@@ -55,4 +55,4 @@ def test_every_kind_of_bronze_has_a_pseudonym_that_is_known_again() -> None:
     kinds = {*columns, *(kind for _, kind in (*DOCUMENT_PATHS, *EVENT_PATHS))} - {"", "account", "name", "city"}
     assert {"email", "phone", "address", "card", "device", "ip", "loyalty", "session"} <= kinds
     for kind in kinds:
-        assert is_pseudonym(kind, pseudonyms.instead(kind, "somebody"))
+        assert is_pseudonym(kind, pseudonyms.pseudonym(kind, "somebody"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,10 +15,13 @@ import psycopg
 import pytest
 
 from app import sandbox
+from app.erasure import erasure_context
 from app.project import PROJECT
 from lakehouse.engine.engine import Engine
 from lakehouse.iceberg.table_handle import Lake
+from lakehouse.project import Project
 from pipelines.gold.customer_360 import CUSTOMER_360
+from pipelines.privacy.context import ErasureContext
 from pipelines.runner import open_engine, run_once
 from pipelines.settings import Settings, load_settings
 from pipelines.silver.users_scd import USERS_SCD
@@ -64,6 +68,18 @@ class World:
         """As the commands have it."""
         with open_engine(self.settings) as engine:
             yield engine
+
+
+def context_of(engine: Engine) -> ErasureContext:
+    """Return the context of an erasure that reports no progress."""
+    return erasure_context(engine, lambda stage, done, total: None)
+
+
+def use_project(monkeypatch: pytest.MonkeyPatch, project: Project) -> None:
+    """Replace the application's project in every module of `app` that imported it."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("app.") and getattr(module, "PROJECT", None) is PROJECT:
+            monkeypatch.setattr(module, "PROJECT", project)
 
 
 @contextmanager
