@@ -63,7 +63,7 @@ lint: $(READY) ## Style, types, import direction, generated docs
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m app docs --check
 
-docs: $(READY) ## Write docs/tables.md, star-schema.md, features.md and settings.md from the declarations
+docs: $(READY) ## Generate docs/reference/ from the declarations
 	@$(BIN)/python -m app docs
 
 bench: $(READY) ## What a change costs against the full build; the training set against a plain script

@@ -26,7 +26,7 @@ Personal = str | tuple[tuple[str, str], ...]
 class Column:
     """A column: name, Arrow type, what it means.
 
-    personal  the kind of personal value it holds ('email', 'name', ...; see docs/erasure.md); '': none. Of a JSON column
+    personal  the kind of personal value it holds ('email', 'name', ...; see docs/concepts/erasure.md); '': none. Of a JSON column
               pairs of a path and its kind ('': none, with all below it): what is not named there is not known to be harmless
     """
 

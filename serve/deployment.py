@@ -35,7 +35,7 @@ FAST_PATH: Mapping[str, str] = {
     # by default each request's path and query, which may name a person, are sent to whatever listens on UDP 514
     "RAY_SERVE_HAPROXY_LOG_TARGET": "/dev/null",
 }
-"""Must be in the environment before Ray starts. A factor of ten in requests per second; see docs/serving.md."""
+"""Must be in the environment before Ray starts. A factor of ten in requests per second; see docs/concepts/serving.md."""
 
 OWN_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
 """Of HAProxy, beside the one that it serves on; by default the same for all that serve on a machine."""

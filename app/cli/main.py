@@ -547,14 +547,15 @@ def demo(
 
 
 @app.command()
-def docs(check: Annotated[bool, typer.Option("--check", help="Only tell whether the pages are up to date")] = False) -> None:
-    """Write docs/tables.md, star-schema.md, features.md and settings.md from the declarations."""
-    from app.cli.generated_docs import stale_pages, write_pages
+def docs(check: Annotated[bool, typer.Option("--check", help="Only check that the pages are up to date")] = False) -> None:
+    """Generate docs/reference/ from the declarations: tables, features, settings, commands, metrics, errors."""
+    from app.reference.pages import stale_pages, write_pages
 
+    root = typer.main.get_command(app)
     if not check:
-        print(f"Wrote {', '.join(write_pages())}.")
-    elif stale := stale_pages():
-        raise ShopSphereError(f"{', '.join(stale)} differ from the declarations. Run `make docs` and commit what it writes.")
+        print(f"Wrote {', '.join(write_pages(root))}.")
+    elif stale := stale_pages(root):
+        raise ShopSphereError(f"{', '.join(stale)} differ from the declarations. Run `make docs` and commit the result.")
 
 
 register(app)

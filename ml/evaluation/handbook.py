@@ -3,7 +3,7 @@
 The data go through the features, the training and the figures of the shop: a card holder is a customer, a terminal a
 device, and a label is known seven days after its transaction. The protocol is the book's (chapter 5, model selection):
 four test weeks; training ends seven days before its week; from a week go the transactions of customers whose fraud
-is already known. Parameters and features were chosen on eight weeks before the test weeks (docs/fraud-model.md).
+is already known. Parameters and features were chosen on eight weeks before the test weeks (docs/concepts/fraud-model.md).
 """
 
 from __future__ import annotations

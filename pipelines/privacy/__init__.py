@@ -1,1 +1,1 @@
-"""Erasure of a person: what is suppressed, and bronze rows without it. See docs/erasure.md."""
+"""Erasure of a person: what is suppressed, and bronze rows without it. See docs/concepts/erasure.md."""

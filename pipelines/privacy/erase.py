@@ -1,4 +1,4 @@
-"""Erases one person from the lakehouse and proves it. See docs/erasure.md."""
+"""Erases one person from the lakehouse and proves it. See docs/concepts/erasure.md."""
 
 from __future__ import annotations
 
