@@ -14,8 +14,8 @@ def features_page() -> str:
         "",
         f"{len(FEATURES)} features, each as of the time its order was placed ([how](../concepts/fraud-model.md)). "
         "The last column is the text that a reviewer sees. Types: `count` is a whole number, `amount` is in units of the base "
-        "currency, `ratio` is a number without unit, `minutes` is elapsed time, `flag` is 0 or 1, `category` is one of the listed "
-        "texts.",
+        "currency, `ratio` is a number without unit, `minutes` is elapsed time, `flag` is 0 or 1, `category` is one of the "
+        "listed texts.",
         "",
     ]
     for group in FEATURE_GROUPS:

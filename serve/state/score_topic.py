@@ -1,6 +1,6 @@
 """The topic of scores: kept for `monitor`, and how replicas know of each other's orders.
 
-A score is an event (docs/reference/sources.md) of type `order_scored`, so the lakehouse takes it in like any other when the topic is among
+A score is an event of type `order_scored`, so the lakehouse takes it in like any other when the topic is among
 `kafka.topics`. It names no account or device outside `metadata`: features count an account's events, and must not count scores.
 """
 
