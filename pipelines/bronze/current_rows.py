@@ -7,7 +7,7 @@ import json
 import polars as pl
 
 from lakehouse.step import Parsed
-from pipelines.sources.epochs import is_marker, prefix_of
+from pipelines.sources.epochs import epoch_prefix_of, is_epoch_marker
 
 _FIX = "_is_fix"
 _ROW = "_row"
@@ -51,7 +51,7 @@ def since_truncate(bronze: pl.DataFrame, key: tuple[str, ...]) -> pl.DataFrame:
     if ends.is_empty():
         return bronze
     rows = bronze.filter(pl.col("_op") != "t")
-    truncated = ends.filter(~is_marker(_POSITION))["_source_position"].max()
+    truncated = ends.filter(~is_epoch_marker(_POSITION))["_source_position"].max()
     if truncated is not None:
         rows = rows.filter(pl.col("_source_position") > truncated)
     missed = _missed(rows, ends, key)
@@ -91,7 +91,7 @@ def _with_deletes(bronze: pl.DataFrame, key: tuple[str, ...]) -> pl.DataFrame:
     if ends.is_empty():
         return bronze
     rows = bronze.filter(pl.col("_op") != "t")
-    truncates = ends.filter(~is_marker(_POSITION))
+    truncates = ends.filter(~is_epoch_marker(_POSITION))
     deletes = pl.concat([_known_before(rows, truncates, key), _missed(rows, ends, key)])
     return pl.concat([rows, deletes.with_columns(pl.lit("d").alias("_op"))], how="diagonal")
 
@@ -110,10 +110,10 @@ def _known_before(rows: pl.DataFrame, ends: pl.DataFrame, key: tuple[str, ...]) 
 
 def _missed(rows: pl.DataFrame, ends: pl.DataFrame, key: tuple[str, ...]) -> pl.DataFrame:
     """As `_known_before`, of the markers alone, without the keys that the new read (`_op` 'r') of the marker found."""
-    known = _known_before(rows, ends.filter(is_marker(_POSITION)), key)
+    known = _known_before(rows, ends.filter(is_epoch_marker(_POSITION)), key)
     if known.is_empty():
         return known
-    read = rows.filter(pl.col("_op") == "r").select(*key, prefix_of(_POSITION).alias("_source_position"))
+    read = rows.filter(pl.col("_op") == "r").select(*key, epoch_prefix_of(_POSITION).alias("_source_position"))
     found = read.drop_nulls("_source_position")
     return known.join(found, on=[*key, "_source_position"], how="anti", nulls_equal=True)
 

@@ -11,7 +11,8 @@ from lakehouse.project import Project
 from pipelines.bronze.tables import EVENTS
 from pipelines.privacy.suppression import Erasure
 from pipelines.settings import settings_of
-from pipelines.sources.kafka.source import KafkaSource, delete_sent
+from pipelines.sources.kafka.deletion import delete_records_before
+from pipelines.sources.kafka.source import KafkaSource
 
 
 def ingest_scores(engine: Engine, project: Project, topic: str) -> None:
@@ -34,7 +35,7 @@ def delete_scores(lake: Lake, topic: str, erasure: Erasure) -> str:
         return ""
     position = lake.load(EVENTS).positions.get(KafkaSource.name) or {}
     try:
-        unread = delete_sent(settings_of(lake).kafka, topic, erasure.requested_at, position)
+        unread = delete_records_before(settings_of(lake).kafka, topic, erasure.requested_at, position)
     except SourceError as error:
         return f"topic {topic} could not be emptied: {error}"
     if not unread:

@@ -26,8 +26,8 @@ from pipelines.gold.inventory_health import INVENTORY_HEALTH
 from pipelines.silver.events_clean import EVENTS_CLEAN
 from pipelines.silver.inventory_snapshots import EVENT_COLUMNS, INVENTORY_SNAPSHOTS
 from pipelines.silver.inventory_snapshots import STEP as LEDGER
-from pipelines.sources.epochs import prefix
-from pipelines.sources.kafka.source import GENERATIONS, IDS, KafkaSource
+from pipelines.sources.kafka.positions import TOPIC_EPOCHS, TOPIC_IDS, topic_prefixes
+from pipelines.sources.kafka.source import KafkaSource
 
 STOCK = ("store_id", "product_id", "on_hand", "reserved", "incoming", "safety_stock", "available_to_promise", "daily_sales")
 
@@ -121,17 +121,17 @@ class SnapshotChain:
     @property
     def offsets(self) -> dict[str, int]:
         """By 'topic:partition' the first offset that the lakehouse has not read."""
-        return {name: int(offset) for name, offset in self._read.items() if name not in (IDS, GENERATIONS)}
+        return {name: int(offset) for name, offset in self._read.items() if name not in (TOPIC_IDS, TOPIC_EPOCHS)}
 
     @property
     def prefixes(self) -> dict[str, str]:
         """What positions of messages begin with, by topic, where the topic is not in its first generation."""
-        return {topic: prefix(number) for topic, number in self._read.get(GENERATIONS, {}).items()}
+        return topic_prefixes(self._read)
 
     @property
     def ids(self) -> dict[str, str]:
         """By topic its id, as far as the broker told."""
-        return dict(self._read.get(IDS, {}))
+        return dict(self._read.get(TOPIC_IDS, {}))
 
     @property
     def _read(self) -> dict[str, Any]:

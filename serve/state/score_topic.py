@@ -23,7 +23,7 @@ from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-def
 from lakehouse.errors import ShopSphereError
 from ml.evaluation.served_scores import ORDER_SCORED
 from pipelines.settings import KafkaSettings
-from pipelines.sources.kafka.source import open_consumer
+from pipelines.sources.kafka.clients import open_consumer
 from serve.http.edges import UNKEPT
 
 logger = logging.getLogger("shopsphere.serve")

@@ -17,7 +17,10 @@ from lakehouse.errors import OffsetExpired, SourceError
 from pipelines.bronze.tables import EVENTS
 from pipelines.privacy.anonymise import Anonymiser
 from pipelines.settings import BusinessSettings, KafkaSettings
-from pipelines.sources.kafka.source import PASSING, bronze_rows, check_ids, open_consumer, topic_ids
+from pipelines.sources.kafka.clients import open_consumer, topic_ids
+from pipelines.sources.kafka.errors import TRANSIENT_ERRORS
+from pipelines.sources.kafka.positions import check_topic_ids
+from pipelines.sources.kafka.records import bronze_rows
 from serve.state.lake_snapshot import Base, StateError
 from serve.state.stock import Pair, StockState
 
@@ -121,7 +124,7 @@ class TopicFollower:
                         f"Kafka topic '{message.topic()}', partition {message.partition()}: offset {self.offsets.get(name, 0)} "
                         "comes next and is not there any more. Bring the tables up to date: python -m app run."
                     )
-                elif error.code() not in PASSING and error.code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
+                elif error.code() not in TRANSIENT_ERRORS and error.code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
                     raise StateError(f"Kafka topic '{message.topic()}', partition {message.partition()}: {error.str()}")
             if good:
                 bronze = pl.from_arrow(bronze_rows(good, self.base.prefixes))
@@ -180,7 +183,7 @@ class TopicFollower:
         if not known:
             return True
         try:
-            check_ids(known, topic_ids(self._kafka))
+            check_topic_ids(known, topic_ids(self._kafka))
         except OffsetExpired as error:
             self.error = StateError(str(error))
             self._stopping.set()

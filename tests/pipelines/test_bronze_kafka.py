@@ -11,12 +11,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
@@ -29,8 +30,11 @@ from lakehouse.errors import OffsetExpired, SourceError
 from lakehouse.source import Position, resnapshot
 from pipelines.bronze.tables import EVENTS
 from pipelines.settings import KafkaSettings
-from pipelines.sources.kafka import source as kafka
-from pipelines.sources.kafka.source import KafkaSource, Range, RangesTask
+from pipelines.sources.kafka import ranges, source
+from pipelines.sources.kafka.clients import open_consumer
+from pipelines.sources.kafka.deletion import delete_records_before
+from pipelines.sources.kafka.ranges import OffsetRange, OffsetRangesTask, split_ranges
+from pipelines.sources.kafka.source import KafkaSource
 
 TABLE = EVENTS.name
 
@@ -146,7 +150,7 @@ def test_new_partitions_and_topics_are_read_from_their_beginning(topic: Topic) -
     topic.reader.source = KafkaSource(topic.settings.model_copy(update={"topics": (topic.name, other.name)}))
     assert sorted(row["value"] for row in topic.reader.run()[TABLE]) == [b"there before", b"v2", b"v5"]
     other.admin.delete_topics([other.name])[other.name].result(10)
-    with pytest.raises(OffsetExpired, match=f"'{other.name}' does not exist any more"):
+    with pytest.raises(OffsetExpired, match=f"'{other.name}' no longer exists"):
         topic.reader.plan()
 
 
@@ -166,15 +170,16 @@ def test_a_topic_created_anew_is_an_error(topic: Topic) -> None:
     topic.send(30)
     topic.reader.run()
     topic.admin.delete_topics([topic.name])[topic.name].result(10)
-    with pytest.raises(OffsetExpired, match="does not exist any more"):
+    with pytest.raises(OffsetExpired, match="no longer exists"):
         topic.reader.plan()
     topic.admin.create_topics([NewTopic(topic.name, 3, 1)])[topic.name].result(10)
     with pytest.raises(
-        OffsetExpired, match=rf"'{topic.name}' was deleted and created anew: its id was \S+ and is \S+\. .*rebuild"
+        OffsetExpired, match=rf"'{topic.name}' was deleted and re-created: its id was \S+ and is now \S+\. .*rebuild"
     ):
         topic.reader.plan()
     topic.reader.positions = {TABLE: offsets_of(topic.reader.positions[TABLE])}
-    with pytest.raises(OffsetExpired, match=rf"'{topic.name}', partition 0: offset 10 comes next, but the topic ends at 0"):
+    message = rf"'{topic.name}', partition 0: the next offset to read is 10, but the partition ends at 0"
+    with pytest.raises(OffsetExpired, match=message):
         topic.reader.plan()
     topic.reader.positions = {TABLE: {f"{topic.name}:3": 0}}
     with pytest.raises(OffsetExpired, match="has lost partition 3"):
@@ -197,7 +202,7 @@ def test_a_topic_created_anew_and_refilled_past_our_offset_is_noticed(topic: Top
     position = topic.reader.positions[TABLE]
     new = position["ids"][topic.name]
     assert old != new
-    assert f"'{topic.name}' was deleted and created anew: its id was {old} and is {new}." in str(error.value)
+    assert f"'{topic.name}' was deleted and re-created: its id was {old} and is now {new}." in str(error.value)
     assert f"python -m app rebuild {TABLE}" in str(error.value)
     # the same offsets are other messages now: no position is used twice, and the later ones sort after
     assert max(row["_source_position"] for row in first) < min(row["_source_position"] for row in topic.reader.rows[TABLE][30:])
@@ -245,14 +250,14 @@ def test_ids_stay_when_the_broker_starts_again(tmp_path: Path) -> None:
         topic.send(3)
         topic.reader.run()
     with own_broker(tmp_path) as (_, bootstrap):
-        source = KafkaSource(topic.settings.model_copy(update={"bootstrap_servers": bootstrap}))
-        assert not source.plan(topic.reader.positions, {}).tasks
+        restarted = KafkaSource(topic.settings.model_copy(update={"bootstrap_servers": bootstrap}))
+        assert not restarted.plan(topic.reader.positions, {}).tasks
 
 
 def test_a_topic_that_never_was_is_an_error_that_lists_what_there_is(topic: Topic) -> None:
-    source = KafkaSource(topic.settings.model_copy(update={"topics": ("evnets",)}))
-    with pytest.raises(SourceError, match=r"'evnets' does not exist\. Create it, or correct kafka\.topics.*Topics there are: "):
-        source.plan({}, {})
+    misspelt = KafkaSource(topic.settings.model_copy(update={"topics": ("evnets",)}))
+    with pytest.raises(SourceError, match=r"'evnets' does not exist\. Create it, or correct kafka\.topics.*Existing topics: "):
+        misspelt.plan({}, {})
 
 
 def test_offsets_deleted_while_reading_are_an_error(topic: Topic) -> None:
@@ -265,10 +270,8 @@ def test_offsets_deleted_while_reading_are_an_error(topic: Topic) -> None:
 
 def test_a_range_past_the_end_does_not_hang(topic: Topic) -> None:
     topic.send(30)
-    task = RangesTask(topic.settings, (Range(topic.name, 0, 0, 99),), silence_seconds=0.5)
-    with pytest.raises(
-        SourceError, match=r"partition 0: offsets up to 99 are to be read, but for 0 s the partition ends at offset 10"
-    ):
+    task = OffsetRangesTask(topic.settings, (OffsetRange(topic.name, 0, 0, 99),), no_progress_seconds=0.5)
+    with pytest.raises(SourceError, match=r"partition 0: expected offsets up to 99, but it still ends at offset 10 after 0 s"):
         list(task.read())
 
 
@@ -329,38 +332,24 @@ def test_gaps_and_markers_anywhere_end_as_they_should(present: set[int], end: in
     said: list[Any] = [Said(offset) for offset in sorted(present) if grown or offset < end]
     said.append(end_of_partition(41 if grown else end))
     script = Scripted([said[n : n + chunk] for n in range(0, len(said), chunk)])
-    task = RangesTask(KafkaSettings(), (Range("t", 0, 0, end),), silence_seconds=0.2)  # type: ignore[call-arg]
-    original: Callable[..., Any] = kafka.open_consumer
-    try:
-        kafka.open_consumer = lambda settings: _entered(script)  # type: ignore[assignment]
+    task = OffsetRangesTask(KafkaSettings(), (OffsetRange("t", 0, 0, end),), no_progress_seconds=0.2)  # type: ignore[call-arg]
+    with patch.object(ranges, "open_consumer", lambda settings: nullcontext(script)):
         offsets = [row["offset"] for rows in task.read() for row in rows.rows.to_pylist()]  # type: ignore[union-attr]
-    finally:
-        kafka.open_consumer = original  # type: ignore[assignment]
     assert offsets == [offset for offset in sorted(present) if offset < end]
-
-
-class _entered:  # noqa: N801
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __enter__(self) -> Any:
-        return self.value
-
-    def __exit__(self, *arguments: object) -> None: ...
 
 
 def test_ranges_of_markers_alone_still_move_the_position(topic: Topic) -> None:
     topic.send(3)
     (task,) = topic.reader.plan().tasks
-    assert isinstance(task, RangesTask)
+    assert isinstance(task, OffsetRangesTask)
     assert task.reached is not None
     assert offsets_of(task.reached) == {f"{topic.name}:{n}": 1 for n in range(3)}
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 50), st.integers(0, 2000)), max_size=6), st.integers(1, 700))
-def test_tasks_cover_the_ranges_exactly(ranges: list[tuple[int, int, int]], limit: int) -> None:
-    given_ranges = [Range("t", number, start, start + count) for number, (_, start, count) in enumerate(ranges)]
-    groups = kafka._tasks(given_ranges, limit)
+def test_tasks_cover_the_ranges_exactly(starts_and_counts: list[tuple[int, int, int]], limit: int) -> None:
+    given_ranges = [OffsetRange("t", number, start, start + count) for number, (_, start, count) in enumerate(starts_and_counts)]
+    groups = split_ranges(given_ranges, limit)
     covered = [(item.partition, offset) for group in groups for item in group for offset in range(item.start, item.end)]
     assert covered == [(item.partition, offset) for item in given_ranges for offset in range(item.start, item.end)]
     assert all(0 < sum(item.count for item in group) <= limit for group in groups)
@@ -372,27 +361,30 @@ def test_a_broker_that_goes_silent_ends_in_an_error(tmp_path: Path) -> None:
         topic = Topic(bootstrap, "events")
         topic.send(30_000)
         (task, *_) = KafkaSource(topic.settings.model_copy(update={"batch_messages": 100_000})).plan({}, {}).tasks
-        assert isinstance(task, RangesTask)
+        assert isinstance(task, OffsetRangesTask)
         os.kill(broker.pid, signal.SIGSTOP)
         timer = threading.Timer(4, os.kill, (broker.pid, signal.SIGCONT))
         timer.start()
-        with pytest.raises(SourceError, match=r"for 1 s nothing came from 127\.0\.0\.1"):
-            list(replace(task, silence_seconds=1.0).read())
+        with pytest.raises(SourceError, match=r"no message arrived within 1 s \(brokers: 127\.0\.0\.1"):
+            list(replace(task, no_progress_seconds=1.0).read())
         timer.join()
 
 
 def test_settings_that_are_wrong_are_errors_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kafka, "ANSWER_SECONDS", 1.5)
+    monkeypatch.setattr(source, "REQUEST_TIMEOUT_SECONDS", 1.5)
     secret = "s3cr3t-word"
     with pytest.raises(SourceError, match="SHOPSPHERE_KAFKA__BOOTSTRAP_SERVERS"):
         KafkaSource(KafkaSettings()).plan({}, {})  # type: ignore[call-arg]
     nobody = KafkaSettings(bootstrap_servers="127.0.0.1:1", properties={"sasl.password": secret})  # type: ignore[call-arg]
     wrong = KafkaSettings(bootstrap_servers="127.0.0.1:1", properties={"sasl.pasword": secret})  # type: ignore[call-arg]
-    for settings, text in ((nobody, "127.0.0.1:1 does not answer.*See that the brokers run"), (wrong, "sasl.pasword")):
-        source = KafkaSource(settings)
-        assert secret not in repr(source)
+    for settings, text in (
+        (nobody, "request to 127.0.0.1:1 failed.*Check that the brokers are running"),
+        (wrong, "sasl.pasword"),
+    ):
+        misconfigured = KafkaSource(settings)
+        assert secret not in repr(misconfigured)
         with pytest.raises(SourceError, match=text) as error:
-            source.plan({}, {})
+            misconfigured.plan({}, {})
         assert secret not in str(error.value)
         assert "\n" not in str(error.value)
 
@@ -430,12 +422,12 @@ def test_of_a_topic_that_is_read_what_was_read_can_be_deleted(topic: Topic) -> N
     topic.send(12)
     long_ago, now = datetime.now(UTC) - timedelta(hours=1), datetime.now(UTC) + timedelta(seconds=1)
     position = topic.reader.positions[TABLE] or {}
-    assert kafka.delete_sent(topic.settings, topic.name, long_ago, position) == 0
+    assert delete_records_before(topic.settings, topic.name, long_ago, position) == 0
     assert [low for low, _ in ends(topic)] == [0, 0, 0]
-    assert kafka.delete_sent(topic.settings, topic.name, now, position) == 12
+    assert delete_records_before(topic.settings, topic.name, now, position) == 12
     assert ends(topic) == [(10, 14)] * 3
     assert len(topic.reader.run()[TABLE]) == 12, "what was not read is still there"
-    assert kafka.delete_sent(topic.settings, topic.name, now, topic.reader.positions[TABLE] or {}) == 0
+    assert delete_records_before(topic.settings, topic.name, now, topic.reader.positions[TABLE] or {}) == 0
     topic.send(3)
     assert len(topic.reader.run()[TABLE]) == 3
 
@@ -443,12 +435,12 @@ def test_of_a_topic_that_is_read_what_was_read_can_be_deleted(topic: Topic) -> N
 def test_of_a_topic_that_is_not_read_all_that_was_sent_can_be_deleted(topic: Topic) -> None:
     elsewhere = topic.settings.model_copy(update={"topics": ("other",)})
     topic.send(30)
-    assert kafka.delete_sent(elsewhere, topic.name, datetime.now(UTC) + timedelta(seconds=1), {}) == 0
+    assert delete_records_before(elsewhere, topic.name, datetime.now(UTC) + timedelta(seconds=1), {}) == 0
     assert ends(topic) == [(10, 10)] * 3
-    assert kafka.delete_sent(elsewhere, "no-such-topic", datetime.now(UTC), {}) == 0
+    assert delete_records_before(elsewhere, "no-such-topic", datetime.now(UTC), {}) == 0
 
 
 def ends(topic: Topic) -> list[tuple[int, int]]:
     """The first offset and the one after the last, by partition."""
-    with kafka.open_consumer(topic.settings) as consumer:
+    with open_consumer(topic.settings) as consumer:
         return [consumer.get_watermark_offsets(TopicPartition(topic.name, number), timeout=10) for number in range(3)]

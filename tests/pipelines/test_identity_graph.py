@@ -10,7 +10,7 @@ from support.identity_world import Memory, document, emptied, masters, shop, sor
 
 from app.demo.identity_scores import pairwise_scores
 from pipelines.settings import BusinessSettings
-from pipelines.sources.epochs import prefix
+from pipelines.sources.epochs import epoch_prefix
 
 
 def people(*rows):
@@ -257,9 +257,9 @@ def test_emptied_accounts_leave_and_their_numbers_may_be_given_out_again():
 def test_accounts_read_anew_show_what_they_showed_and_those_not_found_leave():
     def anew(at, item):
         name, row = item
-        return name, row | {"_op": "r", "_source_position": f"{prefix(1)}{at:016X}-000000.0000000000"}
+        return name, row | {"_op": "r", "_source_position": f"{epoch_prefix(1)}{at:016X}-000000.0000000000"}
 
-    marker = emptied("users", 5)[0], {**emptied("users", 5)[1], "_source_position": prefix(1)}
+    marker = emptied("users", 5)[0], {**emptied("users", 5)[1], "_source_position": epoch_prefix(1)}
     old = {"email": "old@x.com", "email_verified": True, "name": "Budi Santoso"}
     new = {**old, "email": "new@x.com"}
     rows = [user(1, **old), user(1, at=2, op="u", **new), user(2, at=3, name="Ani"), document("A", at=4, user_email="old@x.com")]

@@ -29,7 +29,7 @@ from pipelines.silver import exchange_rates, order_items_unified, orders_unified
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
 from pipelines.silver.quarantine import QUARANTINE
 from pipelines.silver.users_scd import USERS_SCD
-from pipelines.sources.epochs import prefix
+from pipelines.sources.epochs import epoch_prefix
 
 START = datetime(2026, 1, 2, 10, 0, tzinfo=UTC)
 Row = dict[str, Any]
@@ -325,10 +325,10 @@ def test_a_dropped_collection_or_truncated_table_forgets_what_was_before() -> No
 
 
 def test_a_new_generation_forgets_what_it_did_not_find() -> None:
-    marked = {**change(2, "t"), "_source_position": prefix(1)}
+    marked = {**change(2, "t"), "_source_position": epoch_prefix(1)}
 
     def anew(row: Row) -> Row:
-        return {**row, "_op": "r", "_source_position": f"{prefix(1)}0{row['_source_position']}"}
+        return {**row, "_op": "r", "_source_position": f"{epoch_prefix(1)}0{row['_source_position']}"}
 
     other = {"mp_order_id": "ORD-TP-2"}
     before = [document(8), document(9, "65a1", **other)]

@@ -13,7 +13,7 @@ from polars.testing import assert_frame_equal
 
 from pipelines.settings import BusinessSettings
 from pipelines.silver.users_scd import ATTRIBUTES, STEP, USERS_SCD
-from pipelines.sources.epochs import prefix
+from pipelines.sources.epochs import epoch_prefix
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 TS = pl.Datetime("us", "UTC")
@@ -59,7 +59,7 @@ def version(
         "created_at": None if op == "d" else T0,
         "updated_at": changed,
         "_op": op,
-        "_source_position": f"{prefix(generation)}{position:016X}{'-000000.' if op == 'r' else '/'}{0:010d}",
+        "_source_position": f"{epoch_prefix(generation)}{position:016X}{'-000000.' if op == 'r' else '/'}{0:010d}",
         "_source_time": at(position if committed is None else committed),
         "_ingested_at": at(10_000),
     }
@@ -69,7 +69,7 @@ def version(
 def marker(generation: int, read: float) -> dict[str, Any]:
     """The marker of a new generation, read `read` hours after T0."""
     row = version(0, None, op="t", committed=read)
-    return row | {"user_id": None, "created_at": None, "_source_position": prefix(generation)}
+    return row | {"user_id": None, "created_at": None, "_source_position": epoch_prefix(generation)}
 
 
 def transform(rows: Sequence[dict[str, Any]], identity: dict[str, str] | None = None) -> pl.DataFrame:

@@ -14,7 +14,8 @@ from support.waiting import wait_for
 
 from pipelines.bronze.tables import EVENTS
 from pipelines.settings import KafkaSettings
-from pipelines.sources.kafka.source import KafkaSource, open_consumer
+from pipelines.sources.kafka.clients import open_consumer
+from pipelines.sources.kafka.source import KafkaSource
 
 DAY_MS = 86_400_000
 

@@ -189,7 +189,7 @@ def test_a_topic_created_anew_is_not_followed_at_the_old_offsets(shop: Shop, mon
             shop.send(shop.topic.producer(), 1)
         wait_for(lambda: state.error is not None, "serving goes on with another topic's messages")
         assert re.search(
-            rf"'{shop.topic.name}' was deleted and created anew.*python -m app rebuild {EVENTS.name}", state.error or ""
+            rf"'{shop.topic.name}' was deleted and re-created.*python -m app rebuild {EVENTS.name}", state.error or ""
         )
         rebuild(shop.engine, PROJECT, [EVENTS.name])
         shop.run()

@@ -50,7 +50,7 @@ from lakehouse.source import EPOCH, Plan, Position, Reached, Rows, Task, epoch, 
 from lakehouse.table import TIMESTAMP
 from pipelines.bronze.tables import MARKETPLACE_ORDERS, MILLISECONDS, row_schema
 from pipelines.settings import MongoSettings
-from pipelines.sources.epochs import MarkerTask, prefix
+from pipelines.sources.epochs import EpochMarkerTask, epoch_prefix
 
 TABLE = MARKETPLACE_ORDERS.name
 SCHEMA = row_schema(MARKETPLACE_ORDERS)
@@ -121,7 +121,7 @@ class MongoSource:
         moment = int(time.time() * 1_000_000)
         if not number and collection.find_one({}, {"_id": 1}) is None:
             return Plan()
-        marker = (MarkerTask(TABLE, SCHEMA, number, moment),) if number else ()
+        marker = (EpochMarkerTask(TABLE, SCHEMA, number, moment),) if number else ()
         if token is None:
             task = WatermarkTask(self.settings, {EPOCH: number})
             return Plan(tasks=(*marker, task), schemas={TABLE: SCHEMA}, rows=count)
@@ -327,7 +327,7 @@ def _row(op: str, position: str, moment: int | None, document_id: str | None, do
 
 def _initial_row(document: Document, moment: int, number: int = 0) -> Row:
     identity = _identity_text(document["_id"])
-    return _row("r", f"{prefix(number)}0{identity}", moment, identity, document)
+    return _row("r", f"{epoch_prefix(number)}0{identity}", moment, identity, document)
 
 
 def _watermark_row(document: Document, moment: int, number: int, reads: int) -> Row:
@@ -336,7 +336,7 @@ def _watermark_row(document: Document, moment: int, number: int, reads: int) -> 
     The position begins with '19' because those of earlier versions of this program begin with '10' (1, then the date).
     """
     identity, updated_at = _identity_text(document["_id"]), document.get("updated_at")
-    place = f"{prefix(number)}19{reads:010d}"
+    place = f"{epoch_prefix(number)}19{reads:010d}"
     if not isinstance(updated_at, DatetimeMS):
         return _row("u", f"{place}/{0:020d}/{identity}", moment, identity, document)
     milliseconds = int(updated_at)
@@ -382,7 +382,7 @@ def _change_row(change: Document, document: Document | None, number: int) -> Row
     key = change.get("documentKey")
     return _row(
         op,
-        f"{prefix(number)}2{_sortable(change['_id'])}",
+        f"{epoch_prefix(number)}2{_sortable(change['_id'])}",
         _microseconds(change.get("wallTime", change.get("clusterTime"))),
         _identity_text(key["_id"]) if key else None,
         document if op in "cu" else None,

@@ -34,7 +34,7 @@ from lakehouse.source import EPOCH, RESNAPSHOT, Plan, Position, Reached, Rows, T
 from lakehouse.table import TIMESTAMP
 from pipelines.bronze.tables import INGESTED_AT, POSTGRES_EXTRA, POSTGRES_TABLES, row_schema
 from pipelines.settings import PostgresSettings
-from pipelines.sources.epochs import MarkerTask, prefix
+from pipelines.sources.epochs import EpochMarkerTask, epoch_prefix
 from pipelines.sources.postgres.pgoutput import Relation, RowChange, changes
 from pipelines.sources.postgres.types import SourceColumn, beside, type_name, typed, widened
 
@@ -176,12 +176,12 @@ class PostgresSource:
             generations = {item.table: epoch(read.get(item.table)) for item in reading}
             ended = _still_followed(state, read)
             tasks: list[Task] = [
-                MarkerTask(table, planned[table], number, moment) for table, number in generations.items() if number
+                EpochMarkerTask(table, planned[table], number, moment) for table, number in generations.items() if number
             ]
             for item in reading:
                 edges = [*range(0, max(item.blocks, 1), BLOCKS_PER_TASK), None] if item.splittable else [None, None]
                 for number, (first, last) in enumerate(pairwise(edges)):
-                    place = f"{prefix(generations[item.table])}{start:016X}-{number:06d}"
+                    place = f"{epoch_prefix(generations[item.table])}{start:016X}-{number:06d}"
                     tasks.append(
                         SnapshotTask(self.settings, item, planned[item.table], snapshot, place, moment, first or None, last)
                     )
@@ -364,7 +364,7 @@ class StreamTask:
                 if buffer:
                     yield buffer.take()
                 table = POSTGRES_TABLES[relation.name][0].name
-                before = prefix(epoch(self.positions[table]))
+                before = epoch_prefix(epoch(self.positions[table]))
                 buffer = buffers[relation.name] = Buffer(table, relation, self.schemas[table], self.settings, before)
             buffer.add(change)
             if len(buffer) >= self.batch_rows or buffer.size >= BATCH_BYTES:
