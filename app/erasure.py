@@ -13,7 +13,7 @@ from pyarrow.fs import LocalFileSystem
 from app.project import PROJECT
 from lakehouse.byte_search import Needles, Searched, search_files
 from lakehouse.engine.engine import Engine
-from lakehouse.iceberg.table_handle import Lake
+from lakehouse.iceberg.catalog import Lake
 from ml.registry import Registry, RegistryError
 from ml.tables import order_features, user_fraud_scores
 from ml.tables.order_features import ORDER_FEATURES

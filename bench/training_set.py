@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lakehouse.engine.engine import Engine, conform, stamp  # noqa: E402
-from lakehouse.iceberg.table_handle import Lake  # noqa: E402
+from lakehouse.iceberg.catalog import Lake  # noqa: E402
 from lakehouse.parallel import TaskPool  # noqa: E402
 from lakehouse.settings import RaySettings  # noqa: E402
 from lakehouse.table import DELETED, Table  # noqa: E402
@@ -111,7 +111,7 @@ def write(engine: Engine, table: Table, rows: pl.DataFrame) -> None:
     files = []
     for start in range(0, rows.height, BLOCK):
         block = conform(rows.slice(start, BLOCK).with_columns(missing), table).with_columns(pl.lit(False).alias(DELETED))
-        files += handle.writer.write(stamp(table, block, handle.sequence))
+        files += handle.writer.write(stamp(table, block, handle.next_sequence))
     handle.commit(files, positions={})
 
 

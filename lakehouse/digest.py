@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import duckdb
 
-from lakehouse.iceberg.table_handle import TableHandle, live_rows
+from lakehouse.iceberg.reader import live_rows
+from lakehouse.iceberg.table_handle import TableHandle
 
 MODULUS = 2**64
 

@@ -18,7 +18,9 @@ from sqlglot import TokenType, exp
 from sqlglot.errors import SqlglotError
 
 from lakehouse.errors import QueryError
-from lakehouse.iceberg.table_handle import Lake, TableHandle, live_rows
+from lakehouse.iceberg.catalog import Lake
+from lakehouse.iceberg.reader import live_rows
+from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.table import BOOKKEEPING, Table
 
 
@@ -35,11 +37,11 @@ def snapshot_of(handle: TableHandle, mention: Mention) -> int | None:
     """The snapshot that a mention means; None: the current one. Raises QueryError when there is none."""
     if not mention.kind:
         return None
-    snapshots = handle.history
+    snapshots = handle.published_snapshots
     if mention.kind == "VERSION":
-        if (ref := handle.loaded.metadata.refs.get(mention.moment)) is not None:
+        if (ref := handle.iceberg_table.metadata.refs.get(mention.moment)) is not None:
             return ref.snapshot_id
-        known = [s.snapshot_id for s in handle.loaded.metadata.snapshots]
+        known = [s.snapshot_id for s in handle.iceberg_table.metadata.snapshots]
         if not mention.moment.isdigit() or int(mention.moment) not in known:
             raise QueryError(
                 f"{mention.name} has no snapshot {mention.moment}, nor a branch of that name. "

@@ -19,9 +19,11 @@ import pyarrow as pa
 from lakehouse.engine.engine import Engine, StepResult
 from lakehouse.errors import ShopSphereError
 from lakehouse.expectations import ExpectationsFailed, Result
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.errors import committing
 from lakehouse.iceberg.maintenance import retried
-from lakehouse.iceberg.table_handle import File, Lake, polars_schema
+from lakehouse.iceberg.reader import File
+from lakehouse.iceberg.schema import polars_schema
 from lakehouse.table import SEQUENCE, TIMESTAMP, Partition, Table, column
 
 RUNS = Table(
@@ -116,7 +118,7 @@ class RunHistory:
             with committing(table.name):
                 handle = self.lake.load(table)
             frame = pl.DataFrame(rows, schema=polars_schema(table.schema)).sort(table.sort_by)
-            stamped = frame.with_columns(pl.lit(handle.sequence, pl.Int64).alias(SEQUENCE))
+            stamped = frame.with_columns(pl.lit(handle.next_sequence, pl.Int64).alias(SEQUENCE))
             handle.commit(handle.writer.write(stamped), positions={})
 
         if rows:

@@ -12,7 +12,8 @@ import polars as pl
 
 from lakehouse.errors import OffsetExpired, SourceError, TableNotFound
 from lakehouse.expectations import Fresh, Result, freshness
-from lakehouse.iceberg.table_handle import Lake, TableHandle
+from lakehouse.iceberg.catalog import Lake
+from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.project import Project
 from lakehouse.run_history import last_results
 from lakehouse.step import upstream_names
@@ -78,7 +79,7 @@ def _expectations(lake: Lake, handle: TableHandle | None, results: list[Result],
     found = [result for result in results if result.expectation in rules and not isinstance(rules[result.expectation], Fresh)]
     if lake.settings.freshness:
         fresh = [rule for rule in rules.values() if isinstance(rule, Fresh)]
-        found += [freshness(handle.table.name, rule, handle.newest(rule.columns[0]), now) for rule in fresh]
+        found += [freshness(handle.table.name, rule, handle.max_value(rule.columns[0]), now) for rule in fresh]
     broken = [result for result in found if result.outcome != "pass"]
     counts = [(word, sum(result.outcome == word for result in broken)) for word in ("fail", "quarantine", "warn")]
     text = ", ".join(f"{count} {word}" for word, count in counts if count) or f"{len(found)} hold"

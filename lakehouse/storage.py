@@ -73,5 +73,16 @@ class Storage:
             system.delete_dir_contents(path, missing_dir_ok=True)
 
 
+def local_warehouse(settings: LakeSettings) -> str:
+    """Return the directory of the tables if it is on this machine's disk, otherwise ''."""
+    properties = settings.catalog.properties
+    if not properties:
+        return str(Path(settings.home).absolute() / "warehouse")
+    warehouse = properties.get("warehouse", "")
+    if warehouse.startswith(("/", "file:")):
+        return warehouse.removeprefix("file://")
+    return ""
+
+
 def _is_remote(place: str) -> bool:
     return "://" in place and urlsplit(place).scheme != "file"

@@ -19,13 +19,16 @@ from lakehouse.code_version import code_version
 from lakehouse.engine.engine import Engine, StepResult
 from lakehouse.errors import CatalogUnreachable, SettingsError, ShopSphereError, SourceError
 from lakehouse.expectations import by_hand, from_text
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.missing_files import missing_file, missing_files_error
-from lakehouse.iceberg.table_handle import EXPECTATIONS, Lake, TableHandle, tables_on_disk
+from lakehouse.iceberg.snapshot_properties import EXPECTATIONS
+from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.openlineage import LineageEvents, reported
 from lakehouse.parallel import TaskPool
 from lakehouse.project import Project
 from lakehouse.run_history import RunHistory, RunRecord
 from lakehouse.step import Delta, Grouped, Parsed, Step, upstream_names
+from lakehouse.storage import local_warehouse
 from lakehouse.table import BOOKKEEPING, SEQUENCE, Table
 from lakehouse.transient_errors import as_transient_error, file_is_gone
 from pipelines.bronze.corrections import corrected
@@ -51,7 +54,7 @@ class RunResult:
 @contextmanager
 def open_engine(settings: Settings) -> Iterator[Engine]:
     """An engine on the lake of the settings; stops Ray at the end if it was started."""
-    pool = TaskPool(settings.ray, on_disk=tables_on_disk(settings))
+    pool = TaskPool(settings.ray, on_disk=local_warehouse(settings))
     try:
         lake = Lake(settings)
         yield Engine(lake, pool, business_settings(settings), QUARANTINE, arrivals=partial(on_arrival, lake))
@@ -254,11 +257,13 @@ def publish(engine: Engine, project: Project, name: str) -> int:
     """Publish the build of a table that its expectations have refused; gives the snapshot. Raises ShopSphereError."""
     table = table_named(project, name)
     handle = engine.lake.load(table, create=False)
-    if handle.build is None:
+    if handle.staged is None:
         others = "" if table.layer == "gold" else " Only gold is built beside what is read: other tables keep the rows of before."
         raise ShopSphereError(f"{table.name} has no build that waits to be published.{others} See `python -m app status`.")
     with recorded(engine, "publish") as reports:
-        results = tuple(by_hand(result) for result in from_text(handle.summary(EXPECTATIONS, handle.build.snapshot_id)))
+        results = tuple(
+            by_hand(result) for result in from_text(handle.snapshot_property(EXPECTATIONS, handle.staged.snapshot_id))
+        )
         snapshot = handle.publish()
         reports.append(StepResult(table.name, "published", snapshot=snapshot, results=results))
     return snapshot
@@ -338,7 +343,7 @@ def _append_corrections(lake: Lake, project: Project, table: Table, values: Mapp
     fixes = _corrections(project, handle, values, load_suppression(lake))
     if fixes.height:
         now = pl.lit(datetime.now(UTC)).cast(pl.Datetime("us", "UTC")).alias("_ingested_at")
-        fixes = fixes.with_columns(now, pl.lit(handle.sequence, pl.Int64).alias(SEQUENCE))
+        fixes = fixes.with_columns(now, pl.lit(handle.next_sequence, pl.Int64).alias(SEQUENCE))
         handle.commit(handle.writer.write(fixes), positions=handle.positions)
     return fixes.height
 

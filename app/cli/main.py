@@ -212,7 +212,7 @@ def status(
     json: Json = False,
 ) -> None:
     """Per table: rows, snapshot, position, lag behind its source, last run, how its expectations came out."""
-    from lakehouse.iceberg.table_handle import Lake
+    from lakehouse.iceberg.catalog import Lake
     from lakehouse.run_history import last_results, past_runs
     from lakehouse.status import short_position, statuses
 
@@ -288,7 +288,7 @@ def _clipped(text: str, width: int) -> str:
 @app.command()
 def sql(statement: Annotated[str, typer.Argument(help="One SELECT; tables by layer and name")], json: Json = False) -> None:
     """Run SQL over all tables, e.g. "SELECT * FROM gold.sales_daily FOR TIMESTAMP AS OF '2026-01-31 12:00:00'"."""
-    from lakehouse.iceberg.table_handle import Lake
+    from lakehouse.iceberg.catalog import Lake
     from lakehouse.query import query
     from lakehouse.run_history import OPERATIONS
 
@@ -304,7 +304,7 @@ def sql(statement: Annotated[str, typer.Argument(help="One SELECT; tables by lay
 def digest(tables: Annotated[list[str] | None, typer.Argument(help="Tables; none: all")] = None, json: Json = False) -> None:
     """A digest of each table's business columns: the same whatever the order of rows, the files or the run."""
     from lakehouse.digest import digest as digest_of
-    from lakehouse.iceberg.table_handle import Lake
+    from lakehouse.iceberg.catalog import Lake
     from pipelines.runner import table_named
 
     output, lake = Output(json), Lake(load_settings())
@@ -324,8 +324,8 @@ def maintain(
     json: Json = False,
 ) -> None:
     """Compact files, expire snapshots, delete orphan files; safe beside a running writer."""
+    from lakehouse.iceberg.catalog import Lake
     from lakehouse.iceberg.maintenance import maintain as maintain_table
-    from lakehouse.iceberg.table_handle import Lake
     from lakehouse.run_history import OPERATIONS, forget
     from pipelines.runner import open_engine, table_named
 
@@ -413,7 +413,7 @@ def export(
     json: Json = False,
 ) -> None:
     """Write everything known of a person, in all layers and over all time, as JSON and CSV."""
-    from lakehouse.iceberg.table_handle import Lake
+    from lakehouse.iceberg.catalog import Lake
     from pipelines.privacy.export import export as write_export
 
     output, asked = Output(json), asked_for(email, phone, loyalty_id, user_id, master_user_id)

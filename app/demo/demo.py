@@ -20,7 +20,7 @@ from app.demo.live_requests import ask_live, print_answered, product_to_look_up,
 from app.project import PROJECT
 from lakehouse.errors import SandboxError
 from lakehouse.format_bytes import format_bytes
-from lakehouse.iceberg.table_handle import Lake
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.query import query
 from lakehouse.settings import home_directory
 from lakehouse.status import statuses

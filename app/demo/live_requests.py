@@ -25,7 +25,7 @@ import psutil
 
 from app.cli.output import Output
 from lakehouse.errors import ShopSphereError
-from lakehouse.iceberg.table_handle import Lake
+from lakehouse.iceberg.catalog import Lake
 from pipelines.silver.order_items_unified import ORDER_ITEMS_UNIFIED
 from pipelines.silver.orders_unified import ORDERS_UNIFIED
 

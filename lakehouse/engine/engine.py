@@ -47,25 +47,13 @@ from lakehouse.expectations import (
     violations,
     with_standing,
 )
-from lakehouse.iceberg.table_handle import (
-    AUDIT_BRANCH,
-    EXPECTATIONS,
-    FILE,
-    FINGERPRINT,
-    POS,
-    POSITIONS,
-    ROWS,
-    ROWS_CHANGED,
-    VIOLATIONS,
-    File,
-    FileReader,
-    FileWriter,
-    Lake,
-    TableHandle,
-    group_hash,
-    live_rows,
-    polars_schema,
-)
+from lakehouse.iceberg.catalog import Lake
+from lakehouse.iceberg.group_hash import group_hash
+from lakehouse.iceberg.reader import FILE, POS, File, FileReader, live_rows
+from lakehouse.iceberg.schema import polars_schema
+from lakehouse.iceberg.snapshot_properties import EXPECTATIONS, FINGERPRINT, POSITIONS, ROWS, ROWS_CHANGED, VIOLATIONS
+from lakehouse.iceberg.table_handle import AUDIT_BRANCH, TableHandle
+from lakehouse.iceberg.writer import FileWriter
 from lakehouse.parallel import Block, Blocks, TaskPool
 from lakehouse.source import Plan, Reached, Rows, Source, Task
 from lakehouse.source import resnapshot as begun_anew
@@ -186,7 +174,7 @@ def standing_of(
     target: TableHandle, merged: Sequence[MergeResult], results: Iterable[Result], full: bool
 ) -> dict[str, int] | None:
     """How many rows of the whole table break each expectation, now that some groups, or all, were judged."""
-    stored = target.summary(VIOLATIONS)
+    stored = target.snapshot_property(VIOLATIONS)
     before = {} if full or target.snapshot is None else json.loads(stored) if stored is not None else None
     gone: Counter[str] = Counter()
     for part in merged:
@@ -196,8 +184,8 @@ def standing_of(
 
 def waits(target: TableHandle, positions: Mapping[str, Any], shape: str) -> bool:
     """Whether a build with these positions waits to be published, and continues the table as it is."""
-    build = target.build
-    if build is None or not target.continued:
+    build = target.staged
+    if build is None or target.staged_is_stale:
         return False
     told = build.summary.additional_properties if build.summary else {}
     return told.get(POSITIONS) == json.dumps(dict(positions), sort_keys=True) and told.get(FINGERPRINT) == shape
@@ -205,8 +193,8 @@ def waits(target: TableHandle, positions: Mapping[str, Any], shape: str) -> bool
 
 def drop_passed_over(target: TableHandle) -> None:
     """Drop a refused build when the table has gone on without it: its rows were corrected to what the table has."""
-    if target.build is not None and not target.continued:
-        target.discard()
+    if target.staged is not None and target.staged_is_stale:
+        target.discard_staged()
 
 
 def of_groups(positions: pl.Series, table: Table, groups: Sequence[pl.DataFrame]) -> pl.Series:
@@ -580,7 +568,7 @@ def _history(work: Merge, groups: pl.DataFrame, columns: list[str], member: pl.E
     before = before.filter(~pl.col(DELETED)) if marks else before
     last = before.filter(pl.col(order) == pl.col(order).max().over(list(target.group)))
     positions = pl.concat([narrow.filter(pl.col(order) >= pl.col(SINCE)), last]).select(FILE, POS)
-    rows = declared(old.reader.at_positions(old.files, columns, positions), target)
+    rows = declared(old.reader.read_at(old.files, columns, positions), target)
     rows = rows.join(groups, on=list(target.group), how="inner", nulls_equal=True)
     current = rows.filter(pl.col(order) >= pl.col(SINCE)).drop(SINCE)
     opening = rows.filter(pl.col(order) < pl.col(SINCE)).drop(SINCE).sort(target.key)
@@ -596,7 +584,7 @@ def changed_rows(read: Broadcast | Lookup, handle: TableHandle, since: int) -> p
     mark = [DELETED] if table.keeps_tombstones else []
     columns = [n for n in handle.reader.schema.names if n not in (SEQUENCE, GROUP_HASH, DELETED)]
     new = handle.reader.read(handle.files(since=since), [*columns, *mark], newer(since, ()))
-    before = handle.snapshot_of(since)
+    before = handle.snapshot_id_of(since)
     seen = list(read.columns)
     if isinstance(read, Lookup) or before is None or not new.height or not set(table.key) <= set(seen) or not table.key:
         return new.select(columns)
@@ -689,7 +677,7 @@ class Engine:
             made_anew |= stored.get(self.quarantine.name, judged) != judged
         else:
             judged = None
-        reshaped = target.snapshot is not None and target.summary(FINGERPRINT) not in (None, shape)
+        reshaped = target.snapshot is not None and target.snapshot_property(FINGERPRINT) not in (None, shape)
         made_anew |= reshaped
         replayed = any(replay.get(name) for name in handles)
         stale = [name for name, handle in handles.items() if since[name] is None or handle.data_sequence > (since[name] or 0)]
@@ -716,7 +704,7 @@ class Engine:
             return StepResult(
                 step.target.name,
                 "changed",
-                rows_written=int(target.summary(ROWS_CHANGED) or 0),
+                rows_written=int(target.snapshot_property(ROWS_CHANGED) or 0),
                 seconds=time.monotonic() - started,
                 cpu_seconds=time.process_time() - cpu,
                 snapshot=published,
@@ -734,7 +722,7 @@ class Engine:
         files = [file for part in merged for file in part.files]
         rows_written = sum(part.rows_written for part in merged)
         rows_deleted = sum(part.rows_deleted for part in merged)
-        before = int(told) if (told := target.summary(ROWS)) is not None else 0 if target.snapshot is None else None
+        before = int(told) if (told := target.snapshot_property(ROWS)) is not None else 0 if target.snapshot is None else None
         rows = living_after(before, merged, full)
         standing = standing_of(target, merged, results, full)
         results = tuple(with_standing(result, standing) for result in results)
@@ -742,8 +730,8 @@ class Engine:
             results = self.settled(step.target, results, before, rows)
         self._quarantine(step, handles, pieces, kept, full or replayed, merged, full)
         snapshot = target.snapshot.snapshot_id if target.snapshot else None
-        uncounted = standing is not None and target.summary(VIOLATIONS) is None
-        if files or positions != stored or target.summary(FINGERPRINT) != shape or uncounted:
+        uncounted = standing is not None and target.snapshot_property(VIOLATIONS) is None
+        if files or positions != stored or target.snapshot_property(FINGERPRINT) != shape or uncounted:
             properties = {ROWS_CHANGED: str(rows_written), FINGERPRINT: shape}
             if rows is not None:
                 properties[ROWS] = str(rows)
@@ -785,11 +773,11 @@ class Engine:
     def audited(self, target: TableHandle) -> tuple[Result, ...]:
         """Audit the build that waits on the table's branch, by what its snapshot says of itself: results of all its
         expectations but freshness. Raises ExpectationsFailed."""
-        build, main = target.build, target.snapshot
+        build, main = target.staged, target.snapshot
         assert build is not None
-        rows = target.summary(ROWS, build.snapshot_id)
-        before = target.summary(ROWS, main.snapshot_id) if main else None
-        of_rows = from_text(target.summary(EXPECTATIONS, build.snapshot_id))
+        rows = target.snapshot_property(ROWS, build.snapshot_id)
+        before = target.snapshot_property(ROWS, main.snapshot_id) if main else None
+        of_rows = from_text(target.snapshot_property(EXPECTATIONS, build.snapshot_id))
         return self.settled(
             target.table, of_rows, int(before) if before else None, int(rows) if rows else None, branch=AUDIT_BRANCH
         )
@@ -809,7 +797,7 @@ class Engine:
         if not self.lake.settings.freshness:
             return ()
         rules = [rule for rule in target.table.rules if isinstance(rule, Fresh)]
-        return tuple(freshness(target.table.name, rule, target.newest(rule.columns[0]), self.clock()) for rule in rules)
+        return tuple(freshness(target.table.name, rule, target.max_value(rule.columns[0]), self.clock()) for rule in rules)
 
     def shape(self, step: Step) -> str:
         """What shapes a table beside its rows upstream: settings and columns. Another shape: everything is recomputed."""
@@ -879,7 +867,7 @@ class Engine:
             return [], changed, pieces.cpu_seconds, parallel, pieces
         old = UpstreamTable(step.target, target.reader, tuple(target.files()))
         merges = [
-            Merge(step, bucket, buckets, full, part, upstream, old, target.writer, target.sequence, self.context, reshaped)
+            Merge(step, bucket, buckets, full, part, upstream, old, target.writer, target.next_sequence, self.context, reshaped)
             for bucket, part in self._bucketed(groups, step.target, buckets)
         ]
         merged, cpu = self.pool.map(merge, merges, pieces, parallel=parallel and (len(merges) > 1 or bool(pieces.refs)))
@@ -1029,7 +1017,7 @@ class Engine:
         old = kept.reader.read(files, [*(c.name for c in self.quarantine.columns), DELETED], member, positions=True)
         change = row_diff(self.quarantine, old, pl.concat(wanted))
         if not change.empty:
-            written = kept.writer.write(stamp(self.quarantine, change.written, kept.sequence))
+            written = kept.writer.write(stamp(self.quarantine, change.written, kept.next_sequence))
             kept.commit([*written, *kept.writer.write_deletes(files, change.deleted)], positions=kept.positions)
 
     def _unreadable(self, parse: Callable[[pl.DataFrame], Parsed], bronze: TableHandle, positions: list[str]) -> pl.DataFrame:
@@ -1069,7 +1057,7 @@ class Engine:
         positions |= {name: begun_anew(positions[name]) for name in again & positions.keys()}
         for name, handle in handles.items():
             if unknown.get(name):
-                handle.widen(pa.schema(list(unknown[name])))
+                handle.evolve_schema(pa.schema(list(unknown[name])))
         amend = self.arrivals()  # after the tables were loaded: who makes it another one commits to them afterwards
         plan = source.plan(positions, {name: _source_schema(handle) for name, handle in handles.items()})
         try:
@@ -1114,10 +1102,10 @@ class Engine:
     ) -> tuple[list[dict[str, Written]], float, bool]:
         for name, handle in handles.items():
             if name in plan.schemas:
-                handle.widen(plan.schemas[name])
+                handle.evolve_schema(plan.schemas[name])
         if not plan.tasks:
             return [], 0.0, False
-        targets = {name: (handle.writer, handle.sequence) for name, handle in handles.items()}
+        targets = {name: (handle.writer, handle.next_sequence) for name, handle in handles.items()}
         parallel = len(plan.tasks) > 1 and (plan.rows is None or plan.rows >= self.pool.settings.inline_rows)
         function = partial(write_source_rows, targets=targets, at=self.clock(), amend=amend)
         outcomes, cpu = self.pool.map(function, plan.tasks, Blocks(), parallel=parallel)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from lakehouse.errors import ShopSphereError
-from lakehouse.iceberg.table_handle import FILE, POS
+from lakehouse.iceberg.reader import FILE, POS
 from lakehouse.table import DELETED, Table
 
 

@@ -19,8 +19,10 @@ from pyiceberg.io.pyarrow import PyArrowFileIO
 from pyiceberg.manifest import DataFile
 
 from lakehouse.errors import CommitConflict
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.errors import catalog_errors
-from lakehouse.iceberg.table_handle import File, Lake, TableHandle
+from lakehouse.iceberg.reader import File
+from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.table import Table
 
 TARGET_BYTES = 64 * 1024 * 1024
@@ -105,20 +107,20 @@ def expire(lake: Lake, table: Table, retention_hours: float, now: datetime) -> i
     handle = lake.load(table, create=False)
     limit = (now - timedelta(hours=retention_hours)).timestamp() * 1000
     refused = 0
-    if (build := handle.build) is not None and build.timestamp_ms < limit:
-        handle.discard()
+    if (build := handle.staged) is not None and build.timestamp_ms < limit:
+        handle.discard_staged()
         handle, refused = lake.load(table, create=False), 1
-    snapshots = sorted(handle.history, key=lambda s: s.sequence_number or 0)
-    named = {ref.snapshot_id for ref in handle.loaded.metadata.refs.values()}
+    snapshots = sorted(handle.published_snapshots, key=lambda s: s.sequence_number or 0)
+    named = {ref.snapshot_id for ref in handle.iceberg_table.metadata.refs.values()}
     # what counts is since when a snapshot is not the current one any more: readers and time travel rely on that
     old = [before.snapshot_id for before, after in pairwise(snapshots) if after.timestamp_ms < limit]
-    old = [number for number in old if number not in handle.telling and number not in named]
+    old = [number for number in old if number not in handle.lineage_snapshot_ids and number not in named]
     if old:
         from pyiceberg.exceptions import CommitFailedException
 
         try:
             with catalog_errors(table.name):
-                handle.loaded.maintenance.expire_snapshots().by_ids(old).commit()
+                handle.iceberg_table.maintenance.expire_snapshots().by_ids(old).commit()
         except CommitFailedException as error:
             raise CommitConflict(
                 f"{table.name}: another writer committed while snapshots were being expired. Run again."
@@ -128,8 +130,8 @@ def expire(lake: Lake, table: Table, retention_hours: float, now: datetime) -> i
 
 def referenced(handle: TableHandle) -> set[str]:
     """Every file that some snapshot of the table still needs, and its metadata files."""
-    metadata, io = handle.loaded.metadata, handle.loaded.io
-    paths = {handle.loaded.metadata_location, *(entry.metadata_file for entry in metadata.metadata_log)}
+    metadata, io = handle.iceberg_table.metadata, handle.iceberg_table.io
+    paths = {handle.iceberg_table.metadata_location, *(entry.metadata_file for entry in metadata.metadata_log)}
     for snapshot in metadata.snapshots:
         paths.add(snapshot.manifest_list)
         for manifest in snapshot.manifests(io):
@@ -143,10 +145,10 @@ def referenced(handle: TableHandle) -> set[str]:
 def delete_orphans(lake: Lake, table: Table, retention_hours: float, now: datetime) -> tuple[int, int]:
     """Delete files below the table's location that no snapshot needs and that are older than the retention."""
     handle = lake.load(table, create=False)
-    io = handle.loaded.io
+    io = handle.iceberg_table.io
     if not isinstance(io, PyArrowFileIO):
         return 0, 0
-    location = handle.loaded.location()
+    location = handle.iceberg_table.location()
     scheme, netloc, root = io.parse_location(location)
     filesystem = io.fs_by_scheme(scheme, netloc)
     limit = now - timedelta(hours=retention_hours)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lakehouse.errors import MissingFilesError, TableNotFound
-from lakehouse.iceberg.table_handle import Lake
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.table import Table
 
 
@@ -29,7 +29,7 @@ def _missing_file(lake: Lake, table: Table) -> str | None:
     except FileNotFoundError:
         return asked
     needed = (path for file in files for path in (file.path, *file.deletes))
-    return next((path for path in needed if not handle.loaded.io.new_input(path).exists()), None)
+    return next((path for path in needed if not handle.iceberg_table.io.new_input(path).exists()), None)
 
 
 def missing_files_error(lake: Lake, tables: Iterable[Table]) -> MissingFilesError | None:

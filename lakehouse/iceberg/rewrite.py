@@ -20,9 +20,11 @@ from pyiceberg.table.refs import MAIN_BRANCH
 from pyiceberg.table.snapshots import Snapshot
 
 from lakehouse.errors import ShopSphereError
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.errors import committing
 from lakehouse.iceberg.maintenance import expire, referenced
-from lakehouse.iceberg.table_handle import AUDIT_BRANCH, File, Lake, TableHandle
+from lakehouse.iceberg.reader import File
+from lakehouse.iceberg.table_handle import AUDIT_BRANCH, TableHandle
 from lakehouse.table import DELETED, SEQUENCE, Table
 
 REWRITTEN = "shopsphere.rewritten"
@@ -57,7 +59,7 @@ class Forgotten:
 
 def rewritten_by(handle: TableHandle, reason: str) -> Snapshot | None:
     """The snapshot that rewrote the table for this reason; None: none did, or it is gone."""
-    for snapshot in handle.loaded.metadata.snapshots:
+    for snapshot in handle.iceberg_table.metadata.snapshots:
         if snapshot.summary and snapshot.summary.additional_properties.get(REWRITTEN) == reason:
             return snapshot
     return None
@@ -89,7 +91,7 @@ def rewrite(lake: Lake, table: Table, edit: Edit, reason: str) -> Rewritten:
             continue
         count += int(changed.sum())
         removed.append(file)
-        sequence = pl.when(changed).then(pl.lit(handle.sequence, pl.Int64)).otherwise(pl.col(SEQUENCE))
+        sequence = pl.when(changed).then(pl.lit(handle.next_sequence, pl.Int64)).otherwise(pl.col(SEQUENCE))
         added += handle.writer.write(rows.with_columns(sequence.alias(SEQUENCE)))
     handle.commit(
         added,
@@ -136,11 +138,11 @@ def forget(lake: Lake, table: Table, *, tombstones: bool) -> Forgotten:
     cleaned, buried = _cleaned(handle, tombstones)
     if cleaned:
         handle = lake.load(table)
-    if named := [name for name in handle.loaded.metadata.refs if name not in (MAIN_BRANCH, AUDIT_BRANCH)]:
+    if named := [name for name in handle.iceberg_table.metadata.refs if name not in (MAIN_BRANCH, AUDIT_BRANCH)]:
         _unname(handle, named)
         handle = lake.load(table)
     # the newest may be of another engine, and positions told by one before; or on a branch that has ended
-    needed = len(handle.telling) > 1 or bool(named)
+    needed = len(handle.lineage_snapshot_ids) > 1 or bool(named)
     if handle.snapshot is not None and (needed or _tells_of_removals(handle) or _unreferenced(handle)[1]):
         # the snapshot that removed files lists them, with the bounds of their values; and who wrote what nothing refers to
         # yet cannot commit any more
@@ -155,14 +157,14 @@ def forget(lake: Lake, table: Table, *, tombstones: bool) -> Forgotten:
 
 def _unname(handle: TableHandle, names: Iterable[str]) -> None:
     """End branches and tags that others have made: what they name could not be forgotten."""
-    with committing(handle.table.name), handle.loaded.manage_snapshots() as snapshots:
+    with committing(handle.table.name), handle.iceberg_table.manage_snapshots() as snapshots:
         for name in names:
             snapshots.remove_tag(name)  # of a branch the same: it says only which name goes
 
 
 def _tells_of_removals(handle: TableHandle) -> bool:
     snapshot = handle.snapshot
-    return snapshot is not None and any(m.deleted_files_count != 0 for m in snapshot.manifests(handle.loaded.io))
+    return snapshot is not None and any(m.deleted_files_count != 0 for m in snapshot.manifests(handle.iceberg_table.io))
 
 
 def _cleaned(handle: TableHandle, tombstones: bool) -> tuple[int, int]:
@@ -189,10 +191,10 @@ def _cleaned(handle: TableHandle, tombstones: bool) -> tuple[int, int]:
 
 def file_system(handle: TableHandle) -> tuple[FileSystem, str]:
     """The file system that holds a table, and its place there. Raises ShopSphereError when it is none that can be listed."""
-    io = handle.loaded.io
+    io = handle.iceberg_table.io
     if not isinstance(io, PyArrowFileIO):
         raise ShopSphereError(f"{handle.table.name}: its files cannot be listed. Use a catalog with PyArrow's file access.")
-    scheme, netloc, root = io.parse_location(handle.loaded.location())
+    scheme, netloc, root = io.parse_location(handle.iceberg_table.location())
     return io.fs_by_scheme(scheme, netloc), root
 
 
@@ -205,19 +207,19 @@ def listed(handle: TableHandle) -> list[FileInfo]:
 
 def _unreferenced(handle: TableHandle) -> tuple[list[FileInfo], list[FileInfo]]:
     """The files that nothing refers to: those older than the last commit, and those that a writer may be at."""
-    io = handle.loaded.io
+    io = handle.iceberg_table.io
     filesystem, _ = file_system(handle)
     assert isinstance(io, PyArrowFileIO)
     found = listed(handle)
     keep = {io.parse_location(path)[2] for path in referenced(handle)}
-    newest = filesystem.get_file_info([io.parse_location(handle.loaded.metadata_location)[2]])[0].mtime
+    newest = filesystem.get_file_info([io.parse_location(handle.iceberg_table.metadata_location)[2]])[0].mtime
     left = [info for info in found if info.path not in keep]
     older = [info for info in left if newest and info.mtime < newest]
     return older, [info for info in left if info not in older]
 
 
 def _delete_unreferenced(handle: TableHandle, before: set[str]) -> tuple[int, int]:
-    io = handle.loaded.io
+    io = handle.iceberg_table.io
     filesystem, _ = file_system(handle)
     assert isinstance(io, PyArrowFileIO)
     known = {io.parse_location(path)[2] for path in before}

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import polars as pl
 
-from lakehouse.iceberg.table_handle import Lake
+from lakehouse.iceberg.catalog import Lake
 from ml.registry import LoadedModel
 from ml.tables.order_entities import ORDER_ENTITIES
 from ml.tables.order_features import ORDER_FEATURES

@@ -23,7 +23,10 @@ import polars as pl
 
 from lakehouse.engine.engine import Engine, StepResult, UpstreamTable, chunks, conform, stamp
 from lakehouse.expectations import Result, joined, judge, standing_after
-from lakehouse.iceberg.table_handle import FINGERPRINT, ROWS, VIOLATIONS, FileWriter, TableHandle, group_hash
+from lakehouse.iceberg.group_hash import group_hash
+from lakehouse.iceberg.snapshot_properties import FINGERPRINT, ROWS, VIOLATIONS
+from lakehouse.iceberg.table_handle import TableHandle
+from lakehouse.iceberg.writer import FileWriter
 from lakehouse.parallel import Block, Blocks
 from lakehouse.step import Read, Step
 from lakehouse.table import DELETED, Table
@@ -74,7 +77,7 @@ class BuildResult:
 def must_be_built(engine: Engine, step: Step) -> bool:
     """Whether the step's table was never filled, or for other features or another label delay."""
     target = engine.lake.load(step.target)
-    return ORDER_ENTITIES.name not in target.positions or target.summary(FINGERPRINT) != engine.shape(step)
+    return ORDER_ENTITIES.name not in target.positions or target.snapshot_property(FINGERPRINT) != engine.shape(step)
 
 
 def build(engine: Engine, step: Step, delay: timedelta) -> StepResult:
@@ -103,11 +106,11 @@ def _build(engine: Engine, step: Step, delay: timedelta) -> StepResult:
     tasks = [Bucket(part, number, delay) for number in range(buckets) for part in ENTITY_PARTS]
     parts = engine.pool.transform(compute_bucket, tasks, spread, parallel=parallel)
     both = Blocks(local=[*spread.local, *parts.local], refs=[*spread.refs, *parts.refs])
-    writing = Assembly(target.writer, target.sequence)
+    writing = Assembly(target.writer, target.next_sequence)
     written, elsewhere = engine.pool.map(writing, [block.number for block in blocks if not block.events], both, parallel=parallel)
     files = [file for item in written for file in item.files]
     count = sum(item.rows for item in written)
-    before = target.summary(ROWS)
+    before = target.snapshot_property(ROWS)
     of_rows = joined(result for item in written for result in item.results)
     results = engine.settled(step.target, of_rows, int(before) if before else None, count)
     snapshot = target.commit(

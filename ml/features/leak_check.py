@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 
 import polars as pl
 
-from lakehouse.iceberg.table_handle import Lake
+from lakehouse.iceberg.catalog import Lake
 from ml.features.features import FEATURES, LABEL_DELAY, TIME, OrderHistory, compute
 from ml.tables.order_entities import ORDER_ENTITIES
 from ml.tables.order_features import history_of, read_orders

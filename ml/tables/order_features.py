@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from lakehouse.engine.engine import Engine, StepResult
 from lakehouse.expectations import row_count_drift
-from lakehouse.iceberg.table_handle import Lake
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.step import Broadcast, Grouped, Lookup, Step
 from lakehouse.table import TIMESTAMP, Table, column
 from ml.features.features import ENTITIES, EVENT_COLUMNS, FEATURES, LABEL_DELAY, TIME, OrderHistory, compute

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lakehouse.iceberg.table_handle import Lake
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.table import Table
 from ml.tables.order_features import STEPS
 
@@ -35,5 +35,5 @@ def _snapshot_at(lake: Lake, name: str, position: Any) -> int | None:
     table = SOURCES.get(name)
     if table is None or not isinstance(position, Mapping) or not lake.exists(table):
         return None
-    every = lake.load(table, create=False).loaded.metadata.snapshots
+    every = lake.load(table, create=False).iceberg_table.metadata.snapshots
     return next((one.snapshot_id for one in every if one.sequence_number == position.get("sequence")), None)

@@ -19,7 +19,8 @@ import pyarrow as pa
 
 from lakehouse.engine.engine import UpstreamTable, chunks
 from lakehouse.errors import SettingsError, ShopSphereError
-from lakehouse.iceberg.table_handle import Lake, TableHandle
+from lakehouse.iceberg.catalog import Lake
+from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.parallel import Block, Blocks, TaskPool
 from ml.features.features import FEATURE_NAMES, FEATURES, LABEL_DELAY, TIME
 from ml.tables.category_amounts import CATEGORY_AMOUNTS

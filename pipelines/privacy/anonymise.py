@@ -17,7 +17,7 @@ import msgspec
 import polars as pl
 import pyarrow as pa
 
-from lakehouse.iceberg.table_handle import as_arrow
+from lakehouse.iceberg.schema import as_arrow
 from lakehouse.table import Table
 from pipelines.bronze.tables import (
     CHARGEBACKS,

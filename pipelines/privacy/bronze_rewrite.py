@@ -44,7 +44,7 @@ def replace_delta_rows(engine: Engine, erasure: Erasure) -> None:
         rows = conform(events_clean.transform({"events": parse_events(messages).rows}, engine.context), EVENTS_CLEAN)
         if rows.is_empty():
             return
-        new = stamp(EVENTS_CLEAN, with_mark(EVENTS_CLEAN, rows, False), target.sequence)
+        new = stamp(EVENTS_CLEAN, with_mark(EVENTS_CLEAN, rows, False), target.next_sequence)
         replace_rows(target, pl.col("event_id").is_in(rows["event_id"].implode()), new)
 
     engine.retried(attempt)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lakehouse.byte_search import Needles, Searched
 from lakehouse.engine.engine import Engine
-from lakehouse.iceberg.table_handle import Lake
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.project import Project
 
 StageProgress = Callable[[str, int, int], None]

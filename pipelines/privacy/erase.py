@@ -10,8 +10,8 @@ from functools import partial
 
 from lakehouse.byte_search import Needles, Searched
 from lakehouse.errors import ShopSphereError
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.rewrite import Forgotten, forget
-from lakehouse.iceberg.table_handle import Lake
 from pipelines.privacy.bronze_rewrite import replace_delta_rows, rewrite_bronze
 from pipelines.privacy.context import ErasureContext, StageProgress
 from pipelines.privacy.leftovers import existing_tables, search_tables_and_home

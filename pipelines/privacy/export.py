@@ -16,7 +16,7 @@ import polars as pl
 
 from lakehouse.byte_search import Needles
 from lakehouse.errors import ShopSphereError
-from lakehouse.iceberg.table_handle import Lake
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.json_values import to_json_value
 from lakehouse.table import BOOKKEEPING, Table
 from pipelines.bronze.tables import EVENTS, ORDERS

@@ -7,8 +7,8 @@ from pathlib import Path
 from pyarrow.fs import FileInfo, FileSelector, FileType, LocalFileSystem
 
 from lakehouse.byte_search import Needles, Searched, search_files
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.rewrite import file_system, listed
-from lakehouse.iceberg.table_handle import Lake
 from lakehouse.project import Project
 from lakehouse.run_history import OPERATIONS
 from lakehouse.table import Table

@@ -10,7 +10,7 @@ import polars as pl
 
 from lakehouse.byte_search import Needles
 from lakehouse.errors import ShopSphereError
-from lakehouse.iceberg.table_handle import Lake
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.table import BOOKKEEPING, Table
 from pipelines.bronze.tables import DOCUMENT_PATHS, EVENTS, MARKETPLACE_ORDERS, ORDERS, TABLES
 from pipelines.identity.records import ORDER_PREFIX, USER_PREFIX

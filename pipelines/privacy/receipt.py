@@ -14,8 +14,8 @@ import polars as pl
 
 from lakehouse.byte_search import Searched
 from lakehouse.digest import digest
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.rewrite import Forgotten, Rewritten
-from lakehouse.iceberg.table_handle import Lake
 from lakehouse.json_values import to_json_value
 from pipelines.bronze.tables import TABLES
 from pipelines.gold.sales_daily import SALES_DAILY

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lakehouse.iceberg.table_handle import Lake
+from lakehouse.iceberg.catalog import Lake
 from pipelines.privacy.private_files import open_private
 from pipelines.privacy.receipt import Baseline, SalesTotals, erasures_directory
 from pipelines.privacy.suppression import Erasure, erasures

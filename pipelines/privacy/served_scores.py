@@ -6,7 +6,7 @@ import contextlib
 
 from lakehouse.engine.engine import Engine
 from lakehouse.errors import SourceError
-from lakehouse.iceberg.table_handle import Lake
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.project import Project
 from pipelines.bronze.tables import EVENTS
 from pipelines.privacy.suppression import Erasure

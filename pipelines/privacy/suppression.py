@@ -10,7 +10,7 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.errors import SettingsError
-from lakehouse.iceberg.table_handle import Lake
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.table import SEQUENCE, TIMESTAMP, Table, column
 from pipelines.privacy.pseudonyms import KEY_FILE, Digest, Pseudonyms, erasure_key
 from pipelines.settings import settings_of
@@ -136,6 +136,6 @@ def append_digests(
     frame = pl.DataFrame(rows, schema=schema, orient="row").with_columns(
         pl.lit(erasure_id).alias("erasure"),
         pl.col("at").cast(pl.Datetime("us", "UTC")),
-        pl.lit(handle.sequence, pl.Int64).alias(SEQUENCE),
+        pl.lit(handle.next_sequence, pl.Int64).alias(SEQUENCE),
     )
     handle.commit(handle.writer.write(frame), positions=handle.positions)

@@ -26,7 +26,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from lakehouse.format_bytes import format_bytes
-from lakehouse.iceberg.table_handle import Lake
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.project import Project
 from lakehouse.run_history import PastRun, past_runs
 from lakehouse.status import TableStatus, statuses

@@ -18,7 +18,9 @@ import polars as pl
 
 from lakehouse.engine.engine import UpstreamTable
 from lakehouse.errors import ShopSphereError
-from lakehouse.iceberg.table_handle import DATA_SEQUENCE, POSITIONS, Lake, TableHandle
+from lakehouse.iceberg.catalog import Lake
+from lakehouse.iceberg.snapshot_properties import DATA_SEQUENCE, POSITIONS
+from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.step import Grouped
 from lakehouse.table import GROUP_HASH, Table
 from pipelines.bronze.tables import EVENTS
@@ -77,7 +79,7 @@ class TableAsOf:
     @property
     def positions(self) -> dict[str, Any]:
         """How far it had read each upstream."""
-        told = self.handle.summary(POSITIONS, self.snapshot_id) if self.snapshot_id is not None else None
+        told = self.handle.snapshot_property(POSITIONS, self.snapshot_id) if self.snapshot_id is not None else None
         found: dict[str, Any] = json.loads(told or "{}")
         return found
 
@@ -86,9 +88,9 @@ class TableAsOf:
         handle, position = lake.load(table), self.positions.get(table.name)
         if position is None or position["sequence"] == 0:
             return TableAsOf(handle, None)
-        metadata = handle.loaded.metadata
+        metadata = handle.iceberg_table.metadata
         wanted = str(position["sequence"])
-        same = [one for one in metadata.snapshots if handle.summary(DATA_SEQUENCE, one.snapshot_id) == wanted]
+        same = [one for one in metadata.snapshots if handle.snapshot_property(DATA_SEQUENCE, one.snapshot_id) == wanted]
         if str(metadata.table_uuid) != position["table"] or not same:
             raise StateError(
                 f"The snapshot of {table.name} that {self.handle.table.name} was made from is not there any more. "
@@ -153,7 +155,7 @@ def open_base(chain: SnapshotChain) -> Base:
     gathered = LEDGER.reads["events"]
     assert isinstance(gathered, Grouped)
     hashes = read.read([GROUP_HASH])[GROUP_HASH].to_numpy() if read.files else np.empty(0, np.int32)
-    taken = bronze.handle.loaded.metadata.snapshot_by_id(bronze.snapshot_id) if bronze.snapshot_id is not None else None
+    taken = bronze.handle.iceberg_table.metadata.snapshot_by_id(bronze.snapshot_id) if bronze.snapshot_id is not None else None
     return Base(
         snapshots=chain.snapshots,
         offsets=chain.offsets,

@@ -13,7 +13,7 @@ from typing import Any
 from polars.exceptions import PanicException
 
 from lakehouse.errors import ShopSphereError
-from lakehouse.iceberg.table_handle import Lake
+from lakehouse.iceberg.catalog import Lake
 from pipelines.privacy.anonymise import Anonymiser
 from pipelines.privacy.suppression import load_suppression, newest_erasure
 from pipelines.settings import BusinessSettings, Settings

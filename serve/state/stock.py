@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
-from lakehouse.iceberg.table_handle import group_hash, polars_schema
+from lakehouse.iceberg.group_hash import group_hash
+from lakehouse.iceberg.schema import polars_schema
 from lakehouse.table import GROUP_HASH
 from ml.tables.order_features import EVENT_READS, account_events
 from pipelines.settings import BusinessSettings

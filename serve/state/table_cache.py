@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 import polars as pl
 
 from lakehouse.engine.engine import UpstreamTable
-from lakehouse.iceberg.table_handle import Lake
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.table import Table
 
 

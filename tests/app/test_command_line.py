@@ -26,7 +26,8 @@ from app import sandbox
 from app.cli.main import main
 from lakehouse.engine.engine import Engine
 from lakehouse.errors import CommitConflict
-from lakehouse.iceberg.table_handle import Lake, TableHandle
+from lakehouse.iceberg.catalog import Lake
+from lakehouse.iceberg.table_handle import TableHandle
 from pipelines.bronze.tables import EVENTS
 from pipelines.settings import load_settings
 

@@ -22,7 +22,7 @@ from support.waiting import eventually, free_port, missing, wait_for
 
 import pipelines
 from app import sandbox
-from lakehouse.iceberg.table_handle import Lake
+from lakehouse.iceberg.catalog import Lake
 from pipelines.settings import load_settings
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3000)]

@@ -14,7 +14,7 @@ import pytest
 from pyarrow.fs import FileSelector, FileType, LocalFileSystem
 
 from lakehouse.byte_search import Needles, search_bytes, search_files
-from lakehouse.iceberg.table_handle import Lake
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.table import Table, column
 from pipelines.settings import Settings
 

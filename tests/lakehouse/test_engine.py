@@ -21,8 +21,11 @@ from sqlalchemy import event
 from lakehouse.digest import digest
 from lakehouse.engine.engine import Engine
 from lakehouse.errors import CommitConflict, QueryError, ShopSphereError
+from lakehouse.iceberg.catalog import Lake
+from lakehouse.iceberg.group_hash import group_hash
 from lakehouse.iceberg.maintenance import compact, delete_orphans, expire
-from lakehouse.iceberg.table_handle import Lake, TableHandle, as_arrow, group_hash
+from lakehouse.iceberg.schema import as_arrow
+from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.parallel import TaskPool
 from lakehouse.query import query
 from lakehouse.settings import RaySettings
@@ -193,7 +196,7 @@ def bronze_rows(rows: list[tuple]) -> pl.DataFrame:
 
 def append(engine: Engine, rows: pl.DataFrame, table: Table = BRONZE) -> None:
     handle: TableHandle = engine.lake.load(table)
-    sequence = handle.sequence
+    sequence = handle.next_sequence
     columns = as_arrow(
         rows.with_columns(pl.lit(sequence).alias("_seq"), pl.lit(0).alias("_group_hash"), pl.lit(False).alias("_deleted")),
         handle.writer.schema,
@@ -291,11 +294,11 @@ def test_one_snapshot_for_replaced_and_new_rows(tmp_path):
     append(engine, bronze_rows([(0, 1, "x", 5, 0, "c"), (1, 2, "x", 1, 0, "c")]))
     run(engine)
     append(engine, bronze_rows([(2, 1, "y", 7, 1, "u")]))
-    before = len(engine.lake.load(ACCOUNTS).loaded.metadata.snapshots)
+    before = len(engine.lake.load(ACCOUNTS).iceberg_table.metadata.snapshots)
     run(engine)
     handle = engine.lake.load(ACCOUNTS)
-    assert len(handle.loaded.metadata.snapshots) == before + 1
-    seen = handle.loaded.scan().to_arrow().to_pylist()
+    assert len(handle.iceberg_table.metadata.snapshots) == before + 1
+    seen = handle.iceberg_table.scan().to_arrow().to_pylist()
     assert sorted((r["id"], r["city"], r["_deleted"]) for r in seen) == [(1, "x", True), (1, "y", False), (2, "x", False)]
     assert engine.lake.load(CITIES).read(["city", "amount"]).sort("city").rows() == [("x", 1), ("y", 7)]
 
@@ -510,7 +513,7 @@ def test_another_partitioning_of_a_declaration(tmp_path):
     expected = digests(engine)
     cut = replace(EVENTS, partition_by=(year("at"),))
     engine.refresh(replace(STEPS[2], target=cut))
-    assert [str(f.transform) for f in engine.lake.load(cut).loaded.spec().fields] == ["year"]
+    assert [str(f.transform) for f in engine.lake.load(cut).iceberg_table.spec().fields] == ["year"]
     run_after = [engine.refresh(replace(STEPS[2], target=cut)).status, engine.refresh(STEPS[3]).status]
     assert run_after[0] == "unchanged"
     assert digests_with(engine, cut) == expected
@@ -590,7 +593,7 @@ def test_finding_a_property_does_not_walk_the_whole_chain_of_snapshots(tmp_path,
     by_id = TableMetadataV2.snapshot_by_id
     monkeypatch.setattr(TableMetadataV2, "snapshot_by_id", lambda self, number: asked.append(number) or by_id(self, number))
     handle = engine.lake.load(BRONZE)
-    assert handle.summary("shopsphere.shape") is None
+    assert handle.snapshot_property("shopsphere.shape") is None
     assert len(asked) <= 1
 
 
@@ -645,7 +648,7 @@ def test_a_commit_of_another_engine_loses_no_position(tmp_path):
     handle = engine.lake.load(BRONZE)
     rows = as_arrow(bronze_rows([(0, 1, "x", 5, 0, "c")]), handle.writer.schema)
     handle.commit(handle.writer.write(rows), positions={"kafka": {"events:0": 100}})
-    engine.lake.load(BRONZE).loaded.append(rows)
+    engine.lake.load(BRONZE).iceberg_table.append(rows)
     assert engine.lake.load(BRONZE).positions == {"kafka": {"events:0": 100}}
     # nor does maintenance long after it
     assert expire(engine.lake, BRONZE, 24, datetime.now(UTC) + timedelta(days=30)) == 0
@@ -677,9 +680,9 @@ def test_other_readers_see_the_same_rows(tmp_path):
         run(engine)
     for table in (ACCOUNTS, CITIES, LEDGER):
         handle = engine.lake.load(table)
-        theirs = pl.from_arrow(handle.loaded.scan().to_arrow())
+        theirs = pl.from_arrow(handle.iceberg_table.scan().to_arrow())
         if table.keeps_tombstones:
             theirs = theirs.filter(~pl.col("_deleted"))
         names = [c.name for c in table.columns]
         assert theirs.select(names).sort(table.key).equals(handle.read(names).sort(table.key))
-        assert handle.loaded.scan().count() == pl.from_arrow(handle.loaded.scan().to_arrow()).height
+        assert handle.iceberg_table.scan().count() == pl.from_arrow(handle.iceberg_table.scan().to_arrow()).height

@@ -46,7 +46,7 @@ from lakehouse.expectations import (
     within,
 )
 from lakehouse.iceberg.maintenance import expire, maintain
-from lakehouse.iceberg.table_handle import EXPECTATIONS, VIOLATIONS
+from lakehouse.iceberg.snapshot_properties import EXPECTATIONS, VIOLATIONS
 from lakehouse.query import query
 from lakehouse.step import Delta, Parsed, Step
 from lakehouse.table import column
@@ -200,9 +200,11 @@ def test_any_split_counts_the_same_rows_that_break_an_expectation(tmp_path):
                 receive(engine, (id_, shop, amount), position=position)
             run(engine)
             maintain(engine.lake, SALES, NOW)
-        counted.add(engine.lake.load(SALES).summary(VIOLATIONS))
+        counted.add(engine.lake.load(SALES).snapshot_property(VIOLATIONS))
         broken = engine.lake.load(SALES).read(["shop"], ~pl.col("shop").is_in(["north", "south", "east"])).height
-        assert json.loads(engine.lake.load(SALES).summary(VIOLATIONS))["accepted(shop: east, north, south)"] == broken > 0
+        assert (
+            json.loads(engine.lake.load(SALES).snapshot_property(VIOLATIONS))["accepted(shop: east, north, south)"] == broken > 0
+        )
     assert len(counted) == 1
 
 
@@ -300,13 +302,13 @@ def test_row_counts_are_kept_with_each_snapshot(engine):
     _, report = run(engine)
     for table in (SALES, TOTALS):
         handle = engine.lake.load(table)
-        assert int(handle.summary("shopsphere.rows")) == handle.read([table.key[0]]).height == 2
+        assert int(handle.snapshot_property("shopsphere.rows")) == handle.read([table.key[0]]).height == 2
     assert outcomes(report)["row_count_drift(50%)"] == ("pass", 0)
     receive(engine, (1, "north", 10), (3, "east", 5), position="3", op="d")
     _, report = run(engine)
     assert outcomes(report)["row_count_drift(50%)"] == ("pass", 0), "below three rows it may do as it likes"
     maintain(engine.lake, SALES, NOW)
-    assert engine.lake.load(SALES).summary("shopsphere.rows") == "0"
+    assert engine.lake.load(SALES).snapshot_property("shopsphere.rows") == "0"
 
 
 def test_freshness_warns_and_publishes(engine):
@@ -351,16 +353,16 @@ def test_a_refused_build_waits_on_its_branch_for_a_look(engine):
 def test_a_refused_build_is_not_built_again_until_something_comes(engine):
     receive(engine, (1, "north", -10))
     first = refused(engine)
-    build = engine.lake.load(TOTALS).build
+    build = engine.lake.load(TOTALS).staged
     again = refused(engine)
-    assert engine.lake.load(TOTALS).build == build
+    assert engine.lake.load(TOTALS).staged == build
     assert str(again) == str(first)
     receive(engine, (2, "north", 15), position="2")
     run(engine)
     handle = engine.lake.load(TOTALS)
     assert totals(engine) == {"north": 5}
-    assert handle.build is None
-    assert build.snapshot_id not in {s.snapshot_id for s in handle.loaded.metadata.snapshots}, "the refused build is gone"
+    assert handle.staged is None
+    assert build.snapshot_id not in {s.snapshot_id for s in handle.iceberg_table.metadata.snapshots}, "the refused build is gone"
 
 
 def test_a_build_is_published_by_hand(engine):
@@ -396,7 +398,7 @@ def test_a_build_that_the_table_has_passed_over_is_dropped(engine):
     receive(engine, (2, "north", -500), position="3", op="d")
     _, report = run(engine)
     assert report.status == "read", "the table is as it was: nothing is built"
-    assert engine.lake.load(TOTALS).build is None
+    assert engine.lake.load(TOTALS).staged is None
     receive(engine, (2, "north", -500), position="4")
     refused(engine)
     receive(engine, (2, "north", -500), position="5", op="d")
@@ -404,9 +406,9 @@ def test_a_build_that_the_table_has_passed_over_is_dropped(engine):
     handle = engine.lake.load(TOTALS)
     behind = {SALES.name: engine.lake.load(SALES).position}
     handle.commit(positions={**handle.positions, **behind}, changes_rows=False)  # as one that is killed right after it
-    assert engine.lake.load(TOTALS).build is not None
+    assert engine.lake.load(TOTALS).staged is not None
     assert engine.refresh(TOTALS_STEP).status == "unchanged"
-    assert engine.lake.load(TOTALS).build is None
+    assert engine.lake.load(TOTALS).staged is None
     assert totals(engine) == {"north": 10}
 
 
@@ -431,11 +433,11 @@ def test_maintenance_leaves_a_young_build_and_takes_an_old_one_with_its_files(en
     receive(engine, (2, "north", -500), position="2")
     refused(engine)
     assert expire(engine.lake, TOTALS, 1, datetime.now(UTC)) == 0
-    assert engine.lake.load(TOTALS).build is not None
+    assert engine.lake.load(TOTALS).staged is not None
     expire(engine.lake, TOTALS, 0, datetime.now(UTC) + timedelta(seconds=1))
     handle = engine.lake.load(TOTALS)
-    assert handle.build is None
-    assert [s.snapshot_id for s in handle.loaded.metadata.snapshots] == [handle.snapshot.snapshot_id]
+    assert handle.staged is None
+    assert [s.snapshot_id for s in handle.iceberg_table.metadata.snapshots] == [handle.snapshot.snapshot_id]
     maintain(engine.lake, TOTALS, datetime.now(UTC) + timedelta(days=30))
     left = {path.name for path in (tmp_path / "warehouse" / "gold" / "totals" / "data").rglob("*.parquet")}
     assert left == {Path(file.path).name for file in engine.lake.load(TOTALS).files()}
@@ -479,13 +481,13 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from support import sales_lake as here
-from lakehouse.iceberg.table_handle import Handle
+from lakehouse.iceberg.table_handle import TableHandle
 engine = here.make_engine(Path({home!r}))
 if {before}:
-    Handle.publish = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+    TableHandle.publish = lambda self: os.kill(os.getpid(), signal.SIGKILL)
 else:
-    publish = Handle.publish
-    Handle.publish = lambda self: (publish(self), os.kill(os.getpid(), signal.SIGKILL))
+    publish = TableHandle.publish
+    TableHandle.publish = lambda self: (publish(self), os.kill(os.getpid(), signal.SIGKILL))
 engine.refresh(here.TOTALS_STEP)
 """
 
@@ -502,12 +504,12 @@ def test_a_kill_around_the_publication_loses_and_shows_nothing(tmp_path, before)
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.getcwd()}, capture_output=True, text=True
     )
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    assert (engine.lake.load(TOTALS).build is not None) == before
+    assert (engine.lake.load(TOTALS).staged is not None) == before
     assert totals(engine) == {"north": 10 if before else 15}
     report = engine.refresh(TOTALS_STEP)
     assert totals(engine) == {"north": 15}
     assert report.status == ("changed" if before else "unchanged")
-    assert engine.lake.load(TOTALS).build is None
+    assert engine.lake.load(TOTALS).staged is None
     if before:
         assert report.rows_written == 1
         assert report.rows_read == 0, "what the killed run built is audited and published, not built again"
@@ -518,7 +520,7 @@ def test_positions_and_data_are_one_snapshot(engine):
     run(engine)
     handle = engine.lake.load(TOTALS)
     assert handle.positions[SALES.name] == engine.lake.load(SALES).position
-    assert {r.outcome for r in from_text(handle.summary(EXPECTATIONS))} == {"pass"}
+    assert {r.outcome for r in from_text(handle.snapshot_property(EXPECTATIONS))} == {"pass"}
 
 
 def test_rows_that_break_a_new_expectation_are_refused_too(engine):

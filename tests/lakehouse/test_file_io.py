@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 import pipelines
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.file_io import NonEmptyFileIO
-from lakehouse.iceberg.table_handle import Lake
 from lakehouse.transient_errors import as_transient_error
 from pipelines.settings import Settings
 

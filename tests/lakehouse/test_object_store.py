@@ -18,8 +18,8 @@ from app import sandbox
 from app.project import PROJECT
 from lakehouse.byte_search import Needles, search_bytes
 from lakehouse.digest import digest
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.maintenance import maintain
-from lakehouse.iceberg.table_handle import Lake
 from pipelines.privacy.erase import erase
 from pipelines.privacy.person import SubjectQuery
 from pipelines.runner import open_engine, run_once

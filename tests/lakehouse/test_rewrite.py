@@ -11,9 +11,10 @@ import pytest
 from lakehouse.byte_search import Needles, search_files
 from lakehouse.digest import digest
 from lakehouse.errors import CommitConflict
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.maintenance import referenced
 from lakehouse.iceberg.rewrite import file_system, forget, listed, replace_rows, rewrite
-from lakehouse.iceberg.table_handle import Lake, TableHandle
+from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.table import Table, column
 from pipelines.settings import Settings
 
@@ -22,9 +23,9 @@ TABLE = Table("silver.things", "Things.", (column("id", pa.int64(), "Id."), colu
 
 def write(handle: TableHandle, ids: list[int], text: str, deleted: bool = False) -> None:
     frame = pl.DataFrame({"id": ids, "text": [text] * len(ids)}).with_columns(
-        _seq=pl.lit(handle.sequence, pl.Int64), _group_hash=pl.lit(0, pl.Int32), _deleted=pl.lit(deleted)
+        _seq=pl.lit(handle.next_sequence, pl.Int64), _group_hash=pl.lit(0, pl.Int32), _deleted=pl.lit(deleted)
     )
-    handle.commit(handle.writer.write(frame), positions={"up": handle.sequence})
+    handle.commit(handle.writer.write(frame), positions={"up": handle.next_sequence})
 
 
 def without(text: str) -> object:
@@ -97,7 +98,7 @@ def test_forgetting_leaves_the_rows_and_nothing_else(lake: Lake) -> None:
     assert done.tombstones == 1
     assert digest(after) == was
     assert (after.positions, after.data_sequence) == (positions, sequence)
-    assert len(after.loaded.metadata.snapshots) == 1
+    assert len(after.iceberg_table.metadata.snapshots) == 1
     assert not Path(stray).exists()
     assert not [file for file in after.files() if file.deletes]
     needed = {path.removeprefix("file://") for path in referenced(after)}
@@ -125,20 +126,20 @@ def test_what_a_dead_writer_left_after_the_last_commit_goes_too(lake: Lake) -> N
 def test_no_branch_tag_or_other_engine_keeps_the_past(lake: Lake) -> None:
     handle = lake.load(TABLE)
     number = handle.snapshot.snapshot_id
-    with handle.loaded.manage_snapshots() as snapshots:
+    with handle.iceberg_table.manage_snapshots() as snapshots:
         snapshots.create_tag(number, "year-end").create_branch(number, "trial")
     extra = {"id": [80], "text": ["on a branch"], "_seq": [1], "_group_hash": [0], "_deleted": [False]}
-    schema = handle.loaded.schema().as_arrow()
-    handle.loaded.append(pa.table(extra, schema=schema), branch="trial")
+    schema = handle.iceberg_table.schema().as_arrow()
+    handle.iceberg_table.append(pa.table(extra, schema=schema), branch="trial")
     write(lake.load(TABLE), [90], "kept")
-    loaded = lake.load(TABLE).loaded
+    loaded = lake.load(TABLE).iceberg_table
     loaded.append(pa.table({**extra, "text": ["of another engine"]}, schema=schema))
     was, positions = digest(lake.load(TABLE)), lake.load(TABLE).positions
     forget(lake, TABLE, tombstones=True)
     after = lake.load(TABLE)
     assert (digest(after), after.positions) == (was, positions)
-    assert list(after.loaded.metadata.refs) == ["main"]
-    assert len(after.loaded.metadata.snapshots) == 1
+    assert list(after.iceberg_table.metadata.refs) == ["main"]
+    assert len(after.iceberg_table.metadata.snapshots) == 1
     assert {info.path for info in listed(after)} == {path.removeprefix("file://") for path in referenced(after)}
 
 
@@ -155,10 +156,10 @@ def test_a_writer_at_work_while_the_past_is_forgotten_begins_anew(lake: Lake) ->
 
 def test_rows_are_replaced_in_one_commit(lake: Lake) -> None:
     handle = lake.load(TABLE)
-    before = len(handle.loaded.metadata.snapshots)
-    new = pl.DataFrame({"id": [30], "text": ["new"], "_seq": [handle.sequence], "_group_hash": [0], "_deleted": [False]})
+    before = len(handle.iceberg_table.metadata.snapshots)
+    new = pl.DataFrame({"id": [30], "text": ["new"], "_seq": [handle.next_sequence], "_group_hash": [0], "_deleted": [False]})
     assert replace_rows(handle, pl.col("id") == 30, new) == 1
     after = lake.load(TABLE)
     assert after.read(["text"], pl.col("id") == 30)["text"].to_list() == ["new"]
     assert after.read(["id"]).height == 6
-    assert len(after.loaded.metadata.snapshots) == before + 1
+    assert len(after.iceberg_table.metadata.snapshots) == before + 1

@@ -15,8 +15,10 @@ from support.sales_lake import NOW, SALES, SALES_STEP, TOTALS, TOTALS_STEP, make
 from lakehouse.engine.engine import Engine, StepResult
 from lakehouse.errors import ShopSphereError, SourceError
 from lakehouse.expectations import ExpectationsFailed
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.maintenance import maintain
-from lakehouse.iceberg.table_handle import File, FileReader, Lake, TableHandle
+from lakehouse.iceberg.reader import File, FileReader
+from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.query import query
 from lakehouse.run_history import OPERATIONS, RESULTS, RUNS, RunHistory, RunRecord, forget, last_results, past_runs
 from lakehouse.table import Table
@@ -48,7 +50,7 @@ def test_a_run_is_a_row_a_table_and_a_result_an_expectation(engine):
     receive(engine, (1, "north", 10), (2, "moon", 20))
     one = noted(engine)
     assert counts(engine) == (2, 4 + 5)
-    assert len(engine.lake.load(RUNS).loaded.metadata.snapshots) == 1, "one commit a run"
+    assert len(engine.lake.load(RUNS).iceberg_table.metadata.snapshots) == 1, "one commit a run"
     (past,) = past_runs(engine.lake, 10)
     assert (past.run_id, past.kind, past.tables, past.rows_written, past.warnings, past.errors) == (one.id, "run", 2, 4, 1, ())
     worst = next(result for result in last_results(engine.lake) if result.table == SALES.name)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lakehouse.iceberg.table_handle import tables_on_disk
 from lakehouse.settings import CatalogSettings, RaySettings
-from lakehouse.storage import Storage
+from lakehouse.storage import Storage, local_warehouse
 from pipelines.settings import Settings
 
 S3 = {"type": "sql", "uri": "postgresql+psycopg://u:hush@db/catalog", "warehouse": "s3://lake/w/", "s3.secret-access-key": "hush"}
@@ -46,6 +45,6 @@ def test_a_directory_of_a_disk_comes_and_goes(tmp_path: Path) -> None:
 
 
 def test_tables_that_other_machines_have_not_got_are_known(tmp_path: Path) -> None:
-    assert tables_on_disk(settings(tmp_path)) == str(tmp_path / "warehouse")
-    assert tables_on_disk(settings(tmp_path, properties={"type": "sql", "warehouse": "file:///lake"})) == "/lake"
-    assert tables_on_disk(settings(tmp_path, properties=S3)) == ""
+    assert local_warehouse(settings(tmp_path)) == str(tmp_path / "warehouse")
+    assert local_warehouse(settings(tmp_path, properties={"type": "sql", "warehouse": "file:///lake"})) == "/lake"
+    assert local_warehouse(settings(tmp_path, properties=S3)) == ""

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lakehouse.errors import SettingsError
-from lakehouse.iceberg.table_handle import polars_schema
+from lakehouse.iceberg.schema import polars_schema
 from lakehouse.table import Table
 from pipelines.bronze.tables import CHARGEBACKS, EVENTS, MARKETPLACE_ORDERS, ORDER_ITEMS, ORDERS, USERS, row_schema
 from pipelines.parsing.contacts import normalise_address, normalise_email, normalise_name, normalise_phone

@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 
-from lakehouse.iceberg.table_handle import polars_schema
+from lakehouse.iceberg.schema import polars_schema
 from pipelines.bronze.corrections import corrected
 from pipelines.bronze.current_rows import current_rows, unreadable_rows
 from pipelines.bronze.tables import PRODUCTS, PRODUCTS_KEY

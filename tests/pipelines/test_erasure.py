@@ -31,7 +31,7 @@ from app.project import PROJECT
 from lakehouse.digest import digest
 from lakehouse.errors import SettingsError, ShopSphereError
 from lakehouse.expectations import accepted
-from lakehouse.iceberg.table_handle import Lake
+from lakehouse.iceberg.catalog import Lake
 from ml.registry import Registry
 from ml.tables import order_features
 from ml.tables.order_features import ORDER_FEATURES
@@ -105,7 +105,9 @@ def test_a_person_goes_from_every_file_and_every_sum_stays(world: World) -> None
     assert digests(world.lake) == after
     # no snapshot to travel back to, and the receipt tells nothing of the person
     assert all(
-        len(lake.load(table).loaded.metadata.snapshots) <= 1 for table in pipelines.TABLES.values() if table.layer == "gold"
+        len(lake.load(table).iceberg_table.metadata.snapshots) <= 1
+        for table in pipelines.TABLES.values()
+        if table.layer == "gold"
     )
     kept = "".join(file.read_text() for file in (world.home / "erasures").iterdir())
     assert not [text for text in texts if text in kept]

@@ -15,7 +15,8 @@ from polars.testing import assert_frame_equal
 
 from lakehouse.engine.engine import Engine, stamp
 from lakehouse.engine.row_diff import row_diff
-from lakehouse.iceberg.table_handle import Lake, polars_schema
+from lakehouse.iceberg.catalog import Lake
+from lakehouse.iceberg.schema import polars_schema
 from lakehouse.parallel import TaskPool
 from lakehouse.step import Grouped, Step
 from lakehouse.table import DELETED, Table
@@ -197,7 +198,7 @@ def put(lake: Lake, table: Table, wanted: pl.DataFrame) -> None:
     old = handle.reader.read(files, [*(item.name for item in table.columns), DELETED], positions=True)
     differs = row_diff(table, old, wanted)
     if not differs.empty:
-        written = handle.writer.write(stamp(table, differs.written, handle.sequence))
+        written = handle.writer.write(stamp(table, differs.written, handle.next_sequence))
         handle.commit([*written, *handle.writer.write_deletes(files, differs.deleted)], positions={})
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lakehouse.iceberg.table_handle import polars_schema
+from lakehouse.iceberg.schema import polars_schema
 from lakehouse.step import Step
 from pipelines.gold import (
     cohort_retention,

@@ -9,7 +9,8 @@ from support.identity_world import BRONZE, Memory, document, emptied, masters, s
 
 from lakehouse.digest import digest
 from lakehouse.engine.engine import Engine
-from lakehouse.iceberg.table_handle import Lake, as_arrow
+from lakehouse.iceberg.catalog import Lake
+from lakehouse.iceberg.schema import as_arrow
 from lakehouse.parallel import TaskPool
 from lakehouse.settings import RaySettings
 from pipelines.settings import BusinessSettings, Settings
@@ -28,7 +29,7 @@ def append(engine: Engine, rows) -> None:
         handle = engine.lake.load(table)
         if own:
             frame = pl.DataFrame(own, schema=schema(table)).with_columns(
-                pl.lit(handle.sequence).alias("_seq"), pl.lit(0).alias("_group_hash"), pl.lit(False).alias("_deleted")
+                pl.lit(handle.next_sequence).alias("_seq"), pl.lit(0).alias("_group_hash"), pl.lit(False).alias("_deleted")
             )
             handle.commit(handle.writer.write(as_arrow(frame, handle.writer.schema)), positions={})
         elif handle.snapshot is None:

@@ -19,7 +19,8 @@ from polars.testing import assert_frame_equal
 
 from lakehouse.digest import digest
 from lakehouse.engine.engine import Engine
-from lakehouse.iceberg.table_handle import Lake, as_arrow
+from lakehouse.iceberg.catalog import Lake
+from lakehouse.iceberg.schema import as_arrow
 from lakehouse.parallel import TaskPool
 from lakehouse.settings import RaySettings
 from lakehouse.table import Table
@@ -411,7 +412,7 @@ def append(engine: Engine, table: Table, rows: list[dict[str, Any]]) -> None:
     handle = engine.lake.load(table)
     stored = [
         dict.fromkeys(table.schema.names)
-        | {"_op": "c", "_source_time": T0, "_seq": handle.sequence, "_group_hash": 0, "_deleted": False}
+        | {"_op": "c", "_source_time": T0, "_seq": handle.next_sequence, "_group_hash": 0, "_deleted": False}
         | row
         for row in rows
     ]

@@ -19,7 +19,7 @@ from lakehouse.digest import digest
 from lakehouse.engine.engine import Engine
 from lakehouse.errors import CommitConflict
 from lakehouse.iceberg.maintenance import maintain
-from lakehouse.iceberg.table_handle import as_arrow
+from lakehouse.iceberg.schema import as_arrow
 from lakehouse.settings import RaySettings
 from pipelines.runner import open_engine, run_once
 from pipelines.settings import Settings, load_settings
@@ -70,8 +70,8 @@ def digests(engine: Engine) -> dict[str, str]:
 
 def append(engine: Engine, name: str, rows: pl.DataFrame) -> None:
     handle = engine.lake.load(pipelines.TABLES[name])
-    columns = pl.DataFrame(rows).with_columns(pl.lit(handle.sequence, pl.Int64).alias("_seq"))
-    handle.widen(as_arrow_schema(rows))
+    columns = pl.DataFrame(rows).with_columns(pl.lit(handle.next_sequence, pl.Int64).alias("_seq"))
+    handle.evolve_schema(as_arrow_schema(rows))
     handle.commit(handle.writer.write(as_arrow(columns, handle.writer.schema)), positions={})
 
 

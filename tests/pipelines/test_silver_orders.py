@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from lakehouse.digest import digest
 from lakehouse.engine.engine import Engine
-from lakehouse.iceberg.table_handle import Lake, polars_schema
+from lakehouse.iceberg.catalog import Lake
+from lakehouse.iceberg.schema import polars_schema
 from lakehouse.parallel import TaskPool
 from lakehouse.settings import RaySettings
 from lakehouse.step import Broadcast, Grouped, Lookup, Step
@@ -715,7 +716,7 @@ def test_any_order_duplication_and_split_gives_the_tables_of_one_run(
         for table in {table.name: table for table, _ in part}.values():
             handle = lake.lake.load(table)
             written = frame(table, [row for of, row in part if of is table]).with_columns(
-                pl.lit(handle.sequence, pl.Int64).alias("_seq")
+                pl.lit(handle.next_sequence, pl.Int64).alias("_seq")
             )
             handle.commit(handle.writer.write(written), positions={})
         return [lake.refresh(step, **options).status for step in STEPS]

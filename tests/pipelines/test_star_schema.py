@@ -9,7 +9,7 @@ import pytest
 from support.shop_history import make_engine
 
 from app.project import PROJECT
-from lakehouse.iceberg.table_handle import Lake
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.query import query
 from lakehouse.table import column, references
 from pipelines.gold.dim_date import DIM_DATE

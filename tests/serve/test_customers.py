@@ -12,7 +12,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from app.project import PROJECT
-from lakehouse.iceberg.table_handle import Lake
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.table import Table
 from pipelines.gold.customer_360 import CUSTOMER_360
 from pipelines.gold.user_risk_scores import USER_RISK_SCORES

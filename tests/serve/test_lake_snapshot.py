@@ -10,8 +10,8 @@ from support.serve_world import STEPS, figures_of, figures_online, ingest, messa
 from support.shop_history import make_engine
 
 from lakehouse.engine.engine import Engine
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.maintenance import maintain
-from lakehouse.iceberg.table_handle import Lake
 from lakehouse.table import Table
 from pipelines.bronze.tables import EVENTS
 from pipelines.gold.inventory_health import INVENTORY_HEALTH

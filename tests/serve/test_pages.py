@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 from support.scoring_desk import made, replica, running, trained
 
-from lakehouse.iceberg.table_handle import Lake
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.status import TableStatus
 from lakehouse.table import Table
 from ml.registry import Registry

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lakehouse.iceberg.table_handle import polars_schema
+from lakehouse.iceberg.schema import polars_schema
 from lakehouse.table import Table
 from ml.features.features import ORDER_COLUMNS, conform
 from ml.tables import order_entities

@@ -14,7 +14,7 @@ from servers.rest_catalog import rest_catalog
 from support.waiting import free_port
 
 from app.cli.main import main
-from lakehouse.iceberg.table_handle import Lake
+from lakehouse.iceberg.catalog import Lake
 from pipelines.gold.dim_stores import DIM_STORES
 from pipelines.settings import load_settings
 
@@ -80,5 +80,5 @@ def test_no_secret_is_written(places, tmp_path, capfd, caplog, monkeypatch, brok
     found = [name for name, secret in SECRETS.items() if secret in text]
     assert not found, [line for line in text.splitlines() if any(secret in line for secret in SECRETS.values())][:5]
     if broken == "nothing":
-        metadata = Lake(load_settings()).load(DIM_STORES).loaded.metadata.model_dump_json()
+        metadata = Lake(load_settings()).load(DIM_STORES).iceberg_table.metadata.model_dump_json()
         assert not [name for name, secret in SECRETS.items() if secret in metadata]

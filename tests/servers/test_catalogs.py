@@ -15,8 +15,8 @@ import pipelines
 from app import sandbox
 from app.project import PROJECT
 from lakehouse.digest import digest
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.maintenance import maintain
-from lakehouse.iceberg.table_handle import Lake
 from pipelines.runner import open_engine, rebuild, run_once
 from pipelines.settings import Settings, load_settings
 

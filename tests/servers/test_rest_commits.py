@@ -21,7 +21,8 @@ from app import sandbox
 from app.project import PROJECT
 from lakehouse.digest import digest
 from lakehouse.errors import CommitConflict
-from lakehouse.iceberg.table_handle import Lake, as_arrow
+from lakehouse.iceberg.catalog import Lake
+from lakehouse.iceberg.schema import as_arrow
 from lakehouse.settings import CatalogSettings
 from pipelines.gold.dim_stores import DIM_STORES
 from pipelines.runner import open_engine, run_once

@@ -21,7 +21,7 @@ from support.waiting import wait_for
 from app.project import PROJECT
 from lakehouse.engine.engine import Engine
 from lakehouse.errors import OffsetExpired
-from lakehouse.iceberg.table_handle import Lake
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.parallel import TaskPool
 from lakehouse.settings import RaySettings
 from pipelines.bronze.tables import EVENTS

@@ -20,7 +20,8 @@ from app.sandbox import filling
 from app.sandbox.schema import create_sources
 from app.sandbox.servers import Addresses
 from lakehouse.digest import business_columns, digest
-from lakehouse.iceberg.table_handle import Lake, live_rows
+from lakehouse.iceberg.catalog import Lake
+from lakehouse.iceberg.reader import live_rows
 from lakehouse.settings import RaySettings
 from pipelines.runner import open_engine, rebuild, run_once
 from pipelines.settings import KafkaSettings, MongoSettings, PostgresSettings, Settings

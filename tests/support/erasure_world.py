@@ -18,7 +18,7 @@ from app import sandbox
 from app.erasure import erasure_context
 from app.project import PROJECT
 from lakehouse.engine.engine import Engine
-from lakehouse.iceberg.table_handle import Lake
+from lakehouse.iceberg.catalog import Lake
 from lakehouse.project import Project
 from pipelines.gold.customer_360 import CUSTOMER_360
 from pipelines.privacy.context import ErasureContext

@@ -15,7 +15,8 @@ from lakehouse.expectations import (
     row_count_drift,
     within,
 )
-from lakehouse.iceberg.table_handle import Lake, as_arrow
+from lakehouse.iceberg.catalog import Lake
+from lakehouse.iceberg.schema import as_arrow
 from lakehouse.parallel import TaskPool
 from lakehouse.settings import RaySettings
 from lakehouse.step import Grouped, Step
@@ -113,5 +114,5 @@ def receive(engine: Engine, *sales: tuple[int, str | None, int], position: str =
             }
             for id_, shop, amount in sales
         ]
-    ).with_columns(pl.lit(handle.sequence, pl.Int64).alias("_seq"))
+    ).with_columns(pl.lit(handle.next_sequence, pl.Int64).alias("_seq"))
     handle.commit(handle.writer.write(as_arrow(rows, handle.writer.schema)), positions={})

@@ -13,7 +13,7 @@ import polars as pl
 from starlette.testclient import TestClient
 
 from app.project import PROJECT
-from lakehouse.iceberg.table_handle import Lake
+from lakehouse.iceberg.catalog import Lake
 from ml.evaluation.metrics import ThresholdSettings, choose_threshold, evaluate
 from ml.features.features import FEATURES, OrderHistory, compute
 from ml.registry import TrainingRecord

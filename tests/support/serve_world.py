@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 
 from lakehouse.engine.engine import Engine
-from lakehouse.iceberg.table_handle import as_arrow
+from lakehouse.iceberg.schema import as_arrow
 from lakehouse.step import Step
 from pipelines.bronze.tables import EVENTS, row_schema
 from pipelines.gold import inventory_health
@@ -54,7 +54,7 @@ def ingest(engine: Engine, rows: list[dict[str, Any]], steps: Sequence[Step] = S
     handle = engine.lake.load(EVENTS)
     if rows:
         frame = bronze(rows).with_columns(
-            pl.lit(T0).dt.cast_time_unit("us").alias("_ingested_at"), pl.lit(handle.sequence, pl.Int64).alias("_seq")
+            pl.lit(T0).dt.cast_time_unit("us").alias("_ingested_at"), pl.lit(handle.next_sequence, pl.Int64).alias("_seq")
         )
         end = {"events:0": max(row["offset"] for row in rows) + 1}
         handle.commit(handle.writer.write(as_arrow(frame, handle.arrow_schema)), positions={"kafka": end})

@@ -13,7 +13,8 @@ import polars as pl
 
 from lakehouse.engine.engine import Engine, conform, stamp
 from lakehouse.engine.row_diff import row_diff
-from lakehouse.iceberg.table_handle import Lake, polars_schema
+from lakehouse.iceberg.catalog import Lake
+from lakehouse.iceberg.schema import polars_schema
 from lakehouse.parallel import TaskPool
 from lakehouse.settings import RaySettings
 from lakehouse.table import DELETED, Table
@@ -45,7 +46,7 @@ def put(engine: Engine, table: Table, rows: Sequence[dict[str, Any]]) -> None:
     old = handle.reader.read(files, [*types, DELETED], positions=True)
     change = row_diff(table, old, wanted)
     if not change.empty:
-        written = handle.writer.write(stamp(table, change.written, handle.sequence))
+        written = handle.writer.write(stamp(table, change.written, handle.next_sequence))
         handle.commit([*written, *handle.writer.write_deletes(files, change.deleted)], positions={})
 
 

@@ -1,0 +1,22 @@
+"""Keys of the properties that ShopSphere writes into the summary of each snapshot it commits."""
+
+from __future__ import annotations
+
+POSITIONS = "shopsphere.positions"
+"""The position read up to in each upstream table or source, as JSON."""
+DATA_SEQUENCE = "shopsphere.data-sequence"
+"""The sequence number of the last commit that changed rows; a compaction changes none."""
+FINGERPRINT = "shopsphere.shape"
+"""The definition fingerprint of the step that wrote the table."""
+ROWS = "shopsphere.rows"
+"""The number of live rows in the table."""
+ROWS_CHANGED = "shopsphere.rows-changed"
+"""The number of rows that the commit wrote or deleted."""
+VIOLATIONS = "shopsphere.violations"
+"""The number of rows that violate each row expectation, as JSON."""
+EXPECTATIONS = "shopsphere.expectations"
+"""The results of the table's expectations, as JSON."""
+REWRITTEN = "shopsphere.rewritten"
+"""The reason for rewriting the table's history; each reason is applied once."""
+REWRITTEN_ROWS = "shopsphere.rewritten-rows"
+REWRITTEN_FILES = "shopsphere.rewritten-files"
