@@ -1,4 +1,4 @@
-"""The features of ml/features/features.py as a plain polars script would compute them: everything in memory, one process.
+"""The features of ml/features/groups as a plain polars script would compute them: everything in memory, one process.
 
 What the training-set build is measured against (bench/training_set.py), and a second opinion on its results. Orders
 of one moment are not told apart here, so the data must have none.

@@ -33,7 +33,7 @@ import polars as pl
 from lakehouse.errors import ShopSphereError
 from lakehouse.settings import home_directory
 from ml.evaluation.metrics import Evaluation
-from ml.features.features import LABEL_DELAY
+from ml.features.declarations import LABEL_DELAY
 from ml.training.search import Trial
 from ml.training.training import FeatureLike, FittedModel
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from app.reference.markdown import GENERATED
-from ml.features.features import FEATURE_GROUPS, FEATURES, ORDER
+from ml.features.groups import FEATURE_GROUPS, FEATURES
+from ml.features.groups.order import ORDER
 
 
 def features_page() -> str:

@@ -14,7 +14,8 @@ import numpy.typing as npt
 import polars as pl
 
 from ml.evaluation.metrics import Array, Interval, average_precision, capacity_threshold, interval, roc_auc
-from ml.features.features import FEATURES, Feature
+from ml.features.declarations import Feature
+from ml.features.groups import FEATURES
 from pipelines.gold.user_risk_scores import RULES
 
 Floats = npt.NDArray[np.float64]

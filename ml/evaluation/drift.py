@@ -17,7 +17,7 @@ import numpy.typing as npt
 import polars as pl
 
 from lakehouse.errors import SettingsError, ShopSphereError
-from ml.features.features import Feature
+from ml.features.declarations import Feature
 
 Array = npt.NDArray[Any]
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

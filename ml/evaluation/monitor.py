@@ -10,7 +10,7 @@ from lakehouse.engine.engine import Engine
 from ml.evaluation.drift import Drift, DriftSettings, MonitorError, compare, realise
 from ml.evaluation.monitor_report import page
 from ml.evaluation.served_scores import ServedScores, served_scores
-from ml.features.features import LABEL_DELAY
+from ml.features.declarations import LABEL_DELAY
 from ml.registry import CHAMPION, LoadedModel, Registry
 from ml.stages import StageCallback, ignore_progress, stage
 from ml.tables import user_fraud_scores

@@ -30,7 +30,10 @@ from lakehouse.iceberg.writer import FileWriter
 from lakehouse.parallel import Block, Blocks
 from lakehouse.step import Read, Step
 from lakehouse.table import DELETED, Table
-from ml.features.features import FEATURE_GROUPS, ORDER, FeatureGroup, OrderHistory, compute_part
+from ml.features.compute import compute_group
+from ml.features.declarations import FeatureGroup, OrderHistory
+from ml.features.groups import FEATURE_GROUPS
+from ml.features.groups.order import ORDER
 from ml.tables.category_amounts import CATEGORY_AMOUNTS
 from ml.tables.fraud_ratios import FRAUD_RATIOS
 from ml.tables.order_entities import ORDER_ENTITIES
@@ -157,17 +160,17 @@ def spread_rows(block: BuildBucket) -> list[Block]:
     frauds = orders.filter(pl.col("known_at").is_not_null())["order_id"]
     ratios = block.ratios.read(["order_id", "ratio"], pl.col("order_id").is_in(frauds.implode()))
     orders = orders.join(ratios, on="order_id", how="left", maintain_order="left")
-    rows = orders.with_columns(asked=pl.lit(True))
+    rows = orders.with_columns(requested=pl.lit(True))
     own = pl.concat(
         [
             orders.select("order_id", "placed_at", "customer"),
-            compute_part(ORDER, rows, OrderHistory(categories=block.categories)),
+            compute_group(ORDER, rows, OrderHistory(categories=block.categories)),
         ],
         how="horizontal",
     )
     pieces = [Block(ORDER.name, block.number, own.to_arrow())]
     for part in ENTITY_PARTS:
-        more = () if part.events else ("order_id", "amount", "known_at", *(("ratio",) if part.unexplained else ()))
+        more = () if part.events else ("order_id", "amount", "known_at", *(("ratio",) if part.unexplained_windows else ()))
         columns = list(dict.fromkeys([part.key, "placed_at", *more, *part.needs]))
         pieces += _by_bucket(f"orders:{part.name}", orders.select(*columns, BLOCK, ROW), part.key, block.buckets)
     return pieces
@@ -201,8 +204,8 @@ def compute_bucket(bucket: Bucket, pieces: Blocks) -> list[Block]:
     events = _frame(pieces, f"events:{part.name}", bucket.number) if part.events else None
     history = OrderHistory(delay=bucket.delay) if events is None else OrderHistory(events=events, delay=bucket.delay)
     rows = found.sort("placed_at") if part.events else found.sort("placed_at", "order_id")
-    rows = rows.with_columns(asked=pl.lit(True))
-    values = pl.concat([rows.select(BLOCK, ROW), compute_part(part, rows, history)], how="horizontal")
+    rows = rows.with_columns(requested=pl.lit(True))
+    values = pl.concat([rows.select(BLOCK, ROW), compute_group(part, rows, history)], how="horizontal")
     return [
         Block(part.name, int(str(key[0])), of_block.to_arrow())
         for key, of_block in values.partition_by(BLOCK, as_dict=True, include_key=False).items()

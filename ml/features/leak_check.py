@@ -8,7 +8,9 @@ from datetime import datetime, timedelta
 import polars as pl
 
 from lakehouse.iceberg.catalog import Lake
-from ml.features.features import FEATURES, LABEL_DELAY, TIME, OrderHistory, compute
+from ml.features.compute import compute
+from ml.features.declarations import LABEL_DELAY, TIME, OrderHistory
+from ml.features.groups import FEATURES
 from ml.tables.order_entities import ORDER_ENTITIES
 from ml.tables.order_features import history_of, read_orders
 

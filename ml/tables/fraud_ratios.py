@@ -14,7 +14,7 @@ import pyarrow as pa
 from lakehouse.expectations import within
 from lakehouse.step import Grouped, Step
 from lakehouse.table import TIMESTAMP, Table, column
-from ml.features.features import with_ratios
+from ml.features.compute import with_ratios
 from ml.tables.order_entities import ORDER_ENTITIES
 from pipelines.settings import BusinessSettings
 

@@ -20,7 +20,9 @@ from lakehouse.expectations import row_count_drift
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.step import Broadcast, Grouped, Lookup, Step
 from lakehouse.table import TIMESTAMP, Table, column
-from ml.features.features import ENTITIES, EVENT_COLUMNS, FEATURES, LABEL_DELAY, TIME, OrderHistory, compute
+from ml.features.compute import compute
+from ml.features.declarations import ENTITIES, EVENT_COLUMNS, LABEL_DELAY, TIME, OrderHistory
+from ml.features.groups import FEATURES
 from ml.tables import category_amounts, fraud_ratios, order_entities
 from ml.tables.category_amounts import CATEGORY_AMOUNTS
 from ml.tables.fraud_ratios import FRAUD_RATIOS
@@ -31,7 +33,7 @@ from pipelines.silver.events_clean import EVENTS_CLEAN, STOCK_EVENTS
 
 ORDER_FEATURES = Table(
     "silver.order_features",
-    doc="What the fraud model knows of each order at the moment it was placed: see ml/features/features.py.",
+    doc="What the fraud model knows of each order at the moment it was placed: see ml/features/groups.",
     columns=(
         column("order_id", pa.string(), "Order, as in silver.orders_unified.", required=True),
         column("placed_at", TIMESTAMP, "When it was placed: what the features know ends there.", required=True),

@@ -17,7 +17,7 @@ from lakehouse.errors import ShopSphereError
 from lakehouse.expectations import within
 from lakehouse.step import Grouped, Lookup, Step
 from lakehouse.table import TIMESTAMP, Table, column, references
-from ml.features.features import FEATURE_NAMES
+from ml.features.groups import FEATURE_NAMES
 from ml.registry import LoadedModel
 from ml.tables.order_entities import ORDER_ENTITIES
 from ml.tables.order_features import ORDER_FEATURES

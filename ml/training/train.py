@@ -19,7 +19,7 @@ from ml.evaluation.drift import reference_of
 from ml.evaluation.gate import GateSettings, Verdict, admit
 from ml.evaluation.metrics import Evaluation, ThresholdSettings, choose_threshold, evaluate
 from ml.evaluation.plots import pictures
-from ml.features.features import FEATURES
+from ml.features.groups import FEATURES
 from ml.features.leak_check import moved_features
 from ml.registry import Registry, TrainingRecord, Version
 from ml.stages import StageCallback, ignore_progress, stage

@@ -289,7 +289,7 @@ def encode(frame: pl.DataFrame, names: Sequence[str], types: Sequence[str], cate
     if missing:
         raise TrainingError(
             f"The model needs the feature{'s' if len(missing) > 1 else ''} {', '.join(missing)}, which the orders lack. "
-            "Compute features with the version of ml/features/features.py that the model was trained with, or train again."
+            "Compute features with the version of ml/features/groups that the model was trained with, or train again."
         )
     columns = np.empty((len(frame), len(names)), dtype=np.float32)
     for number, (name, kind) in enumerate(zip(names, types, strict=True)):
@@ -317,9 +317,7 @@ def _in_order(frame: pl.DataFrame) -> pl.DataFrame:
 
 def _checked_label(frame: pl.DataFrame, which: str) -> Labels:
     if "label" not in frame.columns:
-        raise TrainingError(
-            f"The {which} orders have no column 'label'. Build them with the training set of ml/features/features.py."
-        )
+        raise TrainingError(f"The {which} orders have no column 'label'. Read them with ml.training.training_set.")
     label = frame.get_column("label")
     if label.null_count() or not set(label.unique().to_list()) <= {0, 1}:
         raise TrainingError(f"A label of the {which} orders is neither 0 nor 1. Leave out orders whose label is not known yet.")

@@ -22,7 +22,8 @@ from lakehouse.errors import SettingsError, ShopSphereError
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.parallel import Block, Blocks, TaskPool
-from ml.features.features import FEATURE_NAMES, FEATURES, LABEL_DELAY, TIME
+from ml.features.declarations import LABEL_DELAY, TIME
+from ml.features.groups import FEATURE_NAMES, FEATURES
 from ml.tables.category_amounts import CATEGORY_AMOUNTS
 from ml.tables.fraud_ratios import FRAUD_RATIOS
 from ml.tables.order_entities import ORDER_ENTITIES

@@ -19,9 +19,11 @@ from msgspec import Meta
 from prometheus_client import Counter
 from starlette.responses import Response
 
-from ml.features.features import FEATURES, LABEL_DELAY, ORDER_COLUMNS, OrderHistory
-from ml.features.online import MICROSECOND, OnlineFeatures, Value
-from ml.features.online import FeatureRequest as Described
+from ml.features.declarations import LABEL_DELAY, ORDER_COLUMNS, OrderHistory
+from ml.features.groups import FEATURES
+from ml.features.online.arithmetic import MICROSECOND, Value
+from ml.features.online.online_features import OnlineFeatures
+from ml.features.online.orders import FeatureRequest as Described
 from ml.registry import CHAMPION
 from ml.tables.order_features import EVENT_READS, account_events
 from ml.training.training import TrainingError

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lakehouse.errors import ShopSphereError
-from ml.features.features import FEATURE_NAMES
-from ml.features.online import Value
+from ml.features.groups import FEATURE_NAMES
+from ml.features.online.arithmetic import Value
 from ml.forest import Floats, Forest, forest_of
 from ml.registry import CHALLENGER, CHAMPION, LoadedModel, Registry
 from ml.training.training import FittedModel, TrainingError

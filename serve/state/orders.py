@@ -20,7 +20,8 @@ import polars as pl
 from msgspec import Meta
 
 from lakehouse.table import Table
-from ml.features.features import ORDER_COLUMNS, conform, with_ratios
+from ml.features.compute import with_ratios
+from ml.features.declarations import ORDER_COLUMNS, conform
 from ml.tables import order_entities
 from ml.tables.category_amounts import totals
 from pipelines.identity.links import LINKED

@@ -10,7 +10,7 @@ import pytest
 
 from ml.evaluation.baselines import as_text, baselines, columns_of, fit_regression, leaderboard_entry, risk_score, upper_bound
 from ml.evaluation.metrics import average_precision, roc_auc
-from ml.features.features import FEATURES
+from ml.features.groups import FEATURES
 from pipelines.gold.user_risk_scores import RULES
 
 START = datetime(2026, 1, 1, tzinfo=UTC)

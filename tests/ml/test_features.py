@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -13,18 +14,11 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 from support.shop_history import START, plain_history
 
-from ml.features.features import (
-    ENTITIES,
-    FEATURE_NAMES,
-    FEATURES,
-    MISSING,
-    OTHER,
-    UNUSUAL,
-    FeatureError,
-    OrderHistory,
-    compute,
-    with_ratios,
-)
+from ml.features.compute import compute, compute_group, prepare, with_ratios
+from ml.features.declarations import ENTITIES, MISSING, ORDER_COLUMNS, OTHER, Feature, FeatureError, OrderHistory, conform
+from ml.features.groups import FEATURE_NAMES, FEATURES
+from ml.features.groups.card import CARD
+from ml.features.groups.entity import UNUSUAL_RATIO
 from ml.features.windows import NEVER, Timeline, first_below, occurrences, range_max
 
 
@@ -144,7 +138,7 @@ def slow_features(orders: pl.DataFrame, number: int) -> dict[str, float | None]:
                 if row["known_at"] is not None
                 and row["known_at"] < now
                 and row["placed_at"] >= now - timedelta(days=73)
-                and (row["ratio"] or 0) < UNUSUAL
+                and (row["ratio"] or 0) < UNUSUAL_RATIO
             ]
             found["device_minutes_since_unexplained_began"] = (now - begun[0]) / timedelta(minutes=1) if begun else None
             run = next((n for n, fraud in enumerate(reversed(frauds)) if not fraud), len(frauds))
@@ -173,10 +167,10 @@ def slow_outliers(rows: list[dict[str, Any]]) -> dict[str, float | None]:
             ),
             "customer_minutes_since_unusual": (now - unusual[-1]) / timedelta(minutes=1) if unusual else None,
         }
-        if against is not None and against >= UNUSUAL:
+        if against is not None and against >= UNUSUAL_RATIO:
             unusual.append(now)
         if amount is not None:
-            if not seen or amount / (sum(seen) / len(seen)) < UNUSUAL:
+            if not seen or amount / (sum(seen) / len(seen)) < UNUSUAL_RATIO:
                 usual.append(amount)
             seen.append(amount)
     return found
@@ -270,8 +264,21 @@ def test_range_max_and_occurrences(values, data):
     assert occurrences(np.array(values, dtype=np.int64)).tolist() == [values[:n].count(v) for n, v in enumerate(values)]
 
 
-def test_a_known_fraud_counts_after_its_order_only():
+def test_a_fraud_counts_only_after_its_order_even_when_reported_earlier():
     line = Timeline(
-        *(np.array(v) for v in ([0, 0], [10, 20], [1, 1])), np.array([True, True]), np.array([5, NEVER]), np.array([True, True])
+        code=np.array([0, 0]),
+        placed=np.array([10, 20]),
+        amount=np.array([1, 1]),
+        priced=np.array([True, True]),
+        reported=np.array([5, NEVER]),
+        requested=np.array([True, True]),
     )
-    assert line.known_frauds().tolist() == [0, 1]
+    assert line.reported_frauds().tolist() == [0, 1]
+
+
+def test_a_declared_feature_that_is_not_computed_is_named_with_its_file():
+    orders, _, _ = plain_history(3, seed=1)
+    extra = Feature(name="card_mean", type="amount", window="ever", doc="Mean.", reason_text="{value}")
+    group = replace(CARD, features=(*CARD.features, extra))
+    with pytest.raises(FeatureError, match=r"'card_mean' is declared in group 'card' but not computed.*ml/features/compute\.py"):
+        compute_group(group, prepare(conform(orders, ORDER_COLUMNS), conform(orders.clear(), ORDER_COLUMNS)), OrderHistory())

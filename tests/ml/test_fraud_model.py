@@ -23,7 +23,9 @@ from app.cli.train_output import train_and_print, training_json
 from app.project import PROJECT
 from lakehouse.engine.engine import Engine
 from ml.features import leak_check
-from ml.features.features import ENTITIES, FEATURE_NAMES, FEATURES, OrderHistory, compute
+from ml.features.compute import compute
+from ml.features.declarations import ENTITIES, OrderHistory
+from ml.features.groups import FEATURE_NAMES, FEATURES
 from ml.features.leak_check import moved_features
 from ml.registry import Registry
 from ml.tables import MODEL_STEPS

@@ -22,7 +22,8 @@ from ml.evaluation.handbook import (
     featured,
     training_rows,
 )
-from ml.features.features import Feature, with_ratios
+from ml.features.compute import with_ratios
+from ml.features.declarations import Feature
 from ml.training.training import FittedModel, TrainingSettings, fit_here
 
 START = date(2018, 8, 8)

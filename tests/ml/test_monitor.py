@@ -27,12 +27,14 @@ from ml.evaluation.drift import (
     wilson,
 )
 from ml.evaluation.monitor_report import page
-from ml.features.features import Feature
+from ml.features.declarations import Feature
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
-AMOUNT = Feature("amount", "amount", "now", "Amount.", "{value}")
-CHANNEL = Feature("channel", "category", "now", "Where.", "{value}", ("web", "pos", "missing"))
-SOMETIMES = Feature("sometimes", "minutes", "ever", "A value that is often missing.", "{value}")
+AMOUNT = Feature(name="amount", type="amount", window="now", doc="Amount.", reason_text="{value}")
+CHANNEL = Feature(
+    name="channel", type="category", window="now", doc="Channel.", reason_text="{value}", categories=("web", "pos", "missing")
+)
+SOMETIMES = Feature(name="sometimes", type="minutes", window="ever", doc="A value that is often missing.", reason_text="{value}")
 FEATURES = (AMOUNT, CHANNEL, SOMETIMES)
 SETTINGS = DriftSettings()
 

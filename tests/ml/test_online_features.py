@@ -14,8 +14,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.shop_history import START, plain_history
 
-from ml.features.features import FEATURES, FeatureError, OrderHistory, compute, with_ratios
-from ml.features.online import FeatureRequest, OnlineFeatures, Value, moment
+from ml.features.compute import compute, with_ratios
+from ml.features.declarations import Feature, FeatureError, FeatureGroup, OrderHistory
+from ml.features.groups import FEATURE_GROUPS, FEATURES
+from ml.features.groups.device import DEVICE
+from ml.features.groups.events import DEVICE_EVENTS
+from ml.features.groups.order import ORDER
+from ml.features.online.arithmetic import Value, to_microseconds
+from ml.features.online.event_history import EventHistory
+from ml.features.online.online_features import OnlineFeatures, check_online
+from ml.features.online.orders import FeatureRequest
 from ml.features.windows import microseconds
 
 
@@ -54,7 +62,7 @@ def test_whatever_is_known_at_first_and_whatever_order_the_rest_comes_in(seed, d
     seen_events = data.draw(st.integers(0, events.height))
     online = OnlineFeatures(OrderHistory(orders[:cut], events[:seen_events], categories))
     for row in events[seen_events:].sample(fraction=1, shuffle=True, seed=seed).iter_rows(named=True):
-        online.observe_event(row["account"], row["device"], row["kind"], moment(row["occurred_at"]))
+        online.observe_event(row["account"], row["device"], row["kind"], to_microseconds(row["occurred_at"]))
     rest = orders[cut:].sample(fraction=1, shuffle=True, seed=seed)
     for row in rest.iter_rows(named=True):
         if data.draw(st.booleans()):
@@ -102,7 +110,7 @@ def test_what_is_forgotten_never_was(seed, data):
         assert online.forget(order_id) is None
     late = events.sample(min(10, events.height), seed=seed)
     for row in late.iter_rows(named=True):
-        online.forget_event(row["account"], row["device"], row["kind"], moment(row["occurred_at"]))
+        online.forget_event(row["account"], row["device"], row["kind"], to_microseconds(row["occurred_at"]))
     rows = [
         {**(other if row["order_id"] in moved else {}).get(row["order_id"], row), "order_id": row["order_id"]}
         for row in orders.iter_rows(named=True)
@@ -140,7 +148,41 @@ def test_an_order_without_id_or_time_is_refused():
 
 def test_moments_are_whole_microseconds():
     late = START + timedelta(days=9000, microseconds=123_457)
-    assert moment(late) == microseconds(pl.Series([late]))[0]
+    assert to_microseconds(late) == microseconds(pl.Series([late]))[0]
     row = FeatureRequest.of({"order_id": "1", "placed_at": late})
     assert replace(row.order, placed=0).entities["card"] is None
     assert np.isnan([v for v in OnlineFeatures(OrderHistory()).features(row) if isinstance(v, float)]).sum() > 0
+
+
+def appended(group: FeatureGroup) -> FeatureGroup:
+    extra = Feature(name=f"{group.name}_extra", type="count", window="ever", doc="Extra.", reason_text="{value}")
+    return replace(group, features=(*group.features, extra))
+
+
+@pytest.mark.parametrize(
+    ("group", "file"),
+    [(ORDER, "online_features"), (DEVICE, "entity_history"), (DEVICE_EVENTS, "event_history")],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_a_feature_without_online_counterpart_is_named_with_its_file(
+    group: FeatureGroup, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = tuple(appended(group) if group is one else one for one in FEATURE_GROUPS)
+    monkeypatch.setattr("ml.features.online.online_features.FEATURE_GROUPS", groups)
+    message = rf"'{group.name}_extra' of group '{group.name}' has no online counterpart.*ml/features/online/{file}\.py"
+    with pytest.raises(FeatureError, match=message):
+        OnlineFeatures(OrderHistory())
+
+
+def test_online_features_must_be_declared_in_the_same_order():
+    with pytest.raises(FeatureError, match=r"computes 'device_mean', which group 'device' does not declare"):
+        check_online([replace(DEVICE, features=tuple(one for one in DEVICE.features if one.name != "device_mean"))])
+    with pytest.raises(FeatureError, match="in another order"):
+        check_online([replace(DEVICE, features=DEVICE.features[::-1])])
+
+
+def test_a_feature_that_is_named_but_not_computed_online_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EventHistory, "append_features", lambda self, group, now, values: values.append(0.0))
+    online = OnlineFeatures(OrderHistory())
+    with pytest.raises(FeatureError, match="1 values were computed online for the 9 features of group 'account_events'"):
+        online.features(FeatureRequest.of({"order_id": "1", "placed_at": START, "account": 1}))

@@ -18,7 +18,9 @@ from support.shop_history import made_event, made_order, make_engine, put_shop
 
 from lakehouse.digest import digest
 from lakehouse.engine.engine import Engine
-from ml.features.features import FEATURE_NAMES, OrderHistory, compute, with_ratios
+from ml.features.compute import compute, with_ratios
+from ml.features.declarations import OrderHistory
+from ml.features.groups import FEATURE_NAMES
 from ml.tables import category_amounts, order_entities
 from ml.tables.order_entities import ORDER_ENTITIES, cents
 from ml.tables.order_features import ORDER_FEATURES, STEP, STEPS, account_events, refresh

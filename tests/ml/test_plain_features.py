@@ -10,7 +10,9 @@ import polars as pl
 import pytest
 from support.shop_history import plain_history
 
-from ml.features.features import FEATURES, OrderHistory, compute, with_ratios
+from ml.features.compute import compute, with_ratios
+from ml.features.declarations import OrderHistory
+from ml.features.groups import FEATURES
 from ml.tables.category_amounts import totals
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))

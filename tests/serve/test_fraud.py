@@ -23,8 +23,10 @@ from support.waiting import wait_for
 from app import sandbox
 from app.project import PROJECT
 from ml.evaluation.served_scores import served_scores as served_scores
-from ml.features.features import FEATURES, LABEL_DELAY, ORDER_COLUMNS, OrderHistory, compute
-from ml.features.online import MICROSECOND
+from ml.features.compute import compute
+from ml.features.declarations import LABEL_DELAY, ORDER_COLUMNS, OrderHistory
+from ml.features.groups import FEATURES
+from ml.features.online.arithmetic import MICROSECOND
 from ml.registry import Registry
 from ml.tables.order_features import EVENT_READS, ORDER_FEATURES, account_events, refresh
 from pipelines.runner import open_engine, run_once

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lakehouse.iceberg.schema import polars_schema
 from lakehouse.table import Table
-from ml.features.features import ORDER_COLUMNS, conform
+from ml.features.declarations import ORDER_COLUMNS, conform
 from ml.tables import order_entities
 from pipelines.bronze.tables import ORDER_ITEMS, ORDERS
 from pipelines.identity.links import LINKED

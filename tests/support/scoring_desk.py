@@ -15,7 +15,9 @@ from starlette.testclient import TestClient
 from app.project import PROJECT
 from lakehouse.iceberg.catalog import Lake
 from ml.evaluation.metrics import ThresholdSettings, choose_threshold, evaluate
-from ml.features.features import FEATURES, OrderHistory, compute
+from ml.features.compute import compute
+from ml.features.declarations import OrderHistory
+from ml.features.groups import FEATURES
 from ml.registry import TrainingRecord
 from ml.tables.order_features import account_events
 from ml.training.training import TrainingSettings, fit_here

@@ -18,7 +18,7 @@ from lakehouse.iceberg.schema import polars_schema
 from lakehouse.parallel import TaskPool
 from lakehouse.settings import RaySettings
 from lakehouse.table import DELETED, Table
-from ml.features.features import EVENT_KINDS, ORDER_COLUMNS
+from ml.features.declarations import EVENT_KINDS, ORDER_COLUMNS
 from pipelines.settings import BusinessSettings, Settings
 from pipelines.silver.chargebacks import CHARGEBACKS
 from pipelines.silver.events_clean import EVENTS_CLEAN
@@ -137,7 +137,7 @@ def made_event(number: int, minute: int, kind: str, user: int | None, device: in
 
 
 def plain_history(count: int, seed: int, days: int = 120) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    """Orders, events and category months as `ml.features.features` takes them, with many ties and shared entities."""
+    """Orders, events and category months as `ml.features.compute` reads them, with many ties and shared entities."""
     random = Random(seed)
     rows, events = [], []
     for number in range(count):
@@ -172,7 +172,8 @@ def plain_history(count: int, seed: int, days: int = 120) -> tuple[pl.DataFrame,
                     "kind": random.choice(EVENT_KINDS),
                 }
             )
-    from ml.features.features import EVENT_COLUMNS, with_ratios
+    from ml.features.compute import with_ratios
+    from ml.features.declarations import EVENT_COLUMNS
     from ml.tables.category_amounts import totals
 
     orders = with_ratios(pl.DataFrame(rows, schema=ORDER_COLUMNS))
