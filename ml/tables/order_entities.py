@@ -10,6 +10,9 @@ import pyarrow as pa
 from lakehouse.expectations import accepted, row_count_drift
 from lakehouse.step import Broadcast, Grouped, Lookup, Step
 from lakehouse.table import TIMESTAMP, Table, column
+from pipelines.affected_rows import rows_with
+from pipelines.parsing.text import comparable_address, trimmed
+from pipelines.sales import is_ordered_line
 from pipelines.settings import BusinessSettings
 from pipelines.silver.chargebacks import CHARGEBACKS
 from pipelines.silver.order_items_unified import ORDER_ITEMS_UNIFIED
@@ -71,7 +74,7 @@ ORDER_COLUMNS = (
     "payment_method",
 )
 
-_SPELLED = pl.col("shipping_address").str.to_lowercase().str.replace_all(r"\W+", " ").str.strip_chars()
+_SPELLED = comparable_address("shipping_address")
 ADDRESS = pl.when(_SPELLED != "").then(_SPELLED).alias("address")
 """An address in one spelling."""
 
@@ -99,10 +102,10 @@ def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> 
                 "email:" + pl.col("email"),
                 "phone:" + pl.col("phone"),
             ).alias("customer"),
-            _text("card_fingerprint").alias("card"),
-            _text("device_id").alias("device"),
+            trimmed("card_fingerprint").alias("card"),
+            trimmed("device_id").alias("device"),
             ADDRESS,
-            _text("ip_address").alias("ip"),
+            trimmed("ip_address").alias("ip"),
             pl.col("master_user_id").alias("person"),
             pl.col("user_id").alias("account"),
             "account_created_at",
@@ -128,7 +131,7 @@ def main_categories(items: pl.DataFrame, products: pl.DataFrame) -> pl.DataFrame
     Lines of a later return have a negative quantity and say nothing: nobody knew of them when the order was placed.
     """
     return (
-        items.filter(pl.col("quantity") > 0)
+        items.filter(is_ordered_line())
         .unique(["order_id", "line_no"])
         .join(products.select("product_id", "category"), on="product_id")
         .drop_nulls("category")
@@ -138,23 +141,6 @@ def main_categories(items: pl.DataFrame, products: pl.DataFrame) -> pl.DataFrame
         .unique("order_id", keep="first", maintain_order=True)
         .select("order_id", "category")
     )
-
-
-def _text(name: str) -> pl.Expr:
-    text = pl.col(name).str.strip_chars()
-    return pl.when(text != "").then(text)
-
-
-def _of_products(changed: pl.DataFrame) -> pl.Expr:
-    return pl.col("product_id").is_in(changed["product_id"].unique().implode())
-
-
-def _of_chargebacks(changed: pl.DataFrame) -> pl.Expr:
-    return pl.col("order_id").is_in(changed["order_ref"].drop_nulls().unique().implode())
-
-
-def _of_users(changed: pl.DataFrame) -> pl.Expr:
-    return pl.col("account").is_in(changed["user_id"].unique().implode())
 
 
 STEP = Step(
@@ -169,7 +155,7 @@ STEP = Step(
         "products": Broadcast(
             PRODUCTS,
             columns=("product_id", "category"),
-            affects=_of_products,
+            affects=rows_with("product_id"),
             through=ORDER_ITEMS_UNIFIED,
             affected_keys=(pl.col("order_id"),),
         ),
@@ -178,7 +164,7 @@ STEP = Step(
             on="order_ref",
             values=lambda frames: frames["orders"]["order_id"],
             columns=("order_ref", "reason", "reported_at"),
-            affects=_of_chargebacks,
+            affects=rows_with("order_id", changed="order_ref"),
             through=ORDERS_UNIFIED,
             affected_keys=(pl.col("order_id"),),
         ),
@@ -187,7 +173,7 @@ STEP = Step(
             on="user_id",
             values=lambda frames: frames["orders"]["user_id"].drop_nulls(),
             columns=("user_id", "created_at"),
-            affects=_of_users,
+            affects=rows_with("account", changed="user_id"),
         ),
     },
     transform=transform,

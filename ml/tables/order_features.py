@@ -27,7 +27,7 @@ from ml.tables import category_amounts, fraud_ratios, order_entities
 from ml.tables.category_amounts import CATEGORY_AMOUNTS
 from ml.tables.fraud_ratios import FRAUD_RATIOS
 from ml.tables.order_entities import ORDER_ENTITIES
-from pipelines.gold.user_risk_scores import SUCCESSES
+from pipelines.gold.user_risk_scores import is_failed_payment
 from pipelines.settings import BusinessSettings
 from pipelines.silver.events_clean import EVENTS_CLEAN, STOCK_EVENTS
 
@@ -57,7 +57,7 @@ def account_events(events: pl.DataFrame) -> pl.DataFrame:
     kind = (
         pl.when(pl.col("event_type").is_in(["login_failed", "account_changed"]))
         .then("event_type")
-        .when((pl.col("event_type") == "payment_attempted") & ~pl.col("outcome").str.to_lowercase().is_in(list(SUCCESSES)))
+        .when(is_failed_payment())
         .then(pl.lit("payment_failed"))
         .otherwise(pl.lit("visit"))
     )

@@ -21,6 +21,7 @@ from ml.features.groups import FEATURE_NAMES
 from ml.registry import LoadedModel
 from ml.tables.order_entities import ORDER_ENTITIES
 from ml.tables.order_features import ORDER_FEATURES
+from pipelines.affected_rows import rows_with
 from pipelines.gold.customer_360 import CUSTOMER_360
 from pipelines.settings import BusinessSettings
 
@@ -77,11 +78,6 @@ def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings, cha
     )
 
 
-def of_changed_orders(changed: pl.DataFrame) -> pl.Expr:
-    """For `affects`: the orders whose features changed."""
-    return pl.col("order_id").is_in(changed["order_id"].unique().implode())
-
-
 READS: Mapping[str, Grouped | Lookup] = {
     "orders": Grouped(ORDER_ENTITIES, keys=((pl.col("person"),),), columns=("order_id", "placed_at", "person")),
     "features": Lookup(
@@ -89,7 +85,7 @@ READS: Mapping[str, Grouped | Lookup] = {
         on="order_id",
         values=lambda frames: frames["orders"]["order_id"],
         columns=("order_id", *FEATURE_NAMES),
-        affects=of_changed_orders,
+        affects=rows_with("order_id"),
         through=ORDER_ENTITIES,
         affected_keys=(pl.col("person"),),
     ),

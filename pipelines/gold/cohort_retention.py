@@ -1,4 +1,4 @@
-"""gold.cohort_retention: how many of the customers won in a month came back, month by month."""
+"""gold.cohort_retention: share of each month's new customers who bought again, month by month."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ import pyarrow as pa
 
 from lakehouse.expectations import within
 from lakehouse.step import Grouped, Step
-from lakehouse.table import MONEY as MONEY_TYPE
-from lakehouse.table import Table, column
-from pipelines.sales import MONEY, NOTHING, is_cancelled, is_purchase
+from lakehouse.table import MONEY, Table, column
+from pipelines.parsing.amounts import AMOUNT
+from pipelines.sales import ZERO, is_cancelled, is_purchase
 from pipelines.settings import BusinessSettings
 from pipelines.silver.orders_unified import ORDERS_UNIFIED
 
-ALL = "all"
+ALL_COHORTS = "all"
 
 COHORT_RETENTION = Table(
     "gold.cohort_retention",
-    doc="Customers by the month of their first purchase (their cohort), and how many of them bought again so many months later. "
-    "A purchase is an order that is neither cancelled nor a credit note. Each cohort has a row for every month up to the newest "
-    "month with a purchase; a month in which nobody came back is a row with 0. Anonymous sales belong to no cohort.",
+    doc="Customers grouped by the month of their first purchase (their cohort), and how many of them bought again in each later "
+    "month. A purchase is an order that is neither cancelled nor a credit note. Each cohort has one row per month up to the "
+    "newest month with a purchase; a month without a purchase of the cohort is a row with 0. Anonymous sales belong to no "
+    "cohort.",
     columns=(
         column(
             "scope",
             pa.string(),
-            f"Always '{ALL}': a first purchase anywhere can move a customer between any two cohorts, "
-            "so that all cohorts are recomputed together.",
+            f"Always '{ALL_COHORTS}': one order can move a customer from any cohort to any other, "
+            "so all cohorts are recomputed together.",
             required=True,
         ),
         column("cohort_month", pa.date32(), "First day of the month of the first purchase.", required=True),
-        column("months_since", pa.int32(), "Months since cohort_month; 0 is that month itself.", required=True),
-        column("customers", pa.int64(), "Customers of the cohort (master users).", required=True),
-        column("active_customers", pa.int64(), "Those of them with a purchase in the month.", required=True),
+        column("months_since", pa.int32(), "Months since cohort_month; 0 is cohort_month itself.", required=True),
+        column("customers", pa.int64(), "Customers (master users) in the cohort.", required=True),
+        column("active_customers", pa.int64(), "Customers of the cohort with a purchase in the month.", required=True),
         column("retention", pa.float64(), "active_customers / customers, 0 to 1.", required=True),
-        column("orders", pa.int64(), "Purchases in the month.", required=True),
+        column("orders", pa.int64(), "Purchases of the cohort in the month.", required=True),
         column(
             "order_value",
-            MONEY_TYPE,
-            "Sum of the totals of orders in the month that are not cancelled, credit notes subtracted, in the "
-            "base currency. These are the orders' own totals, before returns that only show as lines: see customer_360 for "
-            "revenue after them.",
+            MONEY,
+            "Sum of the order totals in the month, in the base currency: cancelled orders excluded, credit notes subtracted. "
+            "Returns that are booked as order lines are not subtracted; for revenue after returns see customer_360.",
             required=True,
         ),
     ),
@@ -56,48 +56,60 @@ COHORT_RETENTION = Table(
 
 
 def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
-    """All cohorts."""
-    month = pl.col("order_date").dt
-    number = (month.year() * 12 + month.month().cast(pl.Int32) - 1).alias("month")
-    monthly = (
-        frames["orders"]
-        .filter(pl.col("master_user_id").is_not_null() & ~is_cancelled())
-        .group_by("master_user_id", number)
-        .agg(
-            is_purchase().sum().cast(pl.Int64).alias("orders"),
-            pl.col("total_base").sum().cast(MONEY).alias("order_value"),
-        )
-    )
-    bought = monthly.filter(pl.col("orders") > 0)
-    first = bought.group_by("master_user_id").agg(pl.col("month").min().alias("cohort"))
-    sizes = first.group_by("cohort").agg(pl.len().cast(pl.Int64).alias("customers"))
-    newest = bought["month"].max()
-    since = (pl.col("month") - pl.col("cohort")).cast(pl.Int32).alias("months_since")
-    figures = (
-        monthly.join(first, on="master_user_id")
-        .filter(pl.col("month") >= pl.col("cohort"))
-        .group_by("cohort", since)
-        .agg(
-            (pl.col("orders") > 0).sum().cast(pl.Int64).alias("active_customers"),
-            pl.col("orders").sum(),
-            pl.col("order_value").sum().cast(MONEY),
-        )
-    )
-    every_month = sizes.with_columns(
-        pl.int_ranges(0, pl.lit(newest, dtype=pl.Int32) - pl.col("cohort") + 1, dtype=pl.Int32).alias("months_since")
-    ).explode("months_since")
+    """Return all cohorts."""
+    monthly = _monthly_purchases(frames["orders"])
+    active = monthly.filter(pl.col("orders") > 0)
+    first_months = active.group_by("master_user_id").agg(pl.col("month").min().alias("cohort"))
+    activity = _activity(monthly, first_months)
     return (
-        every_month.join(figures, on=["cohort", "months_since"], how="left")
+        _cohort_months(first_months, newest=active["month"].max())
+        .join(activity, on=["cohort", "months_since"], how="left")
         .with_columns(
-            pl.lit(ALL).alias("scope"),
+            pl.lit(ALL_COHORTS).alias("scope"),
             pl.date(pl.col("cohort") // 12, pl.col("cohort") % 12 + 1, 1).alias("cohort_month"),
             pl.col("active_customers", "orders").fill_null(0),
-            pl.col("order_value").fill_null(NOTHING),
+            pl.col("order_value").fill_null(ZERO),
         )
         .with_columns((pl.col("active_customers") / pl.col("customers")).alias("retention"))
         .select(COHORT_RETENTION.schema.names)
         .sort(COHORT_RETENTION.key)
     )
+
+
+def _monthly_purchases(orders: pl.DataFrame) -> pl.DataFrame:
+    """Return purchases and order value per customer and month. Months are counted from year 0."""
+    date = pl.col("order_date").dt
+    month = (date.year() * 12 + date.month().cast(pl.Int32) - 1).alias("month")
+    return (
+        orders.filter(pl.col("master_user_id").is_not_null() & ~is_cancelled())
+        .group_by("master_user_id", month)
+        .agg(
+            is_purchase().sum().cast(pl.Int64).alias("orders"),
+            pl.col("total_base").sum().cast(AMOUNT).alias("order_value"),
+        )
+    )
+
+
+def _activity(monthly: pl.DataFrame, first_months: pl.DataFrame) -> pl.DataFrame:
+    """Return active customers, orders and order value per cohort and month since."""
+    months_since = (pl.col("month") - pl.col("cohort")).cast(pl.Int32).alias("months_since")
+    return (
+        monthly.join(first_months, on="master_user_id")
+        .filter(pl.col("month") >= pl.col("cohort"))
+        .group_by("cohort", months_since)
+        .agg(
+            (pl.col("orders") > 0).sum().cast(pl.Int64).alias("active_customers"),
+            pl.col("orders").sum(),
+            pl.col("order_value").sum().cast(AMOUNT),
+        )
+    )
+
+
+def _cohort_months(first_months: pl.DataFrame, newest: object) -> pl.DataFrame:
+    """Return cohort, customers and one row per month from the cohort's own to the newest month with a purchase."""
+    sizes = first_months.group_by("cohort").agg(pl.len().cast(pl.Int64).alias("customers"))
+    months = pl.int_ranges(0, pl.lit(newest, dtype=pl.Int32) - pl.col("cohort") + 1, dtype=pl.Int32)
+    return sizes.with_columns(months.alias("months_since")).explode("months_since")
 
 
 STEP = Step(
@@ -106,7 +118,7 @@ STEP = Step(
         "orders": Grouped(
             ORDERS_UNIFIED,
             # not a bare literal, which would be one value however many rows there are
-            keys=((pl.when(pl.col("order_date").is_not_null()).then(pl.lit(ALL)),),),
+            keys=((pl.when(pl.col("order_date").is_not_null()).then(pl.lit(ALL_COHORTS)),),),
             columns=("master_user_id", "order_date", "status", "total_amount", "total_base"),
         )
     },

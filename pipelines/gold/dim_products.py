@@ -1,4 +1,4 @@
-"""gold.dim_products: the catalogue as it is now."""
+"""gold.dim_products: the current catalogue."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from pipelines.settings import BusinessSettings
 from pipelines.silver.products import PRODUCTS
 
 UNCATEGORISED = "uncategorised"
-"""The category of products that have none, and of products that were sold but are not in the catalogue."""
+"""Category of products without one, and of products that were sold but are not in the catalogue."""
 
 DIM_PRODUCTS = Table(
     "gold.dim_products",
-    doc="Products of the catalogue as they are now. Products that were sold but are not in the catalogue have no row here; "
-    f"their revenue is in sales_daily under category '{UNCATEGORISED}'.",
+    doc="Products of the current catalogue. Products that were sold but are not in the catalogue have no row; "
+    f"sales_daily has their revenue under category '{UNCATEGORISED}'.",
     columns=(
-        column("product_id", pa.string(), "Product.", required=True),
-        column("name", pa.string(), "Name."),
+        column("product_id", pa.string(), "Product id.", required=True),
+        column("name", pa.string(), "Product name; null when unknown."),
         column("category", pa.string(), f"Category; '{UNCATEGORISED}' when the catalogue has none.", required=True),
-        column("brand", pa.string(), "Brand."),
-        column("list_price", pa.decimal128(18, 2), "List price, in `currency`."),
-        column("currency", pa.string(), "Currency of list_price, ISO 4217."),
-        column("updated_at", TIMESTAMP, "When the source last changed the row."),
+        column("brand", pa.string(), "Brand; null when unknown."),
+        column("list_price", pa.decimal128(18, 2), "List price, in `currency`; null when unknown."),
+        column("currency", pa.string(), "Currency of list_price, ISO 4217 code."),
+        column("updated_at", TIMESTAMP, "When the source last changed the row (UTC)."),
     ),
     key=("product_id",),
     owner="commerce",
@@ -39,12 +39,12 @@ DIM_PRODUCTS = Table(
 
 
 def category() -> pl.Expr:
-    """The category, never null."""
+    """Return the category, never null."""
     return pl.col("category").fill_null(UNCATEGORISED)
 
 
 def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
-    """The touched products."""
+    """Return the affected products."""
     return frames["products"].with_columns(category()).select(DIM_PRODUCTS.schema.names).sort("product_id")
 
 

@@ -1,4 +1,4 @@
-"""gold.dim_stores: stores, warehouses and online shops as they are now."""
+"""gold.dim_stores: the current stores, warehouses and online shops."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pipelines.settings import BusinessSettings
 from pipelines.silver.stores import STORES
 
 NO_STORE = "none"
-"""The member for sales of no store, such as a marketplace's."""
+"""Id of the member for sales without a store, such as those of a marketplace."""
 
 DIM_STORES = Table(
     "gold.dim_stores",
-    doc=f"Stores, warehouses and online shops as they are now, and '{NO_STORE}' for what belongs to no store.",
+    doc=f"Current stores, warehouses and online shops, and the member '{NO_STORE}' for sales without a store.",
     columns=(
-        column("store_id", pa.string(), "Store.", required=True),
-        column("name", pa.string(), "Name."),
-        column("kind", pa.string(), f"store, warehouse, online; {NO_STORE}."),
-        column("city", pa.string(), "City."),
-        column("country", pa.string(), "Country, ISO 3166-1 alpha-2."),
-        column("updated_at", TIMESTAMP, "When the source last changed the row."),
+        column("store_id", pa.string(), "Store id.", required=True),
+        column("name", pa.string(), "Store name; null when unknown."),
+        column("kind", pa.string(), f"Kind of store: store, warehouse or online; '{NO_STORE}' for the member without a store."),
+        column("city", pa.string(), "City; null when unknown."),
+        column("country", pa.string(), "Country, ISO 3166-1 alpha-2 code; null when unknown."),
+        column("updated_at", TIMESTAMP, "When the source last changed the row (UTC)."),
     ),
     key=("store_id",),
     owner="commerce",
@@ -34,18 +34,18 @@ DIM_STORES = Table(
 
 
 def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
-    """The touched stores, and, where there are any, the member for no store."""
+    """Return the affected stores and, if there is any store, the member for sales without one."""
     member = pl.DataFrame({"store_id": [NO_STORE], "name": ["No store"], "kind": [NO_STORE]})
     stores = frames["stores"].filter(pl.col("store_id") != NO_STORE).select(DIM_STORES.schema.names)
     return pl.concat([stores, member.head(stores.height)], how="diagonal").sort("store_id")
 
 
-_MEMBER = pl.when(pl.col("store_id").is_not_null()).then(pl.lit(NO_STORE))
-"""Any change of a store touches the member for no store too, so that it is there as soon as there are stores."""
+_NO_STORE_GROUP = pl.when(pl.col("store_id").is_not_null()).then(pl.lit(NO_STORE))
+"""Every changed store affects the member for sales without a store too, so it exists as soon as any store does."""
 
 STEP = Step(
     target=DIM_STORES,
-    reads={"stores": Grouped(STORES, keys=((pl.col("store_id"),), (_MEMBER,)), columns=tuple(DIM_STORES.schema.names))},
+    reads={"stores": Grouped(STORES, keys=((pl.col("store_id"),), (_NO_STORE_GROUP,)), columns=tuple(DIM_STORES.schema.names))},
     transform=transform,
     parameters=(("member for no store", NO_STORE),),
 )

@@ -1,4 +1,4 @@
-"""gold.dim_users: users over time, with a key for facts to point at."""
+"""gold.dim_users: versions of user accounts, with a surrogate key for facts."""
 
 from __future__ import annotations
 
@@ -16,28 +16,38 @@ from pipelines.silver.users_scd import USERS_SCD
 
 DIM_USERS = Table(
     "gold.dim_users",
-    doc="Users over time (SCD 2): one row per stretch of time in which nothing about the account changed.",
+    doc="Versions of user accounts (slowly changing dimension, type 2): one row per interval in which nothing about the account "
+    "changed.",
     columns=(
         column(
-            "user_key", pa.string(), "'<user_id>@<valid_from>': the version, as fact_orders.user_key names it.", required=True
+            "user_key",
+            pa.string(),
+            "Id of the version: '<user_id>@<valid_from>'; fact_orders.user_key refers to it.",
+            required=True,
         ),
-        column("user_id", pa.int64(), "User account.", required=True),
-        column("master_user_id", pa.string(), "The person behind the account, as known now (not versioned)."),
-        column("valid_from", TIMESTAMP, "From when on this version holds.", required=True),
-        column("valid_to", TIMESTAMP, "Until when it held (exclusive); null while it holds."),
-        column("is_current", pa.bool_(), "True for the version that holds now; a closed account has none.", required=True),
-        column("closed_by", pa.string(), "What ended the version: update, delete; null while it holds."),
-        column("name", pa.string(), "Name as typed.", personal="name"),
-        column("email", pa.string(), "E-mail address, normalised.", personal="email"),
-        column("email_verified", pa.bool_(), "Whether the user proved to own the e-mail address."),
-        column("phone_number", pa.string(), "Phone number, E.164.", personal="phone"),
-        column("phone_verified", pa.bool_(), "Whether the user proved to own the phone number."),
-        column("address", pa.string(), "Street address as typed.", personal="address"),
-        column("city", pa.string(), "City as typed.", personal="city"),
-        column("country", pa.string(), "Country, ISO 3166-1 alpha-2."),
-        column("loyalty_id", pa.string(), "Loyalty card.", personal="loyalty"),
-        column("created_at", TIMESTAMP, "When the account was opened."),
-        column("updated_at", TIMESTAMP, "When the source last changed the row within this version."),
+        column("user_id", pa.int64(), "User id of the account.", required=True),
+        column(
+            "master_user_id",
+            pa.string(),
+            "Person who owns the account, as currently resolved (not versioned); null when unresolved.",
+        ),
+        column("valid_from", TIMESTAMP, "Start of the version (UTC, inclusive).", required=True),
+        column("valid_to", TIMESTAMP, "End of the version (UTC, exclusive); null while it is current."),
+        column(
+            "is_current", pa.bool_(), "Whether the version is current; a closed account has no current version.", required=True
+        ),
+        column("closed_by", pa.string(), "Change that ended the version: update or delete; null while it is current."),
+        column("name", pa.string(), "Name as entered.", personal="name"),
+        column("email", pa.string(), "E-mail address, normalised; null when absent or invalid.", personal="email"),
+        column("email_verified", pa.bool_(), "Whether the user verified the e-mail address."),
+        column("phone_number", pa.string(), "Phone number, E.164; null when absent or invalid.", personal="phone"),
+        column("phone_verified", pa.bool_(), "Whether the user verified the phone number."),
+        column("address", pa.string(), "Street address as entered.", personal="address"),
+        column("city", pa.string(), "City as entered.", personal="city"),
+        column("country", pa.string(), "Country, ISO 3166-1 alpha-2 code."),
+        column("loyalty_id", pa.string(), "Loyalty card number; null without one.", personal="loyalty"),
+        column("created_at", TIMESTAMP, "When the account was opened (UTC)."),
+        column("updated_at", TIMESTAMP, "Last change of the source row within the version (UTC)."),
     ),
     key=("user_id", "valid_from"),
     group=("user_id",),
@@ -48,12 +58,12 @@ DIM_USERS = Table(
 
 
 def user_key() -> pl.Expr:
-    """The key of a version, over user_id and valid_from: microseconds are kept, so that it is unique."""
+    """Return the key of a version, over user_id and valid_from. Microseconds make it unique."""
     return pl.format("{}@{}", pl.col("user_id"), pl.col("valid_from").dt.strftime("%Y-%m-%dT%H:%M:%S%.6fZ")).alias("user_key")
 
 
 def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
-    """The versions of the touched users."""
+    """Return all versions of the affected users."""
     return frames["users"].with_columns(user_key()).select(DIM_USERS.schema.names).sort("user_id", "valid_from")
 
 

@@ -1,4 +1,4 @@
-"""gold.fact_orders: one row per order, over all channels."""
+"""gold.fact_orders: one row per order of any channel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipelines.gold.customer_360 import CUSTOMER_360
 from pipelines.gold.dim_date import DIM_DATE, date_key
 from pipelines.gold.dim_stores import DIM_STORES
 from pipelines.gold.dim_users import DIM_USERS, user_key
-from pipelines.sales import NOTHING, is_cancelled, line_revenue
+from pipelines.sales import ZERO, is_cancelled, is_returned_order, line_revenue, units_sold
 from pipelines.settings import BusinessSettings
 from pipelines.silver.chargebacks import CHARGEBACKS
 from pipelines.silver.order_items_unified import ORDER_ITEMS_UNIFIED
@@ -24,44 +24,65 @@ from pipelines.silver.users_scd import USERS_SCD
 
 FACT_ORDERS = Table(
     "gold.fact_orders",
-    doc="One row per order of any channel, with the keys of the dimensions, its revenue and what became of it.",
+    doc="One row per order of any channel, with the keys of its dimensions, its revenue, and whether it was cancelled, returned "
+    "or charged back.",
     columns=(
-        column("order_id", pa.string(), "Order, unique across channels.", required=True),
-        column("source_order_id", pa.string(), "The order's id in the system it comes from."),
-        column("order_date", pa.date32(), "UTC day on which it was placed.", required=True),
-        column("date_key", pa.int32(), "order_date as yyyymmdd: dim_date.date_key.", required=True),
-        column("placed_at", TIMESTAMP, "When it was placed.", required=True),
-        column("updated_at", TIMESTAMP, "When the source last changed it."),
-        column("channel", pa.string(), "web, pos, marketplace."),
-        column("platform", pa.string(), "The marketplace; null elsewhere."),
-        column("store_id", pa.string(), "Store: dim_stores.store_id; null for marketplaces."),
-        column("user_id", pa.int64(), "User account; null without one."),
+        column("order_id", pa.string(), "Order id, unique across channels.", required=True),
+        column("source_order_id", pa.string(), "Order id in the source system."),
+        column("order_date", pa.date32(), "Day on which the order was placed (UTC).", required=True),
+        column("date_key", pa.int32(), "order_date as yyyymmdd; refers to dim_date.date_key.", required=True),
+        column("placed_at", TIMESTAMP, "When the order was placed (UTC).", required=True),
+        column("updated_at", TIMESTAMP, "When the source last changed the order (UTC)."),
+        column("channel", pa.string(), "Sales channel: web, pos or marketplace."),
+        column("platform", pa.string(), "Name of the marketplace; null in other channels."),
+        column("store_id", pa.string(), "Store id; refers to dim_stores.store_id; null for marketplaces."),
+        column("user_id", pa.int64(), "User id of the account; null for an order without one."),
         column(
             "user_key",
             pa.string(),
-            "dim_users.user_key of the account's version when the order was placed; before the first known version: the first, "
-            "after the account was closed: the last.",
+            "Account version at the time of the order; refers to dim_users.user_key. The first version for orders before it, the "
+            "last version for orders after the account was closed.",
         ),
-        column("master_user_id", pa.string(), "The person: customer_360.master_user_id; null for an anonymous sale."),
-        column("country", pa.string(), "Country of the sale, ISO 3166-1 alpha-2."),
-        column("status", pa.string(), "placed, paid, shipped, delivered, cancelled, returned."),
-        column("payment_method", pa.string(), "How it was paid."),
-        column("currency", pa.string(), "Currency of total_amount, ISO 4217."),
-        column("total_amount", MONEY, "Total as the source states it, in `currency`."),
-        column("exchange_rate", pa.decimal128(18, 8), "Base currency per unit of `currency` on order_date; null when unknown."),
-        column("total_base", MONEY, "total_amount in the base currency; null when the rate is unknown."),
-        column("items", pa.int32(), "Lines of the order; 0 when the source lists none.", required=True),
-        column("units", pa.int64(), "Units on lines that count as sales, returned units subtracted.", required=True),
+        column(
+            "master_user_id", pa.string(), "Id of the person; refers to customer_360.master_user_id; null for an anonymous sale."
+        ),
+        column("country", pa.string(), "Country of the sale, ISO 3166-1 alpha-2 code; null when unknown."),
+        column("status", pa.string(), "Status: placed, paid, shipped, delivered, cancelled, returned, or one of a marketplace."),
+        column("payment_method", pa.string(), "Payment method; null when unknown."),
+        column("currency", pa.string(), "Currency of total_amount, ISO 4217 code."),
+        column("total_amount", MONEY, "Order total as stated by the source, in `currency`."),
+        column(
+            "exchange_rate",
+            pa.decimal128(18, 8),
+            "Units of the base currency per unit of `currency` on order_date; null when unknown.",
+        ),
+        column("total_base", MONEY, "total_amount in the base currency; null when the exchange rate is unknown."),
+        column("items", pa.int32(), "Number of order lines; 0 when the source lists none.", required=True),
+        column("units", pa.int64(), "Pieces sold, returned pieces subtracted; 0 when cancelled.", required=True),
         column("gross_revenue", MONEY, "Sum of the positive lines, base currency; 0 when cancelled.", required=True),
-        column("returns_revenue", MONEY, "What negative lines took off, as a positive amount, base currency.", required=True),
+        column(
+            "returns_revenue",
+            MONEY,
+            "Sum of the negative lines as a positive amount, base currency; 0 when cancelled.",
+            required=True,
+        ),
         column("net_revenue", MONEY, "gross_revenue - returns_revenue, base currency.", required=True),
-        column("unconverted_lines", pa.int32(), "Lines left out of the revenue for want of an exchange rate.", required=True),
-        column("is_cancelled", pa.bool_(), "Status is cancelled.", required=True),
-        column("is_returned", pa.bool_(), "Status is returned.", required=True),
-        column("is_chargeback", pa.bool_(), "At least one chargeback names the order.", required=True),
-        column("chargebacks", pa.int32(), "Chargebacks that name the order.", required=True),
-        column("chargeback_reason", pa.string(), "Reason of the first one: fraud, not_received, not_as_described, other."),
-        column("chargeback_reported_at", TIMESTAMP, "When the first one was reported."),
+        column(
+            "unconverted_lines",
+            pa.int32(),
+            "Order lines excluded from revenue because their exchange rate is unknown.",
+            required=True,
+        ),
+        column("is_cancelled", pa.bool_(), "Whether the status is cancelled.", required=True),
+        column("is_returned", pa.bool_(), "Whether the status is returned.", required=True),
+        column("is_chargeback", pa.bool_(), "Whether at least one chargeback refers to the order.", required=True),
+        column("chargebacks", pa.int32(), "Number of chargebacks that refer to the order.", required=True),
+        column(
+            "chargeback_reason",
+            pa.string(),
+            "Reason of the first chargeback: fraud, not_received, not_as_described or other; null without one.",
+        ),
+        column("chargeback_reported_at", TIMESTAMP, "When the first chargeback was reported (UTC); null without one."),
     ),
     key=("order_id",),
     partition_by=(year("order_date"),),
@@ -85,19 +106,18 @@ FACT_ORDERS = Table(
 
 
 def revenue_per_order(lines: pl.DataFrame) -> pl.DataFrame:
-    """Lines, units and revenue of each order."""
+    """Return lines, units and revenue of each order."""
     return lines.group_by("order_id").agg(
         pl.len().cast(pl.Int32).alias("items"),
-        pl.when("counts_as_sale").then(pl.col("quantity").cast(pl.Int64)).sum().alias("units"),
+        units_sold(),
         *line_revenue(),
     )
 
 
 def chargebacks_per_order(chargebacks: pl.DataFrame) -> pl.DataFrame:
-    """Number, first reason and first report of the chargebacks of each order."""
-    by_report = ["reported_at", "chargeback_id"]
+    """Return the number of chargebacks of each order, and reason and time of the first."""
     return (
-        chargebacks.sort(by_report, nulls_last=True)
+        chargebacks.sort("reported_at", "chargeback_id", nulls_last=True)
         .group_by(pl.col("order_ref").alias("order_id"), maintain_order=True)
         .agg(
             pl.len().cast(pl.Int32).alias("chargebacks"),
@@ -107,8 +127,8 @@ def chargebacks_per_order(chargebacks: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def version_per_order(orders: pl.DataFrame, users: pl.DataFrame) -> pl.DataFrame:
-    """order_id and user_key of orders with an account: the version that held when the order was placed."""
+def account_version_per_order(orders: pl.DataFrame, users: pl.DataFrame) -> pl.DataFrame:
+    """Return order_id and user_key of the orders with an account: its version at the time of the order."""
     placed = orders.filter(pl.col("user_id").is_not_null()).select("order_id", "user_id", "placed_at").sort("placed_at")
     versions = users.select("user_id", "valid_from", user_key()).sort("valid_from")
     first = versions.unique("user_id", keep="first", maintain_order=True).select("user_id", pl.col("user_key").alias("first_key"))
@@ -122,20 +142,20 @@ def version_per_order(orders: pl.DataFrame, users: pl.DataFrame) -> pl.DataFrame
 
 
 def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
-    """The touched orders with their lines, chargebacks and account version joined to them."""
+    """Return the affected orders with totals of their lines and chargebacks, and their account version."""
     orders = frames["orders"]
-    counts, money = ("items", "units", "unconverted_lines", "chargebacks"), ("gross_revenue", "returns_revenue", "net_revenue")
+    counts, amounts = ("items", "units", "unconverted_lines", "chargebacks"), ("gross_revenue", "returns_revenue", "net_revenue")
     return (
         orders.join(revenue_per_order(frames["lines"]), on="order_id", how="left")
         .join(chargebacks_per_order(frames["chargebacks"]), on="order_id", how="left")
-        .join(version_per_order(orders, frames["users"]), on="order_id", how="left")
+        .join(account_version_per_order(orders, frames["users"]), on="order_id", how="left")
         .with_columns(
             date_key("order_date"),
             is_cancelled().alias("is_cancelled"),
-            (pl.col("status") == "returned").fill_null(False).alias("is_returned"),
+            is_returned_order().alias("is_returned"),
             pl.col("chargebacks").is_not_null().alias("is_chargeback"),
             pl.col(counts).fill_null(0),
-            pl.col(money).fill_null(NOTHING),
+            pl.col(amounts).fill_null(ZERO),
         )
         .select(FACT_ORDERS.schema.names)
     )

@@ -1,4 +1,4 @@
-"""gold.inventory_shrinkage: what each stock count found missing, and what it was worth."""
+"""gold.inventory_shrinkage: units that each stock count found missing, and their value."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pyarrow as pa
 from lakehouse.expectations import row_count_drift, within
 from lakehouse.step import Broadcast, Grouped, Step
 from lakehouse.table import MONEY, TIMESTAMP, Table, column, references
-from pipelines.affected_rows import rows_with
+from pipelines.affected_rows import rows_priced_since, rows_with
+from pipelines.durations import days
 from pipelines.gold.dim_products import DIM_PRODUCTS
 from pipelines.gold.dim_stores import DIM_STORES
 from pipelines.parsing.amounts import line_amounts, to_base_currency
@@ -21,21 +22,30 @@ from pipelines.silver.products import PRODUCTS
 
 INVENTORY_SHRINKAGE = Table(
     "gold.inventory_shrinkage",
-    doc="One row per stock count: what should have been there, what was, and the difference at today's list price. "
-    "Known losses (adjustments for theft or damage) lower what a count expects, so they are no shrinkage.",
+    doc="One row per stock count: expected units, counted units, and the difference valued at the current list price. "
+    "Known losses (adjustments for theft or damage) lower the expected units, so they are not shrinkage.",
     columns=(
-        column("store_id", pa.string(), "Store or warehouse.", required=True),
-        column("product_id", pa.string(), "Product.", required=True),
-        column("counted_at", TIMESTAMP, "When it was counted.", required=True),
-        column("event_id", pa.string(), "The event of the count.", required=True),
-        column("expected_units", pa.int64(), "Units that should have been there.", required=True),
-        column("counted_units", pa.int64(), "Units that were there.", required=True),
-        column("shrinkage_units", pa.int64(), "expected_units - counted_units; negative when more was found.", required=True),
-        column("cumulative_shrinkage_units", pa.int64(), "Shrinkage of this and all earlier counts of the pair.", required=True),
-        column("days_since_previous_count", pa.float64(), "Days since the count before; null for the first."),
-        column("list_price", pa.decimal128(18, 2), "List price of the product now, in `currency`; null when it is unknown."),
-        column("currency", pa.string(), "Currency of the list price."),
-        column("shrinkage_value_base", MONEY, "Shrinkage at list price in the base currency (rate of that day); null: unknown."),
+        column("store_id", pa.string(), "Store id of the store or warehouse.", required=True),
+        column("product_id", pa.string(), "Product id.", required=True),
+        column("counted_at", TIMESTAMP, "Time of the count (UTC).", required=True),
+        column("event_id", pa.string(), "Event id of the count.", required=True),
+        column("expected_units", pa.int64(), "Units expected by the ledger before the count.", required=True),
+        column("counted_units", pa.int64(), "Units counted.", required=True),
+        column("shrinkage_units", pa.int64(), "expected_units - counted_units; negative for a surplus.", required=True),
+        column(
+            "cumulative_shrinkage_units",
+            pa.int64(),
+            "Sum of shrinkage_units of this and all earlier counts of the store and product.",
+            required=True,
+        ),
+        column("days_since_previous_count", pa.float64(), "Days since the previous count; null for the first."),
+        column("list_price", pa.decimal128(18, 2), "Current list price of the product, in `currency`; null when unknown."),
+        column("currency", pa.string(), "Currency of list_price, ISO 4217 code; null when unknown."),
+        column(
+            "shrinkage_value_base",
+            MONEY,
+            "shrinkage_units x list_price in the base currency at the rate of the day; null when price or rate is unknown.",
+        ),
     ),
     key=("store_id", "product_id", "counted_at", "event_id"),
     group=("store_id", "product_id"),
@@ -52,12 +62,8 @@ INVENTORY_SHRINKAGE = Table(
 )
 
 
-DAYS_PER_MICROSECOND = 1 / 86_400_000_000
-"""To multiply by: polars divides by a literal in two ways, depending on the number of rows."""
-
-
 def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
-    """The counts of the touched stores and products, in order, with their worth."""
+    """Return the counts of the affected stores and products with their value."""
     counts = (
         frames["ledger"]
         .filter(pl.col("event_type") == "stock_counted")
@@ -65,8 +71,7 @@ def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> 
         .sort(*STORE_PRODUCT, "occurred_at", "event_id")
         .with_columns(
             cumulative_shrinkage_units=pl.col("shrinkage").cum_sum().over(STORE_PRODUCT),
-            days_since_previous_count=pl.col("occurred_at").diff().over(STORE_PRODUCT).dt.total_microseconds()
-            * DAYS_PER_MICROSECOND,
+            days_since_previous_count=days(pl.col("occurred_at").diff().over(STORE_PRODUCT)),
         )
     )
     prices = frames["products"].select("product_id", "list_price", pl.col("currency").str.strip_chars().str.to_uppercase())
@@ -89,20 +94,12 @@ def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> 
     )
 
 
-def _of_rates(changed: pl.DataFrame) -> pl.Expr:
-    """Counts valued in a currency whose rate of their day, or of a day before, changed."""
-    first = changed.drop_nulls(["currency", "rate_date"]).group_by("currency").agg(pl.col("rate_date").min()).sort("currency")
-    counted_on = pl.col("counted_at").dt.date()
-    hits = [(pl.col("currency") == code) & (counted_on >= day) for code, day in first.select("currency", "rate_date").rows()]
-    return pl.any_horizontal(hits) if hits else pl.lit(False)
-
-
 _COUNTED = pl.col("event_type") == "stock_counted"
 
 STEP = Step(
     target=INVENTORY_SHRINKAGE,
     reads={
-        # no group for other rows of the ledger: they say nothing here, and need not be read
+        # only counts have a group: a change of other ledger rows affects nothing
         "ledger": Grouped(
             INVENTORY_SNAPSHOTS,
             keys=((pl.when(_COUNTED).then(pl.col("store_id")), pl.when(_COUNTED).then(pl.col("product_id"))),),
@@ -113,7 +110,7 @@ STEP = Step(
             columns=("product_id", "list_price", "currency"),
             affects=rows_with("product_id"),
         ),
-        "rates": Broadcast(EXCHANGE_RATES, affects=_of_rates),
+        "rates": Broadcast(EXCHANGE_RATES, affects=rows_priced_since(pl.col("counted_at").dt.date())),
     },
     transform=transform,
 )

@@ -14,7 +14,7 @@ from pipelines.affected_rows import rows_with
 from pipelines.gold.dim_date import DIM_DATE
 from pipelines.gold.dim_products import UNCATEGORISED
 from pipelines.gold.dim_stores import DIM_STORES, NO_STORE
-from pipelines.sales import line_revenue
+from pipelines.sales import line_revenue, units_sold
 from pipelines.settings import BusinessSettings
 from pipelines.silver.order_items_unified import ORDER_ITEMS_UNIFIED
 from pipelines.silver.products import PRODUCTS
@@ -24,33 +24,40 @@ NO_COUNTRY = "ZZ"
 SALES_DAILY = Table(
     "gold.sales_daily",
     doc="Sales per day, channel, store, country and product category, from the lines of all orders, exact to 0.0001 of the base "
-    "currency. Nothing is left out: a line without store, country or category counts under "
+    "currency. Every line is included: a line without store, country or category is counted under "
     f"'{NO_STORE}', '{NO_COUNTRY}' (ISO 3166: unknown) or '{UNCATEGORISED}', "
-    "a line without an exchange rate under unconverted_lines.",
+    "a line without an exchange rate in unconverted_lines.",
     columns=(
-        column("order_date", pa.date32(), "UTC day on which the order was placed.", required=True),
-        column("channel", pa.string(), "web, pos, marketplace.", required=True),
-        column("store_id", pa.string(), f"Store; '{NO_STORE}' for orders of no store.", required=True),
-        column("country", pa.string(), f"Country, ISO 3166-1 alpha-2; '{NO_COUNTRY}' when unknown.", required=True),
-        column("category", pa.string(), f"Product category today; '{UNCATEGORISED}' when there is none.", required=True),
+        column("order_date", pa.date32(), "Day on which the orders were placed (UTC).", required=True),
+        column("channel", pa.string(), "Sales channel: web, pos or marketplace.", required=True),
+        column("store_id", pa.string(), f"Store id; '{NO_STORE}' for orders without a store.", required=True),
+        column(
+            "country", pa.string(), f"Country of the sale, ISO 3166-1 alpha-2 code; '{NO_COUNTRY}' when unknown.", required=True
+        ),
+        column("category", pa.string(), f"Current category of the product; '{UNCATEGORISED}' when it has none.", required=True),
         column(
             "orders",
             pa.int64(),
-            "Orders, not cancelled, with a line here. An order with lines of two categories counts in both rows: "
-            "count orders over categories in fact_orders.",
+            "Orders that are not cancelled and have a line in this row. An order with lines of two categories is counted in both "
+            "rows: to count orders across categories, use fact_orders.",
             required=True,
         ),
         column(
             "cancelled_orders",
             pa.int64(),
-            "Cancelled orders with a line here; they add nothing to the other figures.",
+            "Cancelled orders with a line in this row; no other column includes them, except unconverted_lines.",
             required=True,
         ),
-        column("units", pa.int64(), "Units sold, returned units subtracted.", required=True),
+        column("units", pa.int64(), "Pieces sold, returned pieces subtracted.", required=True),
         column("gross_revenue", MONEY, "Sum of the positive lines, base currency.", required=True),
-        column("returns_revenue", MONEY, "What negative lines took off, as a positive amount, base currency.", required=True),
+        column("returns_revenue", MONEY, "Sum of the negative lines as a positive amount, base currency.", required=True),
         column("net_revenue", MONEY, "gross_revenue - returns_revenue, base currency.", required=True),
-        column("unconverted_lines", pa.int32(), "Lines left out of the revenue for want of an exchange rate.", required=True),
+        column(
+            "unconverted_lines",
+            pa.int32(),
+            "Order lines excluded from revenue because their exchange rate is unknown.",
+            required=True,
+        ),
     ),
     key=("order_date", "channel", "store_id", "country", "category"),
     group=("order_date",),
@@ -73,9 +80,9 @@ SALES_DAILY = Table(
 
 
 def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
-    """The touched days, added up."""
+    """Return the sums of the affected days."""
     categories = frames["products"].select("product_id", "category")
-    sells = pl.col("counts_as_sale")
+    is_sale = pl.col("counts_as_sale")
     return (
         frames["lines"]
         .join(categories, on="product_id", how="left")
@@ -86,9 +93,9 @@ def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> 
         )
         .group_by(SALES_DAILY.key)
         .agg(
-            pl.col("order_id").filter(sells).n_unique().cast(pl.Int64).alias("orders"),
-            pl.col("order_id").filter(~sells).n_unique().cast(pl.Int64).alias("cancelled_orders"),
-            pl.when(sells).then(pl.col("quantity").cast(pl.Int64)).sum().alias("units"),
+            pl.col("order_id").filter(is_sale).n_unique().cast(pl.Int64).alias("orders"),
+            pl.col("order_id").filter(~is_sale).n_unique().cast(pl.Int64).alias("cancelled_orders"),
+            units_sold(),
             *line_revenue(),
         )
         .select(SALES_DAILY.schema.names)

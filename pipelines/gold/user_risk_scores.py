@@ -1,8 +1,8 @@
-"""gold.user_risk_scores: a hand-weighted risk score per person, each point with its reason.
+"""gold.user_risk_scores: a rule-based risk score per person, with the reason for every point.
 
-It needs no training and no label, so that it works on the first day and beside a model that is down. RULES is all of it:
-a rule looks at one signal, gives `points` for the first value that is over `free` and for each further one, and stops
-at `cap`. The score is their sum, at most 100.
+It needs neither training nor labels, so it works from the first day and when no model is available. RULES defines it
+completely: a rule adds points for each unit of one signal over a free allowance, up to a cap. The score is the sum, at
+most 100.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from lakehouse.step import Grouped, Lookup, Step
 from lakehouse.table import TIMESTAMP, Table, column, references
 from pipelines.affected_rows import rows_with
 from pipelines.gold.customer_360 import CUSTOMER_360
+from pipelines.parsing.text import comparable_address
 from pipelines.sales import is_cancelled
 from pipelines.settings import BusinessSettings
 from pipelines.silver.chargebacks import CHARGEBACKS
@@ -26,14 +27,14 @@ from pipelines.silver.identity_graph import IDENTITY_GRAPH
 from pipelines.silver.orders_unified import ORDERS_UNIFIED
 
 RULE_VERSION = "1"
-HIGH, MEDIUM = 50, 25
-SUCCESSES = ("approved", "authorised", "authorized", "captured", "ok", "paid", "succeeded", "success")
-"""Outcomes of a payment attempt that are no failure."""
+HIGH_FROM, MEDIUM_FROM = 50, 25
+_PAYMENT_SUCCESSES = ("approved", "authorised", "authorized", "captured", "ok", "paid", "succeeded", "success")
+"""Outcomes of a successful payment attempt, lower case."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Points for a signal: first + each x (value - free - 1) for a value over `free`, at most `cap`."""
+    """Points for a signal over `free`: first + each x (signal - free - 1), at most `cap`."""
 
     signal: str
     free: int
@@ -44,7 +45,7 @@ class Rule:
 
     @property
     def points(self) -> pl.Expr:
-        """The points, an integer; 0 when the signal is silent."""
+        """Return the points, an integer; 0 for a signal up to `free`."""
         over = pl.col(self.signal) - self.free
         return (
             pl.when(over > 0).then(pl.min_horizontal(self.first + self.each * (over - 1), self.cap)).otherwise(0).cast(pl.Int32)
@@ -52,7 +53,7 @@ class Rule:
 
     @property
     def text(self) -> pl.Expr:
-        """The reason with its figure and points; null when the signal is silent."""
+        """Return the reason with the signal and its points; null without points."""
         return pl.when(self.points > 0).then(pl.format(self.reason + " (+{})", pl.col(self.signal), self.points))
 
 
@@ -72,37 +73,55 @@ RULES = (
 
 USER_RISK_SCORES = Table(
     "gold.user_risk_scores",
-    doc="Fraud risk per person with an order, from hand-weighted rules that explain themselves. "
-    "Scores are comparable within a rule_version.",
+    doc="Rule-based fraud risk score per person with an order, with reasons. Scores are comparable within a rule_version.",
     columns=(
-        column("master_user_id", pa.string(), "The person.", required=True),
-        column("risk_score", pa.int32(), "0 (nothing found) to 100.", required=True),
-        column("risk_band", pa.string(), f"low, medium (from {MEDIUM}), high (from {HIGH}).", required=True),
+        column("master_user_id", pa.string(), "Id of the person.", required=True),
+        column("risk_score", pa.int32(), "Risk score, 0 (no signal) to 100.", required=True),
         column(
-            "reasons", pa.string(), "What gave points, strongest rule first as listed in RULES, with the points; null for none."
+            "risk_band",
+            pa.string(),
+            f"Risk band: low, medium (score from {MEDIUM_FROM}) or high (score from {HIGH_FROM}).",
+            required=True,
         ),
-        column("rule_version", pa.string(), "Version of the rules.", required=True),
-        column("orders", pa.int32(), "Orders of any status.", required=True),
-        column("last_order_at", TIMESTAMP, "Newest order of any status: what the score is up to date with.", required=True),
-        column("fraud_chargebacks", pa.int32(), "Chargebacks with reason fraud.", required=True),
-        column("other_chargebacks", pa.int32(), "Chargebacks with another reason.", required=True),
-        column("most_orders_1h", pa.int32(), "Most orders within one hour, ever.", required=True),
-        column("most_orders_24h", pa.int32(), "Most orders within 24 hours, ever.", required=True),
+        column(
+            "reasons",
+            pa.string(),
+            "Reasons with their points, in the order of the rules, separated by semicolons; null for a score of 0.",
+        ),
+        column("rule_version", pa.string(), "Version of the scoring rules.", required=True),
+        column("orders", pa.int32(), "Number of orders of any status.", required=True),
+        column(
+            "last_order_at",
+            TIMESTAMP,
+            "Time of the newest order of any status (UTC); the score includes all orders up to it.",
+            required=True,
+        ),
+        column("fraud_chargebacks", pa.int32(), "Number of chargebacks with reason fraud.", required=True),
+        column("other_chargebacks", pa.int32(), "Number of chargebacks with another reason.", required=True),
+        column("most_orders_1h", pa.int32(), "Highest number of orders within any hour.", required=True),
+        column("most_orders_24h", pa.int32(), "Highest number of orders within any 24 hours.", required=True),
         column(
             "most_failed_payments_24h",
             pa.int32(),
-            "Most payment attempts without success within 24 hours, ever, of the accounts that ordered.",
+            "Highest number of failed payment attempts within any 24 hours, of accounts with an order.",
             required=True,
         ),
-        column("most_failed_logins_1h", pa.int32(), "Most failed logins within one hour, ever, likewise.", required=True),
-        column("cards", pa.int32(), "Different payment cards.", required=True),
-        column("shared_cards", pa.int32(), "Those of them that are on orders of other people too.", required=True),
-        column("crowded_devices", pa.int32(), "Devices shared by so many people that they identify nobody.", required=True),
-        column("shipping_addresses", pa.int32(), "Different shipping addresses, case and spaces aside.", required=True),
+        column(
+            "most_failed_logins_1h",
+            pa.int32(),
+            "Highest number of failed logins within any hour, of accounts with an order.",
+            required=True,
+        ),
+        column("cards", pa.int32(), "Distinct payment cards on orders.", required=True),
+        column("shared_cards", pa.int32(), "Payment cards that are also on orders of other people.", required=True),
+        column("crowded_devices", pa.int32(), "Devices shared by too many people to identify one.", required=True),
+        column(
+            "shipping_addresses", pa.int32(), "Distinct shipping addresses, ignoring case, punctuation and spaces.", required=True
+        ),
         column(
             "cancelled_percent",
             pa.int32(),
-            "Cancelled orders per hundred, rounded down; 0 for fewer than 3 orders.",
+            "Percentage of orders that are cancelled, rounded down; 0 for fewer than 3 orders.",
             required=True,
         ),
     ),
@@ -116,24 +135,27 @@ USER_RISK_SCORES = Table(
 )
 
 
+def is_failed_payment() -> pl.Expr:
+    """Return whether an event is a failed payment attempt; null when its outcome is unknown."""
+    success = pl.col("outcome").str.to_lowercase().is_in(_PAYMENT_SUCCESSES)
+    return (pl.col("event_type") == "payment_attempted") & ~success
+
+
 def is_failure() -> pl.Expr:
-    """Over events: a failed login, or a payment attempt whose outcome is known and no success."""
-    success = pl.col("outcome").str.to_lowercase().is_in(SUCCESSES)
-    return ((pl.col("event_type") == "login_failed") | ((pl.col("event_type") == "payment_attempted") & ~success)).fill_null(
-        False
-    )
+    """Return whether an event is a failed login or a failed payment attempt; never null."""
+    return ((pl.col("event_type") == "login_failed") | is_failed_payment()).fill_null(False)
 
 
-def touched_by_attempts(changed: pl.DataFrame) -> pl.Expr:
-    """The orders of accounts with new payment attempts or failed logins: other events are none of our business.
+def rows_with_attempts(changed: pl.DataFrame) -> pl.Expr:
+    """Return a predicate for the orders of accounts with changed payment attempts or failed logins.
 
-    Successful attempts too: one may take the place of a failed one with the same id.
+    Successful attempts are included: one can replace a failed one with the same id.
     """
     return rows_with("user_id")(changed.filter(pl.col("event_type").is_in(["login_failed", "payment_attempted"])))
 
 
 def failures(orders: pl.DataFrame, events: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Per person: the most failed payments within 24 hours, and the most failed logins within an hour."""
+    """Return per person the highest numbers of failed payments within 24 hours and of failed logins within an hour."""
     people = orders.select("user_id", "master_user_id").drop_nulls().unique()
     failed = events.filter(is_failure()).join(people, on="user_id").sort("master_user_id", "occurred_at")
     logins = pl.col("event_type") == "login_failed"
@@ -144,7 +166,7 @@ def failures(orders: pl.DataFrame, events: pl.DataFrame) -> tuple[pl.DataFrame, 
 
 
 def most_within(rows: pl.DataFrame, period: str, name: str, *, at: str = "placed_at") -> pl.DataFrame:
-    """Per person: the most rows in any window of this length. rows: sorted by (master_user_id, at)."""
+    """Return per person the highest number of rows within any period. rows: sorted by (master_user_id, at)."""
     return (
         rows.rolling(at, period=period, closed="both", group_by="master_user_id")
         .agg(pl.len().alias(name))
@@ -154,7 +176,7 @@ def most_within(rows: pl.DataFrame, period: str, name: str, *, at: str = "placed
 
 
 def shared_cards(orders: pl.DataFrame, card_orders: pl.DataFrame) -> pl.DataFrame:
-    """Per person: how many of their cards other people use too."""
+    """Return per person the number of cards that other people use too."""
     shared = (
         card_orders.drop_nulls(["card_fingerprint", "master_user_id"])
         .unique(["card_fingerprint", "master_user_id"])
@@ -172,12 +194,11 @@ def shared_cards(orders: pl.DataFrame, card_orders: pl.DataFrame) -> pl.DataFram
 
 
 def from_orders(orders: pl.DataFrame, chargebacks: pl.DataFrame) -> pl.DataFrame:
-    """Per person: counts over orders and their chargebacks."""
+    """Return per person the counts over orders and their chargebacks."""
     fraud = pl.col("reason") == "fraud"
     charged = chargebacks.group_by(pl.col("order_ref").alias("order_id")).agg(
         fraud.sum().alias("fraud_chargebacks"), (pl.len() - fraud.sum()).alias("other_chargebacks")
     )
-    address = pl.col("shipping_address").str.to_lowercase().str.replace_all(r"\W+", " ").str.strip_chars()
     percent = 100 * is_cancelled().sum() // pl.len()
     return (
         orders.join(charged, on="order_id", how="left")
@@ -187,14 +208,14 @@ def from_orders(orders: pl.DataFrame, chargebacks: pl.DataFrame) -> pl.DataFrame
             pl.col("placed_at").max().alias("last_order_at"),
             pl.col("fraud_chargebacks", "other_chargebacks").sum().cast(pl.Int32),
             pl.col("card_fingerprint").drop_nulls().n_unique().cast(pl.Int32).alias("cards"),
-            address.drop_nulls().n_unique().cast(pl.Int32).alias("shipping_addresses"),
+            comparable_address("shipping_address").drop_nulls().n_unique().cast(pl.Int32).alias("shipping_addresses"),
             pl.when(pl.len() >= 3).then(percent).otherwise(0).cast(pl.Int32).alias("cancelled_percent"),
         )
     )
 
 
 def crowded_devices(graph: pl.DataFrame) -> pl.DataFrame:
-    """Per person: devices that the identity graph calls crowded."""
+    """Return per person the number of devices with status crowded in the identity graph."""
     return (
         graph.filter((pl.col("kind") == "device") & (pl.col("status") == "crowded"))
         .group_by("master_user_id")
@@ -203,7 +224,7 @@ def crowded_devices(graph: pl.DataFrame) -> pl.DataFrame:
 
 
 def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
-    """The touched people who ordered."""
+    """Return the affected people with an order."""
     orders = frames["orders"].filter(pl.col("master_user_id").is_not_null()).sort("master_user_id", "placed_at", "order_id")
     signals = from_orders(orders, frames["chargebacks"])
     for part in (
@@ -224,9 +245,9 @@ def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> 
             pl.lit(RULE_VERSION).alias("rule_version"),
         )
         .with_columns(
-            pl.when(pl.col("risk_score") >= HIGH)
+            pl.when(pl.col("risk_score") >= HIGH_FROM)
             .then(pl.lit("high"))
-            .when(pl.col("risk_score") >= MEDIUM)
+            .when(pl.col("risk_score") >= MEDIUM_FROM)
             .then(pl.lit("medium"))
             .otherwise(pl.lit("low"))
             .alias("risk_band")
@@ -252,7 +273,7 @@ STEP = Step(
             on="order_ref",
             values=lambda frames: frames["orders"]["order_id"],
             columns=("order_ref", "reason"),
-            affects=rows_with("order_id", of="order_ref"),
+            affects=rows_with("order_id", changed="order_ref"),
             through=ORDERS_UNIFIED,
             affected_keys=(pl.col("master_user_id"),),
         ),
@@ -261,7 +282,7 @@ STEP = Step(
             on="user_id",
             values=lambda frames: frames["orders"]["user_id"].drop_nulls(),
             columns=("user_id", "event_type", "outcome", "occurred_at"),
-            affects=touched_by_attempts,
+            affects=rows_with_attempts,
             through=ORDERS_UNIFIED,
             affected_keys=(pl.col("master_user_id"),),
         ),

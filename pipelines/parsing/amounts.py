@@ -20,6 +20,8 @@ import polars as pl
 import pyarrow as pa
 
 SCALE = 4
+AMOUNT = pl.Decimal(20, SCALE)
+"""Type of an amount of money."""
 _RATE_SCALE = 8
 _QUANTUM = Decimal(1).scaleb(-SCALE)
 _ROOMY = Context(prec=60)

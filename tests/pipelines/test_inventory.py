@@ -369,7 +369,7 @@ def test_each_count_tells_what_is_missing_and_what_it_was_worth() -> None:
     ]
 
 
-def test_what_changed_elsewhere_touches_the_counts_it_values() -> None:
+def test_changed_rates_and_prices_affect_the_counts_they_value() -> None:
     found = shrinkage(
         [
             event("stock_counted", 1, 0, product_id="P2"),
@@ -377,7 +377,7 @@ def test_what_changed_elsewhere_touches_the_counts_it_values() -> None:
             event("stock_counted", 1, 99),
         ]
     )
-    rates, products = inventory_shrinkage.STEP.reads["rates"].touch, inventory_shrinkage.STEP.reads["products"].touch
+    rates, products = inventory_shrinkage.STEP.reads["rates"].affects, inventory_shrinkage.STEP.reads["products"].affects
     assert found.filter(rates(RATES.tail(1)))["counted_at"].to_list() == [T0 + timedelta(hours=72)]
     assert found.filter(rates(RATES.head(0))).is_empty()
     assert found.filter(products(PRODUCTS.head(1)))["product_id"].to_list() == ["P1"]

@@ -89,7 +89,7 @@ def test_a_table_made_earlier_gets_what_is_declared_now(tmp_path):
     now.commit(now.writer.write(pl.DataFrame({"store_id": ["S2"], "_seq": [2]})), positions={})
     loaded = lake.catalog.load_table(DIM_STORES.name)
     assert (loaded.properties["comment"], loaded.properties["owner"]) == (DIM_STORES.doc, DIM_STORES.owner)
-    assert loaded.schema().find_field("store_id").doc == "Store."
+    assert loaded.schema().find_field("store_id").doc == "Store id."
     assert loaded.schema().identifier_field_names() == {"store_id"}
     assert sorted(lake.load(DIM_STORES).read(["store_id"])["store_id"]) == ["S1", "S2"]
     schemas = len(loaded.metadata.schemas)

@@ -205,11 +205,11 @@ def test_no_rows_give_no_rows() -> None:
     assert transform([]).is_empty()
 
 
-def test_changed_records_touch_their_users() -> None:
-    touch = STEP.reads["identity"].touch  # type: ignore[union-attr]
-    assert touch is not None
+def test_changed_records_affect_their_users() -> None:
+    affects = STEP.reads["identity"].affects  # type: ignore[union-attr]
+    assert affects is not None
     changed = pl.DataFrame({"record_id": ["user:7", "order:tokopedia:1", "user:x"], "master_user_id": ["M-user:1"] * 3})
-    assert pl.DataFrame({"user_id": [6, 7]}).filter(touch(changed))["user_id"].to_list() == [7]
+    assert pl.DataFrame({"user_id": [6, 7]}).filter(affects(changed))["user_id"].to_list() == [7]
 
 
 @st.composite
