@@ -1,4 +1,4 @@
-"""The commands about models: train, models, monitor, benchmark."""
+"""The commands of the fraud model: train, monitor, models, benchmark."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Annotated
 
 import typer
 
+from app.cli.options import Json
 from app.cli.output import Output
 from lakehouse.errors import ShopSphereError
 from pipelines.settings import load_settings
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text")]
-Days = Annotated[float, typer.Option(help="Days within which a fraud is reported: younger orders have no label")]
+Days = Annotated[float, typer.Option(help="Days until a fraud is reported; labels of younger orders are not yet mature")]
 DELAY_DAYS = 45.0
 
 
 class ThresholdBy(StrEnum):
-    """How the threshold is chosen."""
+    """How the review threshold is chosen."""
 
     capacity = "capacity"
     costs = "costs"
@@ -30,22 +30,22 @@ BY_CAPACITY = ThresholdBy.capacity
 
 def train(
     cutoff: Annotated[
-        str, typer.Option(help="What was known when, e.g. 2026-01-31 or 2026-01-31T12:00; empty: the newest moment there is")
+        str, typer.Option(help="Train as of this time, e.g. 2026-01-31 or 2026-01-31T12:00; by default the newest one")
     ] = "",
     label_delay: Days = DELAY_DAYS,
-    trials: Annotated[int, typer.Option(help="Trials of the parameter search; 0: none")] = 8,
-    seconds: Annotated[float, typer.Option(help="Seconds that the parameter search may take")] = 300.0,
-    rounds: Annotated[int, typer.Option(help="Trees at most")] = 600,
-    workers: Annotated[int, typer.Option(help="Ray Train workers; part of what makes a model's bytes")] = 1,
-    threads: Annotated[int, typer.Option(help="CPUs of each worker")] = 1,
-    seed: Annotated[int, typer.Option(help="Same data and seed: same model")] = 7,
+    trials: Annotated[int, typer.Option(help="Trials of the hyperparameter search; 0: no search")] = 8,
+    seconds: Annotated[float, typer.Option(help="Time limit of the hyperparameter search in seconds")] = 300.0,
+    rounds: Annotated[int, typer.Option(help="Maximum number of trees")] = 600,
+    workers: Annotated[int, typer.Option(help="Ray Train workers; the model's bytes depend on the number")] = 1,
+    threads: Annotated[int, typer.Option(help="CPUs per worker")] = 1,
+    seed: Annotated[int, typer.Option(help="Random seed: the same data and seed give the same model")] = 7,
     threshold: Annotated[ThresholdBy, typer.Option(help="Choose the threshold by review capacity or by costs")] = BY_CAPACITY,
     capacity: Annotated[float, typer.Option(help="Share of orders that can be reviewed")] = 0.02,
     review_cost: Annotated[float, typer.Option(help="Cost of a review, in the base currency")] = 3.0,
     loss_share: Annotated[float, typer.Option(help="Share of a fraudulent order's amount that is lost")] = 1.0,
     json: Json = False,
 ) -> None:
-    """Train a fraud model, record it in MLflow, and promote it if it is better than the one that serves."""
+    """Train a fraud model, record it in MLflow and promote it if it is better than the champion."""
     from app.cli.train_output import train_and_print
     from ml.evaluation.metrics import ThresholdSettings
     from ml.training.search import SearchSettings
@@ -72,14 +72,14 @@ def _moment(text: str) -> datetime:
 
 
 def monitor(
-    days: Annotated[float, typer.Option(help="The newest days, compared with the orders that the champion was judged on")] = 28.0,
+    days: Annotated[float, typer.Option(help="Compare the newest N days with the champion's evaluation data")] = 28.0,
     label_delay: Days = DELAY_DAYS,
-    moved: Annotated[float, typer.Option(help="PSI from which on something moved")] = 0.1,
-    drifted: Annotated[float, typer.Option(help="PSI from which on it is drift")] = 0.25,
-    report: Annotated[Path | None, typer.Option(help="Where the page goes; by default under SHOPSPHERE_HOME/reports")] = None,
+    moved: Annotated[float, typer.Option(help="PSI from which a feature counts as shifted")] = 0.1,
+    drifted: Annotated[float, typer.Option(help="PSI from which a feature counts as drifted")] = 0.25,
+    report: Annotated[Path | None, typer.Option(help="File of the report page; by default under SHOPSPHERE_HOME/reports")] = None,
     json: Json = False,
 ) -> None:
-    """Compare live features and scores with the training's, write a report page; exit code 3 on drift."""
+    """Compare live features and scores with training, write a report page; exit code 3 on drift."""
     from app.cli.monitor_output import monitor_and_print
     from ml.evaluation.drift import DriftSettings
     from ml.evaluation.monitor import MonitorSettings
@@ -90,7 +90,7 @@ def monitor(
 
 
 def models_list(json: Json = False) -> None:
-    """All versions, the newest first."""
+    """List all versions, newest first."""
     from app.cli.models import show_models
 
     show_models(Output(json), load_settings())
@@ -99,11 +99,11 @@ def models_list(json: Json = False) -> None:
 def models_compare(
     first: Annotated[str, typer.Argument(help="Version or alias")] = "champion",
     second: Annotated[str, typer.Argument(help="Version or alias")] = "challenger",
-    recorded: Annotated[bool, typer.Option("--recorded", help="Compare what their trainings recorded")] = False,
+    recorded: Annotated[bool, typer.Option("--recorded", help="Compare the metrics recorded at training time")] = False,
     label_delay: Days = DELAY_DAYS,
     json: Json = False,
 ) -> None:
-    """Two versions on the newest labelled orders."""
+    """Compare two versions on the newest labelled orders."""
     from app.cli.models import show_comparison
 
     show_comparison(Output(json), load_settings(), first, second, recorded=recorded, delay=timedelta(days=label_delay))
@@ -111,7 +111,7 @@ def models_compare(
 
 def models_promote(
     version: Annotated[str, typer.Argument(help="Version or alias")] = "challenger",
-    force: Annotated[bool, typer.Option("--force", help="Although the gate refused it")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Override the promotion gate")] = False,
     json: Json = False,
 ) -> None:
     """Make a version the champion."""
@@ -130,8 +130,8 @@ def models_rollback(json: Json = False) -> None:
 def benchmark_handbook(
     data: Annotated[Path, typer.Option(help="Directory with handbook.parquet, or the file itself")], json: Json = False
 ) -> None:
-    """The Fraud Detection Handbook's protocol through our features, training and gate, beside the published figures."""
-    from app.cli.handbook_benchmark import run_handbook
+    """Run the Fraud Detection Handbook's protocol with our features and training, next to the published results."""
+    from app.cli.handbook_report import run_handbook
 
     run_handbook(Output(json), data)
 
@@ -140,7 +140,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command("train")(train)
     app.command("monitor")(monitor)
-    models = typer.Typer(no_args_is_help=True, help="Versions of the fraud model.")
+    models = typer.Typer(no_args_is_help=True, help="Manage versions of the fraud model.")
     for name, command in (
         ("list", models_list),
         ("compare", models_compare),
@@ -149,7 +149,7 @@ def register(app: typer.Typer) -> None:
     ):
         models.command(name)(command)
     app.add_typer(models, name="models")
-    benchmarks = typer.Typer(no_args_is_help=True, help="Measure against published figures.")
+    benchmarks = typer.Typer(no_args_is_help=True, help="Compare with published results.")
     benchmarks.callback()(lambda: None)
     benchmarks.command("handbook")(benchmark_handbook)
     app.add_typer(benchmarks, name="benchmark")

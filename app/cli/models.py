@@ -1,4 +1,4 @@
-"""`python -m app models`: list, compare, promote, roll back."""
+"""Prints model versions and their comparison; promotes and rolls back."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ LIST_COLUMNS = ("version", "aliases", "trained", "average precision", "ROC AUC",
 
 
 def show_models(output: Output, settings: Settings) -> None:
-    """All versions, the newest first."""
-    found = list_models(Registry(home=settings.home))
+    """Print all versions, newest first."""
+    versions = list_models(Registry(home=settings.home))
     if output.as_json:
-        output.json(found)
-    elif not found:
+        output.json(versions)
+    elif not versions:
         output.say("No model yet. Train one: python -m app train.")
     else:
         output.table(
             LIST_COLUMNS,
             [
                 (
-                    str(one["version"]),
-                    ", ".join(one["aliases"]),
-                    one["created"],
-                    _figure(one["average_precision"]),
-                    _figure(one["roc_auc"]),
-                    _figure(one["threshold"]),
-                    one["gate"],
+                    str(version["version"]),
+                    ", ".join(version["aliases"]),
+                    version["created"],
+                    _metric(version["average_precision"]),
+                    _metric(version["roc_auc"]),
+                    _metric(version["threshold"]),
+                    version["gate"],
                 )
-                for one in found
+                for version in versions
             ],
         )
 
@@ -48,61 +48,63 @@ def show_models(output: Output, settings: Settings) -> None:
 def show_comparison(
     output: Output, settings: Settings, first: str, second: str, *, recorded: bool, delay: timedelta = LABEL_DELAY
 ) -> None:
-    """Two versions side by side: on the newest labelled window, or by what their trainings recorded."""
+    """Print two versions side by side: on the newest labelled window, or as recorded at training time."""
     registry = Registry(home=settings.home)
     if recorded:
-        figures = compare_recorded(registry, first, second)
-        gain, told = None, {"over": "each its own window"}
+        metrics = compare_recorded(registry, first, second)
+        gain, over = None, "each its own window"
     else:
-        compared, window = _on_newest(registry, settings, first, second, delay)
-        figures, gain = compared.figures, compared.gain
+        comparison, window = _compare_on_newest(registry, settings, first, second, delay)
+        metrics, gain = comparison.figures, comparison.gain
         since, until = (str(moment)[:10] for moment in (window["placed_at"].min(), window["placed_at"].max()))
-        told = {"over": f"{window.height:,} orders from {since} to {until}"}
+        over = f"{window.height:,} orders from {since} to {until}"
     if output.as_json:
-        output.json({**told, "first": first, "second": second, "figures": figures, "gain": asdict(gain) if gain else None})
+        gain_json = asdict(gain) if gain else None
+        output.json({"over": over, "first": first, "second": second, "figures": metrics, "gain": gain_json})
         return
     output.table(
-        ("figure", first, second, "difference"),
+        ("metric", first, second, "difference"),
         [
-            (name, _figure(one), _figure(two), f"{two - one:+.4f}" if one is not None and two is not None else "")
-            for name, (one, two) in figures.items()
+            (name, _metric(one), _metric(two), f"{two - one:+.4f}" if one is not None and two is not None else "")
+            for name, (one, two) in metrics.items()
         ],
-        title=f"Over {told['over']}",
+        title=f"Over {over}",
     )
     if gain is not None:
         output.say(
-            f"Average precision of {second} over {first}: {gain.value:+.4f} (interval {gain.low:+.4f} to {gain.high:+.4f})."
+            f"Average precision of {second} minus {first}: {gain.value:+.4f} (interval {gain.low:+.4f} to {gain.high:+.4f})."
         )
 
 
-def _on_newest(
+def _compare_on_newest(
     registry: Registry, settings: Settings, first: str, second: str, delay: timedelta
 ) -> tuple[Comparison, pl.DataFrame]:
+    """Return the comparison on the newest labelled window, and the window. Raises RegistryError on an unknown version."""
     registry.check()
-    for which in (first, second):
-        registry.version(which)
+    for version in (first, second):
+        registry.version(version)
     with open_engine(settings) as engine:
         refresh(engine, delay=delay)
         window = training_set(engine.lake, engine.pool, None, SplitSettings(delay=delay)).test
     return compare_models(registry, first, second, window), window
 
 
-def promote(output: Output, settings: Settings, which: str, *, force: bool) -> None:
-    """Make a version the champion."""
-    _told(output, promote_model(Registry(home=settings.home), which, force=force))
+def promote(output: Output, settings: Settings, version: str, *, force: bool) -> None:
+    """Make a version the champion. force: even if the gate refused it."""
+    _say_champion(output, promote_model(Registry(home=settings.home), version, force=force))
 
 
 def rollback(output: Output, settings: Settings) -> None:
     """Make the champion's predecessor the champion again."""
-    _told(output, rollback_model(Registry(home=settings.home)))
+    _say_champion(output, rollback_model(Registry(home=settings.home)))
 
 
-def _told(output: Output, version: Version) -> None:
+def _say_champion(output: Output, version: Version) -> None:
     if output.as_json:
         output.json({"version": version.number, "aliases": list(version.aliases)})
     else:
         output.say(f"Version {version.number} is the champion now.")
 
 
-def _figure(value: Any) -> str:
+def _metric(value: Any) -> str:
     return "" if value is None else f"{float(value):.4f}"

@@ -1,4 +1,4 @@
-"""What people and programs see: tables and progress on a terminal, plain lines elsewhere, JSON on request."""
+"""Prints results: tables and progress bars on a terminal, plain lines elsewhere, JSON on request."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from rich.table import Table as RichTable
 
 from lakehouse.json_values import to_json_value
 
+ShowProgress = Callable[[str, int, int], None]
+"""show(label, done, total)."""
+
 
 def text(value: Any) -> str:
-    """A value in a cell."""
+    """Return a value as the text of a table cell."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -37,13 +40,13 @@ def text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Output:
-    """Where results go: standard output; progress goes to standard error."""
+    """Prints results on standard output and progress on standard error."""
 
     as_json: bool = False
 
     @property
     def interactive(self) -> bool:
-        """Whether a person watches."""
+        """Whether progress is shown on a terminal."""
         return sys.stderr.isatty() and not self.as_json
 
     def json(self, value: Any) -> None:
@@ -61,55 +64,76 @@ class Output:
             return
         if title:
             print(f"\n{title}")
-        numeric = [
-            all((isinstance(row[n], int | float | Decimal) and not isinstance(row[n], bool)) or row[n] is None for row in rows)
-            for n in range(len(columns))
-        ]
-        if sys.stdout.isatty():
-            grid = RichTable(box=None, pad_edge=False, header_style="bold")
-            for name, right in zip(columns, numeric, strict=True):
-                grid.add_column(name, justify="right" if right else "left", overflow="fold")
-            for row in rows:
-                grid.add_row(*(text(value) for value in row))
-            Console().print(grid, markup=False)
-            return
+        right_aligned = [all(_is_number(row[n]) or row[n] is None for row in rows) for n in range(len(columns))]
         cells = [[text(value) for value in row] for row in rows]
-        widths = [max([len(name), *(len(row[n]) for row in cells)]) for n, name in enumerate(columns)]
-        for line in [list(columns), *cells]:
-            print(
-                "  ".join(c.rjust(w) if right else c.ljust(w) for c, w, right in zip(line, widths, numeric, strict=True)).rstrip()
-            )
-        sys.stdout.flush()
+        if sys.stdout.isatty():
+            _print_on_terminal(columns, cells, right_aligned)
+        else:
+            _print_plain(columns, cells, right_aligned)
 
     @contextmanager
-    def progress(self) -> Iterator[Callable[[str, int, int], None]]:
-        """progress(what, done, total): bars on a terminal, a line for each beginning elsewhere, nothing in JSON mode."""
+    def progress(self) -> Iterator[ShowProgress]:
+        """Yield a callback that shows progress: bars on a terminal, one line per label elsewhere, nothing in JSON mode."""
         if self.as_json:
-            yield lambda what, done, total: None
-        elif not self.interactive:
-            begun: set[str] = set()
-
-            def line(what: str, done: int, total: int) -> None:
-                if what not in begun:
-                    begun.add(what)
-                    print(f"  {what} ...", file=sys.stderr, flush=True)
-
-            yield line
+            yield lambda label, done, total: None
+        elif self.interactive:
+            with _progress_bars() as show:
+                yield show
         else:
-            columns = (
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-                TimeElapsedColumn(),
-            )
-            with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-                tasks: dict[str, Any] = {}
+            yield _progress_lines()
 
-                def bar(what: str, done: int, total: int) -> None:
-                    if what not in tasks:
-                        tasks[what] = bars.add_task(what, total=total or 1)
-                    # what is done leaves the screen: what is under way is of interest
-                    bars.update(tasks[what], completed=done, total=total or 1, visible=done < (total or 1))
 
-                yield bar
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+
+
+def _print_on_terminal(columns: Sequence[str], cells: Sequence[Sequence[str]], right_aligned: Sequence[bool]) -> None:
+    grid = RichTable(box=None, pad_edge=False, header_style="bold")
+    for name, right in zip(columns, right_aligned, strict=True):
+        grid.add_column(name, justify="right" if right else "left", overflow="fold")
+    for row in cells:
+        grid.add_row(*row)
+    Console().print(grid, markup=False)
+
+
+def _print_plain(columns: Sequence[str], cells: Sequence[Sequence[str]], right_aligned: Sequence[bool]) -> None:
+    widths = [max([len(name), *(len(row[n]) for row in cells)]) for n, name in enumerate(columns)]
+    for line in [columns, *cells]:
+        padded = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, right_aligned, strict=True)
+        ]
+        print("  ".join(padded).rstrip())
+    sys.stdout.flush()
+
+
+def _progress_lines() -> ShowProgress:
+    started: set[str] = set()
+
+    def show(label: str, done: int, total: int) -> None:
+        if label not in started:
+            started.add(label)
+            print(f"  {label} ...", file=sys.stderr, flush=True)
+
+    return show
+
+
+@contextmanager
+def _progress_bars() -> Iterator[ShowProgress]:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = bars.add_task(label, total=total or 1)
+            # hide finished bars: only the current work is of interest
+            bars.update(tasks[label], completed=done, total=total or 1, visible=done < (total or 1))
+
+        yield show

@@ -1,4 +1,4 @@
-"""How well people were recognised: the predicted grouping of records against the true one."""
+"""Measures identity resolution: the predicted grouping of records against the true one."""
 
 from __future__ import annotations
 
@@ -9,50 +9,50 @@ import polars as pl
 
 
 @dataclass(frozen=True)
-class Scores:
-    """precision: share of what was joined that belongs together; recall: share of what belongs together that was
-    joined; f1: their harmonic mean. Each from 0 to 1; 1 where there is nothing to judge."""
+class PairScores:
+    """Precision: share of the joined records that belong together. Recall: share of the records that belong together that
+    were joined. F1: their harmonic mean. Each from 0 to 1, and 1 where there is nothing to measure."""
 
     precision: float
     recall: float
 
     @property
     def f1(self) -> float:
-        """The harmonic mean of precision and recall."""
+        """Return the harmonic mean of precision and recall."""
         total = self.precision + self.recall
         return 2 * self.precision * self.recall / total if total else 0.0
 
 
-def pairwise_scores(predicted: pl.DataFrame | Mapping[str, str], truth: pl.DataFrame | Mapping[str, str]) -> Scores:
-    """Scores over pairs of records.
+def pairwise_scores(predicted: pl.DataFrame | Mapping[str, str], truth: pl.DataFrame | Mapping[str, str]) -> PairScores:
+    """Return scores over pairs of records.
 
-    predicted, truth: record -> group, as a mapping or as a frame whose first column is the record and second the
-    group. Only records in both are judged. Pairs are counted from the sizes of groups, never listed.
+    predicted, truth: record -> group, as a mapping or as a frame whose first column is the record and whose second is the
+    group. Only records in both are scored. Pairs are counted from group sizes, never listed.
     """
     cells = _cells(predicted, truth)
     together = _pairs(cells["n"])
     joined = _pairs(cells.group_by("predicted").agg(pl.col("n").sum())["n"])
     same = _pairs(cells.group_by("true").agg(pl.col("n").sum())["n"])
-    return Scores(together / joined if joined else 1.0, together / same if same else 1.0)
+    return PairScores(together / joined if joined else 1.0, together / same if same else 1.0)
 
 
-def b_cubed_scores(predicted: pl.DataFrame | Mapping[str, str], truth: pl.DataFrame | Mapping[str, str]) -> Scores:
-    """Scores averaged over records (B-cubed), which large groups do not dominate. Arguments as in `pairwise_scores`."""
+def b_cubed_scores(predicted: pl.DataFrame | Mapping[str, str], truth: pl.DataFrame | Mapping[str, str]) -> PairScores:
+    """Return scores averaged over records (B-cubed), which large groups do not dominate. Arguments: see `pairwise_scores`."""
     cells = _cells(predicted, truth).with_columns(
         pl.col("n").sum().over("predicted").alias("joined"), pl.col("n").sum().over("true").alias("same")
     )
     records = int(cells["n"].sum())
     if not records:
-        return Scores(1.0, 1.0)
+        return PairScores(1.0, 1.0)
     squared = cells.select(
         precision=(pl.col("n") ** 2 / pl.col("joined")).sum(), recall=(pl.col("n") ** 2 / pl.col("same")).sum()
     )
     precision, recall = squared.row(0)
-    return Scores(precision / records, recall / records)
+    return PairScores(precision / records, recall / records)
 
 
 def _cells(predicted: pl.DataFrame | Mapping[str, str], truth: pl.DataFrame | Mapping[str, str]) -> pl.DataFrame:
-    """predicted, true, n: how many records are in both a predicted and a true group."""
+    """Return predicted, true, n: the number of records in each combination of a predicted and a true group."""
     both = _frame(predicted, "predicted").join(_frame(truth, "true"), on="record")
     return both.group_by("predicted", "true").agg(pl.len().cast(pl.Int64).alias("n"))
 

@@ -516,10 +516,10 @@ def test_a_second_sandbox_in_the_same_home_is_refused(cli):
     assert "python -m app sandbox stop" in err
 
 
-@pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGTERM, 143, "stopped"), (signal.SIGINT, 130, "interrupted")])
-def test_a_signal_ends_a_command_and_says_so(number, code, said):
+@pytest.mark.parametrize(("number", "code", "message"), [(signal.SIGTERM, 143, "Stopped"), (signal.SIGINT, 130, "Interrupted")])
+def test_a_signal_ends_a_command_and_says_so(number, code, message):
     waits = (
-        "import sys, time; from app import command_line\n"
+        "import sys, time; from app.cli import main as command_line\n"
         "@command_line.app.command()\n"
         "def wait():\n"
         "    try:\n"
@@ -535,23 +535,23 @@ def test_a_signal_ends_a_command_and_says_so(number, code, said):
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (code, "cleaned up\n")
-    assert err.strip() == f"{said}; nothing half-written is visible. Run again to go on."
+    assert err.strip() == f"{message}. No partial data was committed. Run the command again to continue."
 
 
 def test_sigterm_while_ray_starts_is_no_other_than_any(tmp_path):
     starts = (
-        "import os, signal, sys; from app import command_line; from lakehouse.parallel import Pool\n"
+        "import os, signal, sys; from app.cli import main as command_line; from lakehouse.parallel import TaskPool\n"
         "from lakehouse.settings import RaySettings\n"
         "import ray._private.node\n"
         "def struck(*given, **named): os.kill(os.getpid(), signal.SIGTERM)\n"
         "ray._private.node.Node.__init__ = struck\n"
         "@command_line.app.command()\n"
-        "def start(): Pool(RaySettings(cpus=1)).start()\n"
+        "def start(): TaskPool(RaySettings(cpus=1)).start()\n"
         "sys.exit(command_line.main(['start']))"
     )
     done = subprocess.run([sys.executable, "-c", starts], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 143, done.stderr
-    assert "stopped; nothing half-written" in done.stderr
+    assert "Stopped. No partial data was committed." in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -574,7 +574,7 @@ def test_a_second_signal_ends_run_every_that_waits_for_a_server(home, tmp_path, 
             process.kill()
             process.wait()
     assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
-    assert err.strip().endswith("nothing half-written is visible. Run again to go on.")
+    assert err.strip().endswith("No partial data was committed. Run the command again to continue.")
 
 
 def run_every_second(env: dict[str, str]) -> tuple[subprocess.Popen[str], Iterator[dict[str, Any]]]:

@@ -11,8 +11,8 @@ from sqlalchemy.exc import OperationalError
 
 import pipelines
 import pipelines.runner
-from app.cli.main import finish_erasures
 from app.cli.output import Output
+from app.cli.unfinished_erasures import finish_erasures
 from app.project import PROJECT
 from lakehouse.errors import TransientError
 from lakehouse.transient_errors import as_transient_error

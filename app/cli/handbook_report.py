@@ -1,4 +1,4 @@
-"""`python -m app benchmark handbook`: the published protocol, with our figures beside the published ones."""
+"""Runs the Fraud Detection Handbook's protocol and prints its results next to the published ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILE = "handbook.parquet"
 
 
 def run_handbook(output: Output, data: Path) -> handbook.Outcome:
-    """Run the protocol on `data` (the file, or the directory that has it), and print the figures."""
+    """Run the protocol on `data` (the file, or its directory) and print the results."""
     started = time.monotonic()
     path = data / FILE if data.is_dir() else data
     with output.progress() as show:
@@ -31,21 +31,21 @@ def run_handbook(output: Output, data: Path) -> handbook.Outcome:
         output.json({**asdict(outcome), **summary, "seconds": time.monotonic() - started})
         return outcome
     output.table(handbook.HEADINGS, handbook.table(outcome))
-    told = ", ".join(f"{name} {low:.3f} to {high:.3f}" for name, (low, high) in outcome.spread.items())
-    output.say(f"\n95% interval of the mean over the weeks, transactions drawn anew: {told}.")
-    beaten = "beaten on all three figures" if outcome.beats_published else "NOT beaten on all three figures"
-    output.say(f"The book's XGBoost is {beaten}.")
+    intervals = ", ".join(f"{name} {low:.3f} to {high:.3f}" for name, (low, high) in outcome.spread.items())
+    output.say(f"\n95% interval of the mean over the weeks, transactions resampled: {intervals}.")
+    comparison = "beaten on all three metrics" if outcome.beats_published else "NOT beaten on all three metrics"
+    output.say(f"The book's XGBoost is {comparison}.")
     if outcome.reaches_target:
         output.say("The target is reached.")
     else:
         gaps = ", ".join(f"{name} by {gap:.3f}" for name, gap in outcome.short_of_target.items())
         output.say(f"The target is NOT reached: short in {gaps}.")
     if outcome.smells_of_a_leak:
-        output.say("Average precision is above what one who knows the simulator reaches: look for a leak.")
+        output.say("Average precision is above that of an oracle that knows the simulator: look for a leak.")
     output.table(
-        ("check", "passed", "what was measured"),
+        ("check", "passed", "measured"),
         [(check.name, check.passed, check.text) for check in outcome.verdict.checks],
-        title="Gate, on the last week's model",
+        title="Promotion gate, last week's model",
     )
     output.say(f"\nDone in {time.monotonic() - started:.0f} s.")
     return outcome

@@ -1,4 +1,4 @@
-"""The business answers are valid SQL over gold's declared columns, and say what they claim."""
+"""The business questions are valid SQL over the declared gold columns and compute what they claim."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from app.demo.answers import ANSWERS, BEST_CUSTOMERS, LAPSING, RETENTION, REVENUE, STOCK_LEAKS, BusinessQuestion
+from app.demo.business_questions import BEST_CUSTOMERS, CHURNING, QUESTIONS, RETENTION, REVENUE, SHRINKAGE, BusinessQuestion
 from lakehouse.table import Table
 from pipelines.gold.cohort_retention import COHORT_RETENTION
 from pipelines.gold.customer_360 import CUSTOMER_360
@@ -23,8 +23,8 @@ from pipelines.gold.sales_daily import SALES_DAILY
 TABLES = (SALES_DAILY, FACT_ORDERS, CUSTOMER_360, COHORT_RETENTION, INVENTORY_SHRINKAGE, DIM_STORES)
 
 
-class Lake:
-    """Gold in memory."""
+class GoldInMemory:
+    """The gold tables in memory."""
 
     def __init__(self) -> None:
         self.connection = duckdb.connect()
@@ -33,7 +33,7 @@ class Lake:
             self.put(table)
 
     def put(self, table: Table, *rows: dict[str, Any]) -> None:
-        """Make these the rows of a table; columns that are not given are null."""
+        """Replace the rows of a table; columns that are not given are null."""
         arrow = pa.table(
             {f.name: pa.array([row.get(f.name) for row in rows], f.type) for f in table.schema},
             schema=pa.schema([f.with_nullable(True) for f in table.schema]),
@@ -42,29 +42,29 @@ class Lake:
         self.connection.execute(f"CREATE OR REPLACE TABLE {table.name} AS SELECT * FROM rows")
         self.connection.unregister("rows")
 
-    def ask(self, answer: BusinessQuestion) -> list[dict[str, Any]]:
-        """The rows of an answer."""
-        cursor = self.connection.execute(answer.sql)
+    def ask(self, question: BusinessQuestion) -> list[dict[str, Any]]:
+        """The rows of an question."""
+        cursor = self.connection.execute(question.sql)
         names = [item[0] for item in cursor.description or ()]
         return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
 
 @pytest.fixture
-def lake() -> Iterator[Lake]:
-    lake = Lake()
+def lake() -> Iterator[GoldInMemory]:
+    lake = GoldInMemory()
     yield lake
     lake.connection.close()
 
 
-@pytest.mark.parametrize("answer", ANSWERS, ids=lambda answer: answer.title)
-def test_answers_need_no_rows(lake: Lake, answer: BusinessQuestion) -> None:
-    assert lake.ask(answer) == []
-    assert answer.title.endswith("?")
-    assert answer.reading.endswith(".")
-    assert "\n" not in answer.reading
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.title)
+def test_questions_run_on_empty_tables(lake: GoldInMemory, question: BusinessQuestion) -> None:
+    assert lake.ask(question) == []
+    assert question.title.endswith("?")
+    assert question.explanation.endswith(".")
+    assert "\n" not in question.explanation
 
 
-def test_revenue_by_month_and_channel(lake: Lake) -> None:
+def test_revenue_by_month_and_channel(lake: GoldInMemory) -> None:
     days = [
         (date(2026, 1, 1), "web", "100"),
         (date(2026, 1, 2), "pos", "100"),
@@ -78,7 +78,7 @@ def test_revenue_by_month_and_channel(lake: Lake) -> None:
     assert float(newest["trend_percent"]) == pytest.approx(10.0)
 
 
-def test_best_customers_that_no_channel_knows_whole(lake: Lake) -> None:
+def test_best_customers_that_each_channel_sees_in_part(lake: GoldInMemory) -> None:
     person = {"channels": 2, "apparent_customers": 3, "orders_web": 1, "orders_pos": 1, "orders_marketplace": 0}
     lake.put(
         CUSTOMER_360,
@@ -96,7 +96,7 @@ def test_best_customers_that_no_channel_knows_whole(lake: Lake) -> None:
     assert (row["customer"], row["looks_like"], row["best_single_view"], row["unseen_percent"]) == ("M-1", 3, 60, 40)
 
 
-def test_stock_leaks_by_store(lake: Lake) -> None:
+def test_shrinkage_by_store(lake: GoldInMemory) -> None:
     lake.put(DIM_STORES, {"store_id": "S1", "city": "Bandung"})
     lake.put(
         INVENTORY_SHRINKAGE,
@@ -116,7 +116,7 @@ def test_stock_leaks_by_store(lake: Lake) -> None:
         },
         {"store_id": "S2", "product_id": "P1", "expected_units": 0, "shrinkage_units": 1, "shrinkage_value_base": None},
     )
-    first, second = lake.ask(STOCK_LEAKS)
+    first, second = lake.ask(SHRINKAGE)
     assert (first["store"], first["city"], first["missing"], first["missing_percent"], first["worst_product"]) == (
         "S1",
         "Bandung",
@@ -128,14 +128,14 @@ def test_stock_leaks_by_store(lake: Lake) -> None:
     assert (second["store"], second["missing_percent"], second["value_lost"]) == ("S2", None, None)
 
 
-def test_retention_of_cohorts(lake: Lake) -> None:
+def test_retention_of_cohorts(lake: GoldInMemory) -> None:
     cohort = {"scope": "all", "cohort_month": date(2026, 1, 1), "customers": 8}
     lake.put(COHORT_RETENTION, {**cohort, "months_since": 0, "retention": 1.0}, {**cohort, "months_since": 1, "retention": 0.125})
     (row,) = lake.ask(RETENTION)
     assert (row["cohort"], row["customers"], row["month_1"], row["month_2"]) == ("2026-01", 8, 12.5, None)
 
 
-def test_customers_about_to_be_lost(lake: Lake) -> None:
+def test_customers_about_to_churn(lake: GoldInMemory) -> None:
     def at(month: int) -> datetime:
         return datetime(2026, month, 1, tzinfo=UTC)
 
@@ -146,5 +146,5 @@ def test_customers_about_to_be_lost(lake: Lake) -> None:
         {**customer, "master_user_id": "M-2", "last_order_at": at(1), "expected_next_order_at": at(2), "churn_after": at(4)},
         {**customer, "master_user_id": "M-3", "last_order_at": at(6), "expected_next_order_at": at(7), "churn_after": at(9)},
     )
-    (row,) = lake.ask(LAPSING)
+    (row,) = lake.ask(CHURNING)
     assert (row["customer"], row["churn_percent"]) == ("M-1", 86)

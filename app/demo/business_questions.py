@@ -1,4 +1,4 @@
-"""Questions a business asks, as SQL over gold: what `demo` prints at its end."""
+"""The business questions that the demo answers with SQL over gold tables."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BusinessQuestion:
-    """A question, the SQL (DuckDB) that answers it, and how to read what comes out."""
+    """A question, the SQL (DuckDB) that answers it, and an explanation of the result."""
 
     title: str
     sql: str
-    reading: str
+    explanation: str
 
 
 REVENUE = BusinessQuestion(
@@ -37,8 +37,8 @@ REVENUE = BusinessQuestion(
     ORDER BY month DESC
     LIMIT 6
     """,
-    "Net revenue in the base currency, newest month first; the trend compares revenue per day of sales with the month "
-    "before, so that a month that is not over yet can be compared.",
+    "Net revenue in the base currency, newest month first. The trend compares revenue per day with sales against the month "
+    "before, so an incomplete month is comparable.",
 )
 
 BEST_CUSTOMERS = BusinessQuestion(
@@ -63,11 +63,11 @@ BEST_CUSTOMERS = BusinessQuestion(
     ORDER BY customers.net_revenue DESC, customer
     LIMIT 8
     """,
-    "Each line is one person; `looks_like` is as how many customers they are known to the separate systems, and "
-    "`unseen_percent` the part of their revenue that the best-informed channel does not know of.",
+    "Each line is one person. `looks_like` is the number of customers that the separate systems have for this person, and "
+    "`unseen_percent` the share of their revenue that the best single channel does not see.",
 )
 
-STOCK_LEAKS = BusinessQuestion(
+SHRINKAGE = BusinessQuestion(
     "Where does stock leak?",
     """
     SELECT counts.store_id AS store, any_value(stores.city) AS city, count(*) AS counts,
@@ -81,8 +81,8 @@ STOCK_LEAKS = BusinessQuestion(
     ORDER BY value_lost DESC NULLS LAST, missing DESC, store
     LIMIT 8
     """,
-    "Units that counts found missing after every sale, return, transfer and known loss was taken into account, at list price in "
-    "the base currency; a store far above the others deserves a visit.",
+    "Units that stock counts found missing after all sales, returns, transfers and known losses, at list price in the base "
+    "currency. Investigate a store far above the others.",
 )
 
 RETENTION = BusinessQuestion(
@@ -98,11 +98,11 @@ RETENTION = BusinessQuestion(
     ORDER BY cohort_month DESC
     LIMIT 8
     """,
-    "Percent of the customers won in a month who bought again 1, 2, 3 and 6 months later, over all channels; empty: that month "
-    "has not come yet, and the newest one may not be over.",
+    "Percent of the customers acquired in a month who bought again 1, 2, 3 and 6 months later, over all channels. Empty: that "
+    "month has not started yet; the newest one may be incomplete.",
 )
 
-LAPSING = BusinessQuestion(
+CHURNING = BusinessQuestion(
     "Which valuable customers are about to be lost?",
     """
     WITH today AS (SELECT max(last_order_at) AS moment FROM gold.customer_360)
@@ -115,9 +115,9 @@ LAPSING = BusinessQuestion(
     ORDER BY net_revenue DESC, customer
     LIMIT 8
     """,
-    "Good customers whose next order is overdue but who are not given up yet; `churn_percent` is the probability that they have "
-    "left, on the day of the newest order.",
+    "Good customers whose next order is overdue but who do not count as churned yet. `churn_percent` is the probability that "
+    "they have left, as of the newest order.",
 )
 
-ANSWERS = (REVENUE, BEST_CUSTOMERS, STOCK_LEAKS, RETENTION, LAPSING)
-"""In the order in which they are printed."""
+QUESTIONS = (REVENUE, BEST_CUSTOMERS, SHRINKAGE, RETENTION, CHURNING)
+"""In the order in which the demo prints them."""

@@ -1,4 +1,4 @@
-"""The commands about serving: serve, api-key."""
+"""The commands of serving: serve, api-key."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from typing import Annotated
 
 import typer
 
+from app.cli.options import Json
 from app.cli.output import Output
 from lakehouse.errors import ShopSphereError
 from lakehouse.settings import RaySettings
 from pipelines.settings import load_settings
 
 START_SECONDS = 120.0
-SCOPE_HELP = "What it opens: score, inventory, customers (personal data); several times for several"
+SCOPE_HELP = "Scope of the key: score, inventory or customers (personal data); repeat the option for several"
 
 
 def serve(
-    host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback API keys are required")] = "",
-    port: Annotated[int, typer.Option(help="Port to listen on")] = 0,
-    replicas: Annotated[int, typer.Option(help="Processes that answer")] = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text")] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on; other than loopback requires API keys")] = "",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0: from the settings")] = 0,
+    replicas: Annotated[int, typer.Option(help="Number of serving processes; 0: from the settings")] = 0,
+    json: Json = False,
 ) -> None:
-    """Answer over HTTP until SIGTERM or Ctrl-C: stock, customers, fraud scores."""
+    """Serve inventory, customers and fraud scores over HTTP until SIGTERM or Ctrl-C."""
     from serve.deployment import check, clear_metrics, node_environment
     from serve.settings import load_serve_settings
 
@@ -50,14 +51,14 @@ def serve(
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     address = f"http://{serving.host}:{serving.port}"
     try:
-        with _served(settings.ray, serving.host, serving.port, arguments):
-            # Ray has put its own in the place of ours
+        with _deployed(settings.ray, serving.host, serving.port, arguments):
+            # starting Ray replaces the signal handlers
             for number in previous:
                 signal.signal(number, on_signal)
-            _wait_ready(address, stop)
+            _wait_until_ready(address, stop)
             if not stop.is_set():
-                said = f"Serving on {address}; description: {address}/openapi.json"
-                output.json({"address": address}) if json else output.say(said)
+                line = f"Serving on {address}; API description: {address}/openapi.json"
+                output.json({"address": address}) if json else output.say(line)
             stop.wait()
     finally:
         for number, handler in previous.items():
@@ -65,7 +66,8 @@ def serve(
 
 
 @contextlib.contextmanager
-def _served(ray: RaySettings, host: str, port: int, arguments: Mapping[str, object]) -> Iterator[None]:
+def _deployed(ray: RaySettings, host: str, port: int, arguments: Mapping[str, object]) -> Iterator[None]:
+    """Run the Serve application for the length of the block, then let it answer its open requests and shut Ray down."""
     from app.serving import build
     from lakehouse.parallel import TaskPool
 
@@ -77,44 +79,45 @@ def _served(ray: RaySettings, host: str, port: int, arguments: Mapping[str, obje
         rayserve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port, "request_timeout_s": None})
         rayserve.run(build(arguments), name="shopsphere", route_prefix="/", blocking=False)
         yield
-        # what is under way is answered before anything is taken down
+        # deleting the application first lets open requests finish
         rayserve.delete("shopsphere")
     finally:
         rayserve.shutdown()  # type: ignore[no-untyped-call]
         pool.close()
 
 
-def _wait_ready(address: str, stop: threading.Event) -> None:
-    until = time.monotonic() + START_SECONDS
-    told = ""
+def _wait_until_ready(address: str, stop: threading.Event) -> None:
+    """Wait until /-/readyz succeeds or `stop` is set. Raises ShopSphereError after START_SECONDS."""
+    deadline = time.monotonic() + START_SECONDS
+    answer = ""
     while not stop.is_set():
         try:
             with urllib.request.urlopen(f"{address}/-/readyz", timeout=5):
                 return
         except urllib.error.HTTPError as error:
-            told = error.read().decode(errors="replace")
+            answer = error.read().decode(errors="replace")
         except OSError as error:
-            told = str(error)
-        if time.monotonic() > until:
-            raise ShopSphereError(f"Nothing answers at {address} after {START_SECONDS:.0f} s: {told[:300]}")
+            answer = str(error)
+        if time.monotonic() > deadline:
+            raise ShopSphereError(f"Serving on {address} is not ready after {START_SECONDS:.0f} s: {answer[:300]}")
         stop.wait(0.2)
 
 
 def api_key(
-    name: Annotated[str, typer.Argument(help="Whose key it is; a key of that name is replaced")],
+    name: Annotated[str, typer.Argument(help="Name of the key's owner; replaces an existing key of that name")],
     scope: Annotated[list[str], typer.Option(help=SCOPE_HELP)],
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text")] = False,
+    json: Json = False,
 ) -> None:
-    """Make an API key. It is shown once; only its hash is stored. Serving reads keys when it starts."""
+    """Create an API key. It is shown once; only its hash is stored. Serving reads the keys when it starts."""
     from serve.http.keys import SCOPES, Keys
     from serve.settings import load_serve_settings
 
     if unknown := [one for one in scope if one not in SCOPES]:
-        raise ShopSphereError(f"There is no scope '{unknown[0]}'. Scopes: {', '.join(SCOPES)}.")
+        raise ShopSphereError(f"Scope '{unknown[0]}' does not exist. Scopes: {', '.join(SCOPES)}.")
     file = load_serve_settings().keys
-    text = Keys.read(file).add(file, name, tuple(one for one in SCOPES if one in scope))
+    key = Keys.read(file).add(file, name, tuple(one for one in SCOPES if one in scope))
     output = Output(json)
-    output.json({"name": name, "key": text, "file": str(file)}) if json else output.say(text)
+    output.json({"name": name, "key": key, "file": str(file)}) if json else output.say(key)
 
 
 def register(app: typer.Typer) -> None:

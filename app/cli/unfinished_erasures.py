@@ -1,0 +1,43 @@
+"""Finishes interrupted erasures before `run` and `maintain` continue."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from app.cli.errors import describe
+from app.cli.output import Output
+from lakehouse.transient_errors import as_transient_error
+
+if TYPE_CHECKING:
+    from lakehouse.engine.engine import Engine
+
+
+def finish_erasures(engine: Engine, output: Output, *, keep_going: bool = False) -> bool:
+    """Finish the erasures that an interrupted `erase` left behind and print their receipts on standard error.
+
+    Return False when an erasure cannot be finished yet because rows fail an expectation: only a run can read their
+    correction, so the caller continues. keep_going: return False on an outage as well instead of raising it.
+    """
+    from app.cli.erasure_receipt import receipt_lines
+    from app.erasure import erasure_context
+    from lakehouse.errors import CatalogUnreachable
+    from lakehouse.expectations import ExpectationsFailed
+    from pipelines.privacy import erase as erasure_service
+
+    try:
+        with output.progress() as show:
+            receipts = erasure_service.finish_pending(erasure_context(engine, show))
+    except ExpectationsFailed as error:
+        print(f"error: An erasure is pending and cannot be finished yet. {describe(error)}", file=sys.stderr, flush=True)
+        return False
+    except Exception as error:
+        outage = error if isinstance(error, CatalogUnreachable) else as_transient_error(error)
+        if not keep_going or outage is None:
+            raise
+        print(f"error: {describe(outage)}", file=sys.stderr, flush=True)
+        return False
+    for receipt in receipts:
+        for line in receipt_lines(receipt):
+            print(line, file=sys.stderr)
+    return True
