@@ -15,7 +15,7 @@ from lakehouse.byte_search import Needles, Searched, search_files
 from lakehouse.engine.engine import Engine
 from lakehouse.iceberg.catalog import Lake
 from ml.registry import Registry, RegistryError
-from ml.tables import order_features, user_fraud_scores
+from ml.tables import feature_tables, user_fraud_scores
 from ml.tables.order_features import ORDER_FEATURES
 from pipelines.privacy.context import ErasureContext
 from pipelines.privacy.leftovers import files_below
@@ -42,9 +42,9 @@ def refresh_model_tables(engine: Engine) -> None:
     registry = Registry(home=engine.lake.settings.home)
     champion = registry.load() if registry.champion() is not None else None
     if champion is None:
-        order_features.refresh(engine)
+        feature_tables.refresh(engine)
     else:
-        order_features.refresh(engine, delay=champion.label_delay)
+        feature_tables.refresh(engine, delay=champion.label_delay)
         user_fraud_scores.refresh(engine, champion)
 
 

@@ -33,10 +33,10 @@ from lakehouse.iceberg.catalog import Lake  # noqa: E402
 from lakehouse.parallel import TaskPool  # noqa: E402
 from lakehouse.settings import RaySettings  # noqa: E402
 from lakehouse.table import DELETED, Table  # noqa: E402
-from ml import category_amounts, fraud_ratios, order_features  # noqa: E402
-from ml.features.build import build  # noqa: E402
 from ml.features.declarations import LABEL_DELAY  # noqa: E402
 from ml.features.groups import FEATURES  # noqa: E402
+from ml.tables import category_amounts, fraud_ratios, order_features  # noqa: E402
+from ml.tables.full_build import build  # noqa: E402
 from ml.tables.order_entities import ORDER_ENTITIES  # noqa: E402
 from ml.training.training_set import labelled_orders  # noqa: E402
 from pipelines.settings import BusinessSettings, Settings  # noqa: E402

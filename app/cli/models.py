@@ -12,7 +12,7 @@ from app.cli.output import Output
 from ml.evaluation.gate import Comparison, compare_models, compare_recorded, list_models, promote_model, rollback_model
 from ml.features.declarations import LABEL_DELAY
 from ml.registry import Registry, Version
-from ml.tables.order_features import refresh
+from ml.tables.feature_tables import refresh
 from ml.training.training_set import SplitSettings, training_set
 from pipelines.runner import open_engine
 from pipelines.settings import Settings

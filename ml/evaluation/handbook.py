@@ -21,11 +21,11 @@ import polars as pl
 
 from lakehouse.errors import ShopSphereError
 from ml.evaluation.gate import Verdict, judge
+from ml.evaluation.leak_check import moved
 from ml.evaluation.metrics import Array, average_precision, card_precision, roc_auc
 from ml.features.compute import compute, with_ratios
 from ml.features.declarations import TIME, Feature, OrderHistory
 from ml.features.groups import FEATURES
-from ml.features.leak_check import moved
 from ml.training.training import DEFAULT_PARAMETERS, FittedModel, TrainingSettings, fit_here
 
 DELAY = timedelta(days=7)

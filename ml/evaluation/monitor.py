@@ -14,8 +14,9 @@ from ml.features.declarations import LABEL_DELAY
 from ml.registry import CHAMPION, LoadedModel, Registry
 from ml.stages import StageCallback, ignore_progress, stage
 from ml.tables import user_fraud_scores
+from ml.tables.feature_tables import refresh
 from ml.tables.order_entities import ORDER_ENTITIES
-from ml.tables.order_features import ORDER_FEATURES, refresh
+from ml.tables.order_features import ORDER_FEATURES
 from ml.training.training_set import labelled_orders, newest_moment
 from pipelines.runner import open_engine, recorded
 from pipelines.settings import Settings

@@ -8,9 +8,9 @@ from lakehouse.engine.engine import Engine, StepResult
 from lakehouse.project import Rebuild
 from lakehouse.step import Step
 from ml.registry import Registry
-from ml.tables import order_features, user_fraud_scores
+from ml.tables import feature_tables, user_fraud_scores
 
-MODEL_STEPS: tuple[Step, ...] = (*order_features.STEPS, user_fraud_scores.DECLARED)
+MODEL_STEPS: tuple[Step, ...] = (*feature_tables.STEPS, user_fraud_scores.DECLARED)
 """The steps of the fraud model: `train` and `monitor` refresh them, `run` leaves them alone."""
 
 
@@ -19,7 +19,7 @@ def _rebuild_user_fraud_scores(engine: Engine) -> StepResult:
 
 
 REBUILD: dict[str, Rebuild] = {
-    **{step.target.name: partial(order_features.rebuild, table=step.target) for step in order_features.STEPS},
+    **{step.target.name: partial(feature_tables.rebuild, table=step.target) for step in feature_tables.STEPS},
     user_fraud_scores.USER_FRAUD_SCORES.name: _rebuild_user_fraud_scores,
 }
 """How each table of the fraud model is rebuilt."""

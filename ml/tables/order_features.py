@@ -3,7 +3,7 @@
 A run computes the orders that are new and those that a change concerns: a late order, a report of fraud, an event or
 a merge of identities moves the later orders of the entities it touches, and no others. They are computed exactly as a
 server computes a single order: by `features.compute` with the slice of history around them. The first build, and a
-rebuild, go entity by entity instead (`ml/features/build.py`).
+rebuild, go entity by entity instead (`ml/tables/full_build.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from functools import partial
 import polars as pl
 import pyarrow as pa
 
-from lakehouse.engine.engine import Engine, StepResult
 from lakehouse.expectations import row_count_drift
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.step import Broadcast, Grouped, Lookup, Step
@@ -23,7 +22,6 @@ from lakehouse.table import TIMESTAMP, Table, column
 from ml.features.compute import compute
 from ml.features.declarations import ENTITIES, EVENT_COLUMNS, LABEL_DELAY, TIME, OrderHistory
 from ml.features.groups import FEATURES
-from ml.tables import category_amounts, fraud_ratios, order_entities
 from ml.tables.category_amounts import CATEGORY_AMOUNTS
 from ml.tables.fraud_ratios import FRAUD_RATIOS
 from ml.tables.order_entities import ORDER_ENTITIES
@@ -189,26 +187,3 @@ def step(delay: timedelta = LABEL_DELAY) -> Step:
 
 
 STEP = step()
-STEPS = (order_entities.STEP, category_amounts.STEP, fraud_ratios.STEP, STEP)
-"""The steps of the features' tables, each after what it reads."""
-
-
-def rebuild(engine: Engine, table: Table, *, delay: timedelta = LABEL_DELAY) -> StepResult:
-    """Fill one of the four tables again from everything upstream."""
-    from ml.features.build import build
-
-    if table.name == ORDER_FEATURES.name:
-        return build(engine, step(delay), delay)
-    return engine.refresh(next(one for one in STEPS if one.target.name == table.name), rebuild=True)
-
-
-def refresh(engine: Engine, *, rebuild: bool = False, delay: timedelta = LABEL_DELAY) -> list[StepResult]:
-    """Bring the four tables up to date."""
-    from ml.features.build import build, must_be_built
-
-    *sources, _ = STEPS
-    before = [engine.refresh(source, rebuild=rebuild) for source in sources]
-    last = step(delay)
-    if rebuild or must_be_built(engine, last):
-        return [*before, build(engine, last, delay)]
-    return [*before, engine.refresh(last)]

@@ -7,7 +7,7 @@ from typing import Any
 
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.table import Table
-from ml.tables.order_features import STEPS
+from ml.tables.feature_tables import STEPS
 
 SOURCES: dict[str, Table] = {
     table.name: table

@@ -17,14 +17,14 @@ from lakehouse.storage import Storage
 from ml.evaluation.baselines import LeaderboardEntry, UpperBound, as_text, baselines, leaderboard_entry, upper_bound
 from ml.evaluation.drift import reference_of
 from ml.evaluation.gate import GateSettings, Verdict, admit
+from ml.evaluation.leak_check import moved_features
 from ml.evaluation.metrics import Evaluation, ThresholdSettings, choose_threshold, evaluate
 from ml.evaluation.plots import pictures
 from ml.features.groups import FEATURES
-from ml.features.leak_check import moved_features
 from ml.registry import Registry, TrainingRecord, Version
 from ml.stages import StageCallback, ignore_progress, stage
 from ml.tables import user_fraud_scores
-from ml.tables.order_features import refresh
+from ml.tables.feature_tables import refresh
 from ml.training.lineage import lineage
 from ml.training.search import SearchResult, SearchSettings, search
 from ml.training.training import FittedModel, TrainingSettings, discard, fit, fit_here

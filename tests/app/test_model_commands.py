@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 from app.cli.model_commands import register
 from lakehouse.errors import ShopSphereError
 from ml.evaluation.drift import MonitorError
+from ml.evaluation.leak_check import changed, differing
 from ml.features.compute import compute
 from ml.features.declarations import ORDER_COLUMNS, OrderHistory
 from ml.features.groups import FEATURES
-from ml.features.leak_check import changed, differing
 from ml.registry import RegistryError
 
 APP = typer.Typer()

@@ -22,14 +22,15 @@ from app.cli.output import Output
 from app.cli.train_output import train_and_print, training_json
 from app.project import PROJECT
 from lakehouse.engine.engine import Engine
-from ml.features import leak_check
+from ml.evaluation import leak_check
+from ml.evaluation.leak_check import moved_features
 from ml.features.compute import compute
 from ml.features.declarations import ENTITIES, OrderHistory
 from ml.features.groups import FEATURE_NAMES, FEATURES
-from ml.features.leak_check import moved_features
 from ml.registry import Registry
 from ml.tables import MODEL_STEPS
-from ml.tables.order_features import ORDER_FEATURES, STEPS, history_of, read_orders, refresh
+from ml.tables.feature_tables import STEPS, refresh
+from ml.tables.order_features import ORDER_FEATURES, history_of, read_orders
 from ml.tables.user_fraud_scores import USER_FRAUD_SCORES
 from ml.training.lineage import lineage
 from ml.training.train import DEMO, TrainingResult

@@ -22,8 +22,9 @@ from ml.features.compute import compute, with_ratios
 from ml.features.declarations import OrderHistory
 from ml.features.groups import FEATURE_NAMES
 from ml.tables import category_amounts, order_entities
+from ml.tables.feature_tables import STEPS, refresh
 from ml.tables.order_entities import ORDER_ENTITIES, cents
-from ml.tables.order_features import ORDER_FEATURES, STEP, STEPS, account_events, refresh
+from ml.tables.order_features import ORDER_FEATURES, STEP, account_events
 from pipelines.silver.events_clean import EVENTS_CLEAN
 
 few = st.integers(0, 2)

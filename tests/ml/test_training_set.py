@@ -12,8 +12,9 @@ from support.shop_history import START, made_order, make_engine, put_shop
 from lakehouse.engine.engine import Engine
 from lakehouse.errors import SettingsError
 from ml.features.groups import FEATURE_NAMES
+from ml.tables.feature_tables import refresh
 from ml.tables.order_entities import ORDER_ENTITIES
-from ml.tables.order_features import ORDER_FEATURES, refresh
+from ml.tables.order_features import ORDER_FEATURES
 from ml.training.training_set import SplitSettings, TrainingSetError, labelled_orders, newest_moment, training_set
 
 DELAY = timedelta(days=10)

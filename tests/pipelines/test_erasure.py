@@ -33,7 +33,7 @@ from lakehouse.errors import SettingsError, ShopSphereError
 from lakehouse.expectations import accepted
 from lakehouse.iceberg.catalog import Lake
 from ml.registry import Registry
-from ml.tables import order_features
+from ml.tables import feature_tables
 from ml.tables.order_features import ORDER_FEATURES
 from pipelines.bronze.tables import EVENTS, MARKETPLACE_ORDERS, USERS
 from pipelines.gold.customer_360 import CUSTOMER_360
@@ -550,7 +550,7 @@ def test_the_features_of_every_order_stay_what_they_were(world: World) -> None:
     person = somebody(world.lake)
     names = [name for name in ORDER_FEATURES.schema.names if name != "customer"]
     with world.engine() as engine:
-        order_features.refresh(engine)
+        feature_tables.refresh(engine)
         before = engine.lake.load(ORDER_FEATURES).read(names).sort("order_id")
         (receipt,) = erase(context_of(engine), SubjectQuery(email=person["email"]))
         after = engine.lake.load(ORDER_FEATURES).read(names).sort("order_id")

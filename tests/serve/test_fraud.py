@@ -28,7 +28,8 @@ from ml.features.declarations import LABEL_DELAY, ORDER_COLUMNS, OrderHistory
 from ml.features.groups import FEATURES
 from ml.features.online.arithmetic import MICROSECOND
 from ml.registry import Registry
-from ml.tables.order_features import EVENT_READS, ORDER_FEATURES, account_events, refresh
+from ml.tables.feature_tables import refresh
+from ml.tables.order_features import EVENT_READS, ORDER_FEATURES, account_events
 from pipelines.runner import open_engine, run_once
 from pipelines.settings import Settings
 from pipelines.silver.events_clean import EVENTS_CLEAN
