@@ -11,10 +11,10 @@ import pyarrow as pa
 
 from lakehouse.errors import ShopSphereError
 from lakehouse.table import BOOKKEEPING, Table
-from pipelines.bronze.tables import EVENTS, INGESTED_AT, MARKETPLACE_ORDERS, POSTGRES_EXTRA, POSTGRES_TABLES
-from pipelines.sources.postgres.types import type_name, typed
+from pipelines.bronze.tables import EVENTS, INGESTED_AT, MARKETPLACE_ORDERS, POSTGRES_METADATA, POSTGRES_TABLES
+from pipelines.sources.postgres.types import parse_text, sql_type_name
 
-OWN = frozenset({*(column.name for column in POSTGRES_EXTRA), INGESTED_AT.name, *BOOKKEEPING})
+OWN = frozenset({*(column.name for column in POSTGRES_METADATA), INGESTED_AT.name, *BOOKKEEPING})
 """Columns of a bronze table that its source does not have."""
 POSTGRES_KEYS: Mapping[str, tuple[str, ...]] = {table.name: key for table, key in POSTGRES_TABLES.values()}
 
@@ -82,9 +82,12 @@ def _typed(table: Table, name: str, value: Any, type_: pa.DataType) -> pl.Series
     text = value if value is None or isinstance(value, str) else json.dumps(value)
     if pa.types.is_boolean(type_) and text is not None:
         text = {"true": "t", "t": "t", "false": "f", "f": "f"}.get(text.lower())
-    array, unreadable = typed(pa.array([text], pa.string()), type_)
+    array, unreadable = parse_text(pa.array([text], pa.string()), type_)
     if unreadable or (text is None and value is not None):
-        raise ShopSphereError(f"{table.name}: the corrected '{name}' is no {type_name(type_)}. Write it as PostgreSQL prints it.")
+        raise ShopSphereError(
+            f"{table.name}: the corrected value of '{name}' is not a valid {sql_type_name(type_)}. "
+            "Write it as PostgreSQL prints it."
+        )
     series = pl.from_arrow(array)
     assert isinstance(series, pl.Series)
     return series

@@ -37,7 +37,7 @@ UNREADABLE = column(
     personal="text",
 )
 
-POSTGRES_EXTRA = (OP, SOURCE_POSITION, SOURCE_TIME, UNCHANGED, UNREADABLE)
+POSTGRES_METADATA = (OP, SOURCE_POSITION, SOURCE_TIME, UNCHANGED, UNREADABLE)
 """What a row of a PostgreSQL table carries beside the source's columns, apart from `_ingested_at`."""
 
 
@@ -50,7 +50,7 @@ def postgres_table(name: str, doc: str, key: tuple[str, ...], *columns: Column) 
     """A table read from PostgreSQL; `key` is the source's primary key (bronze itself has none: it is append-only)."""
     if missing := [item for item in key if item not in {each.name for each in columns}]:
         raise ValueError(f"{name}: no column {missing}")
-    return Table(f"bronze.bronze_postgres__{name}", doc, (*columns, *POSTGRES_EXTRA, INGESTED_AT), owner="data platform")
+    return Table(f"bronze.bronze_postgres__{name}", doc, (*columns, *POSTGRES_METADATA, INGESTED_AT), owner="data platform")
 
 
 USERS_KEY = ("user_id",)

@@ -24,9 +24,13 @@ from lakehouse.errors import CommitConflict, OffsetExpired, SchemaConflict, Sour
 from lakehouse.source import Rows, resnapshot
 from pipelines.bronze.tables import POSTGRES_TABLES, TABLES
 from pipelines.settings import PostgresSettings
-from pipelines.sources.postgres import source as postgres
-from pipelines.sources.postgres.source import PostgresSource, StreamTask
-from pipelines.sources.postgres.types import SourceColumn, typed, widened
+from pipelines.sources.postgres import connection, initial_read, slot
+from pipelines.sources.postgres.checks import check_server
+from pipelines.sources.postgres.server_state import read_server_state
+from pipelines.sources.postgres.slot import peek_messages
+from pipelines.sources.postgres.source import PostgresSource
+from pipelines.sources.postgres.stream import StreamTask
+from pipelines.sources.postgres.types import SourceColumn, parse_text, wider_type
 
 PRODUCTS, STORES, USERS, ITEMS, RATES = (
     POSTGRES_TABLES[name][0].name for name in ("products", "stores", "users", "order_items", "exchange_rates")
@@ -131,21 +135,21 @@ def test_initial_read_types_every_value(shop: Shop) -> None:
 
 
 def test_initial_read_is_split_and_joins_the_stream_while_someone_writes(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(postgres, "BLOCKS_PER_TASK", 4)
+    monkeypatch.setattr(initial_read, "BLOCKS_PER_TASK", 4)
     shop.add_products(1, 3000)
     stop = threading.Event()
 
     def write() -> None:
-        with psycopg.connect(shop.dsn) as connection:
+        with psycopg.connect(shop.dsn) as writing:
             number = 10_000
             while not stop.is_set():
                 number += 1
-                connection.execute("INSERT INTO products VALUES (%s, 'new', NULL, NULL, 1, 'EUR', now())", (f"N{number}",))
-                connection.execute(
+                writing.execute("INSERT INTO products VALUES (%s, 'new', NULL, NULL, 1, 'EUR', now())", (f"N{number}",))
+                writing.execute(
                     "UPDATE products SET list_price = list_price + 1 WHERE product_id = %s", (f"P{number % 3000 + 1}",)
                 )
-                connection.execute("DELETE FROM products WHERE product_id = %s", (f"N{number - 7}",))
-                connection.commit()
+                writing.execute("DELETE FROM products WHERE product_id = %s", (f"N{number - 7}",))
+                writing.commit()
 
     writer = threading.Thread(target=write)
     writer.start()
@@ -165,8 +169,8 @@ def test_initial_read_is_split_and_joins_the_stream_while_someone_writes(shop: S
 
 
 def test_rows_of_the_initial_read_have_a_position_each_before_every_change(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(postgres, "BLOCKS_PER_TASK", 4)
-    monkeypatch.setattr(postgres, "BATCH_ROWS", 70)
+    monkeypatch.setattr(initial_read, "BLOCKS_PER_TASK", 4)
+    monkeypatch.setattr(initial_read, "BATCH_ROWS", 70)
     shop.add_products(1, 1000)
     plan = shop.reader.plan()
     assert len(plan.tasks) > 3
@@ -389,7 +393,9 @@ def test_a_table_that_is_another_one_is_an_error_until_it_is_read_again(servers:
         for statement in statements:
             shop(statement)
         shop.add_products(5, 6)
-        with pytest.raises(OffsetExpired, match=rf"products.* made anew, or left publication.*rebuild .*{PRODUCTS}") as error:
+        with pytest.raises(
+            OffsetExpired, match=rf"products.* was re-created, or left publication.*rebuild .*{PRODUCTS}"
+        ) as error:
             shop.reader.run()
         named = str(error.value).rpartition("rebuild ")[2].split()
         shop.reader.positions |= {table: resnapshot(shop.reader.positions[table]) for table in named}  # type: ignore[dict-item]
@@ -527,8 +533,8 @@ def test_decoding_in_any_split_gives_the_same_rows(shop: Shop) -> None:
     shop("DELETE FROM products WHERE product_id < 'QP3'; TRUNCATE stores")
     (task,) = shop.reader.plan().tasks
     assert isinstance(task, StreamTask)
-    with psycopg.connect(shop.dsn) as connection:
-        messages = list(postgres._peek(connection, shop.settings, task.upto))
+    with psycopg.connect(shop.dsn) as reading:
+        messages = list(peek_messages(reading, shop.settings, task.upto))
     whole: dict[str, list[Any]] = {}
     for rows in task.decode(iter(messages)):
         whole.setdefault(rows.table, []).extend(rows.rows.to_pylist())
@@ -579,7 +585,7 @@ def test_a_slot_that_is_gone_is_an_error(shop: Shop) -> None:
     shop.reader.run()
     shop("SELECT pg_drop_replication_slot(%s)", shop.name)
     everything = " ".join(sorted(shop.reader.positions))
-    message = rf"slot '.*' is gone, and with it the changes since .*python -m app rebuild {everything}$"
+    message = rf"slot '.*' no longer exists, so the changes since .* are lost.*python -m app rebuild {everything}$"
     with pytest.raises(OffsetExpired, match=message):
         shop.reader.plan()
     shop.reader.positions[PRODUCTS] = resnapshot(shop.reader.positions[PRODUCTS])
@@ -599,7 +605,7 @@ def test_a_slot_that_is_gone_is_made_when_all_tables_are_read_again(shop: Shop) 
     plan = shop.reader.plan()
     plan.held.close()
     shop.add_products(6, 6)
-    with pytest.raises(OffsetExpired, match="somebody else read"):
+    with pytest.raises(OffsetExpired, match="another client read"):
         shop.reader.source.plan(before, shop.reader.schemas)
     # a crash when only the products were committed
     plan = shop.reader.plan()
@@ -607,7 +613,9 @@ def test_a_slot_that_is_gone_is_made_when_all_tables_are_read_again(shop: Shop) 
     plan.held.close()
     halfway = {**before, PRODUCTS: positions[PRODUCTS]}
     rest = sorted(before.keys() - {PRODUCTS})
-    with pytest.raises(OffsetExpired, match=rf"was made anew, but {', '.join(rest)} not read.*rebuild {' '.join(rest)}$"):
+    with pytest.raises(
+        OffsetExpired, match=rf"was re-created, .* not re-snapshotted then: {', '.join(rest)}\. .*rebuild {' '.join(rest)}$"
+    ):
         shop.reader.source.plan(halfway, shop.reader.schemas)
     shop.reader.rows[PRODUCTS] += rows[PRODUCTS]
     shop.reader.positions = {
@@ -634,7 +642,7 @@ def test_a_slot_that_is_lost_is_made_anew_when_all_tables_are_read_again(shop: S
         shop("DELETE FROM products WHERE product_id = 'P1'")
         with pytest.raises(OffsetExpired, match=rf"is lost: .* python -m app rebuild {' '.join(sorted(shop.reader.positions))}$"):
             shop.reader.run()
-        with pytest.raises(OffsetExpired, match=r"is lost: .*pg_drop_replication_slot\('.*'\), and run again"):
+        with pytest.raises(OffsetExpired, match=r"is lost: .*pg_drop_replication_slot\('.*'\), then run again"):
             shop.reader.source.plan({}, {})
     finally:
         shop("ALTER SYSTEM RESET max_slot_wal_keep_size")
@@ -650,7 +658,7 @@ def test_another_reader_of_the_slot_is_noticed(shop: Shop) -> None:
     shop.reader.run()
     shop.add_products(1, 1)
     Reader(shop.reader.source, {}, dict(shop.reader.positions)).run()
-    with pytest.raises(OffsetExpired, match="somebody else read from replication slot") as error:
+    with pytest.raises(OffsetExpired, match="another client read from replication slot") as error:
         shop.reader.plan()
     assert isinstance(error.value, CommitConflict)
 
@@ -658,7 +666,7 @@ def test_another_reader_of_the_slot_is_noticed(shop: Shop) -> None:
 def test_another_server_is_noticed(shop: Shop) -> None:
     shop.reader.run()
     shop.reader.positions = {table: {**position, "system": "1"} for table, position in shop.reader.positions.items()}
-    with pytest.raises(OffsetExpired, match="this is another server"):
+    with pytest.raises(OffsetExpired, match="but the tables were read from server 1"):
         shop.reader.plan()
 
 
@@ -670,24 +678,17 @@ def test_a_busy_slot_is_waited_for_and_then_an_error(shop: Shop, monkeypatch: py
     other.pgconn.send_query(command.encode())
     other.pgconn.flush()
     time.sleep(0.5)
-    monkeypatch.setattr(postgres, "PATIENCE", 0.5)
+    monkeypatch.setattr(slot, "SLOT_BUSY_SECONDS", 0.5)
     with pytest.raises(SourceError, match="is being read by another run"):
         shop.reader.plan()
-    monkeypatch.setattr(postgres, "PATIENCE", 20.0)
+    monkeypatch.setattr(slot, "SLOT_BUSY_SECONDS", 20.0)
     timer = threading.Timer(0.7, other.close)
     timer.start()
     assert len(shop.reader.run()[PRODUCTS]) == 1
 
 
 def test_a_table_that_is_locked_is_an_error(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    connect = postgres._connect
-
-    def impatient(*arguments: Any, **options: Any) -> Any:
-        connection = connect(*arguments, **options)
-        connection.execute("SET lock_timeout TO '200ms'")
-        return connection
-
-    monkeypatch.setattr(postgres, "_connect", impatient)
+    monkeypatch.setattr(connection, "LOCK_TIMEOUT", "200ms")
     with psycopg.connect(shop.dsn) as other:
         other.execute("LOCK TABLE products IN ACCESS EXCLUSIVE MODE")
         with pytest.raises(SourceError, match="lock timeout"):
@@ -710,13 +711,15 @@ def test_settings_that_are_wrong_are_errors_without_secrets(shop: Shop) -> None:
         assert "\n" not in text
         return text
 
-    assert "See that it runs" in message(host="127.0.0.1", port=1, connect_timeout=2)
+    assert "Check that the server is running" in message(host="127.0.0.1", port=1, connect_timeout=2)
     assert "database" in message(dbname="nowhere", password=None)
-    assert "no libpq connection string" in message(dsn=f"postgres:/{secret} broken")
+    assert "not a valid libpq connection string" in message(dsn=f"postgres:/{secret} broken")
     for password in (f"odd@{secret}", f"odd/{secret}", f"5432/{secret}", f"odd@5/{secret}"):
-        assert "as %XX" in message(dsn=f"postgresql://reader:{password}@127.0.0.1:1/shopsphere")
+        assert "percent-encoded" in message(dsn=f"postgresql://reader:{password}@127.0.0.1:1/shopsphere")
     for password in ("o%40d%2F", "o?d#", "o:d"):
-        assert "See that it runs" in message(dsn=f"postgresql://reader:{password}@127.0.0.1:1/shop?application_name=a@b/c")
+        assert "Check that the server is running" in message(
+            dsn=f"postgresql://reader:{password}@127.0.0.1:1/shop?application_name=a@b/c"
+        )
     with pytest.raises(SourceError, match="SHOPSPHERE_POSTGRES__DSN"):
         PostgresSource(PostgresSettings()).plan({}, {})  # type: ignore[call-arg]
     wrong = shop.settings.model_copy(update={"publication": "nothing"})
@@ -745,14 +748,14 @@ def test_a_wrong_password_and_missing_privileges_are_errors(shop: Shop) -> None:
 
 def test_a_publication_that_leaves_out_operations_is_an_error(shop: Shop) -> None:
     shop("ALTER PUBLICATION shopsphere SET (publish = 'insert')")
-    with pytest.raises(SourceError, match=r"leaves out update, delete, truncate.*ALTER PUBLICATION.*and run again"):
+    with pytest.raises(SourceError, match=r"does not publish update, delete, truncate.*ALTER PUBLICATION.*then run again"):
         shop.reader.run()
     shop("ALTER PUBLICATION shopsphere SET (publish = 'insert, update, delete, truncate')")
     shop.add_products(1, 2)
     shop.reader.run()
     shop("ALTER PUBLICATION shopsphere SET (publish = 'insert, update, truncate')")
     shop("DELETE FROM products WHERE product_id = 'P1'")
-    with pytest.raises(SourceError, match=rf"leaves out delete, so changes are being missed.*rebuild .*{PRODUCTS}"):
+    with pytest.raises(SourceError, match=rf"does not publish delete, so changes are being missed.*rebuild .*{PRODUCTS}"):
         shop.reader.run()
     shop("ALTER PUBLICATION shopsphere SET (publish = 'insert, update, delete, truncate')")
     shop.reader.positions = {table: resnapshot(position) for table, position in shop.reader.positions.items()}  # type: ignore[misc]
@@ -778,15 +781,18 @@ def test_rows_that_a_policy_hides_are_an_error(shop: Shop) -> None:
 
 
 def test_states_of_the_server_that_cannot_be_made_here(shop: Shop) -> None:
-    with psycopg.connect(shop.dsn) as connection:
-        state = postgres._state(connection, shop.settings)
+    with psycopg.connect(shop.dsn) as admin:
+        state = read_server_state(admin, shop.settings)
     for changed, text in (
-        ({"wal_level": "replica"}, "wal_level is 'replica'. Set wal_level = logical"),
-        ({"slot_exists": True, "plugin": "wal2json", "database": state.this_database}, "expected pgoutput"),
-        ({"slot_exists": True, "plugin": "pgoutput", "database": state.this_database, "wal_status": "lost"}, "is lost"),
+        ({"wal_level": "replica"}, "wal_level is 'replica', expected 'logical'. Set wal_level = logical"),
+        ({"slot_exists": True, "slot_plugin": "wal2json", "slot_database": state.current_database}, "expected pgoutput"),
+        (
+            {"slot_exists": True, "slot_plugin": "pgoutput", "slot_database": state.current_database, "wal_status": "lost"},
+            "is lost",
+        ),
     ):
         with pytest.raises(SourceError, match=text):
-            postgres._check(replace(state, **changed), shop.settings, {}, ())
+            check_server(replace(state, **changed), shop.settings, {}, {})
 
 
 def test_a_column_beyond_the_plan_is_named(shop: Shop) -> None:
@@ -805,7 +811,7 @@ def test_a_column_beyond_the_plan_is_named(shop: Shop) -> None:
 @given(st.lists(st.none() | st.decimals(places=2, min_value=-(10**9), max_value=10**9) | st.just(Decimal("NaN"))))
 def test_numbers_survive_or_are_reported(values: list[Decimal | None]) -> None:
     text = [None if value is None else str(value) if value.is_nan() else f"{value:f}" for value in values]
-    read, unreadable = typed(pa.array(text, pa.string()), pa.decimal128(18, 2))
+    read, unreadable = parse_text(pa.array(text, pa.string()), pa.decimal128(18, 2))
     assert [value for value in read.to_pylist() if value is not None] == [v for v in values if v is not None and v.is_finite()]
     assert [row for row, _ in unreadable] == [
         row for row, value in enumerate(values) if value is not None and not value.is_finite()
@@ -819,10 +825,10 @@ def test_types_are_mapped_exactly_or_to_text() -> None:
     assert SourceColumn("a", numeric, (1000 << 16 | 4) + 4).arrow_type == pa.string()
     assert SourceColumn("a", numeric, (3 << 16 | 5) + 4).arrow_type == pa.string()
     assert SourceColumn("a", 701, -1).arrow_type == pa.string()
-    assert widened(pa.int64(), pa.int32()) == pa.int64()
-    assert widened(pa.decimal128(10, 2), pa.decimal128(12, 2)) == pa.decimal128(12, 2)
-    assert widened(pa.decimal128(10, 2), pa.decimal128(12, 4)) is None
-    assert widened(pa.int32(), pa.string()) is None
+    assert wider_type(pa.int64(), pa.int32()) == pa.int64()
+    assert wider_type(pa.decimal128(10, 2), pa.decimal128(12, 2)) == pa.decimal128(12, 2)
+    assert wider_type(pa.decimal128(10, 2), pa.decimal128(12, 4)) is None
+    assert wider_type(pa.int32(), pa.string()) is None
 
 
 def test_a_server_restored_to_an_earlier_moment_is_noticed(shop):
@@ -833,7 +839,7 @@ def test_a_server_restored_to_an_earlier_moment_is_noticed(shop):
         high, low = position["lsn"].split("/")
         shop.reader.positions[table] = {**position, "lsn": f"{int(high, 16) + 1:X}/{low}"}
     shop.add_products(3, 6)
-    with pytest.raises(OffsetExpired, match=r"restored to an earlier moment.*rebuild .*products"):
+    with pytest.raises(OffsetExpired, match=r"restored to an earlier point in time.*rebuild .*products"):
         shop.reader.run()
 
 

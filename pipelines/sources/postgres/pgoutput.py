@@ -1,4 +1,4 @@
-"""The pgoutput protocol, version 1: messages of a logical replication slot to changes of rows.
+"""Decodes the pgoutput protocol, version 1: messages of a logical replication slot as changes of rows.
 
 https://www.postgresql.org/docs/current/protocol-logicalrep-message-formats.html
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pipelines.sources.postgres.types import SourceColumn
 
 EPOCH_MICROSECONDS = 946_684_800_000_000
-"""PostgreSQL counts time from 2000-01-01."""
+"""2000-01-01, from which PostgreSQL counts time, in microseconds since 1970."""
 
 Value = bytes | None
 Values = list[Value]
@@ -30,7 +30,7 @@ _IGNORED = frozenset(b"CYOM")
 
 @dataclass(frozen=True)
 class Relation:
-    """A table as the stream describes it. `key`: where the columns that identify a row are."""
+    """A table as the stream describes it. key: indexes of the columns that identify a row."""
 
     schema: str
     name: str
@@ -41,11 +41,11 @@ class Relation:
 class RowChange(NamedTuple):
     """A change of one row.
 
-    op         c, u, d or t (TRUNCATE: all values null)
-    number     the change's number within its transaction, from 1
-    time       commit time, microseconds since 1970
-    values     as text, by the relation's columns; an unsent one is null
-    unchanged  names of the columns that were left alone and not sent
+    op         c, u, d or t (TRUNCATE: all values are null)
+    number     number of the change within its transaction, from 1
+    time       commit time, in microseconds since 1970
+    values     text by the relation's columns; null for values that were not sent
+    unchanged  comma-separated names of the columns that the update did not change and the server did not send
     size       bytes of the message
     """
 
@@ -60,42 +60,42 @@ class RowChange(NamedTuple):
 
 
 KeyOf = Callable[[str, str], Sequence[str]]
-"""key_of(schema, table): the columns that identify a row; empty: the ones that the server marks."""
+"""Returns, for a schema and a table, the columns that identify a row; empty: those that the server marks as such."""
 
 
-def changes(messages: Iterable[bytes], key_of: KeyOf) -> Iterator[RowChange]:
-    """Decode the messages of whole transactions, in their order. Raises ValueError on a message of another protocol."""
+def decode_messages(messages: Iterable[bytes], key_of: KeyOf) -> Iterator[RowChange]:
+    """Give the changes in messages of whole transactions, in their order. Raises ValueError on an unknown kind of message."""
     relations: dict[int, Relation] = {}
     commit_lsn = time = number = 0
     for message in messages:
         kind, size = message[0], len(message)
         if kind == 0x49:  # Insert
             number += 1
-            values, unsent, _ = _values(message, 6)
+            values, unsent = _row_image(message, 6)
             relation = relations[_INT32(message, 1)[0]]
-            yield RowChange(relation, "c", commit_lsn, number, time, values, _names(relation, unsent) if unsent else None, size)
+            yield RowChange(relation, "c", commit_lsn, number, time, values, _names(relation, unsent), size)
         elif kind == 0x55:  # Update
             relation = relations[_INT32(message, 1)[0]]
             image = message[5]
             old: Values | None = None
             at = 6
             if image != _NEW:
-                at = _end(message, 6) + 1
-            values, unsent, _ = _values(message, at)
-            if image != _NEW and (unsent or not _same_start(message, at, relation)):
-                old, _, _ = _values(message, 6)
+                at = _image_end(message, 6) + 1
+            values, unsent = _row_image(message, at)
+            if image != _NEW and (unsent or not _is_same_through_key(message, at, relation)):
+                old, _ = _row_image(message, 6)
                 if unsent and image == _OLD:
                     for index in unsent:
                         values[index] = old[index]
                     unsent = None
-                if _moved(relation, old, values, unsent or ()):
+                if _changes_key(relation, old, values, unsent or ()):
                     number += 1
                     yield RowChange(relation, "d", commit_lsn, number, time, old, None, size)
             number += 1
-            yield RowChange(relation, "u", commit_lsn, number, time, values, _names(relation, unsent) if unsent else None, size)
+            yield RowChange(relation, "u", commit_lsn, number, time, values, _names(relation, unsent), size)
         elif kind == 0x44:  # Delete
             number += 1
-            values, _, _ = _values(message, 6)
+            values, _ = _row_image(message, 6)
             yield RowChange(relations[_INT32(message, 1)[0]], "d", commit_lsn, number, time, values, None, size)
         elif kind == 0x42:  # Begin
             commit_lsn, time, _ = _BEGIN(message, 1)
@@ -111,30 +111,32 @@ def changes(messages: Iterable[bytes], key_of: KeyOf) -> Iterator[RowChange]:
                 yield RowChange(relation, "t", commit_lsn, place, time, [None] * len(relation.columns), None, size)
             number += count
         elif kind not in _IGNORED:
-            raise ValueError(f"pgoutput message of unknown kind {chr(kind)!r}")
+            raise ValueError(f"unknown kind of pgoutput message: {chr(kind)!r}")
 
 
-def _names(relation: Relation, indexes: Sequence[int]) -> str:
+def _names(relation: Relation, indexes: Sequence[int] | None) -> str | None:
+    if not indexes:
+        return None
     return ",".join(relation.columns[index].name for index in indexes)
 
 
-def _moved(relation: Relation, old: Values, new: Values, unsent: Sequence[int]) -> bool:
-    """Whether an update changed the key. An old image that lacks key columns cannot tell."""
+def _changes_key(relation: Relation, old: Values, new: Values, unsent: Sequence[int]) -> bool:
+    """Return whether an update changed the key; False when the old image lacks key columns."""
     return any(old[index] != new[index] and index not in unsent for index in relation.key) and all(
         old[index] is not None for index in relation.key
     )
 
 
-def _same_start(message: bytes, new: int, relation: Relation) -> bool:
-    """Whether the old image (at 6) and the new one are the same up to the last key column; quicker than decoding both."""
+def _is_same_through_key(message: bytes, new: int, relation: Relation) -> bool:
+    """Return whether the old image (at 6) and the new one are equal up to the last key column; faster than decoding both."""
     at = 8
     for _ in range(max(relation.key, default=-1) + 1):
         at += 5 + _INT32(message, at + 1)[0] if message[at] == _TEXT else 1
     return message[8:at] == message[new + 2 : new + at - 6]
 
 
-def _end(message: bytes, at: int) -> int:
-    """Where the row image at `at` ends."""
+def _image_end(message: bytes, at: int) -> int:
+    """Return where the row image at `at` ends."""
     (count,) = _INT16(message, at)
     at += 2
     for _ in range(count):
@@ -143,8 +145,8 @@ def _end(message: bytes, at: int) -> int:
     return at
 
 
-def _values(message: bytes, at: int) -> tuple[Values, list[int] | None, int]:
-    """Values of the row image at `at`, which of them were not sent, and where the image ends."""
+def _row_image(message: bytes, at: int) -> tuple[Values, list[int] | None]:
+    """Return the values of the row image at `at`, and the indexes of those that were not sent."""
     (count,) = _INT16(message, at)
     at += 2
     values: Values = []
@@ -164,11 +166,12 @@ def _values(message: bytes, at: int) -> tuple[Values, list[int] | None, int]:
             unsent = [index] if unsent is None else [*unsent, index]
             at += 1
         else:
-            raise ValueError(f"pgoutput value of unknown kind {chr(kind)!r}")
-    return values, unsent, at
+            raise ValueError(f"unknown kind of pgoutput value: {chr(kind)!r}")
+    return values, unsent
 
 
 def _relation(message: bytes, key_of: KeyOf) -> tuple[int, Relation]:
+    """Return the id of a relation and its description."""
     (identity,) = _INT32(message, 1)
     schema, at = _text(message, 5)
     name, at = _text(message, at)
@@ -189,5 +192,6 @@ def _relation(message: bytes, key_of: KeyOf) -> tuple[int, Relation]:
 
 
 def _text(message: bytes, at: int) -> tuple[str, int]:
+    """Return the null-terminated string at `at`, and where the next field begins."""
     end = message.index(0, at)
     return message[at:end].decode(), end + 1

@@ -1,7 +1,7 @@
 """PostgreSQL types as Arrow types, and values from the text that PostgreSQL prints.
 
-The initial read (COPY) and the change stream (pgoutput) both carry values as text, so both go through `typed`
-and a row is the same whichever way it came.
+The initial read (COPY) and the change stream (pgoutput) both carry values as text. Both use `parse_text`, so a row is the same
+whichever way it came.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ PLAIN_TYPES = {
     DATE: pa.date32(),
     TIMESTAMPTZ: TIMESTAMP,
 }
-MAXIMUM_PRECISION = 38
+MAX_DECIMAL_PRECISION = 38
 
 
 @dataclass(frozen=True)
 class SourceColumn:
-    """A column as PostgreSQL declares it: type by its object id and modifier."""
+    """A column as PostgreSQL declares it. type_id, modifier: see pg_attribute.atttypid and atttypmod."""
 
     name: str
     type_id: int
@@ -35,17 +35,17 @@ class SourceColumn:
 
     @property
     def arrow_type(self) -> pa.DataType:
-        """The Arrow type that holds its values; text where there is none that holds them exactly."""
+        """The Arrow type of its values; text when no Arrow type holds them exactly."""
         if self.type_id == NUMERIC and self.modifier >= 4:
             precision = ((self.modifier - 4) >> 16) & 0xFFFF
             scale = (((self.modifier - 4) & 0x7FF) ^ 1024) - 1024
-            if 0 <= scale <= precision <= MAXIMUM_PRECISION:
+            if 0 <= scale <= precision <= MAX_DECIMAL_PRECISION:
                 return pa.decimal128(precision, scale)
         return PLAIN_TYPES.get(self.type_id, pa.string())
 
 
-def widened(established: pa.DataType, arriving: pa.DataType) -> pa.DataType | None:
-    """The type, of the two, that holds the values of both; None: neither does."""
+def wider_type(established: pa.DataType, arriving: pa.DataType) -> pa.DataType | None:
+    """Return which of two types holds the values of both; None when neither does."""
     if established == arriving:
         return established
     if {established, arriving} == {pa.int32(), pa.int64()}:
@@ -55,21 +55,21 @@ def widened(established: pa.DataType, arriving: pa.DataType) -> pa.DataType | No
     return None
 
 
-def type_name(type_: pa.DataType) -> str:
-    """What PostgreSQL calls the type: 'bigint', 'numeric(18,2)' ..."""
+def sql_type_name(type_: pa.DataType) -> str:
+    """Return the type's name in PostgreSQL: 'bigint', 'numeric(18,2)' ..."""
     if pa.types.is_decimal(type_):
         return f"numeric({type_.precision},{type_.scale})"
     names = {pa.int32(): "integer", pa.int64(): "bigint", pa.bool_(): "boolean", pa.date32(): "date", TIMESTAMP: "timestamptz"}
     return names.get(type_, "text")
 
 
-def beside(column: str, type_: pa.DataType) -> str:
-    """The column that takes values of another type than `column` has: 'amount__numeric_18_4'."""
-    return f"{column}__{type_name(type_).replace('(', '_').replace(',', '_').rstrip(')')}"
+def retyped_column_name(column: str, type_: pa.DataType) -> str:
+    """Return the name of the column that takes values of another type than `column` has: 'amount__numeric_18_4'."""
+    return f"{column}__{sql_type_name(type_).replace('(', '_').replace(',', '_').rstrip(')')}"
 
 
-def typed(text: pa.Array, type_: pa.DataType) -> tuple[pa.Array, list[tuple[int, str]]]:
-    """Values from their text, and (row, text) of those the type cannot hold, which are null."""
+def parse_text(text: pa.Array, type_: pa.DataType) -> tuple[pa.Array, list[tuple[int, str]]]:
+    """Return values parsed from text, and (row, text) of those that the type cannot hold, which are null."""
     if pa.types.is_string(type_):
         return text, []
     if pa.types.is_boolean(type_):
