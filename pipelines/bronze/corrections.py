@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from lakehouse.errors import ShopSphereError
 from lakehouse.table import BOOKKEEPING, Table
-from pipelines.bronze.tables import EVENTS, INGESTED_AT, MARKETPLACE_ORDERS, POSTGRES_METADATA, POSTGRES_TABLES
+from pipelines.bronze.tables import COPIED_FIELDS, EVENTS, INGESTED_AT, MARKETPLACE_ORDERS, POSTGRES_METADATA, POSTGRES_TABLES
 from pipelines.sources.postgres.types import parse_text, sql_type_name
 
 OWN = frozenset({*(column.name for column in POSTGRES_METADATA), INGESTED_AT.name, *BOOKKEEPING})
@@ -43,7 +43,7 @@ def _document(value: bytes) -> dict[str, pl.Series]:
     except ValueError:
         found = None
     named = found if isinstance(found, dict) else {}
-    texts = {name: v if isinstance(v := named.get(name), str) else None for name in ("platform", "mp_order_id")}
+    texts = {name: v if isinstance(v := named.get(name), str) else None for name in COPIED_FIELDS}
     return {name: pl.Series([item], dtype=pl.String) for name, item in {"document": text, **texts}.items()}
 
 

@@ -180,6 +180,9 @@ DOCUMENT_PATHS = (
 """What is known of a document's fields: harmless, or personal of a kind. wording: it tells of the product, and an engraving of
 the person."""
 
+COPIED_FIELDS = ("platform", "mp_order_id")
+"""Fields of a document that have a column of their own, for lookups."""
+
 MARKETPLACE_ORDERS = Table(
     "bronze.bronze_mongo__marketplace_orders",
     "Orders taken on marketplaces: every version of the documents, unaltered.",

@@ -27,8 +27,13 @@ from lakehouse.errors import OffsetExpired, SourceError
 from lakehouse.source import Reached, Rows, resnapshot
 from pipelines.bronze.tables import MARKETPLACE_ORDERS
 from pipelines.settings import MongoSettings
-from pipelines.sources.mongo import source as mongo
-from pipelines.sources.mongo.source import ChangeStreamTask, MongoSource, Watermark
+from pipelines.sources.mongo import change_stream, connection
+from pipelines.sources.mongo.change_stream import ChangeStreamTask, OpenChangeStream
+from pipelines.sources.mongo.connection import open_collection
+from pipelines.sources.mongo.documents import id_text
+from pipelines.sources.mongo.resume_tokens import sortable_token
+from pipelines.sources.mongo.source import MongoSource
+from pipelines.sources.mongo.watermark import Watermark, id_order
 
 TABLE = MARKETPLACE_ORDERS.name
 START = datetime(2026, 1, 1)
@@ -60,7 +65,7 @@ class Market:
         return {key[0]: json_util.loads(row["document"]) for key, row in rows.items()}
 
     def there(self) -> dict[str, Any]:
-        return {mongo._identity_text(document["_id"]): document for document in self.collection.find()}
+        return {id_text(document["_id"]): document for document in self.collection.find()}
 
 
 @pytest.fixture
@@ -207,7 +212,7 @@ def test_a_token_that_the_server_refuses_is_an_error(market: Market, monkeypatch
     def refuse(*arguments: Any) -> Any:
         raise OperationFailure("resume of change stream was not possible", code)
 
-    monkeypatch.setattr(mongo, "_watching", refuse)
+    monkeypatch.setattr(change_stream, "open_change_stream", refuse)
     with pytest.raises(OffsetExpired, match="is no longer valid"):
         market.reader.plan()
 
@@ -229,7 +234,7 @@ def test_watermark_reads_what_is_newer_and_never_twice(market: Market) -> None:
     assert {row["_op"] for row in rows} == {"u"}
     assert not market.reader.plan().tasks
     assert market.held() == market.there()
-    with pytest.raises(SourceError, match=r"was read by watermark, but mongo\.mode is 'change_stream'"):
+    with pytest.raises(SourceError, match=r"was read in mode 'watermark', but mongo\.mode is 'change_stream'"):
         MongoSource(market.settings.model_copy(update={"mode": "change_stream"})).plan(market.reader.positions, {})
     assert not MongoSource(market.settings).plan(market.reader.positions, {}).tasks
 
@@ -242,7 +247,7 @@ def test_a_server_without_change_streams_is_read_by_watermark(market: Market, mo
     market.add(1, 3)
     assert len(market.reader.run()[TABLE]) == 3
     assert market.reader.positions[TABLE]["mode"] == "watermark"
-    with pytest.raises(SourceError, match="gives no change streams"):
+    with pytest.raises(SourceError, match="does not support change streams"):
         MongoSource(market.settings.model_copy(update={"mode": "change_stream"})).plan({}, {})
 
 
@@ -306,7 +311,7 @@ def test_from_change_stream_to_watermark_and_back_what_is_read_later_is_newer(ma
         rows, positions = market.reader.rows, market.reader.positions
         market.reader = Reader(MongoSource(market.settings.model_copy(update={"mode": mode})), rows, positions)
         if number:
-            with pytest.raises(SourceError, match=f"or read it anew: python -m app rebuild {TABLE}"):
+            with pytest.raises(SourceError, match=f"or re-snapshot the table: python -m app rebuild {TABLE}"):
                 market.reader.plan()
             market.reader.positions = {TABLE: resnapshot(positions[TABLE])}
             market.reader.run()
@@ -360,15 +365,15 @@ def test_a_watermark_splits_documents_into_read_and_new(documents: list[tuple[An
 
     def order(item: tuple[Any, Any]) -> Any:
         dated = isinstance(item[1], DatetimeMS)
-        kind, key = mongo._bracket(item[0])
+        kind, key = id_order(item[0])
         return (dated, int(item[1]) if dated else 0, kind, key)
 
     ordered = [{"_id": identity, "updated_at": moment} for identity, moment in sorted(documents, key=order)]
     mark = Watermark(None, {}, {})
     for document in ordered[:cut]:
         assert mark.is_new(document)
-        mark.see(document)
-    mark = Watermark.of(mark.position()) if ordered[:cut] else mark
+        mark.advance(document)
+    mark = Watermark.from_position(mark.to_position()) if ordered[:cut] else mark
     assert [mark.is_new(document) for document in ordered] == [False] * len(ordered[:cut]) + [True] * len(ordered[cut:])
 
 
@@ -445,12 +450,12 @@ def test_events_of_a_replica_set(market: Market, monkeypatch: pytest.MonkeyPatch
     )
 
     class Watching:
-        def __enter__(self) -> mongo.Watch:
-            return mongo.Watch(stream, False)  # type: ignore[arg-type]
+        def __enter__(self) -> OpenChangeStream:
+            return OpenChangeStream(stream, False)  # type: ignore[arg-type]
 
         def __exit__(self, *arguments: object) -> None: ...
 
-    monkeypatch.setattr(mongo, "_watching", lambda collection, token: Watching())
+    monkeypatch.setattr(change_stream, "open_change_stream", lambda collection, token: Watching())
     items = list(ChangeStreamTask(market.settings, {"_data": "82"}, "82FF").read())
     rows = [row for item in items if isinstance(item, Rows) for row in item.rows.to_pylist()]
     assert [(row["_op"], row["document_id"]) for row in rows] == [
@@ -468,23 +473,23 @@ def test_events_of_a_replica_set(market: Market, monkeypatch: pytest.MonkeyPatch
 
 
 def test_positions_sort_as_the_stream_does() -> None:
-    emulated = [mongo._sortable({"_data": f"nx:{number}"}) for number in (2, 9, 10, 1000)]
+    emulated = [sortable_token({"_data": f"nx:{number}"}) for number in (2, 9, 10, 1000)]
     assert emulated == sorted(emulated)
-    assert mongo._sortable({"_data": "8265a0b1c2d3"}) == "8265A0B1C2D3"
+    assert sortable_token({"_data": "8265a0b1c2d3"}) == "8265A0B1C2D3"
 
 
 # -- what goes wrong -------------------------------------------------------------------------------------------------
 
 
 def test_settings_that_are_wrong_are_errors_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mongo, "SERVER_SECONDS", 1)
+    monkeypatch.setattr(connection, "SERVER_SECONDS", 1)
     secret = "s3cr3tword"
     with pytest.raises(SourceError, match="SHOPSPHERE_MONGO__URI"):
         MongoSource(MongoSettings()).plan({}, {})  # type: ignore[call-arg]
     for uri, text in (
         (f"mongodb://u:{secret}@127.0.0.1:1/", r"no server answered at 127\.0\.0\.1:1 within 1 s"),
-        (f"mongo://u:{secret}@127.0.0.1:1/", "is no MongoDB URI"),
-        (f"mongodb://u:{secret}@x@127.0.0.1:1/", "is no MongoDB URI"),
+        (f"mongo://u:{secret}@127.0.0.1:1/", "is not a valid MongoDB URI"),
+        (f"mongodb://u:{secret}@x@127.0.0.1:1/", "is not a valid MongoDB URI"),
     ):
         source = MongoSource(MongoSettings(uri=uri))  # type: ignore[arg-type, call-arg]
         assert secret not in repr(source)
@@ -498,7 +503,7 @@ def test_settings_that_are_wrong_are_errors_without_secrets(monkeypatch: pytest.
 def test_refusals_are_errors_with_a_way_out(code: int, way_out: str) -> None:
     with (
         pytest.raises(SourceError, match=way_out) as error,
-        mongo._collection(
+        open_collection(
             MongoSettings(uri="mongodb://u:s3cr3tword@127.0.0.1:1/")  # type: ignore[arg-type, call-arg]
         ),
     ):
@@ -534,7 +539,7 @@ def test_changes_that_an_imitation_has_forgotten_are_an_error(tmp_path: Path) ->
         market = Market(f"mongodb://127.0.0.1:{port}/?serverSelectionTimeoutMS=30000", "shop")
         market.client.admin.command("ping")
         through_another_reader(market, 2500)
-        with pytest.raises(OffsetExpired, match=r"forgotten the changes after it.*rebuild"):
+        with pytest.raises(OffsetExpired, match=r"discarded the changes after it.*rebuild"):
             market.reader.run()
         market.client.close()
     finally:

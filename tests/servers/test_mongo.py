@@ -18,7 +18,8 @@ from lakehouse.errors import SourceError
 from lakehouse.source import resnapshot
 from pipelines.bronze.tables import MARKETPLACE_ORDERS
 from pipelines.settings import MongoSettings
-from pipelines.sources.mongo import source as mongo
+from pipelines.sources.mongo import connection, documents, watermark
+from pipelines.sources.mongo.documents import JSON_OPTIONS, id_text
 from pipelines.sources.mongo.source import MongoSource
 
 pytestmark = pytest.mark.servers
@@ -46,7 +47,7 @@ class Market:
         return {key[0]: json_util.loads(row["document"]) for key, row in rows.items()}
 
     def there(self) -> dict[str, Any]:
-        return {mongo._identity_text(one["_id"]): one for one in json_util.loads(json_util.dumps(list(self.collection.find())))}
+        return {id_text(one["_id"]): one for one in json_util.loads(json_util.dumps(list(self.collection.find())))}
 
 
 @pytest.fixture(params=SERVERS)
@@ -80,8 +81,8 @@ def test_documents_of_every_type_are_stored_without_loss(market: Market) -> None
         document["huge"] = Decimal128("9.999999999999999999999999999999999E+6144")
     market.collection.insert_one(document)
     (row,) = market.reader.run()[TABLE]
-    assert json_util.loads(row["document"], json_options=mongo.JSON_OPTIONS) == json_util.loads(
-        json_util.dumps(document, json_options=mongo.JSON_OPTIONS), json_options=mongo.JSON_OPTIONS
+    assert json_util.loads(row["document"], json_options=JSON_OPTIONS) == json_util.loads(
+        json_util.dumps(document, json_options=JSON_OPTIONS), json_options=JSON_OPTIONS
     )
     assert '{"$numberLong": "5"}' in row["document"]
     assert market.reader.positions[TABLE]["mode"] == "watermark"
@@ -120,7 +121,7 @@ def test_a_delete_is_found_by_reading_anew(market: Market) -> None:
 def test_change_streams_that_are_asked_for_and_not_there_are_an_error(market: Market) -> None:
     market.add(1)
     source = MongoSource(market.settings.model_copy(update={"mode": "change_stream"}))
-    with pytest.raises(SourceError, match=r'gives no change streams .*--replSet, or set mongo\.mode = "watermark"'):
+    with pytest.raises(SourceError, match=r'does not support change streams.*--replSet, or set mongo\.mode = "watermark"'):
         source.plan({}, {})
 
 
@@ -152,7 +153,8 @@ def test_any_split_into_runs_gives_the_same_documents(market: Market, seed: int)
 
 
 def test_many_documents_come_in_batches(market: Market, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mongo, "BATCH_DOCUMENTS", 500)
+    for module in (documents, watermark):
+        monkeypatch.setattr(module, "BATCH_DOCUMENTS", 500)
     market.add(*range(4000))
     market.reader.run()
     assert len(market.held()) == 4000
@@ -162,7 +164,7 @@ def test_many_documents_come_in_batches(market: Market, monkeypatch: pytest.Monk
 
 
 def test_a_server_that_was_killed_is_an_error_until_it_is_back(ferretdb: FerretDB, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mongo, "SERVER_SECONDS", 1)
+    monkeypatch.setattr(connection, "SERVER_SECONDS", 1)
     market = Market(ferretdb)
     market.add(*range(10))
     market.reader.run()
