@@ -31,7 +31,7 @@ from lakehouse.step import Delta, Grouped, Parsed, Step, upstream_names
 from lakehouse.storage import local_warehouse
 from lakehouse.table import BOOKKEEPING, SEQUENCE, Table
 from lakehouse.transient_errors import as_transient_error, file_is_gone
-from pipelines.bronze.corrections import corrected
+from pipelines.bronze.corrections import corrected_row
 from pipelines.privacy.anonymise import Anonymiser, OnArrival
 from pipelines.privacy.suppression import ERASURES, Suppression, load_suppression
 from pipelines.settings import Settings, business_settings
@@ -365,7 +365,7 @@ def _corrections(
             f'{table.name} has no row at position {missing[0]}. See `python -m app sql "SELECT * FROM silver.quarantine"`.'
         )
     fixes = pl.concat(
-        corrected(table, received[n : n + 1], values[position], handle.arrow_schema)
+        corrected_row(table, received[n : n + 1], values[position], handle.arrow_schema)
         for n, position in enumerate(received["_source_position"].to_list())
     )
     if suppression is not None:

@@ -1,4 +1,4 @@
-"""Corrections of rows that cannot be read: the row as it must be, for a second row at the same source position."""
+"""Corrections of unreadable rows: the corrected row, to be stored as a second row at the same source position."""
 
 from __future__ import annotations
 
@@ -11,55 +11,62 @@ import pyarrow as pa
 
 from lakehouse.errors import ShopSphereError
 from lakehouse.table import BOOKKEEPING, Table
-from pipelines.bronze.tables import COPIED_FIELDS, EVENTS, INGESTED_AT, MARKETPLACE_ORDERS, POSTGRES_METADATA, POSTGRES_TABLES
+from pipelines.bronze.tables import (
+    COPIED_FIELDS,
+    EVENTS,
+    INGESTED_AT,
+    MARKETPLACE_ORDERS,
+    POSTGRES_METADATA,
+    POSTGRES_TABLES,
+)
 from pipelines.sources.postgres.types import parse_text, sql_type_name
 
-OWN = frozenset({*(column.name for column in POSTGRES_METADATA), INGESTED_AT.name, *BOOKKEEPING})
+METADATA = frozenset({*(column.name for column in POSTGRES_METADATA), INGESTED_AT.name, *BOOKKEEPING})
 """Columns of a bronze table that its source does not have."""
 POSTGRES_KEYS: Mapping[str, tuple[str, ...]] = {table.name: key for table, key in POSTGRES_TABLES.values()}
 
 
-def corrected(table: Table, row: pl.DataFrame, value: bytes, types: pa.Schema) -> pl.DataFrame:
-    """A bronze row (one, as it was received) with the corrected `value` in it, and `_op` 'fix'.
+def corrected_row(table: Table, row: pl.DataFrame, value: bytes, schema: pa.Schema) -> pl.DataFrame:
+    """Return a bronze row (one, as it was received) with the corrected `value` in it, and `_op` 'fix'.
 
-    value   a message's bytes; a document as Extended JSON; for a PostgreSQL table a JSON object, column to value: those
-            columns are replaced (texts as PostgreSQL prints them)
-    types   the columns of the bronze table
-    Raises ShopSphereError when the value is none for this table.
+    value   a message's bytes; a document as Extended JSON; for a PostgreSQL table a JSON object of column to value, whose
+            columns replace those of the row (texts as PostgreSQL prints them)
+    schema  the columns of the bronze table
+    Raises ShopSphereError when the value does not fit the table.
     """
     if table.name == EVENTS.name:
         changes: dict[str, pl.Series] = {"value": pl.Series([value], dtype=pl.Binary)}
     elif table.name == MARKETPLACE_ORDERS.name:
-        changes = _document(value)
+        changes = _document_columns(value)
     else:
-        changes = _columns(table, row, value, types)
+        changes = _postgres_columns(table, row, value, schema)
     return row.with_columns(pl.lit("fix").alias("_op"), *(series.alias(name) for name, series in changes.items()))
 
 
-def _document(value: bytes) -> dict[str, pl.Series]:
+def _document_columns(value: bytes) -> dict[str, pl.Series]:
     text = value.decode("utf-8", "replace")
     try:
-        found = json.loads(text)
+        parsed = json.loads(text)
     except ValueError:
-        found = None
-    named = found if isinstance(found, dict) else {}
-    texts = {name: v if isinstance(v := named.get(name), str) else None for name in COPIED_FIELDS}
-    return {name: pl.Series([item], dtype=pl.String) for name, item in {"document": text, **texts}.items()}
+        parsed = None
+    document = parsed if isinstance(parsed, dict) else {}
+    copied = {name: v if isinstance(v := document.get(name), str) else None for name in COPIED_FIELDS}
+    return {name: pl.Series([item], dtype=pl.String) for name, item in {"document": text, **copied}.items()}
 
 
-def _columns(table: Table, row: pl.DataFrame, value: bytes, types: pa.Schema) -> dict[str, pl.Series]:
-    given = _object(table, value)
-    known = [f.name for f in types if f.name not in OWN]
-    if unknown := sorted(given.keys() - set(known)):
-        raise ShopSphereError(f"{table.name} has no column '{unknown[0]}'. Columns: {', '.join(known)}.")
-    changes = {name: _typed(table, name, item, types.field(name).type) for name, item in given.items()}
+def _postgres_columns(table: Table, row: pl.DataFrame, value: bytes, schema: pa.Schema) -> dict[str, pl.Series]:
+    corrections = _json_object(table, value)
+    source_columns = [f.name for f in schema if f.name not in METADATA]
+    if unknown := sorted(corrections.keys() - set(source_columns)):
+        raise ShopSphereError(f"{table.name} has no column '{unknown[0]}'. Columns: {', '.join(source_columns)}.")
+    changes = {name: _typed_value(table, name, item, schema.field(name).type) for name, item in corrections.items()}
     for name in POSTGRES_KEYS[table.name]:
         if name in changes and changes[name].cast(row.schema[name]).to_list() != row[name].to_list():
-            raise ShopSphereError(f"{table.name}: '{name}' says which row it is, so a correction cannot change it. Leave it out.")
-    left = {name: text for name, text in json.loads(row["_unreadable"][0] or "{}").items() if name not in given}
-    text = json.dumps(left, ensure_ascii=False, sort_keys=True) if left else None
-    # a column that the update left alone has the value of the version before, unless it is corrected
-    unsent = [name for name in (row["_unchanged"][0] or "").split(",") if name and name not in given]
+            raise ShopSphereError(f"{table.name}: '{name}' is part of the key, so a correction cannot change it. Leave it out.")
+    unreadable = {name: text for name, text in json.loads(row["_unreadable"][0] or "{}").items() if name not in corrections}
+    text = json.dumps(unreadable, ensure_ascii=False, sort_keys=True) if unreadable else None
+    # a column that the update did not send has the value of the previous version, unless it is corrected
+    unsent = [name for name in (row["_unchanged"][0] or "").split(",") if name and name not in corrections]
     unchanged = ",".join(unsent) or None
     return {
         **changes,
@@ -68,17 +75,19 @@ def _columns(table: Table, row: pl.DataFrame, value: bytes, types: pa.Schema) ->
     }
 
 
-def _object(table: Table, value: bytes) -> dict[str, Any]:
+def _json_object(table: Table, value: bytes) -> dict[str, Any]:
     try:
-        given = json.loads(value, parse_float=str)
+        parsed = json.loads(value, parse_float=str)
     except ValueError:
-        given = None
-    if not isinstance(given, dict):
-        raise ShopSphereError(f'{table.name}: a correction of its rows is a JSON object, column to value: {{"column": "text"}}.')
-    return given
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise ShopSphereError(
+            f'{table.name}: a correction must be a JSON object of column to value, such as {{"column": "text"}}.'
+        )
+    return parsed
 
 
-def _typed(table: Table, name: str, value: Any, type_: pa.DataType) -> pl.Series:
+def _typed_value(table: Table, name: str, value: Any, type_: pa.DataType) -> pl.Series:
     text = value if value is None or isinstance(value, str) else json.dumps(value)
     if pa.types.is_boolean(type_) and text is not None:
         text = {"true": "t", "t": "t", "false": "f", "f": "f"}.get(text.lower())

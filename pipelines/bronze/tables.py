@@ -1,15 +1,16 @@
-"""The bronze tables: what the sources sent, as received. Append-only; a position per row, never an update.
+"""The bronze tables: rows as the sources sent them. Append-only; every row has a position and is never updated.
 
-Every row says what happened (`_op`):
-    r    read by the initial read          c    inserted          u    updated (for MongoDB also: replaced)
-    d    deleted                           t    everything in the source table was deleted at once (TRUNCATE,
-                                                a dropped collection), or the table is read anew from here on, and what
-                                                is not found any more was deleted (see `generations`): the columns are
-                                                null, no key can be named
+Every row has an operation (`_op`):
+    r    read by the initial read or a re-snapshot
+    c    inserted
+    u    updated (in MongoDB also: replaced)
+    d    deleted
+    t    all rows of the source table were deleted at once (TRUNCATE, a dropped collection), or an epoch begins here, and keys
+         that its read did not find were deleted (see `pipelines.sources.epochs`). No key can be named, so the columns are null
     fix  a correction of the row with the same `_source_position`, appended by `python -m app replay --fix`
 
-`_source_position` is text that sorts in the order of the source, so the newest version of a key is the one with
-the greatest `_source_position`, in whatever order rows arrived.
+`_source_position` is text that sorts in the order of the source, so the newest version of a key is the one with the greatest
+`_source_position`, in whatever order rows arrived.
 """
 
 from __future__ import annotations
@@ -19,138 +20,142 @@ import pyarrow as pa
 from lakehouse.table import TIMESTAMP, Column, Table, column
 
 MILLISECONDS = (-62_135_596_800_000, 253_402_300_799_999)
-"""The years 1 to 9999, since 1970: what times that are stored lie between."""
+"""The first and last millisecond of the years 1 to 9999, since 1970. Other times cannot be stored."""
 
-OP = column("_op", pa.string(), "What happened: r, c, u, d, t or fix", required=True)
-SOURCE_POSITION = column("_source_position", pa.string(), "Where the source had it; sorts in the source's order", required=True)
-SOURCE_TIME = column("_source_time", TIMESTAMP, "When it happened, by the source's clock")
-INGESTED_AT = column("_ingested_at", TIMESTAMP, "When the run that stored it began")
+OP = column(
+    "_op", pa.string(), "Operation: r (read), c (insert), u (update), d (delete), t (truncate) or fix (correction)", required=True
+)
+SOURCE_POSITION = column(
+    "_source_position", pa.string(), "Position in the source, as text that sorts in the source's order", required=True
+)
+SOURCE_TIME = column("_source_time", TIMESTAMP, "Time of the operation by the source's clock")
+INGESTED_AT = column("_ingested_at", TIMESTAMP, "Start of the run that stored the row")
 UNCHANGED = column(
     "_unchanged",
     pa.string(),
-    "Columns (comma-joined) that an update left alone and PostgreSQL did not send: null here, as in the row's version before",
+    "Comma-separated columns that an update did not change and PostgreSQL did not send; null here, as in the previous version",
 )
 UNREADABLE = column(
     "_unreadable",
     pa.string(),
-    "JSON object, column to text: values that the column's type cannot hold (NaN, infinity, years outside 1-9999); null here",
+    "JSON object, column to text, of values that the column's type cannot hold (NaN, infinity, years outside 1-9999)",
     personal="text",
 )
 
 POSTGRES_METADATA = (OP, SOURCE_POSITION, SOURCE_TIME, UNCHANGED, UNREADABLE)
-"""What a row of a PostgreSQL table carries beside the source's columns, apart from `_ingested_at`."""
+"""Columns of a bronze table of PostgreSQL beside the source's columns and `_ingested_at`."""
 
 
 def money(scale: int) -> pa.DataType:
-    """numeric(18, scale), exact."""
+    """Return the type of exact amounts, numeric(18, scale)."""
     return pa.decimal128(18, scale)
 
 
 def postgres_table(name: str, doc: str, key: tuple[str, ...], *columns: Column) -> Table:
-    """A table read from PostgreSQL; `key` is the source's primary key (bronze itself has none: it is append-only)."""
+    """Declare a bronze table of PostgreSQL. key: the source's primary key (bronze itself is append-only and has none)."""
     if missing := [item for item in key if item not in {each.name for each in columns}]:
-        raise ValueError(f"{name}: no column {missing}")
+        raise ValueError(f"{name}: key columns {missing} are not declared. Columns: {[each.name for each in columns]}")
     return Table(f"bronze.bronze_postgres__{name}", doc, (*columns, *POSTGRES_METADATA, INGESTED_AT), owner="data platform")
 
 
 USERS_KEY = ("user_id",)
 USERS = postgres_table(
     "users",
-    "Accounts of the web shop and the loyalty programme, every version.",
+    "Accounts of the web shop and the loyalty programme; all versions.",
     USERS_KEY,
     column("user_id", pa.int64(), "Account id", personal="account"),
-    column("email", pa.string(), "E-mail as typed", personal="email"),
-    column("email_verified", pa.bool_(), "The e-mail was confirmed"),
-    column("phone_number", pa.string(), "Phone as typed", personal="phone"),
-    column("phone_verified", pa.bool_(), "The phone was confirmed"),
+    column("email", pa.string(), "E-mail address as entered", personal="email"),
+    column("email_verified", pa.bool_(), "Whether the e-mail address was confirmed"),
+    column("phone_number", pa.string(), "Phone number as entered", personal="phone"),
+    column("phone_verified", pa.bool_(), "Whether the phone number was confirmed"),
     column("name", pa.string(), "Name", personal="name"),
     column("address", pa.string(), "Postal address", personal="address"),
     column("city", pa.string(), "City", personal="city"),
     column("country", pa.string(), "ISO 3166 alpha-2 country"),
-    column("loyalty_id", pa.string(), "Loyalty card", personal="loyalty"),
-    column("created_at", TIMESTAMP, "Created"),
-    column("updated_at", TIMESTAMP, "Last changed"),
+    column("loyalty_id", pa.string(), "Loyalty card number", personal="loyalty"),
+    column("created_at", TIMESTAMP, "Creation time"),
+    column("updated_at", TIMESTAMP, "Time of the last change"),
 )
 
 ORDERS_KEY = ("order_id",)
 ORDERS = postgres_table(
     "orders",
-    "Orders of the web shop and the tills, every version.",
+    "Orders of the web shop and the stores; all versions.",
     ORDERS_KEY,
     column("order_id", pa.int64(), "Order id"),
     column("user_id", pa.int64(), "Account; null for an anonymous sale", personal="account"),
-    column("source", pa.string(), "web or pos"),
+    column("source", pa.string(), "Channel: web or pos"),
     column("store_id", pa.string(), "Store that sells or ships"),
-    column("status", pa.string(), "placed, paid, shipped, delivered, cancelled or returned"),
+    column("status", pa.string(), "Status: placed, paid, shipped, delivered, cancelled or returned"),
     column("currency", pa.string(), "ISO 4217 currency of the amount"),
-    column("total_amount", money(2), "Total in that currency"),
-    column("payment_method", pa.string(), "How it was paid"),
-    column("card_fingerprint", pa.string(), "Which card, hashed", personal="card"),
-    column("ip_address", pa.string(), "Client address", personal="ip"),
-    column("device_id", pa.string(), "Client device", personal="device"),
-    column("shipping_address", pa.string(), "Where it goes", personal="address"),
-    column("created_at", TIMESTAMP, "Placed"),
-    column("updated_at", TIMESTAMP, "Last changed"),
+    column("total_amount", money(2), "Total amount in `currency`"),
+    column("payment_method", pa.string(), "Payment method"),
+    column("card_fingerprint", pa.string(), "Hash of the payment card", personal="card"),
+    column("ip_address", pa.string(), "Client IP address", personal="ip"),
+    column("device_id", pa.string(), "Client device id", personal="device"),
+    column("shipping_address", pa.string(), "Shipping address", personal="address"),
+    column("created_at", TIMESTAMP, "Time the order was placed"),
+    column("updated_at", TIMESTAMP, "Time of the last change"),
 )
 
 ORDER_ITEMS_KEY = ("order_id", "line_no")
 ORDER_ITEMS = postgres_table(
     "order_items",
-    "Lines of orders, every version.",
+    "Order lines; all versions.",
     ORDER_ITEMS_KEY,
-    column("order_id", pa.int64(), "Order"),
-    column("line_no", pa.int32(), "Line within the order"),
-    column("product_id", pa.string(), "Product"),
-    column("quantity", pa.int32(), "Pieces; negative on a return line"),
-    column("unit_price", money(4), "Price of one piece, in the order's currency"),
+    column("order_id", pa.int64(), "Order id"),
+    column("line_no", pa.int32(), "Line number within the order"),
+    column("product_id", pa.string(), "Product id"),
+    column("quantity", pa.int32(), "Units; negative on a return line"),
+    column("unit_price", money(4), "Price of one unit in the order's currency"),
 )
 
 PRODUCTS_KEY = ("product_id",)
 PRODUCTS = postgres_table(
     "products",
-    "The catalogue, every version.",
+    "Product catalogue; all versions.",
     PRODUCTS_KEY,
-    column("product_id", pa.string(), "Product"),
+    column("product_id", pa.string(), "Product id"),
     column("name", pa.string(), "Name"),
     column("category", pa.string(), "Category"),
     column("brand", pa.string(), "Brand"),
     column("list_price", money(2), "List price"),
     column("currency", pa.string(), "ISO 4217 currency of the list price"),
-    column("updated_at", TIMESTAMP, "Last changed"),
+    column("updated_at", TIMESTAMP, "Time of the last change"),
 )
 
 STORES_KEY = ("store_id",)
 STORES = postgres_table(
     "stores",
-    "Stores, warehouses and online shops, every version.",
+    "Stores, warehouses and online shops; all versions.",
     STORES_KEY,
-    column("store_id", pa.string(), "Store"),
+    column("store_id", pa.string(), "Store id"),
     column("name", pa.string(), "Name"),
-    column("kind", pa.string(), "store, warehouse or online"),
+    column("kind", pa.string(), "Kind: store, warehouse or online"),
     column("city", pa.string(), "City"),
     column("country", pa.string(), "ISO 3166 alpha-2 country"),
-    column("updated_at", TIMESTAMP, "Last changed"),
+    column("updated_at", TIMESTAMP, "Time of the last change"),
 )
 
 CHARGEBACKS_KEY = ("chargeback_id",)
 CHARGEBACKS = postgres_table(
     "chargebacks",
-    "Payments that the cardholder's bank took back, every version.",
+    "Payments reversed by the cardholder's bank; all versions.",
     CHARGEBACKS_KEY,
     column("chargeback_id", pa.int64(), "Chargeback id"),
-    column("order_ref", pa.string(), "Order, as orders_unified.order_id"),
-    column("reason", pa.string(), "fraud, not_received, not_as_described or other"),
-    column("reported_at", TIMESTAMP, "Reported"),
+    column("order_ref", pa.string(), "Order id, as in orders_unified.order_id"),
+    column("reason", pa.string(), "Reason: fraud, not_received, not_as_described or other"),
+    column("reported_at", TIMESTAMP, "Time of the report"),
 )
 
 EXCHANGE_RATES_KEY = ("rate_date", "currency")
 EXCHANGE_RATES = postgres_table(
     "exchange_rates",
-    "Exchange rates to the base currency by day, every version.",
+    "Daily exchange rates to the base currency; all versions.",
     EXCHANGE_RATES_KEY,
     column("rate_date", pa.date32(), "Day"),
     column("currency", pa.string(), "ISO 4217 currency"),
-    column("to_base", money(8), "Units of the base currency per unit"),
+    column("to_base", money(8), "Units of the base currency per unit of `currency`"),
 )
 
 POSTGRES_TABLES: dict[str, tuple[Table, tuple[str, ...]]] = {
@@ -162,7 +167,7 @@ POSTGRES_TABLES: dict[str, tuple[Table, tuple[str, ...]]] = {
     "chargebacks": (CHARGEBACKS, CHARGEBACKS_KEY),
     "exchange_rates": (EXCHANGE_RATES, EXCHANGE_RATES_KEY),
 }
-"""Bronze table and primary key by the source's table name."""
+"""Bronze table and primary key, by the source's table name."""
 
 DOCUMENT_PATHS = (
     *((name, "") for name in ("_id", "platform", "mp_order_id", "order_time", "updated_at", "status", "currency", "amount")),
@@ -177,19 +182,21 @@ DOCUMENT_PATHS = (
     ("device_id", "device"),
     ("ip_address", "ip"),
 )
-"""What is known of a document's fields: harmless, or personal of a kind. wording: it tells of the product, and an engraving of
-the person."""
+"""Fields of a document and the kind of personal data in them; '' when they have none. wording: product texts, which can contain a
+personal engraving."""
 
 COPIED_FIELDS = ("platform", "mp_order_id")
 """Fields of a document that have a column of their own, for lookups."""
 
 MARKETPLACE_ORDERS = Table(
     "bronze.bronze_mongo__marketplace_orders",
-    "Orders taken on marketplaces: every version of the documents, unaltered.",
+    "Marketplace orders; all versions of the documents, unaltered.",
     (
-        column("document_id", pa.string(), "_id: the hex digits of an ObjectId, else canonical Extended JSON"),
-        column("platform", pa.string(), "Copied from the document, for look-up; null when it is no string"),
-        column("mp_order_id", pa.string(), "Copied from the document, for look-up; null when it is no string"),
+        column(
+            "document_id", pa.string(), "The document's _id: the hex digits of an ObjectId, otherwise canonical Extended JSON"
+        ),
+        column("platform", pa.string(), "Copied from the document for lookups; null when it is not a string"),
+        column("mp_order_id", pa.string(), "Copied from the document for lookups; null when it is not a string"),
         column(
             "document",
             pa.string(),
@@ -218,24 +225,25 @@ EVENT_PATHS = (
     ("metadata.order.account", "account"),
     *((f"metadata.order.{name}", name) for name in ("card", "device", "address", "ip")),
 )
-"""What is known of a message's fields: harmless, or personal of a kind. `metadata.order` is that of a served score."""
+"""Fields of a message and the kind of personal data in them; '' when they have none. `metadata.order` is the order of a served
+score."""
 
 EVENTS = Table(
     "bronze.bronze_kafka__events",
     "Messages of the event topics, byte for byte.",
     (
-        column("topic", pa.string(), "Topic", required=True),
-        column("partition", pa.int32(), "Partition", required=True),
+        column("topic", pa.string(), "Topic name", required=True),
+        column("partition", pa.int32(), "Partition number", required=True),
         column("offset", pa.int64(), "Offset within the partition", required=True),
-        column("key", pa.binary(), "Key, as received", personal="text"),
-        column("value", pa.binary(), "Value, as received", personal=EVENT_PATHS),
+        column("key", pa.binary(), "Message key as received", personal="text"),
+        column("value", pa.binary(), "Message value as received", personal=EVENT_PATHS),
         column(
             "headers",
             pa.string(),
-            "JSON list of [name, base64 of the value], repeated names kept; null without headers",
+            "JSON list of [name, base64 of the value], with repeated names; null without headers",
             personal="text",
         ),
-        column("timestamp", TIMESTAMP, "The broker's timestamp of the message; null outside the years 1-9999"),
+        column("timestamp", TIMESTAMP, "Timestamp of the message as the broker has it; null outside the years 1-9999"),
         OP,
         SOURCE_POSITION,
         SOURCE_TIME,
@@ -248,5 +256,5 @@ TABLES: tuple[Table, ...] = (*(table for table, _ in POSTGRES_TABLES.values()), 
 
 
 def row_schema(table: Table) -> pa.Schema:
-    """The columns that a connector gives: all but `_ingested_at`, nullable."""
+    """Return the columns that a source delivers: all except `_ingested_at`, nullable."""
     return pa.schema([pa.field(item.name, item.type) for item in table.columns if item.name != INGESTED_AT.name])

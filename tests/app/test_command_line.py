@@ -307,8 +307,8 @@ def test_a_postgres_row_with_an_unreadable_value_is_quarantined_corrected_and_re
     for wrong, expected in (
         ([1], "a JSON object"),
         ({"price": "1"}, "has no column 'price'"),
-        ({"unit_price": "cheap"}, "'unit_price' is no numeric(18,4)"),
-        ({"order_id": 7}, "says which row it is"),
+        ({"unit_price": "cheap"}, "'unit_price' is not a valid numeric(18,4)"),
+        ({"order_id": 7}, "is part of the key"),
     ):
         code, _, err = fix(wrong)
         assert code == 1

@@ -8,7 +8,7 @@ from typing import Any
 import polars as pl
 
 from lakehouse.iceberg.schema import polars_schema
-from pipelines.bronze.corrections import corrected
+from pipelines.bronze.corrections import corrected_row
 from pipelines.bronze.current_rows import current_rows, unreadable_rows
 from pipelines.bronze.tables import PRODUCTS, PRODUCTS_KEY
 
@@ -29,7 +29,7 @@ def test_a_column_that_the_update_did_not_send_can_be_corrected() -> None:
         _unchanged="name,brand",
         _unreadable='{"list_price": "NaN"}',
     )
-    fix = corrected(PRODUCTS, update, b'{"list_price": "5", "name": "right name"}', PRODUCTS.schema)
+    fix = corrected_row(PRODUCTS, update, b'{"list_price": "5", "name": "right name"}', PRODUCTS.schema)
     assert (fix["_unchanged"].item(), fix["_unreadable"].item()) == ("brand", None)
     later = fix.with_columns(pl.lit(datetime.now(UTC)).cast(TYPES["_ingested_at"]).alias("_ingested_at"))
     now = current_rows(pl.concat([first, update, later]), PRODUCTS_KEY)
