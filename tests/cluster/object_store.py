@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-from support.waiting import eventually, free_port, missing
+from support.waiting import eventually, free_port, skip_or_fail
 
 TOXIPROXY = "github.com/Shopify/toxiproxy/v2/cmd/server@v2.12.0"
 BUILD = Path(__file__).resolve().parents[2] / "build"
@@ -26,7 +26,7 @@ def toxiproxy() -> Path:
     program = BUILD / "toxiproxy" / "server"
     if not program.exists():
         if shutil.which("go") is None:
-            missing("Toxiproxy needs Go to be built: install Go (https://go.dev/dl).")
+            skip_or_fail("Toxiproxy needs Go to be built: install Go (https://go.dev/dl).")
         subprocess.run(["go", "install", TOXIPROXY], env={**os.environ, "GOBIN": str(program.parent)}, check=True)
     return program
 

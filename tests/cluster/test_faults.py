@@ -18,7 +18,7 @@ import pytest
 from cluster.faults import FAULTS, Shop, Storm, Supervised, World, is_up, line, python, table
 from cluster.object_store import ObjectStore
 from servers.kafka_broker import Broker
-from support.waiting import eventually, free_port, missing, wait_for
+from support.waiting import eventually, free_port, skip_or_fail, wait_for
 
 import pipelines
 from app import sandbox
@@ -42,7 +42,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     where.mkdir()
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(where)], capture_output=True, text=True)
     if made.returncode:
-        missing(f"A file system cannot be mounted ({made.stderr.strip()}): run as root.")
+        skip_or_fail(f"A file system cannot be mounted ({made.stderr.strip()}): run as root.")
     try:
         yield where
     finally:

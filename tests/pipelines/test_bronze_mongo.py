@@ -21,7 +21,7 @@ from bson.timestamp import Timestamp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pymongo.errors import OperationFailure
-from support.bronze_reading import Reader, living
+from support.bronze_reading import Reader, live_rows_by_key
 
 from lakehouse.errors import OffsetExpired, SourceError
 from lakehouse.source import Reached, Rows, resnapshot
@@ -61,7 +61,7 @@ class Market:
         )
 
     def held(self) -> dict[str, Any]:
-        rows = living(self.reader.rows.get(TABLE, []), ("document_id",))
+        rows = live_rows_by_key(self.reader.rows.get(TABLE, []), ("document_id",))
         return {key[0]: json_util.loads(row["document"]) for key, row in rows.items()}
 
     def there(self) -> dict[str, Any]:
@@ -256,7 +256,7 @@ def in_any_order(market: Market) -> list[dict[str, Any]]:
     rows = market.reader.rows[TABLE]
     found = []
     for order in (rows, rows[::-1], sorted(rows, key=lambda row: str(row["document"]))):
-        newest = living(list(order), ("document_id",))
+        newest = live_rows_by_key(list(order), ("document_id",))
         found.append({key[0]: json_util.loads(row["document"]) for key, row in newest.items()})
     return found
 

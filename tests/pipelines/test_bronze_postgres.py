@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg.conninfo import make_conninfo
-from support.bronze_reading import Reader, living
+from support.bronze_reading import Reader, live_rows_by_key
 
 from lakehouse.errors import CommitConflict, OffsetExpired, SchemaConflict, SourceError, UnknownColumn
 from lakehouse.source import Rows, resnapshot
@@ -572,7 +572,7 @@ def test_any_split_into_runs_gives_the_same_table(servers: Any, data: st.DataObj
             else:
                 shop.reader.run()
         shop.reader.run()
-        held = living(data.draw(st.permutations(shop.reader.rows.get(ITEMS, []))), ("order_id", "line_no"))
+        held = live_rows_by_key(data.draw(st.permutations(shop.reader.rows.get(ITEMS, []))), ("order_id", "line_no"))
         assert {key: row["quantity"] for key, row in held.items()} == {
             (row[0], row[1]): row[2] for row in shop("SELECT order_id, line_no, quantity FROM order_items")
         }

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support.waiting import missing, wait_for
+from support.waiting import skip_or_fail, wait_for
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build" / "servers"
@@ -25,7 +25,7 @@ def need(*programs: str) -> None:
     install = {"java": "Java 17 (openjdk-17-jdk-headless)", "mvn": "Maven (maven)", "go": "Go 1.24 or later (https://go.dev/dl/)"}
     for program in programs:
         if shutil.which(program) is None:
-            missing(f"`{program}` is not installed: install {install[program]} for the tests against genuine servers.")
+            skip_or_fail(f"`{program}` is not installed: install {install[program]} for the tests against genuine servers.")
 
 
 def jars() -> Path:
@@ -112,4 +112,4 @@ def _made_once(name: str, *sources: Path) -> Iterator[tuple[Path, bool]]:
 def _run(*command: str, what: str) -> None:
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
-        missing(f"{what} (`{command[0]}` ended with {done.returncode}): {(done.stdout + done.stderr).strip()[-1500:]}")
+        skip_or_fail(f"{what} (`{command[0]}` ended with {done.returncode}): {(done.stdout + done.stderr).strip()[-1500:]}")

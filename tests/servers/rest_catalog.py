@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from servers.programs import wait_until_ready
-from support.waiting import free_port, missing
+from support.waiting import free_port, skip_or_fail
 
 BUILD = Path(__file__).resolve().parents[2] / "build"
 JARS = BUILD / "iceberg-rest"
@@ -19,7 +19,7 @@ JARS = BUILD / "iceberg-rest"
 def needed(path: Path) -> Path:
     """A file or folder that `make test-servers` lays ready; without it the test is skipped, and fails where CI is set."""
     if not path.exists():
-        missing(f"{path.name} is missing: run `make test-servers`, which needs Java 17 and Maven")
+        skip_or_fail(f"{path.name} is missing: run `make test-servers`, which needs Java 17 and Maven")
     return path
 
 

@@ -12,7 +12,7 @@ import pymongo
 import pytest
 from bson import Binary, Decimal128, Int64, ObjectId, json_util
 from servers.mongo_servers import FerretDB, MongoWire
-from support.bronze_reading import Reader, living
+from support.bronze_reading import Reader, live_rows_by_key
 
 from lakehouse.errors import SourceError
 from lakehouse.source import resnapshot
@@ -43,7 +43,7 @@ class Market:
         self.collection.insert_many([{"mp_order_id": f"O{n}", "updated_at": START + timedelta(seconds=n // 3)} for n in numbers])
 
     def held(self) -> dict[str, Any]:
-        rows = living(self.reader.rows.get(TABLE, []), ("document_id",))
+        rows = live_rows_by_key(self.reader.rows.get(TABLE, []), ("document_id",))
         return {key[0]: json_util.loads(row["document"]) for key, row in rows.items()}
 
     def there(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Reading a source without the engine: plan, run the tasks, keep positions and rows, acknowledge."""
+"""Read a source without the engine: plan, run the tasks, keep positions and rows, acknowledge."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lakehouse.source import Plan, Position, Reached, Rows, Source
 
 @dataclass
 class Reader:
-    """What a lakehouse would hold: rows, positions and schemas by bronze table."""
+    """Keeps what a lakehouse would store: rows, positions and schemas by bronze table."""
 
     source: Source
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -23,11 +23,11 @@ class Reader:
     schemas: dict[str, pa.Schema] = field(default_factory=dict)
 
     def plan(self) -> Plan:
-        """The plan for what is held."""
+        """Return the plan from the current positions."""
         return self.source.plan(self.positions, self.schemas)
 
     def read(self, plan: Plan) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Position]]:
-        """Rows and positions that the plan's tasks give; nothing is kept."""
+        """Return the rows and positions of the plan's tasks without keeping them."""
         rows: dict[str, list[dict[str, Any]]] = {}
         positions: dict[str, Position] = dict(plan.positions)
         for task in plan.tasks:
@@ -41,14 +41,14 @@ class Reader:
         return rows, positions
 
     def run(self) -> dict[str, list[dict[str, Any]]]:
-        """A run: the new rows, by table."""
+        """Run once and return the new rows by table."""
         for _ in range(5):
             plan = self.plan()
             try:
                 rows, positions = self.read(plan)
             except UnknownColumn as error:
-                known = self.schemas.get(error.table, plan.schemas[error.table])
-                others = [item for item in known if item.name != error.column]
+                schema = self.schemas.get(error.table, plan.schemas[error.table])
+                others = [item for item in schema if item.name != error.column]
                 self.schemas[error.table] = pa.schema([*others, pa.field(error.column, error.arrow_type)])
                 continue
             finally:
@@ -60,15 +60,15 @@ class Reader:
             self.schemas |= plan.schemas
             self.source.acknowledge(plan)
             return rows
-        raise AssertionError("a column stays unknown")
+        raise AssertionError("a column stays unknown after five attempts")
 
     def latest(self, table: str, key: tuple[str, ...]) -> dict[tuple[Any, ...], dict[str, Any]]:
-        """The living rows of a table: by key the newest version in the source's order, without the deleted."""
-        return living(self.rows.get(table, []), key)
+        """Return the live rows of a table: the newest version of each key in source order, without deleted keys."""
+        return live_rows_by_key(self.rows.get(table, []), key)
 
 
-def living(rows: list[dict[str, Any]], key: tuple[str, ...]) -> dict[tuple[Any, ...], Mapping[str, Any]]:
-    """By key the newest of the rows, unless that says deleted."""
+def live_rows_by_key(rows: list[dict[str, Any]], key: tuple[str, ...]) -> dict[tuple[Any, ...], Mapping[str, Any]]:
+    """Return the newest of the rows by key, except deleted ones."""
     newest: dict[tuple[Any, ...], Mapping[str, Any]] = {}
     for row in sorted(rows, key=lambda row: str(row["_source_position"])):
         if row["_op"] == "t":

@@ -1,4 +1,4 @@
-"""Waiting for what servers and processes do, ports for them, and what a test does when a program is not installed."""
+"""Wait for servers and processes, find free ports, and skip tests whose programs are not installed."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import pytest
 Found = TypeVar("Found")
 
 
-def wait_for(condition: Callable[[], Found], what: str = "it did not come", seconds: float = 90.0) -> Found:
-    """Wait until something holds; gives what it is. Raises AssertionError saying what there was to wait for."""
+def wait_for(condition: Callable[[], Found], failure: str = "the condition was not met", seconds: float = 90.0) -> Found:
+    """Wait until the condition is true and return its value. Raises AssertionError with `failure` after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
-        assert time.monotonic() < deadline, f"{what} (not within {seconds:.0f} s)"
+        assert time.monotonic() < deadline, f"{failure} (within {seconds:.0f} s)"
         time.sleep(0.05)
     return found
 
 
 def eventually(action: Callable[[], Found], seconds: float = 30.0) -> Found:
-    """What `action` gives, tried until it raises nothing."""
+    """Retry `action` until it raises nothing and return its result. Raises its last error after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -35,14 +35,14 @@ def eventually(action: Callable[[], Found], seconds: float = 30.0) -> Found:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody listens on."""
+    """Return a port on which nothing listens."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
 
-def missing(what: str) -> NoReturn:
-    """Skip the test, saying what to install; where CI is set, everything must be there."""
-    skip: Any = pytest.fail if os.environ.get("CI") else pytest.skip
-    skip(what)
+def skip_or_fail(reason: str) -> NoReturn:
+    """Skip the test because something is not installed; fail it when CI is set, where everything must be installed."""
+    stop: Any = pytest.fail if os.environ.get("CI") else pytest.skip
+    stop(reason)
     raise AssertionError
