@@ -11,7 +11,7 @@ from pathlib import Path
 from pyarrow.fs import LocalFileSystem
 
 from app.project import PROJECT
-from lakehouse.byte_search import Needles, Searched, search_files
+from lakehouse.byte_search import FileSearchResult, SearchTerms, search_files
 from lakehouse.engine.engine import Engine
 from lakehouse.iceberg.catalog import Lake
 from ml.registry import Registry, RegistryError
@@ -54,19 +54,19 @@ def scores_topic(lake: Lake) -> str:
     return load_serve_settings().scores_topic if kafka.enabled and kafka.bootstrap_servers else ""
 
 
-def search_models(lake: Lake, needles: Needles) -> tuple[Searched, str]:
+def search_models(lake: Lake, needles: SearchTerms) -> tuple[FileSearchResult, str]:
     """Search the artifacts of the fraud model on a remote MLflow server; also return the reason why it failed, or ''.
 
     A local MLflow store is searched with the home directory.
     """
     registry = Registry(home=lake.settings.home)
     if registry.local:
-        return Searched(), ""
+        return FileSearchResult(), ""
     with tempfile.TemporaryDirectory() as directory:
         try:
             registry.copy_to(Path(directory))
         except RegistryError as error:
-            return Searched(), str(error)
+            return FileSearchResult(), str(error)
         found = search_files(LocalFileSystem(), files_below(Path(directory)), needles)
         matches, unread = (
             tuple(path.replace(directory, "mlflow", 1) for path in paths) for paths in (found.matches, found.unread)

@@ -42,7 +42,7 @@ _MAY_BE_ESCAPED = r"^\[\[\"|\\[unrtbf\"\\/]|%[0-9A-Fa-f]{2}"
 
 
 @dataclass(frozen=True)
-class Needles:
+class SearchTerms:
     """Texts to look for."""
 
     texts: tuple[str, ...]
@@ -130,7 +130,7 @@ def _measured(form: str, lower: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Searched:
+class FileSearchResult:
     """What was searched, and in which files something was found.
 
     bytes_decoded  after decompression
@@ -144,8 +144,8 @@ class Searched:
     matches: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
 
-    def __add__(self, other: Searched) -> Searched:
-        return Searched(
+    def __add__(self, other: FileSearchResult) -> FileSearchResult:
+        return FileSearchResult(
             self.files + other.files,
             self.bytes_read + other.bytes_read,
             self.bytes_decoded + other.bytes_decoded,
@@ -154,9 +154,9 @@ class Searched:
         )
 
 
-def search_files(filesystem: FileSystem, files: Iterable[FileInfo], needles: Needles) -> Searched:
+def search_files(filesystem: FileSystem, files: Iterable[FileInfo], needles: SearchTerms) -> FileSearchResult:
     """Search files of a file system; one that vanishes meanwhile is not there any more."""
-    total = Searched()
+    total = FileSearchResult()
     for info in files:
         try:
             with filesystem.open_input_stream(info.path) as stream:
@@ -164,16 +164,16 @@ def search_files(filesystem: FileSystem, files: Iterable[FileInfo], needles: Nee
         except FileNotFoundError:
             continue
         except OSError:
-            total += Searched(1, unread=(info.path,))
+            total += FileSearchResult(1, unread=(info.path,))
             continue
         if info.size and not content:  # an object store's answer that broke off looks like an empty file
-            total += Searched(1, unread=(info.path,))
+            total += FileSearchResult(1, unread=(info.path,))
             continue
         total += search_bytes(info.path, content, needles)
     return total
 
 
-def search_bytes(path: str, content: bytes, needles: Needles) -> Searched:
+def search_bytes(path: str, content: bytes, needles: SearchTerms) -> FileSearchResult:
     """Search one file: as it is, and decoded."""
     raw = _pieces(content)
     decoded, found = len(content), bool(needles.hits(raw, binary=True).any())
@@ -184,7 +184,7 @@ def search_bytes(path: str, content: bytes, needles: Needles) -> Searched:
             found = found or bool(needles.hits(texts).any())
     except Exception:  # whatever a decoder says of what is none of its files, or half of one
         broken = True
-    return Searched(1, len(content), decoded, (path,) if found else (), (path,) if broken else ())
+    return FileSearchResult(1, len(content), decoded, (path,) if found else (), (path,) if broken else ())
 
 
 def _decoded(content: bytes) -> Iterator[pl.Series]:

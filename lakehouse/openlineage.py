@@ -307,7 +307,7 @@ class LineageEvents:
 
 
 @contextmanager
-def reported(engine: Engine, run: RunRecord, version: Callable[[], str]) -> Iterator[LineageEvents | None]:
+def emit_events(engine: Engine, run: RunRecord, version: Callable[[], str]) -> Iterator[LineageEvents | None]:
     """The events of a run, None where OpenLineage is not configured, or was away a moment ago. version: of the source code,
     asked for only then."""
     if not configured() or time.monotonic() < RECEIVER.paused_until:

@@ -285,7 +285,7 @@ def past_runs(lake: Lake, limit: int) -> list[PastRun]:
     ]
 
 
-def forget(lake: Lake, retention_days: float, now: datetime) -> int:
+def delete_old_days(lake: Lake, retention_days: float, now: datetime) -> int:
     """Drop the days of both tables that ended longer ago than the retention; gives how many files. No row is rewritten."""
     limit = (now - timedelta(days=retention_days)).date()
     first = (limit - datetime(1970, 1, 1, tzinfo=UTC).date()).days

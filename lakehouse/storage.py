@@ -1,4 +1,4 @@
-"""Where files go that are no tables, such as checkpoints: a directory that every node of a cluster reaches."""
+"""A directory for files that are not tables, such as training checkpoints, which every node of a cluster can reach."""
 
 from __future__ import annotations
 
@@ -14,63 +14,65 @@ from lakehouse.settings import LakeSettings
 
 @dataclass(frozen=True)
 class Storage:
-    """A directory on a disk, or in an object store that the catalog's own properties (s3.endpoint, ...) open.
+    """A directory on a disk, or in an object store that is accessed with the catalog's properties (s3.endpoint, ...).
 
-    place       an absolute path, or a URI such as s3://bucket/path
-    properties  PyIceberg's, which may hold secrets
+    location    an absolute path, or a URI such as s3://bucket/path
+    properties  PyIceberg's; may contain secrets
     """
 
-    place: str
+    location: str
     properties: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
     def on_disk(cls, path: Path) -> Storage:
-        """A directory of this machine, or of a disk that all nodes mount there."""
+        """Return a directory of this machine, or of a disk that all nodes mount at the same path."""
         return cls(str(path.absolute()))
 
     @classmethod
-    def of(cls, settings: LakeSettings) -> Storage:
-        """What the settings name: `ray.storage`, else beside the tables when they are in an object store, else under home."""
+    def from_settings(cls, settings: LakeSettings) -> Storage:
+        """Return `ray.storage` if it is set, else a directory beside the tables in an object store, else one in `home`."""
         properties = settings.catalog.properties
         warehouse = properties.get("warehouse", "")
-        if named := settings.ray.storage:
-            return cls(named, properties) if _is_remote(named) else cls.on_disk(Path(named.removeprefix("file://")))
+        if configured := settings.ray.storage:
+            if _is_remote(configured):
+                return cls(configured, properties)
+            return cls.on_disk(Path(configured.removeprefix("file://")))
         if _is_remote(warehouse):
             return cls(f"{warehouse.rstrip('/')}/training", properties)
         return cls.on_disk(Path(settings.home) / "training")
 
     @property
-    def remote(self) -> bool:
-        """Whether it is in an object store."""
-        return _is_remote(self.place)
+    def is_remote(self) -> bool:
+        """Whether the directory is in an object store."""
+        return _is_remote(self.location)
 
     def __truediv__(self, name: str) -> Storage:
-        return replace(self, place=f"{self.place.rstrip('/')}/{name}")
+        return replace(self, location=f"{self.location.rstrip('/')}/{name}")
 
     def __str__(self) -> str:
-        return self.place
+        return self.location
 
     def filesystem(self) -> tuple[Any, str]:
-        """The pyarrow file system, picklable, and the path in it; None and the path for a disk."""
-        if not self.remote:
-            return None, self.place
+        """Return the picklable pyarrow file system and the path in it, or None and the path for a disk."""
+        if not self.is_remote:
+            return None, self.location
         from pyiceberg.io.pyarrow import PyArrowFileIO
 
-        scheme, host, path = PyArrowFileIO.parse_location(self.place)
+        scheme, host, path = PyArrowFileIO.parse_location(self.location)
         return PyArrowFileIO(dict(self.properties)).fs_by_scheme(scheme, host), path
 
-    def make(self) -> None:
-        """Make the directory, where there are directories."""
-        if not self.remote:
-            Path(self.place).mkdir(parents=True, exist_ok=True)
+    def create(self) -> None:
+        """Create the directory on a disk; object stores have none."""
+        if not self.is_remote:
+            Path(self.location).mkdir(parents=True, exist_ok=True)
 
     def remove(self) -> None:
-        """Remove it with all that is in it; nothing when it is not there."""
-        system, path = self.filesystem()
-        if system is None:
+        """Remove the directory with its contents, if it exists."""
+        filesystem, path = self.filesystem()
+        if filesystem is None:
             shutil.rmtree(path, ignore_errors=True)
         else:
-            system.delete_dir_contents(path, missing_dir_ok=True)
+            filesystem.delete_dir_contents(path, missing_dir_ok=True)
 
 
 def local_warehouse(settings: LakeSettings) -> str:
@@ -84,5 +86,5 @@ def local_warehouse(settings: LakeSettings) -> str:
     return ""
 
 
-def _is_remote(place: str) -> bool:
-    return "://" in place and urlsplit(place).scheme != "file"
+def _is_remote(location: str) -> bool:
+    return "://" in location and urlsplit(location).scheme != "file"

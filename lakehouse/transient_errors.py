@@ -36,7 +36,7 @@ def as_transient_error(error: BaseException) -> TransientError | None:
     return None
 
 
-def file_is_gone(error: BaseException) -> bool:
+def is_file_missing(error: BaseException) -> bool:
     """Whether an error tells of a file that is not there."""
     return any(isinstance(cause, FileNotFoundError) for cause in causes_of(error))
 

@@ -20,17 +20,17 @@ from lakehouse.engine.engine import Engine, StepResult
 from lakehouse.errors import CatalogUnreachable, SettingsError, ShopSphereError, SourceError
 from lakehouse.expectations import by_hand, from_text
 from lakehouse.iceberg.catalog import Lake
-from lakehouse.iceberg.missing_files import missing_file, missing_files_error
+from lakehouse.iceberg.missing_files import find_missing_file, missing_files_error
 from lakehouse.iceberg.snapshot_properties import EXPECTATIONS
 from lakehouse.iceberg.table_handle import TableHandle
-from lakehouse.openlineage import LineageEvents, reported
+from lakehouse.openlineage import LineageEvents, emit_events
 from lakehouse.parallel import TaskPool
 from lakehouse.project import Project
 from lakehouse.run_history import RunHistory, RunRecord
 from lakehouse.step import Delta, Grouped, Parsed, Step, upstream_names
 from lakehouse.storage import local_warehouse
 from lakehouse.table import BOOKKEEPING, SEQUENCE, Table
-from lakehouse.transient_errors import as_transient_error, file_is_gone
+from lakehouse.transient_errors import as_transient_error, is_file_missing
 from pipelines.bronze.corrections import corrected_row
 from pipelines.privacy.anonymise import Anonymiser, OnArrival
 from pipelines.privacy.suppression import ERASURES, Suppression, load_suppression
@@ -73,7 +73,7 @@ def on_arrival(lake: Lake) -> OnArrival | None:
 def recorded(engine: Engine, kind: str) -> Iterator[list[StepResult]]:
     """A run that is not a pass: the reports put into the list it gives are noted and sent as lineage, and so is an error."""
     run, reports = RunRecord(kind), list[StepResult]()
-    with reported(engine, run, code_version) as events:
+    with emit_events(engine, run, code_version) as events:
         try:
             yield reports
         except BaseException as error:
@@ -103,7 +103,7 @@ def run_once(
     reports: list[StepResult] = []
     errors: list[ShopSphereError] = []
     try:
-        with reported(engine, run, code_version) as events:
+        with emit_events(engine, run, code_version) as events:
             _pass(engine, project, tell, stopping, events, reports, errors)
     except BaseException as error:
         _note_end(history or RunHistory(engine.lake), engine, run, reports, errors, error)
@@ -200,7 +200,7 @@ def _touched(step: Step) -> tuple[str, ...]:
 def _expected(error: Exception, lake: Lake | None = None, tables: Sequence[Table] = ()) -> ShopSphereError:
     """An error that a pass goes on after; raises any other. tables: those that it may come from."""
     found = error if isinstance(error, ShopSphereError) else as_transient_error(error)
-    if found is None and lake is not None and file_is_gone(error):
+    if found is None and lake is not None and is_file_missing(error):
         found = missing_files_error(lake, tables)
     if found is None:
         raise error
@@ -237,7 +237,7 @@ def _rebuilt(engine: Engine, project: Project, tables: Mapping[str, None]) -> It
     if (lost := missing_files_error(engine.lake, [project.tables[name] for name in bronze])) is not None:
         raise lost
     for name in tables.keys() - bronze:
-        if missing_file(engine.lake, project.tables[name]) is not None:
+        if find_missing_file(engine.lake, project.tables[name]) is not None:
             engine.lake.drop(project.tables[name])
     for source in known:
         if chosen := bronze.intersection(source.tables):

@@ -18,7 +18,7 @@ from pipelines.settings import load_settings
 
 if TYPE_CHECKING:
     from lakehouse.iceberg.catalog import Lake
-    from lakehouse.iceberg.maintenance import Maintained
+    from lakehouse.iceberg.maintenance import MaintenanceResult
     from lakehouse.table import Table
 
 COLUMNS = ("table", "files before", "files after", "delete files merged", "snapshots expired", "orphans deleted", "freed")
@@ -33,7 +33,7 @@ def maintain(
     """Compact files, expire snapshots and delete orphan files; safe while a writer is running."""
     from lakehouse.iceberg.catalog import Lake
     from lakehouse.iceberg.maintenance import maintain as maintain_table
-    from lakehouse.run_history import OPERATIONS, forget
+    from lakehouse.run_history import OPERATIONS, delete_old_days
     from pipelines.runner import open_engine
 
     given = {"snapshot_retention_hours": snapshot_hours, "orphan_retention_hours": orphan_hours}
@@ -43,7 +43,7 @@ def maintain(
     lake = Lake(settings)
     chosen = _chosen_tables(lake, tables)
     if any(table.name in OPERATIONS for table in chosen):
-        forget(lake, settings.history_days, datetime.now(UTC))
+        delete_old_days(lake, settings.history_days, datetime.now(UTC))
     maintained = []
     with output.progress() as show:
         for number, table in enumerate(chosen):
@@ -67,7 +67,7 @@ def _chosen_tables(lake: Lake, names: Sequence[str] | None) -> list[Table]:
     return [table for table in (*PROJECT.tables.values(), *OPERATIONS.values()) if lake.exists(table)]
 
 
-def print_maintained(output: Output, maintained: Sequence[Maintained]) -> None:
+def print_maintained(output: Output, maintained: Sequence[MaintenanceResult]) -> None:
     """Print one line per table."""
     output.table(
         COLUMNS,

@@ -31,7 +31,7 @@ Done = TypeVar("Done")
 
 
 @dataclass(frozen=True)
-class Maintained:
+class MaintenanceResult:
     """What maintenance did to a table."""
 
     table: str
@@ -128,7 +128,7 @@ def expire(lake: Lake, table: Table, retention_hours: float, now: datetime) -> i
     return len(old) + refused
 
 
-def referenced(handle: TableHandle) -> set[str]:
+def referenced_files(handle: TableHandle) -> set[str]:
     """Every file that some snapshot of the table still needs, and its metadata files."""
     metadata, io = handle.iceberg_table.metadata, handle.iceberg_table.io
     paths = {handle.iceberg_table.metadata_location, *(entry.metadata_file for entry in metadata.metadata_log)}
@@ -158,16 +158,16 @@ def delete_orphans(lake: Lake, table: Table, retention_hours: float, now: dateti
         if info.type == FileType.File and info.mtime is not None and info.mtime.astimezone(UTC) < limit
     ]
     # listed first, then what is referenced: a file committed in between is in the second list
-    keep = {io.parse_location(path)[2] for path in referenced(lake.load(table, create=False))}
+    keep = {io.parse_location(path)[2] for path in referenced_files(lake.load(table, create=False))}
     orphans = [info for info in found if info.path not in keep]
     for info in orphans:
         filesystem.delete_file(info.path)
     return len(orphans), sum(int(info.size or 0) for info in orphans)
 
 
-def maintain(lake: Lake, table: Table, now: datetime) -> Maintained:
+def maintain(lake: Lake, table: Table, now: datetime) -> MaintenanceResult:
     """Compact, expire, and clean one table."""
     before, after, merged = compact(lake, table)
     expired = retried(lambda: expire(lake, table, lake.settings.snapshot_retention_hours, now))
     orphans, size = delete_orphans(lake, table, lake.settings.orphan_retention_hours, now)
-    return Maintained(table.name, before, after, merged, expired, orphans, size)
+    return MaintenanceResult(table.name, before, after, merged, expired, orphans, size)

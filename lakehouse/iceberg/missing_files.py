@@ -9,7 +9,7 @@ from lakehouse.iceberg.catalog import Lake
 from lakehouse.table import Table
 
 
-def missing_file(lake: Lake, table: Table) -> str | None:
+def find_missing_file(lake: Lake, table: Table) -> str | None:
     """A file that the newest snapshot of a table needs and that is not there, or 'its metadata'; None: all are there, or there
     is no such table. Raises CatalogUnreachable, and the store's errors when it cannot tell."""
     # looked for twice: whoever rewrites the table meanwhile takes files away that the newest snapshot does not need
@@ -35,7 +35,7 @@ def _missing_file(lake: Lake, table: Table) -> str | None:
 def missing_files_error(lake: Lake, tables: Iterable[Table]) -> MissingFilesError | None:
     """What is wrong with the first of the tables that has lost a file, and what to do; None: nothing is missing."""
     for table in tables:
-        if (missing := missing_file(lake, table)) is not None:
+        if (missing := find_missing_file(lake, table)) is not None:
             way_out = (
                 "Put it back from the store's versions or a backup."
                 if table.layer == "bronze"

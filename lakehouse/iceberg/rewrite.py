@@ -22,7 +22,7 @@ from pyiceberg.table.snapshots import Snapshot
 from lakehouse.errors import ShopSphereError
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.errors import committing
-from lakehouse.iceberg.maintenance import expire, referenced
+from lakehouse.iceberg.maintenance import expire, referenced_files
 from lakehouse.iceberg.reader import File
 from lakehouse.iceberg.table_handle import AUDIT_BRANCH, TableHandle
 from lakehouse.table import DELETED, SEQUENCE, Table
@@ -37,7 +37,7 @@ the key of a changed one counts as changed."""
 
 
 @dataclass(frozen=True)
-class Rewritten:
+class RewriteResult:
     """What a rewrite did to a table."""
 
     table: str
@@ -46,7 +46,7 @@ class Rewritten:
 
 
 @dataclass(frozen=True)
-class Forgotten:
+class PurgeResult:
     """What forgetting a table's past did."""
 
     table: str
@@ -57,7 +57,7 @@ class Forgotten:
     bytes_deleted: int
 
 
-def rewritten_by(handle: TableHandle, reason: str) -> Snapshot | None:
+def find_rewrite(handle: TableHandle, reason: str) -> Snapshot | None:
     """The snapshot that rewrote the table for this reason; None: none did, or it is gone."""
     for snapshot in handle.iceberg_table.metadata.snapshots:
         if snapshot.summary and snapshot.summary.additional_properties.get(REWRITTEN) == reason:
@@ -65,16 +65,16 @@ def rewritten_by(handle: TableHandle, reason: str) -> Snapshot | None:
     return None
 
 
-def rewrite(lake: Lake, table: Table, edit: Edit, reason: str) -> Rewritten:
+def rewrite(lake: Lake, table: Table, edit: Edit, reason: str) -> RewriteResult:
     """Replace the files with rows that `edit` changes, in one commit, once for each `reason`.
 
     Changed rows get the sequence of the commit, so that tables downstream take them for new. It commits even when nothing
     changes: a writer that began before fails then, and begins anew. Raises CommitConflict.
     """
     handle = lake.load(table)
-    if (done := rewritten_by(handle, reason)) is not None and done.summary:
+    if (done := find_rewrite(handle, reason)) is not None and done.summary:
         told = done.summary.additional_properties
-        return Rewritten(table.name, int(told[ROWS]), int(told[FILES]))
+        return RewriteResult(table.name, int(told[ROWS]), int(told[FILES]))
     files, columns = handle.files(), handle.reader.schema.names
     edited = []
     touched: set[str] = set()
@@ -100,7 +100,7 @@ def rewrite(lake: Lake, table: Table, edit: Edit, reason: str) -> Rewritten:
         changes_rows=bool(removed),
         properties={REWRITTEN: reason, ROWS: str(count), FILES: str(len(removed))},
     )
-    return Rewritten(table.name, count, len(removed))
+    return RewriteResult(table.name, count, len(removed))
 
 
 def replace_rows(handle: TableHandle, gone: pl.Expr, rows: pl.DataFrame) -> int:
@@ -126,7 +126,7 @@ def _without(files: Iterable[File], removed: Iterable[File]) -> frozenset[str]:
     return frozenset(gone | {path for file in files for path in file.deletes if path not in needed})
 
 
-def forget(lake: Lake, table: Table, *, tombstones: bool) -> Forgotten:
+def purge_history(lake: Lake, table: Table, *, tombstones: bool) -> PurgeResult:
     """Leave of a table only its living rows, in files without deletes, and its newest snapshot, whatever branch or tag names
     another.
 
@@ -148,11 +148,11 @@ def forget(lake: Lake, table: Table, *, tombstones: bool) -> Forgotten:
         # yet cannot commit any more
         handle.commit(positions=handle.positions, changes_rows=False)
         handle = lake.load(table)
-    before = referenced(handle)
+    before = referenced_files(handle)
     expired = expire(lake, table, 0, datetime.now(UTC) + timedelta(days=1))
     handle = lake.load(table)
     files, size = _delete_unreferenced(handle, before)
-    return Forgotten(table.name, cleaned, buried, expired, files, size)
+    return PurgeResult(table.name, cleaned, buried, expired, files, size)
 
 
 def _unname(handle: TableHandle, names: Iterable[str]) -> None:
@@ -198,7 +198,7 @@ def file_system(handle: TableHandle) -> tuple[FileSystem, str]:
     return io.fs_by_scheme(scheme, netloc), root
 
 
-def listed(handle: TableHandle) -> list[FileInfo]:
+def list_files(handle: TableHandle) -> list[FileInfo]:
     """All files below a table's location."""
     filesystem, root = file_system(handle)
     found = filesystem.get_file_info(FileSelector(root, recursive=True, allow_not_found=True))
@@ -210,8 +210,8 @@ def _unreferenced(handle: TableHandle) -> tuple[list[FileInfo], list[FileInfo]]:
     io = handle.iceberg_table.io
     filesystem, _ = file_system(handle)
     assert isinstance(io, PyArrowFileIO)
-    found = listed(handle)
-    keep = {io.parse_location(path)[2] for path in referenced(handle)}
+    found = list_files(handle)
+    keep = {io.parse_location(path)[2] for path in referenced_files(handle)}
     newest = filesystem.get_file_info([io.parse_location(handle.iceberg_table.metadata_location)[2]])[0].mtime
     left = [info for info in found if info.path not in keep]
     older = [info for info in left if newest and info.mtime < newest]
@@ -226,11 +226,11 @@ def _delete_unreferenced(handle: TableHandle, before: set[str]) -> tuple[int, in
     older, newer = _unreferenced(handle)
     gone = [*older, *(info for info in newer if info.path in known)]
     for info in gone:
-        delete(filesystem, info.path)
+        delete_file(filesystem, info.path)
     return len(gone), sum(int(info.size or 0) for info in gone)
 
 
-def delete(filesystem: FileSystem, path: str) -> None:
+def delete_file(filesystem: FileSystem, path: str) -> None:
     """Delete a file; one that somebody else deleted first is no error."""
     with contextlib.suppress(FileNotFoundError):
         filesystem.delete_file(path)

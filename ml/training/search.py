@@ -189,7 +189,7 @@ def _tune(folds: Sequence[Prepared], settings: SearchSettings, training: Trainin
         )
 
     storage = storage_of(training) / f"search-{uuid.uuid4().hex[:12]}"
-    storage.make()
+    storage.create()
     filesystem, path = storage.filesystem()
     try:
         grid = tune.Tuner(

@@ -106,7 +106,7 @@ def train_on(
     """Do the same as `train` on an open engine and a checked registry."""
     started, cpu = time.monotonic(), time.process_time()
     if options.training.storage is None:
-        options = replace(options, training=replace(options.training, storage=Storage.of(engine.lake.settings)))
+        options = replace(options, training=replace(options.training, storage=Storage.from_settings(engine.lake.settings)))
     delay = options.split.delay
     with stage(progress, "features"), recorded(engine, "train") as feature_results:
         feature_results += refresh(engine, delay=delay)

@@ -483,7 +483,7 @@ def _fit_on_ray(data: Prepared, settings: TrainingSettings) -> FittedModel:
             "Lower training.workers or training.threads, or raise SHOPSPHERE_RAY__CPUS."
         )
     storage, name = storage_of(settings), _run_name(data, settings)
-    storage.make()
+    storage.create()
     filesystem, path = storage.filesystem()
     trainer = XGBoostTrainer(
         _worker,

@@ -8,7 +8,7 @@ import polars as pl
 
 from lakehouse.engine.engine import Engine, conform, stamp
 from lakehouse.engine.row_diff import with_mark
-from lakehouse.iceberg.rewrite import Rewritten, replace_rows, rewrite, rewritten_by
+from lakehouse.iceberg.rewrite import RewriteResult, find_rewrite, replace_rows, rewrite
 from lakehouse.table import SEQUENCE, Table
 from pipelines.bronze.tables import EVENTS, TABLES
 from pipelines.privacy.anonymise import Anonymiser
@@ -17,7 +17,7 @@ from pipelines.silver import events_clean
 from pipelines.silver.events_clean import EVENTS_CLEAN, parse_events
 
 
-def rewrite_bronze(engine: Engine, erasure: Erasure) -> tuple[Rewritten, ...]:
+def rewrite_bronze(engine: Engine, erasure: Erasure) -> tuple[RewriteResult, ...]:
     """Replace the suppressed values in all bronze tables, one commit per table and once per erasure."""
     suppression = load_suppression(engine.lake)
     assert suppression is not None
@@ -38,7 +38,7 @@ def replace_delta_rows(engine: Engine, erasure: Erasure) -> None:
 
     def attempt() -> None:
         target, bronze = engine.lake.load(EVENTS_CLEAN), engine.lake.load(EVENTS)
-        snapshot = rewritten_by(bronze, erasure.id)
+        snapshot = find_rewrite(bronze, erasure.id)
         sequence = snapshot.sequence_number if snapshot is not None else None
         messages = bronze.read(["topic", "value", "_op", "_source_position", "_source_time"], pl.col(SEQUENCE) == sequence)
         rows = conform(events_clean.transform({"events": parse_events(messages).rows}, engine.context), EVENTS_CLEAN)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lakehouse.byte_search import Needles, Searched
+from lakehouse.byte_search import FileSearchResult, SearchTerms
 from lakehouse.engine.engine import Engine
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.project import Project
 
 StageProgress = Callable[[str, int, int], None]
 """on_progress(stage, done, total)."""
-ModelSearch = Callable[[Lake, Needles], tuple[Searched, str]]
+ModelSearch = Callable[[Lake, SearchTerms], tuple[FileSearchResult, str]]
 """search_models(lake, needles) -> the search result, and the reason why the models could not be searched ('': they were)."""
 
 

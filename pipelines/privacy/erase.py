@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 
-from lakehouse.byte_search import Needles, Searched
+from lakehouse.byte_search import FileSearchResult, SearchTerms
 from lakehouse.errors import ShopSphereError
 from lakehouse.iceberg.catalog import Lake
-from lakehouse.iceberg.rewrite import Forgotten, forget
+from lakehouse.iceberg.rewrite import PurgeResult, purge_history
 from pipelines.privacy.bronze_rewrite import replace_delta_rows, rewrite_bronze
 from pipelines.privacy.context import ErasureContext, StageProgress
 from pipelines.privacy.leftovers import existing_tables, search_tables_and_home
@@ -166,18 +166,18 @@ def refresh_all(context: ErasureContext) -> None:
     context.refresh_on_demand(context.engine)
 
 
-def _forget_history(context: ErasureContext) -> tuple[Forgotten, ...]:
+def _forget_history(context: ErasureContext) -> tuple[PurgeResult, ...]:
     """Remove tombstones, deleted rows, old snapshots and unreferenced files of all tables."""
     lake = context.lake
     return tuple(
-        context.engine.retried(partial(forget, lake, table, tombstones=table.keeps_tombstones))
+        context.engine.retried(partial(purge_history, lake, table, tombstones=table.keeps_tombstones))
         for table in existing_tables(lake, context.project)
     )
 
 
-def _search(context: ErasureContext, erasure: Erasure, texts: tuple[str, ...]) -> tuple[Searched, tuple[str, ...]]:
+def _search(context: ErasureContext, erasure: Erasure, texts: tuple[str, ...]) -> tuple[FileSearchResult, tuple[str, ...]]:
     """Search for the texts everywhere and empty the topic of scores; also return the reasons why something was not reached."""
-    needles = Needles(texts)
+    needles = SearchTerms(texts)
     searched = search_tables_and_home(context.lake, context.project, needles)
     models, models_unreached = context.search_models(context.lake, needles)
     scores_unreached = delete_scores(context.lake, context.scores_topic(), erasure)

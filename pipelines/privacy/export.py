@@ -14,7 +14,7 @@ from typing import Any
 
 import polars as pl
 
-from lakehouse.byte_search import Needles
+from lakehouse.byte_search import SearchTerms
 from lakehouse.errors import ShopSphereError
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.json_values import to_json_value
@@ -152,7 +152,7 @@ def _quarantined_rows(lake: Lake, found: Mapping[str, pl.DataFrame]) -> pl.DataF
             if name in found and column in found[name].columns:
                 contacts |= set(found[name][column].drop_nulls())
     texts = pl.Series([(value or b"").decode("utf-8", "replace") for value in rows["original"]], dtype=pl.String)
-    return rows.filter(rows["source_position"].is_in(positions) | Needles(tuple(sorted(contacts))).hits(texts))
+    return rows.filter(rows["source_position"].is_in(positions) | SearchTerms(tuple(sorted(contacts))).hits(texts))
 
 
 def _to_csv(rows: pl.DataFrame) -> str:

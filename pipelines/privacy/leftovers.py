@@ -6,9 +6,9 @@ from pathlib import Path
 
 from pyarrow.fs import FileInfo, FileSelector, FileType, LocalFileSystem
 
-from lakehouse.byte_search import Needles, Searched, search_files
+from lakehouse.byte_search import FileSearchResult, SearchTerms, search_files
 from lakehouse.iceberg.catalog import Lake
-from lakehouse.iceberg.rewrite import file_system, listed
+from lakehouse.iceberg.rewrite import file_system, list_files
 from lakehouse.project import Project
 from lakehouse.run_history import OPERATIONS
 from lakehouse.table import Table
@@ -20,13 +20,13 @@ def existing_tables(lake: Lake, project: Project) -> list[Table]:
     return [table for table in (*project.tables.values(), *OPERATIONS.values()) if lake.exists(table)]
 
 
-def search_tables_and_home(lake: Lake, project: Project, needles: Needles) -> Searched:
+def search_tables_and_home(lake: Lake, project: Project, needles: SearchTerms) -> FileSearchResult:
     """Search all files below the location of every table, and the files of the home directory."""
-    total = Searched()
+    total = FileSearchResult()
     seen: set[str] = set()
     for table in existing_tables(lake, project):
         handle = lake.load(table)
-        files = listed(handle)
+        files = list_files(handle)
         seen |= {info.path for info in files}
         total += search_files(file_system(handle)[0], files, needles)
     others = [info for info in _home_files(Path(lake.settings.home).absolute()) if info.path not in seen]

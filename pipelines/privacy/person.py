@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import polars as pl
 
-from lakehouse.byte_search import Needles
+from lakehouse.byte_search import SearchTerms
 from lakehouse.errors import ShopSphereError
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.table import BOOKKEEPING, Table
@@ -179,8 +179,8 @@ def plan_erasure(lake: Lake, person: DataSubject, pseudonyms: Pseudonyms, erasur
     made = {pseudonyms.name(one.id) for one in erasures(lake)}
     texts = _texts_of({one for one in seen if one.kind != "name" or one.raw not in made}, wide)
     left: set[str] = set()
-    sure = Needles(tuple(sorted({text for kind, text in texts if kind in SURE})))
-    every = Needles(tuple(sorted({text for _, text in texts})))
+    sure = SearchTerms(tuple(sorted({text for kind, text in texts if kind in SURE})))
+    every = SearchTerms(tuple(sorted({text for _, text in texts})))
     for table in TABLES:
         if table.name not in rows:
             continue

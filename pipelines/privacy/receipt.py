@@ -12,10 +12,10 @@ from typing import Any
 import msgspec
 import polars as pl
 
-from lakehouse.byte_search import Searched
+from lakehouse.byte_search import FileSearchResult
 from lakehouse.digest import digest
 from lakehouse.iceberg.catalog import Lake
-from lakehouse.iceberg.rewrite import Forgotten, Rewritten
+from lakehouse.iceberg.rewrite import PurgeResult, RewriteResult
 from lakehouse.json_values import to_json_value
 from pipelines.bronze.tables import TABLES
 from pipelines.gold.sales_daily import SALES_DAILY
@@ -55,9 +55,9 @@ class Receipt:
     finished_at: datetime
     values: int
     shared: dict[str, int]
-    rewritten: tuple[Rewritten, ...]
-    forgotten: tuple[Forgotten, ...]
-    searched: Searched
+    rewritten: tuple[RewriteResult, ...]
+    forgotten: tuple[PurgeResult, ...]
+    searched: FileSearchResult
     proved: bool
     sums_before: SalesTotals | None
     sums_after: SalesTotals

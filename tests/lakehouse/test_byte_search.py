@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow.fs import FileSelector, FileType, LocalFileSystem
 
-from lakehouse.byte_search import Needles, search_bytes, search_files
+from lakehouse.byte_search import SearchTerms, search_bytes, search_files
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.table import Table, column
 from pipelines.settings import Settings
@@ -24,7 +24,7 @@ def zstd(content: bytes) -> bytes:
     return bytes(pa.compress(content, codec="zstd", asbytes=True))
 
 
-NEEDLES = Needles(("Ada@X.example", "+49 151 2345", "Zoë Straße"))
+NEEDLES = SearchTerms(("Ada@X.example", "+49 151 2345", "Zoë Straße"))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_parquet_is_read_whatever_its_encoding(compression: str, tmp_path: Path)
             pq.write_table(pa.table({"c": column_}), tmp_path / "f", compression=compression, use_dictionary=dictionary)
             content = (tmp_path / "f").read_bytes()
             assert search_bytes("f", content, NEEDLES).matches == ("f",)
-            assert search_bytes("f", content, Needles(("somebody else",))).matches == ()
+            assert search_bytes("f", content, SearchTerms(("somebody else",))).matches == ()
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zstd, bytes])
@@ -117,7 +117,7 @@ def test_a_file_that_vanishes_is_not_there() -> None:
 
 
 def test_nothing_is_looked_for_without_texts() -> None:
-    assert search_bytes("f", b"anything", Needles(())).matches == ()
+    assert search_bytes("f", b"anything", SearchTerms(())).matches == ()
 
 
 def test_a_file_whose_content_did_not_come_is_not_one_that_holds_nothing(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from support.erasure_world import context_of, somebody, texts_of
 import pipelines
 from app import sandbox
 from app.project import PROJECT
-from lakehouse.byte_search import Needles, search_bytes
+from lakehouse.byte_search import SearchTerms, search_bytes
 from lakehouse.digest import digest
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.maintenance import maintain
@@ -111,4 +111,4 @@ def erased_there(settings: Settings) -> None:
     assert keys
     for key in keys:
         content = client.get_object(Bucket="lake", Key=key)["Body"].read()
-        assert not search_bytes(key, content, Needles(tuple(texts_of(person)))).matches
+        assert not search_bytes(key, content, SearchTerms(tuple(texts_of(person)))).matches

@@ -21,7 +21,7 @@ from lakehouse import openlineage as lineage
 from lakehouse.engine.engine import Engine
 from lakehouse.expectations import ExpectationsFailed
 from lakehouse.iceberg.table_handle import TableHandle
-from lakehouse.openlineage import Receiver, configured, reported
+from lakehouse.openlineage import Receiver, configured, emit_events
 from lakehouse.run_history import RunRecord
 from lakehouse.step import Grouped
 
@@ -56,7 +56,7 @@ def events_in(log: Path) -> list[dict]:
 def run(engine: Engine) -> RunRecord:
     """A run of both steps, as a pass does it."""
     one = RunRecord("run")
-    with reported(engine, one, lambda: "abc123") as events:
+    with emit_events(engine, one, lambda: "abc123") as events:
         for step in (SALES_STEP, TOTALS_STEP):
             try:
                 report = engine.refresh(step)
@@ -73,7 +73,7 @@ def test_without_configuration_nothing_is_sent_or_imported(engine, monkeypatch):
     monkeypatch.setattr("openlineage.client.OpenLineageClient.__init__", lambda *_: pytest.fail("a client was made"))
     assert not configured()
     receive(engine, (1, "north", 10))
-    with reported(engine, RunRecord("run"), lambda: pytest.fail("the version was asked for")) as events:
+    with emit_events(engine, RunRecord("run"), lambda: pytest.fail("the version was asked for")) as events:
         assert events is None
         engine.refresh(SALES_STEP)
 
@@ -231,7 +231,7 @@ def test_a_run_that_is_cut_short_ends_what_it_has_begun(engine, to_file, error, 
     def transform(frames: object, context: object) -> None:
         raise error("north@example.org")
 
-    with pytest.raises(error), reported(engine, RunRecord("run"), lambda: "abc123"):
+    with pytest.raises(error), emit_events(engine, RunRecord("run"), lambda: "abc123"):
         engine.refresh(replace(SALES_STEP, transform=transform))
     assert [(event["eventType"], event["job"]["name"]) for event in events_in(to_file)] == [
         ("START", "run"),

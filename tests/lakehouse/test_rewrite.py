@@ -8,12 +8,12 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from lakehouse.byte_search import Needles, search_files
+from lakehouse.byte_search import SearchTerms, search_files
 from lakehouse.digest import digest
 from lakehouse.errors import CommitConflict
 from lakehouse.iceberg.catalog import Lake
-from lakehouse.iceberg.maintenance import referenced
-from lakehouse.iceberg.rewrite import file_system, forget, listed, replace_rows, rewrite
+from lakehouse.iceberg.maintenance import referenced_files
+from lakehouse.iceberg.rewrite import file_system, list_files, purge_history, replace_rows, rewrite
 from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.table import Table, column
 from pipelines.settings import Settings
@@ -88,12 +88,12 @@ def test_forgetting_leaves_the_rows_and_nothing_else(lake: Lake) -> None:
         positions=handle.positions,
     )
     write(lake.load(TABLE), [70], "buried", deleted=True)
-    stray = listed(lake.load(TABLE))[0].path + ".left.parquet"
+    stray = list_files(lake.load(TABLE))[0].path + ".left.parquet"
     Path(stray).write_bytes(b"of a run that died")
     write(lake.load(TABLE), [71], "last")
     was, positions = digest(lake.load(TABLE)), lake.load(TABLE).positions
     sequence = lake.load(TABLE).data_sequence
-    done = forget(lake, TABLE, tombstones=True)
+    done = purge_history(lake, TABLE, tombstones=True)
     after = lake.load(TABLE)
     assert done.tombstones == 1
     assert digest(after) == was
@@ -101,22 +101,22 @@ def test_forgetting_leaves_the_rows_and_nothing_else(lake: Lake) -> None:
     assert len(after.iceberg_table.metadata.snapshots) == 1
     assert not Path(stray).exists()
     assert not [file for file in after.files() if file.deletes]
-    needed = {path.removeprefix("file://") for path in referenced(after)}
-    assert {info.path for info in listed(after)} == needed
+    needed = {path.removeprefix("file://") for path in referenced_files(after)}
+    assert {info.path for info in list_files(after)} == needed
     # manifests tell the bounds of columns, and a snapshot those of the files that it removed
     filesystem, _ = file_system(after)
-    assert search_files(filesystem, listed(after), Needles(("one", "buried"))).matches == ()
-    assert len(search_files(filesystem, listed(after), Needles(("three",))).matches) == 2
-    assert forget(lake, TABLE, tombstones=True).files_deleted == 0
+    assert search_files(filesystem, list_files(after), SearchTerms(("one", "buried"))).matches == ()
+    assert len(search_files(filesystem, list_files(after), SearchTerms(("three",))).matches) == 2
+    assert purge_history(lake, TABLE, tombstones=True).files_deleted == 0
 
 
 def test_what_a_dead_writer_left_after_the_last_commit_goes_too(lake: Lake) -> None:
     handle = lake.load(TABLE)
-    forget(lake, TABLE, tombstones=True)
-    stray = Path(listed(lake.load(TABLE))[0].path + ".left.parquet")
+    purge_history(lake, TABLE, tombstones=True)
+    stray = Path(list_files(lake.load(TABLE))[0].path + ".left.parquet")
     stray.write_bytes(b"PAR1 half a file")
     was = digest(lake.load(TABLE))
-    assert forget(lake, TABLE, tombstones=True).files_deleted >= 1
+    assert purge_history(lake, TABLE, tombstones=True).files_deleted >= 1
     assert not stray.exists()
     assert digest(lake.load(TABLE)) == was
     with pytest.raises(CommitConflict):  # whoever may have written it
@@ -135,19 +135,19 @@ def test_no_branch_tag_or_other_engine_keeps_the_past(lake: Lake) -> None:
     loaded = lake.load(TABLE).iceberg_table
     loaded.append(pa.table({**extra, "text": ["of another engine"]}, schema=schema))
     was, positions = digest(lake.load(TABLE)), lake.load(TABLE).positions
-    forget(lake, TABLE, tombstones=True)
+    purge_history(lake, TABLE, tombstones=True)
     after = lake.load(TABLE)
     assert (digest(after), after.positions) == (was, positions)
     assert list(after.iceberg_table.metadata.refs) == ["main"]
     assert len(after.iceberg_table.metadata.snapshots) == 1
-    assert {info.path for info in listed(after)} == {path.removeprefix("file://") for path in referenced(after)}
+    assert {info.path for info in list_files(after)} == {path.removeprefix("file://") for path in referenced_files(after)}
 
 
 def test_a_writer_at_work_while_the_past_is_forgotten_begins_anew(lake: Lake) -> None:
     handle = lake.load(TABLE)
     written = handle.writer.write(pl.DataFrame({"id": [5], "text": ["x"], "_seq": [9], "_group_hash": [0], "_deleted": [False]}))
     write(lake.load(TABLE), [6], "first")
-    forget(lake, TABLE, tombstones=False)
+    purge_history(lake, TABLE, tombstones=False)
     with pytest.raises(CommitConflict):
         handle.commit(written, positions={})
     write(lake.load(TABLE), [7], "next")

@@ -20,7 +20,7 @@ from lakehouse.iceberg.maintenance import maintain
 from lakehouse.iceberg.reader import File, FileReader
 from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.query import query
-from lakehouse.run_history import OPERATIONS, RESULTS, RUNS, RunHistory, RunRecord, forget, last_results, past_runs
+from lakehouse.run_history import OPERATIONS, RESULTS, RUNS, RunHistory, RunRecord, delete_old_days, last_results, past_runs
 from lakehouse.table import Table
 
 
@@ -102,7 +102,7 @@ def test_old_days_are_dropped_and_young_ones_stay(engine):
     for days in (200, 100, 3):
         long_ago = RunRecord("run", started_at=datetime.now(UTC) - timedelta(days=days))
         RunHistory(engine.lake).note(engine, long_ago, [StepResult(SALES.name, "changed")])
-    assert forget(engine.lake, 120, datetime.now(UTC)) == 1
+    assert delete_old_days(engine.lake, 120, datetime.now(UTC)) == 1
     assert len(past_runs(engine.lake, 10)) == 2
     for table in OPERATIONS.values():
         if engine.lake.exists(table):
@@ -159,7 +159,7 @@ def test_old_days_go_while_a_run_notes_its_own(engine, monkeypatch, after):
 
     monkeypatch.setattr(Lake, "load", overtaken)
     if after == 1:
-        assert forget(engine.lake, 120, now) == 1
+        assert delete_old_days(engine.lake, 120, now) == 1
     else:
         assert maintain(engine.lake, RUNS, now + timedelta(days=9)).snapshots_expired
     assert loaded > after

@@ -29,15 +29,15 @@ def settings(home: Path, storage: str = "", properties: dict[str, str] | None = 
     ],
 )
 def test_what_the_settings_say(tmp_path: Path, storage: str, properties: dict[str, str], place: str) -> None:
-    found = Storage.of(settings(tmp_path, storage, properties))
-    assert found.place == place.replace("HOME", str(tmp_path))
+    found = Storage.from_settings(settings(tmp_path, storage, properties))
+    assert found.location == place.replace("HOME", str(tmp_path))
     assert "hush" not in repr(found) + str(found)
 
 
 def test_a_directory_of_a_disk_comes_and_goes(tmp_path: Path) -> None:
     made = Storage.on_disk(tmp_path / "a") / "b"
     made.remove()
-    made.make()
+    made.create()
     (tmp_path / "a" / "b" / "file").write_text("x")
     assert made.filesystem() == (None, str(tmp_path / "a" / "b"))
     made.remove()

@@ -42,7 +42,7 @@ def counted(function):
         return result
     return call
 lakehouse.iceberg.table_handle.TableHandle.commit = counted(lakehouse.iceberg.table_handle.TableHandle.commit)
-lakehouse.iceberg.rewrite.delete = counted(lakehouse.iceberg.rewrite.delete)
+lakehouse.iceberg.rewrite.delete_file = counted(lakehouse.iceberg.rewrite.delete_file)
 pipelines.privacy.receipt.replace_private_file = counted(pipelines.privacy.receipt.replace_private_file)
 code = main(["erase", "--email", sys.argv[3]])
 print("writes", count, file=sys.stderr)
