@@ -1,4 +1,4 @@
-"""All endpoints as one Starlette application, with the state that they answer from."""
+"""The HTTP application of a replica: all endpoints and pages, and the online state behind them."""
 
 from __future__ import annotations
 
@@ -23,18 +23,23 @@ from ml.registry import Registry
 from pipelines.settings import BusinessSettings, Settings
 from pipelines.silver.orders_unified import ORDERS_UNIFIED
 from serve.api.customers import Customers
-from serve.api.fraud import SETTLE, Fraud
+from serve.api.fraud import Fraud
 from serve.api.inventory import Inventory
 from serve.api.openapi import describe
-from serve.http.edges import LATER, MULTIPROCESS, REJECTED, STALENESS, AccessLog, ApiRequest, Edge, Endpoint, Gate, Routes, answer
+from serve.http.access_log import AccessLog
+from serve.http.bounded_pool import BoundedThreadPool
+from serve.http.endpoints import ApiRequest, Endpoint, json_response
 from serve.http.keys import Keys
-from serve.http.problems import Problem, busy
-from serve.pages.pages import Page
+from serve.http.metrics import EVENTS_AFTER_SNAPSHOT, MULTIPROCESS_VARIABLE, REJECTED_MESSAGES, STALENESS
+from serve.http.problems import Problem, retry_later
+from serve.http.router import EndpointApp, Router
+from serve.pages.site import Site
 from serve.settings import ServeSettings
 from serve.state.lake_snapshot import StateError
-from serve.state.models import ModelWatch
+from serve.state.models import ModelWatcher
 from serve.state.online_state import OnlineState
-from serve.state.score_topic import ScoreLog
+from serve.state.score_topic import ScoreTopic
+from serve.state.scoring_state import LAKE_DELAY
 from serve.state.table_cache import TableCache
 from serve.state.topic_follower import TopicFollower
 
@@ -42,10 +47,15 @@ logger = logging.getLogger("shopsphere.serve")
 
 VERSION = "1"
 TICK_SECONDS = 0.5
+READY_POLL_SECONDS = 0.05
+HTTP_ERRORS = {
+    404: "This path does not exist. /openapi.json lists all paths.",
+    405: "This path does not support this method.",
+}
 
 
 class Application:
-    """What a replica is made of."""
+    """A replica: its state, its background tasks and its endpoints."""
 
     def __init__(
         self,
@@ -56,164 +66,201 @@ class Application:
         *,
         project: Project,
     ) -> None:
-        """keys: None: those of the settings' file. project: its tables are shown on the freshness page."""
+        """keys: None: read them from the file in the settings. project: its tables are listed on the freshness page."""
         self.project = project
         self._keys = keys
         self.settings, self.serving = settings, serving
-        self.state = OnlineState(settings, serving, context, self._on_line)
-        self.lookups = Gate("lookup", serving.lookup_threads, serving.lookup_queue)
-        self.asking = Gate("sources", 1, serving.lookup_queue)
-        self._began = 0.0
+        self.state = OnlineState(settings, serving, context, self._prepare_follower)
+        self.lookup_pool = BoundedThreadPool("lookup", serving.lookup_threads, serving.lookup_queue)
+        self.status_pool = BoundedThreadPool("sources", 1, serving.lookup_queue)
+        self._started = 0.0
         self.log = AccessLog(Path(settings.home) / "logs" / f"access-{os.getpid()}.jsonl")
-        self.inventory = Inventory(self.state, self.lookups)
-        self.snapshots = TableCache(Lake(settings))
-        self.scoring = Gate("scoring", 1, serving.scoring_queue)
-        self.watch = ModelWatch(Registry(home=Path(settings.home)), serving.model_seconds)
-        self.fraud = Fraud(serving, context, self.snapshots, self.inventory, self.watch, self.scoring)
-        self.scores = ScoreLog(settings.kafka, serving.scores_topic, self.fraud.heard)
-        self.fraud.log = self.scores
-        self.customers = Customers(self.snapshots, self.lookups, settings.default_region, settings.base_currency)
+        self.inventory = Inventory(self.state, self.lookup_pool)
+        self.tables = TableCache(Lake(settings))
+        self.scoring_pool = BoundedThreadPool("scoring", 1, serving.scoring_queue)
+        self.models = ModelWatcher(Registry(home=Path(settings.home)), serving.model_seconds)
+        self.fraud = Fraud(
+            serving=serving,
+            context=context,
+            tables=self.tables,
+            state=self.state,
+            models=self.models,
+            pool=self.scoring_pool,
+        )
+        self.scores = ScoreTopic(settings.kafka, serving.scores_topic, self.fraud.add_score)
+        self.fraud.topic = self.scores
+        self.customers = Customers(self.tables, self.lookup_pool, settings.default_region, settings.base_currency)
 
-    def _on_line(self, line: TopicFollower) -> None:
-        """A newer snapshot is about to answer."""
-        self.fraud.refresh(line)
+    def _prepare_follower(self, follower: TopicFollower) -> None:
+        """Rebuild the scoring state before a follower of a newer snapshot starts to answer."""
+        self.fraud.refresh(follower)
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
-        """Everything that can be asked."""
-        return (*self.fraud.endpoints, *self.inventory.endpoints, *self.customers.endpoints, *self._own)
+        """All endpoints in /openapi.json."""
+        return (*self.fraud.endpoints, *self.inventory.endpoints, *self.customers.endpoints, *self._own_endpoints)
 
     @property
-    def _own(self) -> tuple[Endpoint, ...]:
+    def _own_endpoints(self) -> tuple[Endpoint, ...]:
         return (
-            Endpoint("GET", "/-/healthz", "healthz", "Whether the process lives.", self._healthz, str, media_type="text/plain"),
             Endpoint(
-                "GET",
-                "/-/readyz",
-                "readyz",
-                "Whether it has something to answer with.",
-                self._readyz,
-                str,
+                method="GET",
+                path="/-/healthz",
+                name="healthz",
+                doc="Liveness: the process runs.",
+                handler=self._healthz,
+                answer=str,
+                media_type="text/plain",
+            ),
+            Endpoint(
+                method="GET",
+                path="/-/readyz",
+                name="readyz",
+                doc="Readiness: the state is loaded.",
+                handler=self._readyz,
+                answer=str,
                 media_type="text/plain",
                 statuses=(503,),
             ),
-            Endpoint("GET", "/-/metrics", "metrics", "Prometheus metrics.", self._metrics, str, media_type="text/plain"),
-            Endpoint("GET", "/openapi.json", "openapi", "This description.", self._openapi, dict),
+            Endpoint(
+                method="GET",
+                path="/-/metrics",
+                name="metrics",
+                doc="Prometheus metrics.",
+                handler=self._metrics,
+                answer=str,
+                media_type="text/plain",
+            ),
+            Endpoint(
+                method="GET",
+                path="/openapi.json",
+                name="openapi",
+                doc="This OpenAPI document.",
+                handler=self._openapi,
+                answer=dict,
+            ),
         )
 
-    async def _healthz(self, asked: ApiRequest) -> Response:
+    async def _healthz(self, request: ApiRequest) -> Response:
         return PlainTextResponse("alive\n")
 
-    async def _readyz(self, asked: ApiRequest) -> Response:
-        if missing := self.missing:
-            raise busy(503, missing, 2)
+    async def _readyz(self, request: ApiRequest) -> Response:
+        if reason := self.not_ready_reason:
+            raise retry_later(503, reason, 2)
         return PlainTextResponse("ready\n")
 
-    async def _metrics(self, asked: ApiRequest) -> Response:
+    async def _metrics(self, request: ApiRequest) -> Response:
         self.log.flush()
         registry = REGISTRY
-        if MULTIPROCESS in os.environ:
+        if MULTIPROCESS_VARIABLE in os.environ:
             registry = CollectorRegistry()
             multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-    async def _openapi(self, asked: ApiRequest) -> Response:
-        return answer(describe(self.endpoints, VERSION))
+    async def _openapi(self, request: ApiRequest) -> Response:
+        return json_response(describe(self.endpoints, VERSION))
 
     async def _tick(self) -> None:
-        """What is done every half second: gauges, and the lines of the access log."""
+        """Every half second: update gauges and flush the access log."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
             self.log.flush()
             if self.state.ready.is_set():
-                line = self.state.line
-                STALENESS.set(self.state.freshness(line).staleness_ms / 1000)
-                LATER.set(line.stock.later.height)
-                REJECTED.set(line.stock.rejected)
+                follower = self.state.follower
+                STALENESS.set(self.state.freshness(follower).staleness_ms / 1000)
+                EVENTS_AFTER_SNAPSHOT.set(follower.stock.later.height)
+                REJECTED_MESSAGES.set(follower.stock.rejected)
 
-    def _hear(self) -> None:
-        """Scores whose answer may be asked for again, or whose order the lakehouse may not have."""
+    def _start_reading_scores(self) -> None:
+        """Read scores that may have to be repeated, or whose order the lakehouse may not have yet."""
         since = datetime.now(UTC) - timedelta(seconds=self.serving.same_answer_seconds)
-        has = self.snapshots.of(ORDERS_UNIFIED).at
-        self.scores.start(min(since, has - SETTLE) if has is not None else since)
+        committed = self.tables.get(ORDERS_UNIFIED).committed_at
+        self.scores.start(min(since, committed - LAKE_DELAY) if committed is not None else since)
 
     async def _refresh(self) -> None:
-        """Orders and labels that the lakehouse has learned of."""
+        """Take over new orders and labels from the lakehouse."""
         while True:
             await asyncio.sleep(self.serving.refresh_seconds)
             try:
                 if self.state.ready.is_set():
                     await asyncio.to_thread(self.fraud.refresh)
             except Exception:
-                logger.exception("reading the orders failed; those known before go on serving")
+                logger.exception("Reading orders from the lakehouse failed; scoring continues with the previous ones")
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """The state is followed while the application runs."""
-        self._began = time.monotonic()
+        """Maintain the state while the application runs."""
+        self._started = time.monotonic()
         self.state.start()
-        self.watch.start()
-        await asyncio.to_thread(self._hear)
-        # Ray Serve sends requests as soon as this is over
-        await self._until_ready()
-        beside = [asyncio.create_task(self._tick()), asyncio.create_task(self._refresh())]
+        self.models.start()
+        await asyncio.to_thread(self._start_reading_scores)
+        # Ray Serve sends requests as soon as this returns
+        await self._wait_until_ready()
+        tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._refresh())]
         try:
             yield
         finally:
-            for task in beside:
+            for task in tasks:
                 task.cancel()
             await asyncio.to_thread(self.close)
 
     @property
-    def missing(self) -> str | None:
-        """What it waits for before it should be asked."""
+    def not_ready_reason(self) -> str | None:
+        """Why the replica should not receive requests yet; None: it is ready."""
         if not self.state.ready.is_set():
-            return self.state.error or "The state is being read."
-        if not self.watch.looked.is_set():
+            return self.state.error or "The online state is being loaded."
+        if not self.models.first_check_done.is_set():
             return "The models are being loaded."
-        if not self.scores.caught_up.is_set() and time.monotonic() - self._began < self.serving.start_seconds:
+        if not self.scores.caught_up.is_set() and time.monotonic() - self._started < self.serving.start_seconds:
             return "The scores of other replicas are being read."
         return None
 
-    async def _until_ready(self) -> None:
-        """Wait, not for ever: what cannot become ready says so at /-/readyz and in each answer."""
-        while self.missing is not None and time.monotonic() - self._began < self.serving.start_seconds * 2:
-            await asyncio.sleep(0.05)
+    async def _wait_until_ready(self) -> None:
+        """Wait a limited time; a replica that cannot become ready reports the reason at /-/readyz and in each answer."""
+        while self.not_ready_reason is not None and time.monotonic() - self._started < self.serving.start_seconds * 2:
+            await asyncio.sleep(READY_POLL_SECONDS)
 
     def check_health(self) -> None:
-        """Raises when the thread that follows the snapshots is gone: only a new process helps then."""
+        """Raise StateError when the thread that reads snapshots has died, which only a new process can fix."""
         if not self.state.alive:
-            raise StateError(self.state.error or "The state is not followed any more.")
+            raise StateError(self.state.error or "The thread that reads snapshots of the lakehouse has died.")
 
     def close(self) -> None:
-        """End what runs beside the requests, and write what is kept back."""
-        self.lookups.close()
-        self.asking.close()
-        self.scoring.close()
+        """Stop all threads and flush what is buffered."""
+        self.lookup_pool.close()
+        self.status_pool.close()
+        self.scoring_pool.close()
         self.scores.stop()
-        self.watch.stop()
+        self.models.stop()
         self.state.stop()
         self.log.flush()
 
     def asgi(self) -> Starlette:
-        """The application. Raises SettingsError."""
+        """Return the ASGI application. Raises SettingsError."""
         keys = Keys.read(self.serving.keys) if self._keys is None else self._keys
-        page = Page(
-            Lake(self.settings), self.project, self.customers, self.inventory, self.fraud, self.lookups, self.asking, keys
+        site = Site(
+            lake=Lake(self.settings),
+            project=self.project,
+            customers=self.customers,
+            inventory=self.inventory,
+            fraud=self.fraud,
+            lookup_pool=self.lookup_pool,
+            status_pool=self.status_pool,
+            keys=keys,
         )
 
-        async def unknown(request: Request, error: Exception) -> Response:
-            problem = _unknown(error)
-            return page.problem(request, problem) if "text/html" in request.headers.get("accept", "") else problem.response
+        async def http_error(request: Request, error: Exception) -> Response:
+            problem = _http_problem(error)
+            return site.problem(request, problem) if "text/html" in request.headers.get("accept", "") else problem.response
 
-        return Routes(
-            [Edge(one, keys, self.log) for one in (*self.endpoints, *page.endpoints)],
+        return Router(
+            [EndpointApp(endpoint, keys, self.log) for endpoint in (*self.endpoints, *site.endpoints)],
             lifespan=self.lifespan,
-            exception_handlers={HTTPException: unknown},
+            exception_handlers={HTTPException: http_error},
         )
 
 
-def _unknown(error: Exception) -> Problem:
+def _http_problem(error: Exception) -> Problem:
     assert isinstance(error, HTTPException)
-    detail = {404: "There is nothing at this path; /openapi.json lists what there is.", 405: "This path has other methods."}
-    return Problem(error.status_code, detail.get(error.status_code, "This cannot be done."), headers=error.headers)
+    detail = HTTP_ERRORS.get(error.status_code, "The request failed.")
+    return Problem(error.status_code, detail, headers=error.headers)

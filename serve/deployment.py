@@ -19,9 +19,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from lakehouse.errors import SettingsError, ShopSphereError
 from lakehouse.project import Project
 from pipelines.settings import Settings, business_settings, load_settings
-from serve.application import MULTIPROCESS, Application
-from serve.http.edges import DIRECT
+from serve.application import Application
 from serve.http.keys import Keys
+from serve.http.metrics import MULTIPROCESS_VARIABLE
+from serve.http.router import API_PREFIX
 from serve.settings import ServeSettings, load_serve_settings
 
 logger = logging.getLogger("shopsphere.serve")
@@ -32,19 +33,19 @@ FAST_PATH: Mapping[str, str] = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-    # by default each request's path and query, which may name a person, are sent to whatever listens on UDP 514
+    # by default the path and query of each request, which may contain personal data, are sent to UDP port 514
     "RAY_SERVE_HAPROXY_LOG_TARGET": "/dev/null",
 }
-"""Must be in the environment before Ray starts. A factor of ten in requests per second; see docs/concepts/serving.md."""
+"""Must be in the environment before Ray starts. Ten times as many requests per second; see docs/concepts/serving.md."""
 
-OWN_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
-"""Of HAProxy, beside the one that it serves on; by default the same for all that serve on a machine."""
+HAPROXY_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
+"""HAProxy's further ports, by default the same for every installation on a machine."""
 
-BUSY_REQUESTS = 1_000
+MAX_ONGOING_REQUESTS = 1_000
 
 
 def check(serving: ServeSettings) -> None:
-    """What must hold before anything listens. Raises SettingsError, ShopSphereError."""
+    """Check the API keys and that the address is free before serving starts. Raises SettingsError, ShopSphereError."""
     if not serving.loopback and not Keys.read(serving.keys).keys:
         raise _no_keys(serving)
     with socket.socket() as probe:
@@ -53,48 +54,51 @@ def check(serving: ServeSettings) -> None:
             probe.bind((serving.host, serving.port))
         except OSError as error:
             raise ShopSphereError(
-                f"{serving.host}:{serving.port} cannot be listened on ({error.strerror}). Choose another: --port, --host."
+                f"Cannot listen on {serving.host}:{serving.port} ({error.strerror}). Choose another with --host or --port."
             ) from None
 
 
 def node_environment() -> dict[str, str]:
-    """What must be in the environment before Ray starts on a node that serves for itself: FAST_PATH, and free ports, so
-    that others can serve on the same machine."""
+    """Return the environment that Ray needs on a node that serves by itself: FAST_PATH and free ports for HAProxy, so that
+    several installations can serve on one machine."""
     with contextlib.ExitStack() as probes:
         ports = []
-        for _ in OWN_PORTS:
+        for _ in HAPROXY_PORTS:
             probe = probes.enter_context(socket.socket())
             probe.bind(("", 0))
             ports.append(str(probe.getsockname()[1]))
-    return {**FAST_PATH, **dict(zip(OWN_PORTS, ports, strict=True))}
+    return {**FAST_PATH, **dict(zip(HAPROXY_PORTS, ports, strict=True))}
 
 
 def _no_keys(serving: ServeSettings) -> SettingsError:
     return SettingsError(
-        f"Serving on {serving.host} needs API keys, and {serving.keys} has none. "
-        "Make one: python -m app api-key NAME --scope inventory; or serve on 127.0.0.1."
+        f"Serving on {serving.host} requires API keys, and {serving.keys} has none. "
+        "Create one with: python -m app api-key NAME --scope inventory. Or serve on 127.0.0.1."
     )
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Variables of a replica's process beside those of its node, where all others are set: Ray shows these to whoever may
-    look at the cluster, so no secret may be among them."""
+    """Return the variables of a replica's process that differ from its node's.
+
+    Ray shows them to everyone who can view the cluster, so they must not contain secrets.
+    """
     return {
         **FAST_PATH,
         "SHOPSPHERE_HOME": str(home),
-        MULTIPROCESS: str(home / "serve" / "metrics"),
+        MULTIPROCESS_VARIABLE: str(home / "serve" / "metrics"),
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}:middlewares",
-        # frames of a row or two: threads for them cost more than they give
+        # for frames of a row or two, threads cost more than they gain
         "OMP_NUM_THREADS": "1",
         "POLARS_MAX_THREADS": "1",
     }
 
 
-class Direct:
-    """Middleware in a replica's HTTP server, outside of Ray Serve's wrapper: that costs many times what a look-up does.
+class BypassRayServe:
+    """Middleware in a replica's HTTP server that passes API requests around Ray Serve's wrapper, which costs many times as
+    much as a look-up.
 
-    What it does for a request (log line, metrics, an id, tasks that await a disconnect), the edges do. Ray Serve still
-    starts the server, asks after its health, and drains it: what is under way is answered before the process ends.
+    What the wrapper does for a request (access log, metrics, disconnects), EndpointApp does. Ray Serve still starts the
+    server, health-checks it and drains it: requests in flight are answered before the process ends.
     """
 
     def __init__(self, wrapped: ASGIApp) -> None:
@@ -109,41 +113,41 @@ class Direct:
         return replica.app  # type: ignore[no-any-return]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        if scope["type"] != "http" or not scope["path"].startswith(DIRECT):
+        """Serve one request."""
+        if scope["type"] != "http" or not scope["path"].startswith(API_PREFIX):
             await self.wrapped(scope, receive, send)
             return
         try:
             await self.application(scope, receive, send)
-        except Exception:  # while the answer was sent: uvicorn's log is switched off in a replica
-            logger.exception("an answer was cut off")
+        except Exception:  # while the response was being sent; uvicorn's own log is disabled in a replica
+            logger.exception("Sending a response failed")
             raise
 
 
 def middlewares() -> list[Middleware]:
-    """What Ray Serve puts around its own application in a replica's HTTP server."""
-    return [Middleware(Direct)]
+    """Return the middleware that Ray Serve adds to a replica's HTTP server."""
+    return [Middleware(BypassRayServe)]
 
 
 class Replica:
-    """One process with all of the state. Ray Serve makes it, asks after its health, and ends it."""
+    """A process with the whole state, which Ray Serve starts, health-checks and stops."""
 
     def __init__(self, settings: Settings, serving: ServeSettings, keys: Keys, project: Project) -> None:
-        """What was read where serving was started: this node may have neither the settings' nor the keys' file."""
-        if directory := os.environ.get(MULTIPROCESS):
-            _forget_dead(Path(directory))
+        """settings, keys: as read on the node that started serving; this node may have neither file."""
+        if directory := os.environ.get(MULTIPROCESS_VARIABLE):
+            _remove_metrics_of_dead_processes(Path(directory))
         self.application = Application(settings, serving, business_settings(settings), keys, project=project)
 
     def __serve_build_asgi_app__(self) -> Any:
         return self.application.asgi()
 
     def check_health(self) -> None:
-        """Called by Ray Serve; an error has it replaced."""
+        """Raise when the replica must be replaced; called by Ray Serve."""
         self.application.check_health()
 
 
 def build(project: Project, arguments: Mapping[str, Any] | None = None) -> Any:
-    """Return the Ray Serve application. Settings come from the environment; `arguments` win over them."""
+    """Return the Ray Serve application. Settings come from the environment; `arguments` override them."""
     from ray import serve as rayserve
 
     serving, settings = load_serve_settings(**dict(arguments or {})), load_settings()
@@ -156,7 +160,7 @@ def build(project: Project, arguments: Mapping[str, Any] | None = None) -> Any:
         rayserve.ingress()(Replica),
         name="shopsphere",
         num_replicas=serving.replicas,
-        max_ongoing_requests=BUSY_REQUESTS,
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
         graceful_shutdown_timeout_s=serving.drain_seconds,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=2,
@@ -166,8 +170,8 @@ def build(project: Project, arguments: Mapping[str, Any] | None = None) -> Any:
     return deployment.bind(settings, serving, keys, project)
 
 
-def _forget_dead(directory: Path) -> None:
-    """Gauges of processes that are no more would be told for ever."""
+def _remove_metrics_of_dead_processes(directory: Path) -> None:
+    """Remove gauges of processes that no longer run, which would otherwise be reported forever."""
     directory.mkdir(parents=True, exist_ok=True)
     for file in directory.glob("gauge_live*_*.db"):
         number = file.stem.rpartition("_")[2]
@@ -176,5 +180,5 @@ def _forget_dead(directory: Path) -> None:
 
 
 def clear_metrics(home: Path) -> None:
-    """Metrics of an earlier serving."""
+    """Remove the metrics of an earlier start."""
     shutil.rmtree(home / "serve" / "metrics", ignore_errors=True)

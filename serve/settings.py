@@ -16,37 +16,37 @@ PREFIX = "SHOPSPHERE_SERVE_"
 
 
 class ServeSettings(BaseSettings):
-    """Everything about serving that can be set. Frozen."""
+    """All settings of serving. Frozen."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
 
-    host: str = Field("127.0.0.1", description="Address to listen on; beyond loopback API keys are required")
+    host: str = Field("127.0.0.1", description="Address to listen on; other than loopback requires API keys")
     port: int = Field(8000, ge=1, le=65535, description="Port to listen on")
-    replicas: int = Field(1, ge=1, description="Processes that answer, each with the whole state in its memory")
+    replicas: int = Field(1, ge=1, description="Replica processes, each with the whole state in memory")
     replica_cpus: float = Field(
-        0.0, ge=0, description="CPUs that Ray keeps for a replica; on a cluster, 1 spreads replicas over the nodes with free CPUs"
+        0.0, ge=0, description="CPUs that Ray reserves per replica; on a cluster, 1 spreads replicas over nodes with free CPUs"
     )
-    keys_file: Path | None = Field(None, description="API keys; by default serve_keys.json in SHOPSPHERE_HOME")
-    body_bytes: int = Field(65_536, ge=1, description="Largest body of a request")
-    batch_body_bytes: int = Field(8_388_608, ge=1, description="Largest body of a batch of orders")
-    scoring_queue: int = Field(64, ge=0, description="Requests that may wait to be scored; more are told 429")
-    lookup_threads: int = Field(4, ge=1, description="Customer and history look-ups at a time in a replica")
-    lookup_queue: int = Field(64, ge=0, description="Requests that may wait for it; more are told 429")
-    wait_seconds: float = Field(2.0, gt=0, description="How long ?min_offset= may wait for the state")
-    refresh_seconds: float = Field(5.0, gt=0, description="Pause between two looks for a newer snapshot of the lakehouse")
-    probe_seconds: float = Field(0.25, gt=0, description="Pause between two questions for the end of the topics")
-    start_seconds: float = Field(20.0, gt=0, description="How long a start waits for the end of the topics before it answers")
-    model_seconds: float = Field(3.0, gt=0, description="Pause between two looks for another champion or challenger")
-    scores_topic: str = Field("fraud_scores", description="Topic in which scores are kept; empty: they are not kept")
-    same_answer_seconds: float = Field(3600.0, gt=0, description="How long an order that comes again gets the same answer")
+    keys_file: Path | None = Field(None, description="File of API keys; by default serve_keys.json in SHOPSPHERE_HOME")
+    body_bytes: int = Field(65_536, ge=1, description="Maximum size of a request body")
+    batch_body_bytes: int = Field(8_388_608, ge=1, description="Maximum size of the body of a batch of orders")
+    scoring_queue: int = Field(64, ge=0, description="Scoring requests that may be queued; further ones get 429")
+    lookup_threads: int = Field(4, ge=1, description="Concurrent customer and history look-ups per replica")
+    lookup_queue: int = Field(64, ge=0, description="Look-ups that may be queued; further ones get 429")
+    wait_seconds: float = Field(2.0, gt=0, description="Maximum time that a request with ?min_offset= waits for the state")
+    refresh_seconds: float = Field(5.0, gt=0, description="Interval between checks for a newer snapshot of the lakehouse")
+    probe_seconds: float = Field(0.25, gt=0, description="Interval between queries for the end offsets of the topics")
+    start_seconds: float = Field(20.0, gt=0, description="Maximum time that a start waits to catch up with the topics")
+    model_seconds: float = Field(3.0, gt=0, description="Interval between checks for a new champion or challenger")
+    scores_topic: str = Field("fraud_scores", description="Topic for scores; empty: scores are not stored")
+    same_answer_seconds: float = Field(3600.0, gt=0, description="How long a repeated order gets the same answer")
     review_share: float = Field(
         0.5,
         gt=0,
         le=1,
-        description="From the threshold on orders are reviewed, from this part of the way from it to 1 on they are declined",
+        description="Orders are reviewed from the threshold, and declined from this fraction of the range between it and 1",
     )
-    reasons: int = Field(5, ge=0, description="Reasons given with a score")
-    drain_seconds: float = Field(20.0, gt=0, description="How long requests under way may take when serving ends")
+    reasons: int = Field(5, ge=0, description="Number of reasons in a score")
+    drain_seconds: float = Field(20.0, gt=0, description="Maximum time for requests in flight when serving stops")
 
     @property
     def keys(self) -> Path:
@@ -65,9 +65,9 @@ class ServeSettings(BaseSettings):
 
 
 def load_serve_settings(**overrides: Any) -> ServeSettings:
-    """Read the settings; `overrides` win. Raises SettingsError naming each wrong setting."""
+    """Read the settings; `overrides` take precedence. Raises SettingsError that names each invalid setting."""
     try:
         return ServeSettings(**overrides)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_input=False))
-        raise SettingsError(f"Settings of serving are wrong: {wrong}. Correct the {PREFIX}... environment variable.") from None
+        invalid = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_input=False))
+        raise SettingsError(f"Invalid settings of serving: {invalid}. Correct the {PREFIX}... environment variable.") from None

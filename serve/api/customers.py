@@ -1,6 +1,6 @@
-"""Customers over HTTP: who somebody is over all their accounts and channels, and why that is one person.
+"""Customers over HTTP: a person across all accounts and channels, and the links that identify them.
 
-Personal data: a key needs the scope `customers`. Identifiers are brought into silver's own spelling before they are looked up.
+Personal data: requires a key with the scope `customers`. Identifiers are normalised by silver's rules before they are looked up.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import polars as pl
@@ -26,22 +26,24 @@ from pipelines.silver.chargebacks import CHARGEBACKS
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
 from pipelines.silver.orders_unified import ORDERS_UNIFIED
 from pipelines.silver.users_scd import USERS_SCD
-from serve.api.inventory import ID, read_id, read_limit
-from serve.http.edges import ApiRequest, Endpoint, Gate, Parameter, answer
-from serve.http.problems import Problem, Wrong
+from serve.api.parameters import ID_SCHEMA, limit_parameter, read_id
+from serve.http.bounded_pool import BoundedThreadPool
+from serve.http.endpoints import ApiRequest, Endpoint, Parameter, json_response
+from serve.http.problems import Problem, Wrong, bad_field
 from serve.state.table_cache import TableCache
 
-MOST = 1_000
-"""Entries of a timeline that can be asked for at once."""
-NAMED = 20
-"""Customers that are named where an identifier is shown by several."""
-SECONDS_OF_DAY = 86_400.0
-SILENT = ("self", "place", "block")
-"""Kinds of links that explain nothing: the record itself, and where records only meet to be compared."""
+Struct = TypeVar("Struct", bound=msgspec.Struct)
+
+MAX_TIMELINE = 1_000
+MAX_LISTED = 20
+"""Customers listed when several match."""
+SECONDS_PER_DAY = 86_400.0
+UNINFORMATIVE_KINDS = ("self", "place", "block")
+"""Kinds of links that explain nothing: the record itself, and blocks in which records are only compared."""
 
 
 class Profile(msgspec.Struct, frozen=True):
-    """Who it is, of the account that stands for the person."""
+    """Profile of the person, from their primary account."""
 
     name: str | None
     email: str | None
@@ -51,11 +53,13 @@ class Profile(msgspec.Struct, frozen=True):
     customer_since: datetime | None
     loyalty_ids: list[str]
     primary_user_id: int | None
-    apparent_customers: Annotated[int, Meta(description="As how many customers single-channel systems see the person.")]
+    apparent_customers: Annotated[
+        int, Meta(description="Number of customers that single-channel systems would count for this person.")
+    ]
 
 
 class AccountVersion(msgspec.Struct, frozen=True):
-    """An account over a stretch of time in which nothing about it changed."""
+    """A version of an account: a period in which nothing about it changed."""
 
     user_id: int
     valid_from: datetime
@@ -74,20 +78,20 @@ class AccountVersion(msgspec.Struct, frozen=True):
 
 
 class Link(msgspec.Struct, frozen=True):
-    """Why a record belongs, or might belong, to the person."""
+    """A link between a record and an identifier or another record."""
 
     record_id: Annotated[str, Meta(description="'user:<user_id>' or 'order:<platform>:<order>'.")]
     kind: Annotated[str, Meta(description="loyalty, email, phone, device, address; match: a probabilistic link.")]
-    node: Annotated[str, Meta(description="The identifier shown, '<kind>:<value>'; of a match the other record.")]
+    node: Annotated[str, Meta(description="The identifier, '<kind>:<value>'; for a match, the other record.")]
     reason: str
-    status: Annotated[str, Meta(description="linked joins; weak and crowded do not.")]
-    trust: Annotated[int, Meta(description="1 strongest to 6.")]
-    weight: Annotated[float | None, Meta(description="Of a match: log2 of its odds.")]
+    status: Annotated[str, Meta(description="linked: joins the records; weak, crowded: does not.")]
+    trust: Annotated[int, Meta(description="1 (strongest) to 6.")]
+    weight: Annotated[float | None, Meta(description="For a match: log2 of its odds.")]
     first_seen: datetime
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """Something that happened."""
+    """An entry of the timeline."""
 
     at: datetime
     kind: Annotated[str, Meta(description="order, chargeback, account_opened, account_changed, account_closed.")]
@@ -114,7 +118,7 @@ class Rfm(msgspec.Struct, frozen=True):
     """Recency, frequency, monetary value."""
 
     last_order_at: datetime | None
-    recency_days: Annotated[float | None, Meta(description="Days since the last purchase, now.")]
+    recency_days: Annotated[float | None, Meta(description="Days from the last purchase until now.")]
     frequency: int
     monetary: Decimal
     frequency_score: int | None
@@ -122,19 +126,21 @@ class Rfm(msgspec.Struct, frozen=True):
 
 
 class LifetimeValue(msgspec.Struct, frozen=True):
-    """What the customer brought and is expected to bring, in the base currency."""
+    """Historic and predicted value of the customer, in the base currency."""
 
     historic: Decimal
     predicted: Decimal | None
     average_order_value: Decimal | None
     average_days_between_orders: float | None
     expected_next_order_at: datetime | None
-    churn_probability: Annotated[float | None, Meta(description="1 - exp(-days since the last purchase / expected gap), now.")]
+    churn_probability: Annotated[
+        float | None, Meta(description="1 - exp(-days since the last purchase / expected days between purchases), as of now.")
+    ]
     currency: str
 
 
 class Risk(msgspec.Struct, frozen=True):
-    """Fraud risk of the person, by rules; null figures: no order yet."""
+    """Rule-based fraud risk of the person; null without orders."""
 
     score: int | None
     band: str | None
@@ -145,25 +151,25 @@ class Risk(msgspec.Struct, frozen=True):
 
 
 class Customer(msgspec.Struct, frozen=True):
-    """A person over all accounts and channels."""
+    """A person across all accounts and channels."""
 
     master_user_id: str
     profile: Profile
-    history: Annotated[list[AccountVersion], Meta(description="All accounts, all their versions, newest first.")]
+    history: Annotated[list[AccountVersion], Meta(description="All versions of all accounts, newest first.")]
     links: list[Link]
-    timeline: Annotated[list[Entry], Meta(description="Newest first, at most ?limit=.")]
+    timeline: Annotated[list[Entry], Meta(description="Newest first, at most ?limit= entries.")]
     timeline_total: int
     channel_mix: list[Channel]
     rfm: Rfm
     lifetime_value: LifetimeValue
     risk: Risk
-    as_of: Annotated[datetime | None, Meta(description="When the lakehouse last changed one of the tables read.")]
-    staleness_ms: Annotated[int | None, Meta(description="How long ago `as_of` is.")]
+    as_of: Annotated[datetime | None, Meta(description="The most recent commit to any of the tables behind the answer.")]
+    staleness_ms: Annotated[int | None, Meta(description="Age of `as_of`.")]
     snapshots: dict[str, int]
 
 
-class Found(msgspec.Struct, frozen=True):
-    """A person in a list."""
+class CustomerMatch(msgspec.Struct, frozen=True):
+    """A person in a list of search results."""
 
     master_user_id: str
     name: str | None
@@ -173,7 +179,7 @@ class Found(msgspec.Struct, frozen=True):
 
 
 class AtRisk(msgspec.Struct, frozen=True):
-    """A person whom the rules suspect."""
+    """A person at medium or high risk."""
 
     master_user_id: str
     risk_score: int
@@ -183,232 +189,238 @@ class AtRisk(msgspec.Struct, frozen=True):
     last_order_at: datetime | None
 
 
-LIMIT = Parameter(
-    "limit",
-    f"Entries of the timeline: 1 to {MOST}; 100 when absent.",
-    lambda text: read_limit(MOST, text),
-    {"type": "integer", "minimum": 1, "maximum": MOST, "default": 100},
+LIMIT = limit_parameter(MAX_TIMELINE, "Maximum number of timeline entries")
+EMAIL = Parameter("email", "E-mail address, in any spelling.", read_id, ID_SCHEMA, example="siti.hidayat145@post.example")
+PHONE = Parameter(
+    "phone", "Phone number; without a country code, of the default region.", read_id, ID_SCHEMA, example="+6281297201"
 )
+LOYALTY_ID = Parameter("loyalty_id", "Loyalty card.", read_id, ID_SCHEMA, example="L-1042")
+ORDER_ID = Parameter("order_id", "Order: '123', or '<platform>:<order>' of a marketplace.", read_id, ID_SCHEMA, example="123")
 IDENTIFIERS = ("email", "phone", "loyalty_id", "order_id")
-READ: tuple[Table, ...] = (CUSTOMER_360, USER_RISK_SCORES, IDENTITY_GRAPH, USERS_SCD, ORDERS_UNIFIED, CHARGEBACKS)
+TABLES: tuple[Table, ...] = (CUSTOMER_360, USER_RISK_SCORES, IDENTITY_GRAPH, USERS_SCD, ORDERS_UNIFIED, CHARGEBACKS)
 
 
 class Customers:
-    """The answers about customers."""
+    """The customer endpoints."""
 
-    def __init__(self, snapshots: TableCache, gate: Gate, region: str, currency: str) -> None:
-        self.snapshots, self.gate, self.region, self.currency = snapshots, gate, region, currency
+    def __init__(self, tables: TableCache, pool: BoundedThreadPool, region: str, currency: str) -> None:
+        self.tables, self.pool, self.region, self.currency = tables, pool, region, currency
 
-    async def by_master(self, asked: ApiRequest) -> Response:
-        """GET /v1/customers/{master_user_id}"""
-        return answer(await self.gate.run(self.named, asked.path["master_user_id"], asked.query.get("limit", 100)))
+    async def by_master(self, request: ApiRequest) -> Response:
+        """Answer GET /v1/customers/{master_user_id}."""
+        master, limit = request.path["master_user_id"], request.query.get("limit", 100)
+        return json_response(await self.pool.run(self.find_by_master, master, limit))
 
-    async def by_identifier(self, asked: ApiRequest) -> Response:
-        """GET /v1/customers"""
-        given = {name: asked.query[name] for name in IDENTIFIERS if name in asked.query}
-        if not given:
-            raise Problem(404, f"Nobody is named: give {', '.join(IDENTIFIERS[:-1])} or {IDENTIFIERS[-1]}.")
-        return answer(await self.gate.run(self.shown_by, given, asked.query.get("limit", 100)))
+    async def by_identifier(self, request: ApiRequest) -> Response:
+        """Answer GET /v1/customers."""
+        identifiers = {name: request.query[name] for name in IDENTIFIERS if name in request.query}
+        if not identifiers:
+            raise Problem(404, f"No identifier is given. Use {', '.join(IDENTIFIERS[:-1])} or {IDENTIFIERS[-1]}.")
+        limit = request.query.get("limit", 100)
+        return json_response(await self.pool.run(self.find_by_identifiers, identifiers, limit))
 
-    def named(self, name: str, limit: int) -> Customer:
-        """The person of a master_user_id, also of one from before a merge. Raises Problem 404."""
-        # a master user is named after a record; when persons merge, that record still tells whose it is now
-        masters = self._masters(pl.col("record_id") == name.removeprefix(MASTER_PREFIX)) if name.startswith(MASTER_PREFIX) else []
-        return self._only(masters, limit)
+    def find_by_master(self, master: str, limit: int) -> Customer:
+        """Return the person with a master_user_id, also one from before a merge. Raises Problem 404."""
+        # a master user is named after one of its records, which after a merge belongs to the merged person
+        masters = (
+            self._masters(pl.col("record_id") == master.removeprefix(MASTER_PREFIX)) if master.startswith(MASTER_PREFIX) else []
+        )
+        return self._only_customer(masters, limit)
 
-    def shown_by(self, given: Mapping[str, str], limit: int) -> Customer:
-        """The one whom all the identifiers (name, one of IDENTIFIERS -> value) belong to. Raises Problem 404, 409."""
-        found = [self._shown_by(kind, value) for kind, value in given.items()]
+    def find_by_identifiers(self, identifiers: Mapping[str, str], limit: int) -> Customer:
+        """Return the only person with all identifiers (values by name, one of IDENTIFIERS). Raises Problem 404, 409."""
+        found = [self._masters_with(kind, value) for kind, value in identifiers.items()]
         if not all(found):
-            raise Problem(404, "No customer is known by that.")
+            raise _no_match()
         common = set(found[0]).intersection(*found[1:])
         if not common:
-            raise Problem(409, "The identifiers are of different customers.")
-        return self._only(sorted(common), limit)
+            raise Problem(409, "The identifiers belong to different customers.")
+        return self._only_customer(sorted(common), limit)
 
-    def _shown_by(self, kind: str, value: str) -> list[str]:
-        """Those who show an identifier."""
+    def _masters_with(self, kind: str, value: str) -> list[str]:
+        """Return the master_user_ids with an identifier. Raises Problem 404."""
         if kind == "order_id":
-            order = self.snapshots.of(ORDERS_UNIFIED).read(pl.col("order_id") == value, ["master_user_id"])
+            order = self.tables.get(ORDERS_UNIFIED).read(pl.col("order_id") == value, ["master_user_id"])
             if order.height and order["master_user_id"][0] is None:
-                raise Problem(404, "Nobody is known to have placed this order.")
+                raise Problem(404, "The customer of this order is unknown.")
             return order["master_user_id"].to_list()
         node = self.node(kind, value)
         linked = self._masters((pl.col("node") == node) & (pl.col("status") == LINKED))
         return linked or self._masters(pl.col("node") == node)
 
-    def called(self, name: str) -> tuple[list[Found], int]:
-        """People of whose name this is a part, at most NAMED of them, by name; and how many there are."""
-        return self._people(pl.col("name").str.to_lowercase().str.contains(name.strip().lower(), literal=True))
+    def search_by_name(self, name: str) -> tuple[list[CustomerMatch], int]:
+        """Return the first MAX_LISTED people, by name, whose name contains this text, and the total number."""
+        return self._list_people(pl.col("name").str.to_lowercase().str.contains(name.strip().lower(), literal=True))
 
-    def showing(self, given: Mapping[str, str]) -> tuple[list[Found], int]:
-        """People who show all the identifiers (as for shown_by), likewise."""
-        masters = set.intersection(*(set(self._shown_by(kind, value)) for kind, value in given.items()))
-        return self._people(pl.col("master_user_id").is_in(sorted(masters)))
+    def list_by_identifiers(self, identifiers: Mapping[str, str]) -> tuple[list[CustomerMatch], int]:
+        """Return the first MAX_LISTED people, by name, with all these identifiers, and the total number."""
+        masters = set.intersection(*(set(self._masters_with(kind, value)) for kind, value in identifiers.items()))
+        return self._list_people(pl.col("master_user_id").is_in(sorted(masters)))
 
-    def _people(self, predicate: pl.Expr) -> tuple[list[Found], int]:
+    def _list_people(self, predicate: pl.Expr) -> tuple[list[CustomerMatch], int]:
         columns = ["master_user_id", "name", "city", "country", "orders"]
-        rows = self.snapshots.of(CUSTOMER_360).read(predicate, columns).sort("name", "master_user_id", nulls_last=True)
-        return [msgspec.convert(row, Found) for row in rows.head(NAMED).to_dicts()], rows.height
+        rows = self.tables.get(CUSTOMER_360).read(predicate, columns).sort("name", "master_user_id", nulls_last=True)
+        return [msgspec.convert(row, CustomerMatch) for row in rows.head(MAX_LISTED).to_dicts()], rows.height
 
-    def at_risk(self, most: int) -> tuple[list[AtRisk], int]:
-        """People whom the rules put into the bands high and medium, at most `most` of them, riskiest first; and how many."""
+    def at_risk(self, limit: int) -> tuple[list[AtRisk], int]:
+        """Return the `limit` people with the highest risk in the bands high and medium, and the total number."""
         columns = ["master_user_id", "risk_score", "risk_band", "reasons", "orders", "last_order_at"]
-        found = self.snapshots.of(USER_RISK_SCORES).read(pl.col("risk_band").is_in(["high", "medium"]), columns)
+        found = self.tables.get(USER_RISK_SCORES).read(pl.col("risk_band").is_in(["high", "medium"]), columns)
         rows = found.sort("risk_score", "master_user_id", descending=[True, False])
-        return [msgspec.convert(row | {"reasons": _reasons(row)}, AtRisk) for row in rows.head(most).to_dicts()], rows.height
+        return [msgspec.convert(row | {"reasons": _reasons(row)}, AtRisk) for row in rows.head(limit).to_dicts()], rows.height
 
     def node(self, kind: str, value: str) -> str:
-        """The node of the identity graph that an identifier is. Raises Problem 404."""
-        read: Mapping[str, Callable[[str], str | None]] = {
+        """Return an identifier's node in the identity graph. Raises Problem 404 for an invalid identifier."""
+        normalise: Mapping[str, Callable[[str], str | None]] = {
             "email": normalise_email,
-            # a '+' that was not encoded arrives as a space
+            # a '+' that was not percent-encoded arrives as a space
             "phone": lambda text: normalise_phone("+" + text[1:] if text.startswith(" ") else text, self.region),
             "loyalty_id": lambda text: text.strip() or None,
         }
-        spelled = read[kind](value)
-        if spelled is None:
-            raise Problem(404, f"{kind}: cannot be one, so nobody shows it", errors=(Wrong(kind, "cannot be one"),))
-        return f"{kind.removesuffix('_id')}:{spelled}"
+        normalised = normalise[kind](value)
+        if normalised is None:
+            nouns = {"email": "e-mail address", "phone": "phone number", "loyalty_id": "loyalty id"}
+            raise bad_field(kind, f"is not a valid {nouns[kind]}", 404)
+        return f"{kind.removesuffix('_id')}:{normalised}"
 
     def _masters(self, predicate: pl.Expr) -> list[str]:
-        found = self.snapshots.of(IDENTITY_GRAPH).read(predicate, ["master_user_id"])
-        return sorted(found["master_user_id"].unique())
+        links = self.tables.get(IDENTITY_GRAPH).read(predicate, ["master_user_id"])
+        return sorted(links["master_user_id"].unique())
 
-    def _only(self, masters: list[str], limit: int) -> Customer:
+    def _only_customer(self, masters: list[str], limit: int) -> Customer:
         if not masters:
-            raise Problem(404, "No customer is known by that.")
+            raise _no_match()
         if len(masters) > 1:
-            named = tuple(Wrong("master_user_id", one) for one in masters[:NAMED])
-            raise Problem(409, f"{len(masters)} customers show this; ask for one of them by master_user_id.", errors=named)
+            listed = tuple(Wrong("master_user_id", master) for master in masters[:MAX_LISTED])
+            raise Problem(409, f"{len(masters)} customers match. Request one of them by master_user_id.", errors=listed)
         return self.customer(masters[0], limit)
 
     def customer(self, master: str, limit: int) -> Customer:
-        """Everything about one person."""
-        of = {table.name: self.snapshots.of(table) for table in READ}
-        mine = pl.col("master_user_id") == master
+        """Return everything about one person, with at most `limit` timeline entries."""
+        tables = {table.name: self.tables.get(table) for table in TABLES}
+        is_person = pl.col("master_user_id") == master
 
         def rows(table: Table, predicate: pl.Expr) -> list[dict[str, Any]]:
-            return of[table.name].read(predicate).to_dicts()
+            return tables[table.name].read(predicate).to_dicts()
 
-        links = rows(IDENTITY_GRAPH, mine & ~pl.col("kind").is_in(list(SILENT)))
-        history = sorted(rows(USERS_SCD, mine), key=lambda row: row["valid_from"], reverse=True)
-        orders = rows(ORDERS_UNIFIED, mine)
-        charged = rows(CHARGEBACKS, pl.col("order_ref").is_in([row["order_id"] for row in orders]))
-        whole = next(iter(rows(CUSTOMER_360, mine)), {})
-        risk = next(iter(rows(USER_RISK_SCORES, mine)), {})
-        timeline = _timeline(history, orders, charged)
+        links = rows(IDENTITY_GRAPH, is_person & ~pl.col("kind").is_in(list(UNINFORMATIVE_KINDS)))
+        history = sorted(rows(USERS_SCD, is_person), key=lambda row: row["valid_from"], reverse=True)
+        orders = rows(ORDERS_UNIFIED, is_person)
+        chargebacks = rows(CHARGEBACKS, pl.col("order_ref").is_in([row["order_id"] for row in orders]))
+        summary = next(iter(rows(CUSTOMER_360, is_person)), {})
+        risk = next(iter(rows(USER_RISK_SCORES, is_person)), {})
+        timeline = _timeline(history, orders, chargebacks)
         now = datetime.now(UTC)
-        changed = max((one.at for one in of.values() if one.at is not None), default=None)
+        committed_at = max((one.committed_at for one in tables.values() if one.committed_at is not None), default=None)
         return Customer(
             master_user_id=master,
-            profile=_profile(whole),
-            history=[msgspec.convert({n: row[n] for n in AccountVersion.__struct_fields__}, AccountVersion) for row in history],
-            links=[msgspec.convert({n: row[n] for n in Link.__struct_fields__}, Link) for row in _ordered(links)],
+            profile=_profile(summary),
+            history=[_struct(row, AccountVersion) for row in history],
+            links=[_struct(row, Link) for row in _sorted_links(links)],
             timeline=timeline[:limit],
             timeline_total=len(timeline),
-            channel_mix=_mix(whole),
-            rfm=_rfm(whole, now),
-            lifetime_value=_value(whole, now, self.currency),
-            risk=Risk(
-                risk.get("risk_score"),
-                risk.get("risk_band"),
-                _reasons(risk),
-                risk.get("rule_version"),
-                whole.get("chargebacks", 0),
-                whole.get("fraud_chargebacks", 0),
-            ),
-            as_of=changed,
-            staleness_ms=round((now - changed).total_seconds() * 1000) if changed else None,
-            snapshots={name: one.snapshot_id for name, one in of.items() if one.snapshot_id is not None},
+            channel_mix=_channel_mix(summary),
+            rfm=_rfm(summary, now),
+            lifetime_value=_lifetime_value(summary, now, self.currency),
+            risk=_risk(risk, summary),
+            as_of=committed_at,
+            staleness_ms=round((now - committed_at).total_seconds() * 1000) if committed_at else None,
+            snapshots={name: one.snapshot_id for name, one in tables.items() if one.snapshot_id is not None},
         )
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
-        """What can be asked."""
+        """The customer endpoints."""
         return (
             Endpoint(
-                "GET",
-                "/v1/customers",
-                "find_customer",
-                "The customer whom an identifier belongs to; of several given, the one whom all belong to.",
-                self.by_identifier,
-                Customer,
-                "customers",
-                (
-                    Parameter("email", "E-mail address, in any spelling.", read_id, ID, example="siti.hidayat145@post.example"),
-                    Parameter(
-                        "phone",
-                        "Phone number; without a country code the region's.",
-                        read_id,
-                        ID,
-                        example="+6281297201",
-                    ),
-                    Parameter("loyalty_id", "Loyalty card.", read_id, ID, example="L-1042"),
-                    Parameter("order_id", "Order: '123', or '<platform>:<order>' of a marketplace.", read_id, ID, example="123"),
-                    LIMIT,
-                ),
+                method="GET",
+                path="/v1/customers",
+                name="find_customer",
+                doc="The customer with an identifier, or with all of several identifiers.",
+                handler=self.by_identifier,
+                answer=Customer,
+                scope="customers",
+                parameters=(EMAIL, PHONE, LOYALTY_ID, ORDER_ID, LIMIT),
                 statuses=(404, 409, 429),
             ),
             Endpoint(
-                "GET",
-                "/v1/customers/{master_user_id}",
-                "customer",
-                "A customer. A name from before a merge finds the merged one.",
-                self.by_master,
-                Customer,
-                "customers",
-                (LIMIT,),
-                {"master_user_id": "M-user:7"},
+                method="GET",
+                path="/v1/customers/{master_user_id}",
+                name="customer",
+                doc="A customer. An id from before a merge returns the merged customer.",
+                handler=self.by_master,
+                answer=Customer,
+                scope="customers",
+                parameters=(LIMIT,),
+                path_example={"master_user_id": "M-user:7"},
                 statuses=(404, 409, 429),
             ),
         )
+
+
+def _no_match() -> Problem:
+    return Problem(404, "No customer matches this identifier.")
+
+
+def _struct(row: Mapping[str, Any], kind: type[Struct]) -> Struct:
+    return msgspec.convert({name: row[name] for name in kind.__struct_fields__}, kind)
 
 
 def _reasons(risk: Mapping[str, Any]) -> list[str]:
     return [text for text in (risk.get("reasons") or "").split("; ") if text]
 
 
-def _ordered(links: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _sorted_links(links: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(links, key=lambda row: (row["status"] != LINKED, row["trust"], row["record_id"], row["node"]))
 
 
-def _profile(whole: Mapping[str, Any]) -> Profile:
-    cards = [card.strip() for card in (whole.get("loyalty_ids") or "").split(",") if card.strip()]
-    return Profile(
-        name=whole.get("name"),
-        email=whole.get("email"),
-        phone=whole.get("phone"),
-        city=whole.get("city"),
-        country=whole.get("country"),
-        customer_since=whole.get("customer_since"),
-        loyalty_ids=cards,
-        primary_user_id=whole.get("primary_user_id"),
-        apparent_customers=whole.get("apparent_customers", 0),
+def _risk(risk: Mapping[str, Any], summary: Mapping[str, Any]) -> Risk:
+    return Risk(
+        score=risk.get("risk_score"),
+        band=risk.get("risk_band"),
+        reasons=_reasons(risk),
+        rule_version=risk.get("rule_version"),
+        chargebacks=summary.get("chargebacks", 0),
+        fraud_chargebacks=summary.get("fraud_chargebacks", 0),
     )
 
 
-def _timeline(history: list[dict[str, Any]], orders: list[dict[str, Any]], charged: list[dict[str, Any]]) -> list[Entry]:
-    opened = {row["user_id"]: row["valid_from"] for row in history}  # newest first: the last one stays
+def _profile(summary: Mapping[str, Any]) -> Profile:
+    cards = [card.strip() for card in (summary.get("loyalty_ids") or "").split(",") if card.strip()]
+    return Profile(
+        name=summary.get("name"),
+        email=summary.get("email"),
+        phone=summary.get("phone"),
+        city=summary.get("city"),
+        country=summary.get("country"),
+        customer_since=summary.get("customer_since"),
+        loyalty_ids=cards,
+        primary_user_id=summary.get("primary_user_id"),
+        apparent_customers=summary.get("apparent_customers", 0),
+    )
+
+
+def _timeline(history: list[dict[str, Any]], orders: list[dict[str, Any]], chargebacks: list[dict[str, Any]]) -> list[Entry]:
+    opened = {row["user_id"]: row["valid_from"] for row in history}  # newest first, so the first version wins
     entries = [
         Entry(
-            row["placed_at"],
-            "order",
-            row["channel"],
-            row["platform"],
-            row["order_id"],
-            row["status"],
-            row["total_amount"],
-            row["currency"],
-            row["total_base"],
-            row["user_id"],
+            at=row["placed_at"],
+            kind="order",
+            channel=row["channel"],
+            platform=row["platform"],
+            order_id=row["order_id"],
+            status=row["status"],
+            amount=row["total_amount"],
+            currency=row["currency"],
+            amount_base=row["total_base"],
+            user_id=row["user_id"],
         )
         for row in orders
         if row["placed_at"] is not None
     ]
     entries += [
         Entry(row["reported_at"], "chargeback", order_id=row["order_ref"], detail=row["reason"])
-        for row in charged
+        for row in chargebacks
         if row["reported_at"] is not None
     ]
     for row in history:
@@ -419,36 +431,36 @@ def _timeline(history: list[dict[str, Any]], orders: list[dict[str, Any]], charg
     return sorted(entries, key=lambda entry: (entry.at, entry.kind, entry.order_id or ""), reverse=True)
 
 
-def _mix(whole: Mapping[str, Any]) -> list[Channel]:
-    counts = {channel: whole.get(f"orders_{channel}", 0) for channel in CHANNELS}
+def _channel_mix(summary: Mapping[str, Any]) -> list[Channel]:
+    counts = {channel: summary.get(f"orders_{channel}", 0) for channel in CHANNELS}
     total = sum(counts.values())
     return [Channel(channel, count, count / total) for channel, count in counts.items() if count]
 
 
 def _days_since(moment: datetime | None, now: datetime) -> float | None:
-    return None if moment is None else max(0.0, (now - moment).total_seconds() / SECONDS_OF_DAY)
+    return None if moment is None else max(0.0, (now - moment).total_seconds() / SECONDS_PER_DAY)
 
 
-def _rfm(whole: Mapping[str, Any], now: datetime) -> Rfm:
-    last = whole.get("last_order_at")
+def _rfm(summary: Mapping[str, Any], now: datetime) -> Rfm:
+    last = summary.get("last_order_at")
     return Rfm(
-        last,
-        _days_since(last, now),
-        whole.get("orders", 0),
-        whole.get("net_revenue", Decimal(0)),
-        whole.get("frequency_score"),
-        whole.get("monetary_score"),
+        last_order_at=last,
+        recency_days=_days_since(last, now),
+        frequency=summary.get("orders", 0),
+        monetary=summary.get("net_revenue", Decimal(0)),
+        frequency_score=summary.get("frequency_score"),
+        monetary_score=summary.get("monetary_score"),
     )
 
 
-def _value(whole: Mapping[str, Any], now: datetime, currency: str) -> LifetimeValue:
-    days, gap = _days_since(whole.get("last_order_at"), now), whole.get("expected_gap_days")
+def _lifetime_value(summary: Mapping[str, Any], now: datetime, currency: str) -> LifetimeValue:
+    days, gap = _days_since(summary.get("last_order_at"), now), summary.get("expected_gap_days")
     return LifetimeValue(
-        whole.get("net_revenue", Decimal(0)),
-        whole.get("predicted_lifetime_value"),
-        whole.get("average_order_value"),
-        whole.get("average_days_between_orders"),
-        whole.get("expected_next_order_at"),
-        1 - math.exp(-days / gap) if days is not None and gap else None,
-        currency,
+        historic=summary.get("net_revenue", Decimal(0)),
+        predicted=summary.get("predicted_lifetime_value"),
+        average_order_value=summary.get("average_order_value"),
+        average_days_between_orders=summary.get("average_days_between_orders"),
+        expected_next_order_at=summary.get("expected_next_order_at"),
+        churn_probability=1 - math.exp(-days / gap) if days is not None and gap else None,
+        currency=currency,
     )

@@ -1,4 +1,4 @@
-"""The description at /openapi.json, made from the endpoints themselves."""
+"""The OpenAPI document at /openapi.json, generated from the endpoints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from serve.http.edges import Endpoint
+from serve.http.endpoints import Endpoint
 from serve.http.keys import SCOPES
 from serve.http.problems import Wrong
 
@@ -26,19 +26,19 @@ class ProblemDocument(msgspec.Struct, frozen=True):
 
 
 def describe(endpoints: Iterable[Endpoint], version: str) -> dict[str, Any]:
-    """The OpenAPI 3.1 document."""
+    """Return the OpenAPI 3.1 document of these endpoints."""
     every = list(endpoints)
     types = [kind for one in every for kind in (one.body, one.answer) if kind is not None and kind is not str]
     _, schemas = msgspec.json.schema_components([*types, ProblemDocument], ref_template=REFERENCE)
     paths: dict[str, Any] = {}
-    for one in every:
-        paths.setdefault(one.path, {})[one.method.lower()] = _operation(one)
+    for endpoint in every:
+        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint)
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "ShopSphere",
             "version": version,
-            "description": "Stock, customers and fraud scores, each with what it is based on.",
+            "description": "Inventory, customers and fraud scores, each with the data it is based on.",
         },
         "paths": paths,
         "components": {
@@ -48,52 +48,59 @@ def describe(endpoints: Iterable[Endpoint], version: str) -> dict[str, Any]:
                     "type": "http",
                     "scheme": "bearer",
                     "description": f"An API key with the scope of the endpoint: {', '.join(SCOPES)}. "
-                    "A server on loopback without keys asks for none.",
+                    "A server on loopback without keys requires none.",
                 }
             },
         },
     }
 
 
-def _operation(one: Endpoint) -> dict[str, Any]:
-    statuses = {400, *one.statuses} if one.parameters or one.body else set(one.statuses)
-    statuses |= {401, 403} if one.scope else set()
-    statuses |= {413, 415} if one.body else set()
-    content: dict[str, Any] = {"schema": _schema(one.answer) if one.media_type == "application/json" else {"type": "string"}}
-    if one.answer_example is not None:
-        content["example"] = msgspec.to_builtins(one.answer_example, str_keys=True)
-    operation: dict[str, Any] = {
-        "operationId": one.name,
-        "summary": one.doc,
-        "responses": {"200": {"description": "The answer", "content": {one.media_type: content}}}
-        | {str(status): _problem(status) for status in sorted(statuses)},
+def _operation(endpoint: Endpoint) -> dict[str, Any]:
+    content: dict[str, Any] = {
+        "schema": _schema(endpoint.answer) if endpoint.media_type == "application/json" else {"type": "string"}
     }
-    inside = [
-        {
-            "name": name,
-            "in": "path",
-            "required": True,
-            "schema": {"type": "string", "minLength": 1, "maxLength": 200},
-            "example": example,
-        }
-        for name, example in one.path_example.items()
-    ]
-    query = [
-        {"name": p.name, "in": "query", "required": False, "description": p.doc, "schema": p.schema}
-        | ({"example": p.example} if p.example is not None else {})
-        for p in one.parameters
-    ]
-    if inside or query:
-        operation["parameters"] = [*inside, *query]
-    if one.body is not None:
-        body: dict[str, Any] = {"schema": _schema(one.body)}
-        if one.body_example is not None:
-            body["example"] = msgspec.to_builtins(one.body_example, str_keys=True)
+    if endpoint.answer_example is not None:
+        content["example"] = msgspec.to_builtins(endpoint.answer_example, str_keys=True)
+    operation: dict[str, Any] = {
+        "operationId": endpoint.name,
+        "summary": endpoint.doc,
+        "responses": {"200": {"description": "Success", "content": {endpoint.media_type: content}}}
+        | {str(status): _problem(status) for status in sorted(_error_statuses(endpoint))},
+    }
+    if parameters := [*_path_parameters(endpoint), *_query_parameters(endpoint)]:
+        operation["parameters"] = parameters
+    if endpoint.body is not None:
+        body: dict[str, Any] = {"schema": _schema(endpoint.body)}
+        if endpoint.body_example is not None:
+            body["example"] = msgspec.to_builtins(endpoint.body_example, str_keys=True)
         operation["requestBody"] = {"required": True, "content": {"application/json": body}}
-    if one.scope is not None:
+    if endpoint.scope is not None:
         operation["security"] = [{"key": []}, {}]
-        operation["tags"] = [one.scope]
+        operation["tags"] = [endpoint.scope]
     return operation
+
+
+def _error_statuses(endpoint: Endpoint) -> set[int]:
+    statuses = {400, *endpoint.statuses} if endpoint.parameters or endpoint.body else set(endpoint.statuses)
+    statuses |= {401, 403} if endpoint.scope else set()
+    statuses |= {413, 415} if endpoint.body else set()
+    return statuses
+
+
+def _path_parameters(endpoint: Endpoint) -> list[dict[str, Any]]:
+    schema = {"type": "string", "minLength": 1, "maxLength": 200}
+    return [
+        {"name": name, "in": "path", "required": True, "schema": schema, "example": example}
+        for name, example in endpoint.path_example.items()
+    ]
+
+
+def _query_parameters(endpoint: Endpoint) -> list[dict[str, Any]]:
+    return [
+        {"name": one.name, "in": "query", "required": False, "description": one.doc, "schema": one.schema}
+        | ({"example": one.example} if one.example is not None else {})
+        for one in endpoint.parameters
+    ]
 
 
 def _schema(kind: type) -> dict[str, Any]:
@@ -102,10 +109,10 @@ def _schema(kind: type) -> dict[str, Any]:
 
 
 def _problem(status: int) -> dict[str, Any]:
-    told: dict[str, Any] = {
+    response: dict[str, Any] = {
         "description": HTTPStatus(status).phrase,
         "content": {"application/problem+json": {"schema": {"$ref": REFERENCE.format(name="ProblemDocument")}}},
     }
     if status in (429, 503):
-        told["headers"] = {"Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}}
-    return told
+        response["headers"] = {"Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}}
+    return response

@@ -1,4 +1,4 @@
-"""API keys with scopes. The file holds hashes: who reads it cannot call."""
+"""API keys with scopes. The file stores only hashes of the keys."""
 
 from __future__ import annotations
 
@@ -14,66 +14,69 @@ import msgspec
 from lakehouse.errors import SettingsError
 from serve.http.problems import Problem
 
-Scope = Literal["score", "inventory", "customers"]
-SCOPES: tuple[Scope, ...] = ("score", "inventory", "customers")
-"""customers: personal data."""
+KeyScope = Literal["score", "inventory", "customers"]
+SCOPES: tuple[KeyScope, ...] = ("score", "inventory", "customers")
+"""The scope `customers` gives access to personal data."""
 
 
 class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A key: its name, what it opens, the SHA-256 of its text."""
+    """An API key. sha256: hexadecimal hash of its text."""
 
     name: str
-    scopes: tuple[Scope, ...]
+    scopes: tuple[KeyScope, ...]
     sha256: str
 
 
 class Keys:
-    """The keys of a file."""
+    """The API keys of a file."""
 
     def __init__(self, keys: tuple[Key, ...] = ()) -> None:
         self.keys = keys
 
     @classmethod
     def read(cls, file: Path) -> Keys:
-        """The keys of a file; none when it is not there. Raises SettingsError."""
+        """Read a file of keys; a missing file has none. Raises SettingsError."""
         try:
             return cls(msgspec.json.decode(file.read_bytes(), type=tuple[Key, ...]))
         except FileNotFoundError:
             return cls()
         except (OSError, msgspec.DecodeError) as error:
             raise SettingsError(
-                f"{file} holds no API keys ({type(error).__name__}). Make keys with: python -m app api-key NAME --scope SCOPE."
+                f"{file} is not a valid file of API keys ({type(error).__name__}). "
+                "Create keys with: python -m app api-key NAME --scope SCOPE."
             ) from None
 
-    def add(self, file: Path, name: str, scopes: tuple[Scope, ...]) -> str:
-        """Add a key to the file, in the place of one of that name. Gives its text, which is stored nowhere."""
+    def add(self, file: Path, name: str, scopes: tuple[KeyScope, ...]) -> str:
+        """Write the keys and a new one to the file; a key of the same name is replaced. Return the new key's text,
+        which is stored nowhere."""
         text = f"sk_{secrets.token_urlsafe(32)}"
-        key = Key(name, scopes, hashlib.sha256(text.encode()).hexdigest())
-        kept = tuple(one for one in self.keys if one.name != name)
+        added = Key(name, scopes, hashlib.sha256(text.encode()).hexdigest())
+        others = tuple(key for key in self.keys if key.name != name)
         file.parent.mkdir(parents=True, exist_ok=True)
-        beside = file.with_suffix(".new")
-        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
-            stream.write(msgspec.json.encode((*kept, key)))
-        beside.replace(file)
+        temporary = file.with_suffix(".new")
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
+            stream.write(msgspec.json.encode((*others, added)))
+        temporary.replace(file)
         return text
 
-    def check(self, authorization: str, scope: Scope | None) -> str:
-        """The name of the key that a request shows; any key will do when scope is None. Raises Problem 401 or 403.
+    def check(self, authorization: str, scope: KeyScope | None) -> str:
+        """Return the name of the key in an Authorization header; with scope None any key is accepted. Raises Problem 401
+        or 403.
 
-        Takes the same time whichever key it is.
+        Takes the same time for every key.
         """
         kind, _, text = authorization.partition(" ")
-        shown = hashlib.sha256(text.strip().encode()).hexdigest() if kind.lower() == "bearer" else ""
+        sha256 = hashlib.sha256(text.strip().encode()).hexdigest() if kind.lower() == "bearer" else ""
         found: Key | None = None
         for key in self.keys:
-            if hmac.compare_digest(key.sha256, shown):
+            if hmac.compare_digest(key.sha256, sha256):
                 found = key
         if found is None:
             raise Problem(
                 401,
-                "An API key is needed: Authorization: Bearer <key>.",
+                "An API key is required. Send it as: Authorization: Bearer <key>.",
                 headers={"WWW-Authenticate": 'Bearer realm="shopsphere"'},
             )
         if scope is not None and scope not in found.scopes:
-            raise Problem(403, f"The key has no scope '{scope}'.")
+            raise Problem(403, f"This API key has no scope '{scope}'.")
         return found.name

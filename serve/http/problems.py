@@ -1,4 +1,4 @@
-"""Errors as callers see them: RFC 9457 problem documents that name the field and hold nothing of the inside."""
+"""Errors for clients: RFC 9457 problem documents that name the invalid field and reveal no internals."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from http import HTTPStatus
 import msgspec
 from starlette.responses import Response
 
-_PLACE = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$(?P<path>[^`]*)`)?$", re.DOTALL)
+_MSGSPEC_MESSAGE = re.compile(r"^(?P<message>.*?)(?: - at `(?:key in )?\$(?P<path>[^`]*)`)?$", re.DOTALL)
 _MISSING = re.compile(r"missing required field `(?P<field>[^`]+)`")
 _UNKNOWN = re.compile(r"unknown field `(?P<field>[^`]+)`")
 
 
 class Wrong(msgspec.Struct, frozen=True):
-    """One thing that is wrong with the input."""
+    """An invalid field of the input."""
 
     field: str
-    """Where: a parameter, or the way to a field of the body, such as items[0].quantity."""
+    """A query parameter, or the path of a field in the body, such as items[0].quantity."""
     detail: str
 
 
@@ -33,7 +33,7 @@ class Problem(Exception):
 
     @property
     def response(self) -> Response:
-        """The answer."""
+        """The problem document."""
         body: dict[str, object] = {"type": "about:blank", "title": HTTPStatus(self.status).phrase, "status": self.status}
         body["detail"] = self.detail
         if self.errors:
@@ -41,24 +41,24 @@ class Problem(Exception):
         return Response(msgspec.json.encode(body), self.status, self.headers, "application/problem+json")
 
 
-def bad_field(field: str, detail: str) -> Problem:
-    """One field of the input is wrong."""
-    return Problem(400, f"{field}: {detail}", errors=(Wrong(field, detail),))
+def bad_field(field: str, detail: str, status: int = 400) -> Problem:
+    """Return a problem about one field of the input. detail: continues the field's name, as in 'is missing'."""
+    return Problem(status, f"{field}: {detail}", errors=(Wrong(field, detail),))
 
 
 def bad_body(error: msgspec.DecodeError | UnicodeDecodeError) -> Problem:
-    """The body cannot be read: what msgspec says, and where."""
+    """Return a problem about a body that msgspec cannot decode, with the path of the invalid field."""
     if not isinstance(error, msgspec.ValidationError):
-        return bad_field("body", "is not JSON")
-    found = _PLACE.match(str(error))
-    assert found is not None
-    path = (found["path"] or "").removeprefix(".")
-    if named := _MISSING.search(found["what"]) or _UNKNOWN.search(found["what"]):
+        return bad_field("body", "is not valid JSON")
+    parsed = _MSGSPEC_MESSAGE.match(str(error))
+    assert parsed is not None
+    path, message = (parsed["path"] or "").removeprefix("."), parsed["message"]
+    if named := _MISSING.search(message) or _UNKNOWN.search(message):
         path = f"{path}.{named['field']}" if path else named["field"]
-        return bad_field(path, "is missing" if "missing" in found["what"] else "is not a field that is known here")
-    return bad_field(path or "body", found["what"][:1].lower() + found["what"][1:])
+        return bad_field(path, "is missing" if "missing" in message else "is not a known field")
+    return bad_field(path or "body", message[:1].lower() + message[1:])
 
 
-def busy(status: int, detail: str, seconds: int = 1) -> Problem:
-    """Come again later."""
+def retry_later(status: int, detail: str, seconds: int = 1) -> Problem:
+    """Return a problem with a Retry-After header."""
     return Problem(status, detail, headers={"Retry-After": str(seconds)})

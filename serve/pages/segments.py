@@ -1,4 +1,4 @@
-"""How all customers are spread: by recency, frequency and monetary value, and by how long the cohorts stay."""
+"""Distributions over all customers: RFM grids and cohort retention."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import polars as pl
 from pipelines.gold.customer_360 import FREQUENCY_BINS, MONETARY_BINS
 
 RECENCY_BINS = (31, 91, 181, 366)
-"""Days since the last purchase from which on the recency band is 2, 3, 4, 5; 1 is the most recent."""
+"""Days since the last purchase at which the recency bands 2, 3, 4, 5 start; 1 is the most recent."""
 SCORES = (1, 2, 3, 4, 5)
 RFM_READS = ("last_order_at", "frequency_score", "monetary_score")
 RETENTION_READS = ("cohort_month", "months_since", "customers", "active_customers", "retention")
@@ -19,11 +19,12 @@ RETENTION_READS = ("cohort_month", "months_since", "customers", "active_customer
 
 @dataclass(frozen=True)
 class RfmSegments:
-    """How many customers with a purchase are in each cell; a cell that is not there has none.
+    """The number of customers with a purchase per cell; empty cells are absent.
 
     recency    by (recency band, frequency score)
     monetary   by (monetary score, frequency score)
-    customers  with a purchase; without: those that have none
+    customers  customers with a purchase
+    without    customers without a purchase
     """
 
     recency: dict[tuple[int, int], int]
@@ -34,7 +35,7 @@ class RfmSegments:
 
 @dataclass(frozen=True)
 class Cohort:
-    """The customers of a month and, by months since, how many bought and which share of the cohort (0 to 1) that is."""
+    """The customers who first bought in a month. retention: active customers and their share (0 to 1) by month since then."""
 
     month: date
     customers: int
@@ -42,40 +43,40 @@ class Cohort:
 
 
 def recency_band(days: float) -> int:
-    """1 (most recent) to 5."""
+    """Return the recency band, 1 (most recent) to 5."""
     return bisect_right(RECENCY_BINS, int(days)) + 1
 
 
 def rfm(customers: pl.DataFrame, now: datetime) -> RfmSegments:
-    """The grid, from rows of gold.customer_360 (RFM_READS)."""
-    bought = customers.filter(pl.col("frequency_score").is_not_null())
+    """Return the RFM grids. customers: rows of gold.customer_360 with RFM_READS."""
+    buyers = customers.filter(pl.col("frequency_score").is_not_null())
     days = (pl.lit(now).dt.cast_time_unit("us") - pl.col("last_order_at")).dt.total_days().clip(lower_bound=0)
-    counted = bought.with_columns(
+    banded = buyers.with_columns(
         sum(((days >= first).cast(pl.Int32) for first in RECENCY_BINS), start=pl.lit(1, dtype=pl.Int32)).alias("recency_band")
     )
 
     def cells(rows: str) -> dict[tuple[int, int], int]:
-        found = counted.group_by(rows, "frequency_score").len()
-        return {(row, column): count for row, column, count in found.iter_rows()}
+        counts = banded.group_by(rows, "frequency_score").len()
+        return {(row, column): count for row, column, count in counts.iter_rows()}
 
-    return RfmSegments(cells("recency_band"), cells("monetary_score"), bought.height, customers.height - bought.height)
+    return RfmSegments(cells("recency_band"), cells("monetary_score"), buyers.height, customers.height - buyers.height)
 
 
 def cohorts(rows: pl.DataFrame) -> list[Cohort]:
-    """Cohorts, newest first, from rows of gold.cohort_retention (RETENTION_READS)."""
+    """Return the cohorts, newest first. rows: of gold.cohort_retention with RETENTION_READS."""
     found = []
     for (month,), frame in rows.sort("months_since").group_by("cohort_month", maintain_order=True):
-        figures = tuple(frame.select("active_customers", "retention").iter_rows())
+        retention = tuple(frame.select("active_customers", "retention").iter_rows())
         assert isinstance(month, date)
-        found.append(Cohort(month, frame["customers"][0], figures))
+        found.append(Cohort(month, frame["customers"][0], retention))
     return sorted(found, key=lambda cohort: cohort.month, reverse=True)
 
 
-def band_names(bins: tuple[int, ...], least: int) -> tuple[str, ...]:
-    """Names of the bands between whole numbers: (2, 4) from 1 -> '1', '2–3', '4+'."""
-    ends = tuple(zip((least, *bins), bins, strict=False))
-    between = tuple(f"{low:,}" if high - low == 1 else f"{low:,}–{high - 1:,}" for low, high in ends)
-    return (*between, f"{bins[-1]:,}+")
+def band_names(bins: tuple[int, ...], lowest: int) -> tuple[str, ...]:
+    """Return the names of bands of integers, such as '1', '2–3', '4+' for bins (2, 4) and lowest 1."""
+    bounds = tuple(zip((lowest, *bins), bins, strict=False))
+    names = tuple(f"{low:,}" if high - low == 1 else f"{low:,}–{high - 1:,}" for low, high in bounds)
+    return (*names, f"{bins[-1]:,}+")
 
 
 FREQUENCY_NAMES = band_names(FREQUENCY_BINS, 1)

@@ -1,6 +1,6 @@
-"""The topic of scores: kept for `monitor`, and how replicas know of each other's orders.
+"""The topic of scores, which `monitor` evaluates and through which replicas learn of each other's orders.
 
-A score is an event of type `order_scored`, so the lakehouse takes it in like any other when the topic is among
+A score is an event of type `order_scored`, so the lakehouse ingests it like any other when the topic is among
 `kafka.topics`. It names no account or device outside `metadata`: features count an account's events, and must not count scores.
 """
 
@@ -17,32 +17,35 @@ from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
-from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
 
 from lakehouse.errors import ShopSphereError
 from ml.evaluation.served_scores import ORDER_SCORED
 from pipelines.settings import KafkaSettings
 from pipelines.sources.kafka.clients import open_consumer
-from serve.http.edges import UNKEPT
+from serve.http.metrics import LOST_SCORES
+from serve.state.topic_follower import OFFSET_ERRORS
 
 logger = logging.getLogger("shopsphere.serve")
 
 PARTITIONS = 3
 GATHER_SECONDS = 0.005
-"""How long scores are gathered before they are written together."""
-KEPT_MS = 600_000
-"""How long a score waits for a broker that is away."""
+"""How long scores are collected before they are written together."""
+DELIVERY_TIMEOUT_MS = 600_000
+"""How long a score waits for an unavailable broker."""
+BROKER_TIMEOUT_SECONDS = 10
+MAX_BATCH = 1_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Score:
     """A scored order.
 
-    entity    the order as features take it
-    features  what the model saw; NaN (null in the topic): unknown
-    answer    what was answered, a struct; of a score that was heard of what JSON makes of it
-    shadow    the challenger's version and score
+    entity      the order in the form of the features (ORDER_COLUMNS)
+    features    the model's input; NaN (null in the topic): unknown
+    answer      the answer: a struct, or its JSON values when read from the topic
+    challenger  the challenger's version, score and decision
     """
 
     order_id: str
@@ -50,39 +53,39 @@ class Score:
     entity: Mapping[str, Any]
     features: Mapping[str, Any]
     answer: Any
-    shadow: Mapping[str, Any] | None
+    challenger: Mapping[str, Any] | None
 
 
-class _From(msgspec.Struct):
-    """Who wrote a message, read without the rest of it: most are one's own."""
+class _Origin(msgspec.Struct):
+    """The writer of a message, decoded without the rest: most messages are the replica's own."""
 
     replica: str
 
 
-class _Sent(msgspec.Struct):
+class _Envelope(msgspec.Struct):
     event_type: str
-    metadata: _From
+    metadata: _Origin
 
 
-SENT = msgspec.json.Decoder(_Sent)
+ENVELOPE = msgspec.json.Decoder(_Envelope)
 
 
-class ScoreLog:
-    """Writes scores, and hears of those that others wrote."""
+class ScoreTopic:
+    """Writes scores to the topic, and passes those of other replicas to `on_score`."""
 
-    def __init__(self, kafka: KafkaSettings, topic: str, heard: Callable[[Score], None]) -> None:
+    def __init__(self, kafka: KafkaSettings, topic: str, on_score: Callable[[Score], None]) -> None:
         self.topic = topic if kafka.enabled and kafka.bootstrap_servers else ""
         self.replica = uuid.uuid4().hex
         self.caught_up = threading.Event()
-        self._kafka, self._heard = kafka, heard
+        self._kafka, self._on_score = kafka, on_score
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="scores", daemon=True)
+        self._reader = threading.Thread(target=self._read, name="scores", daemon=True)
         self._writer = threading.Thread(target=self._write, name="score-writer", daemon=True)
-        self._waiting: queue.SimpleQueue[Score | threading.Event | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Score | threading.Event | None] = queue.SimpleQueue()
         self._producer: Producer | None = None
 
     def start(self, since: datetime) -> None:
-        """Begin to hear, of scores from `since` on too."""
+        """Start to write, and to read scores from `since` on."""
         if not self.topic:
             self.caught_up.set()
             return
@@ -92,52 +95,52 @@ class ScoreLog:
                 "bootstrap.servers": self._kafka.bootstrap_servers,
                 "enable.idempotence": True,
                 "linger.ms": 5,
-                "message.timeout.ms": KEPT_MS,
+                "message.timeout.ms": DELIVERY_TIMEOUT_MS,
                 "compression.type": "zstd",
                 "logger": logger,
             }
         )
         self._since = since
-        self._thread.start()
+        self._reader.start()
         self._writer.start()
 
     def stop(self) -> None:
-        """Write what waits, and end."""
+        """Write the queued scores and stop."""
         self._stopping.set()
         if self._producer is not None:
-            self._thread.join(timeout=10)
-            self._waiting.put(None)
+            self._reader.join(timeout=10)
+            self._queue.put(None)
             self._writer.join(timeout=10)
-            if left := self._producer.flush(10):
-                UNKEPT.inc(left)
-                logger.error("%d scores could not be written to topic '%s'", left, self.topic)
+            if lost := self._producer.flush(10):
+                LOST_SCORES.inc(lost)
+                logger.error("%d scores could not be written to topic '%s'", lost, self.topic)
 
     def write(self, score: Score) -> None:
-        """Keep a score: at once in memory, on the broker when it answers."""
+        """Queue a score to be written to the broker."""
         if self._producer is not None:
-            self._waiting.put(score)
+            self._queue.put(score)
 
     def flush(self, seconds: float) -> int:
-        """Wait until what was written so far is on the broker. Gives how many scores are not."""
+        """Wait until the queued scores are on the broker. Return the number of those that are not."""
         if self._producer is None:
             return 0
         reached = threading.Event()
-        self._waiting.put(reached)
+        self._queue.put(reached)
         reached.wait(seconds)
         return int(self._producer.flush(seconds))
 
     def _write(self) -> None:
-        """A thread of its own, which takes several at once: a request does not wait for the broker's threads."""
-        while (one := self._waiting.get()) is not None:
-            if isinstance(one, threading.Event):
-                one.set()
+        """Produce queued scores in their own thread, several at once, so that requests do not wait for the broker."""
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, threading.Event):
+                item.set()
                 continue
             try:
-                self._produce(one)
+                self._produce(item)
             except Exception:
-                UNKEPT.inc()
-                logger.exception("a score could not be written to topic '%s'", self.topic)
-            if self._waiting.empty() and not self._stopping.is_set():
+                LOST_SCORES.inc()
+                logger.exception("A score could not be written to topic '%s'", self.topic)
+            if self._queue.empty() and not self._stopping.is_set():
                 time.sleep(GATHER_SECONDS)
 
     def _produce(self, score: Score) -> None:
@@ -152,96 +155,106 @@ class ScoreLog:
                 "order": score.entity,
                 "features": score.features,
                 "answer": score.answer,
-                "challenger": score.shadow,
+                "challenger": score.challenger,
             },
         }
         try:
             self._producer.produce(
-                self.topic, msgspec.json.encode(event), key=score.order_id.encode(), on_delivery=self._delivered
+                self.topic, msgspec.json.encode(event), key=score.order_id.encode(), on_delivery=self._on_delivery
             )
         except BufferError:
-            UNKEPT.inc()
+            LOST_SCORES.inc()
         self._producer.poll(0)
 
-    def _delivered(self, error: KafkaError | None, message: Any) -> None:
+    def _on_delivery(self, error: KafkaError | None, message: Any) -> None:
         if error is not None:
-            UNKEPT.inc()
-            logger.error("a score could not be written to topic '%s': %s", self.topic, error.str())
+            LOST_SCORES.inc()
+            logger.error("A score could not be written to topic '%s': %s", self.topic, error.str())
 
-    def _run(self) -> None:
+    def _read(self) -> None:
         while not self._stopping.is_set():
             try:
                 with open_consumer(self._kafka) as consumer:
-                    self._listen(consumer)
+                    self._consume(consumer)
             except Exception as error:
-                logger.error("topic '%s' cannot be read: %s", self.topic, " ".join(str(error).split()))
+                logger.error("Topic '%s' cannot be read: %s", self.topic, " ".join(str(error).split()))
             self._stopping.wait(1.0)
 
-    def _listen(self, consumer: Any) -> None:
+    def _consume(self, consumer: Consumer) -> None:
         partitions = self._partitions(consumer)
-        milliseconds = int(self._since.timestamp() * 1000)
-        asked = [TopicPartition(self.topic, number, milliseconds) for number in partitions]
-        begun = time.time()
-        starts = consumer.offsets_for_times(asked, timeout=10)
-        ends = {}
-        for number in partitions:
-            ends[number] = consumer.get_watermark_offsets(TopicPartition(self.topic, number), timeout=10)[1]
-        places = {one.partition: one.offset if one.offset >= 0 else ends[one.partition] for one in starts}
-        consumer.assign([TopicPartition(self.topic, number, offset) for number, offset in places.items()])
+        started = time.time()
+        offsets, ends = self._start_offsets(consumer, partitions)
+        consumer.assign([TopicPartition(self.topic, number, offset) for number, offset in offsets.items()])
         while not self._stopping.is_set():
-            if not self.caught_up.is_set() and all(places[number] >= end for number, end in ends.items()):
+            if not self.caught_up.is_set() and all(offsets[number] >= end for number, end in ends.items()):
                 self.caught_up.set()
             if self._producer is not None:
                 self._producer.poll(0)
-            for message in consumer.consume(1_000, timeout=0.05):
-                error = message.error()
+            for message in consumer.consume(MAX_BATCH, timeout=0.05):
+                error, number, offset = message.error(), message.partition() or 0, message.offset() or 0
                 if error is None:
-                    places[message.partition()] = message.offset() + 1
-                    self._take(message.value())
+                    offsets[number] = offset + 1
+                    self._receive(message.value())
                 elif error.code() == KafkaError._PARTITION_EOF:
-                    places[message.partition()] = max(places[message.partition()], message.offset())
-                elif error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):
+                    offsets[number] = max(offsets[number], offset)
+                elif error.code() in OFFSET_ERRORS:
                     raise KafkaException(error)
-            # where to go on after an interruption: a score that is heard of twice counts once
-            self._since = datetime.fromtimestamp(begun, UTC) if self.caught_up.is_set() else self._since
+            # where to resume after an interruption: a score that is received twice counts once
+            self._since = datetime.fromtimestamp(started, UTC) if self.caught_up.is_set() else self._since
 
-    def _partitions(self, consumer: Any) -> list[int]:
-        """The topic's partitions; it is made when it is not there."""
-        found = consumer.list_topics(timeout=10)
-        topics = found.topics
+    def _start_offsets(self, consumer: Consumer, partitions: list[int]) -> tuple[dict[int, int], dict[int, int]]:
+        """Return by partition the offset of the first message from `_since` on, and the end offset."""
+        milliseconds = int(self._since.timestamp() * 1000)
+        times = [TopicPartition(self.topic, number, milliseconds) for number in partitions]
+        starts = consumer.offsets_for_times(times, timeout=BROKER_TIMEOUT_SECONDS)
+        ends = {}
+        for number in partitions:
+            partition = TopicPartition(self.topic, number)
+            ends[number] = consumer.get_watermark_offsets(partition, timeout=BROKER_TIMEOUT_SECONDS)[1]
+        return {one.partition: one.offset if one.offset >= 0 else ends[one.partition] for one in starts}, ends
+
+    def _partitions(self, consumer: Consumer) -> list[int]:
+        """Return the topic's partitions; create the topic when it does not exist."""
+        metadata = consumer.list_topics(timeout=BROKER_TIMEOUT_SECONDS)
+        topics = metadata.topics
         if self.topic not in topics:
-            admin = AdminClient({**self._kafka.properties, "bootstrap.servers": self._kafka.bootstrap_servers})
-            # brokers before 2.4 have no replication of their own choice
-            for copies in (-1, min(3, len(found.brokers))):
-                try:
-                    admin.create_topics([NewTopic(self.topic, PARTITIONS, copies)])[self.topic].result(10)
+            self._create_topic(len(metadata.brokers))
+            deadline = time.monotonic() + BROKER_TIMEOUT_SECONDS
+            while self.topic not in (topics := consumer.list_topics(timeout=BROKER_TIMEOUT_SECONDS).topics):
+                if time.monotonic() >= deadline:
                     break
-                except KafkaException as error:
-                    code = error.args[0].code()
-                    if code == KafkaError.TOPIC_ALREADY_EXISTS:  # another replica was first
-                        break
-                    if code != KafkaError._UNSUPPORTED_FEATURE or copies > 0:
-                        raise
-            until = time.monotonic() + 10
-            while self.topic not in (topics := consumer.list_topics(timeout=10).topics) and time.monotonic() < until:
                 self._stopping.wait(0.1)
         return sorted(topics[self.topic].partitions)
 
-    def _take(self, value: bytes | None) -> None:
+    def _create_topic(self, brokers: int) -> None:
+        admin = AdminClient({**self._kafka.properties, "bootstrap.servers": self._kafka.bootstrap_servers})
+        # brokers before 2.4 do not support -1, their default replication factor
+        for replication in (-1, min(3, brokers)):
+            try:
+                admin.create_topics([NewTopic(self.topic, PARTITIONS, replication)])[self.topic].result(BROKER_TIMEOUT_SECONDS)
+                return
+            except KafkaException as error:
+                code = error.args[0].code()
+                if code == KafkaError.TOPIC_ALREADY_EXISTS:  # another replica was faster
+                    return
+                if code != KafkaError._UNSUPPORTED_FEATURE or replication > 0:
+                    raise
+
+    def _receive(self, value: bytes | None) -> None:
         try:
-            sent = SENT.decode(value or b"")
-            if sent.event_type != ORDER_SCORED or sent.metadata.replica == self.replica:
+            envelope = ENVELOPE.decode(value or b"")
+            if envelope.event_type != ORDER_SCORED or envelope.metadata.replica == self.replica:
                 return
             event = msgspec.json.decode(value or b"")
-            told = event["metadata"]
+            metadata = event["metadata"]
             score = Score(
-                told["order_ref"],
-                datetime.fromisoformat(event["timestamp"]),
-                told["order"],
-                told["features"],
-                told["answer"],
-                told["challenger"],
+                order_id=metadata["order_ref"],
+                scored_at=datetime.fromisoformat(event["timestamp"]),
+                entity=metadata["order"],
+                features=metadata["features"],
+                answer=metadata["answer"],
+                challenger=metadata["challenger"],
             )
-            self._heard(score)
+            self._on_score(score)
         except (msgspec.DecodeError, ShopSphereError, KeyError, TypeError, ValueError) as error:
-            logger.error("topic '%s' holds a message that is no score (%s)", self.topic, type(error).__name__)
+            logger.error("Topic '%s' contains a message that is not a score (%s)", self.topic, type(error).__name__)

@@ -1,4 +1,4 @@
-"""The newest snapshots of tables, for look-ups: asked for again at most every so often."""
+"""The newest snapshots of tables for look-ups, checked for changes at most once per interval."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from lakehouse.table import Table
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """A table as of its newest snapshot; snapshot_id and at are None for an empty one."""
+class CachedTable:
+    """A table as of a snapshot; snapshot_id and committed_at are None for an empty table."""
 
     rows: UpstreamTable
     snapshot_id: int | None
-    at: datetime | None
+    committed_at: datetime | None
 
     def read(self, predicate: pl.Expr | None = None, columns: Sequence[str] | None = None) -> pl.DataFrame:
-        """The living rows for which `predicate` holds, all declared columns unless some are named."""
+        """Return the live rows that match `predicate`, with all declared columns or the given ones."""
         return self.rows.read(columns or self.rows.table.schema.names, predicate)
 
 
 class TableCache:
-    """Hands out snapshots. Any thread may ask."""
+    """Returns tables as of a recent snapshot. Thread-safe."""
 
     def __init__(self, lake: Lake, seconds: float = 1.0) -> None:
         self.lake, self.seconds = lake, seconds
-        self._kept: dict[str, tuple[float, Snapshot]] = {}
+        self._entries: dict[str, tuple[float, CachedTable]] = {}
         self._lock = threading.Lock()
 
-    def of(self, table: Table) -> Snapshot:
-        """The newest snapshot, or one that was the newest at most `seconds` ago."""
+    def get(self, table: Table) -> CachedTable:
+        """Return a table as of a snapshot that was the newest at most `seconds` ago."""
         with self._lock:
-            kept = self._kept.get(table.name)
+            entry = self._entries.get(table.name)
             now = time.monotonic()
-            if kept is not None and now - kept[0] < self.seconds:
-                return kept[1]
+            if entry is not None and now - entry[0] < self.seconds:
+                return entry[1]
             handle = self.lake.load(table)
-            current = handle.snapshot
-            if kept is not None and current is not None and kept[1].snapshot_id == current.snapshot_id:
-                found = kept[1]
+            newest = handle.snapshot
+            if entry is not None and newest is not None and entry[1].snapshot_id == newest.snapshot_id:
+                cached = entry[1]
             else:
-                found = Snapshot(
+                cached = CachedTable(
                     UpstreamTable(table, handle.reader, tuple(handle.files())),
-                    current.snapshot_id if current else None,
-                    datetime.fromtimestamp(current.timestamp_ms / 1000, UTC) if current else None,
+                    newest.snapshot_id if newest else None,
+                    datetime.fromtimestamp(newest.timestamp_ms / 1000, UTC) if newest else None,
                 )
-            self._kept[table.name] = (now, found)
-            return found
+            self._entries[table.name] = (now, cached)
+            return cached

@@ -391,7 +391,7 @@ def test_a_replica_forgets_too(world: World) -> None:
     world, person = world.without_postgres, somebody(world.lake)
     account = int(person["primary_user_id"])
     context = business_settings(world.settings)
-    state = OnlineState(world.settings, ServeSettings(refresh_seconds=0.5), context, lambda line: None)
+    state = OnlineState(world.settings, ServeSettings(refresh_seconds=0.5), context, lambda follower: None)
     state.start()
     producer = Producer({"bootstrap.servers": world.settings.kafka.bootstrap_servers})
 
@@ -401,7 +401,7 @@ def test_a_replica_forgets_too(world: World) -> None:
         assert producer.flush(30) == 0
 
     def devices() -> list[str]:
-        later = state.line.stock.later
+        later = state.follower.stock.later
         return later.filter(pl.col("event_id").is_in(["tail-1", "tail-2"]))["device_id"].to_list()
 
     try:

@@ -26,9 +26,12 @@ from lakehouse.errors import SettingsError
 from ml.registry import Registry
 from pipelines.settings import Settings
 from serve.deployment import check
-from serve.http.edges import AccessLog, ApiRequest, Edge, Endpoint, Gate, Routes, answer
+from serve.http.access_log import AccessLog
+from serve.http.bounded_pool import BoundedThreadPool
+from serve.http.endpoints import ApiRequest, Endpoint, json_response
 from serve.http.keys import Keys
 from serve.http.problems import Problem
+from serve.http.router import EndpointApp, Router
 from serve.settings import ServeSettings, load_serve_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +46,7 @@ def client(filled: Settings) -> Iterator[TestClient]:
     registry.promote(registry.record(trained(filled, 21)).number)
     application = replica(filled, scores_topic="")
     with running(application) as client:
-        wait_for(lambda: application.watch.current.champion is not None)
+        wait_for(lambda: application.models.current.champion is not None)
         yield client
 
 
@@ -144,12 +147,12 @@ def test_ten_thousand_malformed_bodies(client: TestClient) -> None:
 
 def test_too_many_at_once_are_told_to_come_again() -> None:
     async def crowd() -> list[str]:
-        gate, go = Gate("test", 1, 2), threading.Event()
-        waiting = [asyncio.create_task(gate.run(go.wait, 10)) for _ in range(5)]
+        pool, go = BoundedThreadPool("test", 1, 2), threading.Event()
+        waiting = [asyncio.create_task(pool.run(go.wait, 10)) for _ in range(5)]
         await asyncio.sleep(0.05)
         go.set()
         done = await asyncio.gather(*waiting, return_exceptions=True)
-        gate.close()
+        pool.close()
         return [one.headers["Retry-After"] if isinstance(one, Problem) else str(one) for one in done]
 
     assert asyncio.run(crowd()) == ["True", "True", "True", "1", "1"]
@@ -160,10 +163,10 @@ def test_a_panic_of_polars_is_an_error_like_any_other() -> None:
         raise PanicException("index out of bounds")
 
     async def run() -> None:
-        gate = Gate("test", 1, 1)
+        pool = BoundedThreadPool("test", 1, 1)
         with pytest.raises(RuntimeError, match="panicked"):
-            await gate.run(panic)
-        gate.close()
+            await pool.run(panic)
+        pool.close()
 
     asyncio.run(run())
 
@@ -176,7 +179,7 @@ def test_elsewhere_than_on_loopback_keys_are_required(tmp_path: Path) -> None:
     Keys().add(file, "till", ("inventory",))
     check(outside)
     file.write_text("[")
-    with pytest.raises(SettingsError, match="holds no API keys"):
+    with pytest.raises(SettingsError, match="not a valid file of API keys"):
         check(outside)
 
 
@@ -222,14 +225,15 @@ ENDPOINTS = {
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "OPTIONS"])
 def test_whatever_is_asked_leads_where_starlette_leads(tmp_path: Path, method: str) -> None:
-    def edge(method: str, path: str) -> Edge:
-        async def told(asked: ApiRequest) -> Response:
-            return answer({"method": method, "path": path, "given": asked.path, "query": asked.query})
+    def endpoint_app(method: str, path: str) -> EndpointApp:
+        async def echo(request: ApiRequest) -> Response:
+            return json_response({"method": method, "path": path, "parameters": request.path, "query": request.query})
 
-        return Edge(Endpoint(method, path, path, "", told, dict), Keys(), AccessLog(tmp_path / "access.jsonl"))
+        endpoint = Endpoint(method=method, path=path, name=path, doc="", handler=echo, answer=dict)
+        return EndpointApp(endpoint, Keys(), AccessLog(tmp_path / "access.jsonl"))
 
-    edges = [edge(method, path) for path, method in ENDPOINTS.items()]
-    ours, theirs = TestClient(Routes(edges)), TestClient(Starlette(routes=[one.route for one in edges]))
+    apps = [endpoint_app(method, path) for path, method in ENDPOINTS.items()]
+    ours, theirs = TestClient(Router(apps)), TestClient(Starlette(routes=[app.route for app in apps]))
     pieces = ["v1", "things", "low", "look", "score:batch", "a", "a b", "%2F", "%C3%BC", "%0A", "..", "", "-", "healthz"]
     paths = ["/" + "/".join(some) for count in range(1, 5) for some in itertools.product(pieces, repeat=count)]
     random.Random(1).shuffle(paths)

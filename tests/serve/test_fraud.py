@@ -33,8 +33,8 @@ from ml.tables.order_features import EVENT_READS, ORDER_FEATURES, account_events
 from pipelines.runner import open_engine, run_once
 from pipelines.settings import Settings
 from pipelines.silver.events_clean import EVENTS_CLEAN
-from serve.api.fraud import RecentScores
 from serve.state.score_topic import Score
+from serve.state.scoring_state import RecentScores
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def desk(filled: Settings) -> Iterator[Desk]:
         no_model_yet(desk)
         registry = Registry(home=filled.home)
         registry.promote(registry.record(trained(filled, 1)).number)
-        wait_for(lambda: application.watch.current.champion is not None)
+        wait_for(lambda: application.models.current.champion is not None)
         yield desk
 
 
@@ -66,7 +66,7 @@ def no_model_yet(desk: Desk) -> None:
 
 def test_a_score_is_the_models_with_its_reasons(desk: Desk) -> None:
     told = desk.score(order_id="first", user_id=3, total_amount="900.00", card_fingerprint="c-new", device_id="d-new")
-    model = desk.application.watch.current.champion
+    model = desk.application.models.current.champion
     assert model is not None
     seen = pl.DataFrame([desk.features("first")], schema={one.name: one.dtype for one in FEATURES})
     assert told["score"] == pytest.approx(float(model.model.score(seen)[0]), abs=1e-6)
@@ -106,9 +106,9 @@ def test_a_batch_is_its_orders_one_after_the_other(desk: Desk) -> None:
 
 
 def test_identifiers_find_the_account(desk: Desk) -> None:
-    memory = desk.application.fraud.memory
-    assert memory is not None
-    nodes = memory.known.nodes
+    scoring = desk.application.fraud.scoring
+    assert scoring is not None
+    nodes = scoring.reference.accounts_by_node
     node = min(node for node, account in nodes.items() if node.startswith("email:") and account is not None)
     desk.score(order_id="by-email", email=node.removeprefix("email:").upper())
     desk.score(order_id="by-id", user_id=nodes[node])
@@ -121,10 +121,10 @@ def test_replicas_share_orders_and_answers(desk: Desk) -> None:
     first = desk.score(order_id="shared", card_fingerprint=card)
     other = replica(desk.settings)
     with running(other) as client:
-        wait_for(lambda: other.watch.current.champion is not None)
+        wait_for(lambda: other.models.current.champion is not None)
         assert client.post("/v1/fraud/score", json=made(order_id="shared", card_fingerprint=card)).json() == first
         desk.score(order_id="shared2", card_fingerprint=card)
-        wait_for(lambda: other.fraud.recent.answered("shared2", datetime.now(UTC)) is not None)
+        wait_for(lambda: other.fraud.recent.answer_of("shared2", datetime.now(UTC)) is not None)
         heard: list[Score] = []
         other.scores.write = heard.append  # type: ignore[method-assign]
         assert client.post("/v1/fraud/score", json=made(card_fingerprint=card)).status_code == 200
@@ -135,9 +135,9 @@ def test_another_champion_takes_over_while_orders_are_scored(desk: Desk) -> None
     registry = Registry(home=desk.settings.home)
     before = registry.champion_number()
     challenger = registry.record(trained(desk.settings, 2)).number
-    wait_for(lambda: desk.application.watch.current.challenger is not None)
+    wait_for(lambda: desk.application.models.current.challenger is not None)
     desk.score(order_id="shadowed")
-    shadow = next(one.shadow for one in desk.written if one.order_id == "shadowed")
+    shadow = next(one.challenger for one in desk.written if one.order_id == "shadowed")
     assert shadow is not None
     assert shadow["version"] == challenger
     assert 0 <= shadow["score"] <= 1
@@ -164,8 +164,8 @@ def test_another_champion_takes_over_while_orders_are_scored(desk: Desk) -> None
 
 
 def test_account_events_of_the_tail_count(desk: Desk) -> None:
-    memory = desk.application.fraud.memory
-    assert memory is not None
+    scoring = desk.application.fraud.scoring
+    assert scoring is not None
     moment = datetime.now(UTC) - timedelta(minutes=3)
     event = {
         "event_id": f"late{time.time_ns()}",
@@ -175,15 +175,15 @@ def test_account_events_of_the_tail_count(desk: Desk) -> None:
         "metadata": {"device_id": "d-tail"},
     }
     producer = Producer({"bootstrap.servers": desk.settings.kafka.bootstrap_servers})
-    heard = len(memory.line.stock.account_events)
+    heard = len(scoring.follower.stock.account_events)
     for outcome in range(3):  # it comes again: once the same, once corrected
         again = event if outcome < 2 else event | {"timestamp": (moment - timedelta(days=2)).isoformat()}
         producer.produce("events", json.dumps(again).encode())
         producer.flush(10)
         if outcome == 0:
-            wait_for(lambda: len(memory.line.stock.account_events) == heard + 1)
+            wait_for(lambda: len(scoring.follower.stock.account_events) == heard + 1)
             desk.score(order_id="after-login", user_id=7)
-    wait_for(lambda: len(memory.line.stock.account_events) == heard + 3)
+    wait_for(lambda: len(scoring.follower.stock.account_events) == heard + 3)
     desk.score(order_id="after-correction", user_id=7)
     assert desk.features("after-login")["account_failed_logins_1h"] == 1
     assert desk.features("after-correction")["account_failed_logins_1h"] == 0
@@ -194,37 +194,39 @@ def test_memory_made_anew_knows_what_was_scored(desk: Desk) -> None:
     """Also what is scored while it is made; what is forgotten counts no more, and is not missed."""
     card = f"card{time.time_ns()}"
     fraud = desk.application.fraud
-    before = fraud.memory
+    before = fraud.scoring
     assert before is not None
     desk.score(order_id="old", card_fingerprint=card)
-    made_anew = threading.Thread(target=lambda: [fraud._remember(before.known, before.line, before.events) for _ in range(3)])
-    made_anew.start()
+    rebuilding = threading.Thread(
+        target=lambda: [fraud._rebuild(before.reference, before.follower, before.events) for _ in range(3)]
+    )
+    rebuilding.start()
     count = 1
-    while made_anew.is_alive() or count < 5:
+    while rebuilding.is_alive() or count < 5:
         desk.score(order_id=f"while{count}", card_fingerprint=card)
         assert desk.features(f"while{count}")["card_orders_1h"] == count
         count += 1
-    made_anew.join()
-    assert fraud.memory is not before
+    rebuilding.join()
+    assert fraud.scoring is not before
     with fraud._lock:
-        memory = fraud.memory
-        assert memory is not None
-        memory.online.forget("old")
+        scoring = fraud.scoring
+        assert scoring is not None
+        scoring.online.forget("old")
         history = [row for _, row in fraud.recent.scored.values() if row["order_id"] != "old"]
     desk.score(order_id="last", card_fingerprint=card, user_id=3, device_id="d-last")
     assert desk.features("last")["card_orders_1h"] == count - 1
     entity = pl.DataFrame([next(one.entity for one in desk.written if one.order_id == "last")], schema=ORDER_COLUMNS)
-    orders = pl.concat([memory.known.entities, pl.DataFrame(history, schema=ORDER_COLUMNS)])
-    later = account_events(memory.line.stock.later.select(EVENT_READS))
-    events = pl.concat([memory.events, later])
-    (want,) = compute(entity, OrderHistory(orders, events, memory.known.categories)).drop("order_id", "placed_at").to_dicts()
+    orders = pl.concat([scoring.reference.entities, pl.DataFrame(history, schema=ORDER_COLUMNS)])
+    later = account_events(scoring.follower.stock.later.select(EVENT_READS))
+    events = pl.concat([scoring.events, later])
+    (want,) = compute(entity, OrderHistory(orders, events, scoring.reference.categories)).drop("order_id", "placed_at").to_dicts()
     told = desk.features("last")
     off = {name: (told[name], want[name]) for name in told if told[name] != want[name]}
     assert off == {}
 
 
 def test_a_model_that_is_no_forest_is_asked_in_its_own_way(desk: Desk) -> None:
-    champion = desk.application.watch.current.champion
+    champion = desk.application.models.current.champion
     assert champion is not None
     desk.score(order_id="both-ways", user_id=5)
     values = [desk.features("both-ways")[feature.name] for feature in FEATURES]
@@ -317,16 +319,16 @@ def test_an_amount_of_any_size_is_scored_or_refused(desk: Desk) -> None:
 
 def test_an_order_is_forgotten_when_the_lakehouse_has_it_or_should_have() -> None:
     now = datetime(2026, 1, 31, tzinfo=UTC)
-    recent = RecentScores(timedelta(hours=1))
+    recent: RecentScores[Any] = RecentScores(timedelta(hours=1))
     for name, age in (("placed", 2), ("dropped", 2), ("young", 0.1)):
         recent.add({"order_id": name}, now - timedelta(hours=age), name)  # type: ignore[arg-type]
-    assert recent.forget({"placed"}, now, now) == ["placed", "dropped"]
+    assert recent.remove_settled({"placed"}, now, now) == ["placed", "dropped"]
     assert list(recent.scored) == ["young"]
     recent.add({"order_id": "young", "amount": 1}, now, "again")  # type: ignore[arg-type]
     assert recent.scored["young"] == (now, {"order_id": "young", "amount": 1})
-    assert recent.answered("young", now) == "young"
-    assert recent.answered("placed", now) is None
-    assert recent.forget(set(), now - timedelta(hours=3), now + timedelta(hours=2)) == []
+    assert recent.answer_of("young", now) == "young"
+    assert recent.answer_of("placed", now) is None
+    assert recent.remove_settled(set(), now - timedelta(hours=3), now + timedelta(hours=2)) == []
     assert list(recent.scored) == ["young"]
 
 
@@ -375,7 +377,7 @@ def test_what_was_served_is_reproduced_from_the_lakehouse(desk: Desk) -> None:
         scored = pl.col("event_type") == "order_scored"
         kept = engine.lake.load(EVENTS_CLEAN).read(["metadata", "user_id", "device_id"], scored)
         seen_by_monitor = served_scores(engine.lake, Registry(home=settings.home).load())
-    model = desk.application.watch.current.champion
+    model = desk.application.models.current.champion
     assert model is not None
     assert offline.height == len(served) > 20
     # every score from the features kept with it
@@ -412,12 +414,12 @@ def test_the_champions_label_delay_is_served(desk: Desk) -> None:
     assert before is not None
     registry.promote(registry.record(replace(trained(desk.settings, 31), label_delay=timedelta(days=20))).number)
     try:
-        wait_for(lambda: fraud.memory is not None and fraud.memory.online.delay == timedelta(days=20) // MICROSECOND)
+        wait_for(lambda: fraud.scoring is not None and fraud.scoring.online.delay == timedelta(days=20) // MICROSECOND)
         assert desk.score()["model"]["version"] != before
     finally:
         registry.rollback()
-    wait_for(lambda: fraud.memory is not None and fraud.memory.online.delay == LABEL_DELAY // MICROSECOND)
+    wait_for(lambda: fraud.scoring is not None and fraud.scoring.online.delay == LABEL_DELAY // MICROSECOND)
 
 
 def caught_up(desk: Desk) -> bool:
-    return desk.application.state.freshness(desk.application.state.line).staleness_ms < 1_000
+    return desk.application.state.freshness(desk.application.state.follower).staleness_ms < 1_000

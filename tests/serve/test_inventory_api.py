@@ -127,7 +127,7 @@ def test_a_change_in_any_store_is_in_the_answer_for_all_stores(shop: Shop) -> No
 def test_what_is_kept_as_json_has_bounds(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     inventory, products = shop.application.inventory, [f"P{number}" for number in range(4)]
     told = {product: shop.get(f"/v1/inventory/{product}")["stores"] for product in products}
-    monkeypatch.setattr("serve.api.inventory.ENCODED_BYTES", 2 * max(len(one.levels) for one in inventory._encoded.values()))
+    monkeypatch.setattr("serve.api.inventory.MAX_ENCODED_BYTES", 2 * max(len(one.levels) for one in inventory._encoded.values()))
     for _ in range(3):
         for product in products:
             shop.send("stock_received", product)
@@ -151,7 +151,7 @@ def test_an_answer_claims_no_more_than_it_holds(shop: Shop, path: str, monkeypat
                 at = shop.send("view_product", "P2")
                 name, _, offset = at.rpartition(":")
                 until = time.monotonic() + 10
-                while shop.application.state.line.offsets[name] <= int(offset):
+                while shop.application.state.follower.offsets[name] <= int(offset):
                     assert time.monotonic() < until
                     time.sleep(0.01)
             return found
@@ -192,10 +192,10 @@ def test_every_key_is_silvers_before_and_after_silver_catches_up(shop: Shop) -> 
     shop.run()
     silver = shop.engine.lake.load(INVENTORY_SNAPSHOTS).read(INVENTORY_SNAPSHOTS.schema.names)
     assert online == figures_of(silver)
-    old = shop.application.state.line
-    while shop.application.state.line is old:
+    old = shop.application.state.follower
+    while shop.application.state.follower is old:
         time.sleep(0.05)
-    assert shop.application.state.line.stock.later.is_empty()
+    assert shop.application.state.follower.stock.later.is_empty()
     assert everything(shop) == online
 
 
@@ -335,13 +335,13 @@ def test_without_a_broker_the_snapshot_answers_and_says_how_old_it_is(shop: Shop
     kafka = KafkaSettings(bootstrap_servers="127.0.0.1:1", topics=(shop.topic,))  # type: ignore[call-arg]
     settings = Settings(home=shop.settings.home, kafka=kafka)
     serving = ServeSettings(start_seconds=0.5, refresh_seconds=60)
-    lines: list[TopicFollower] = []
-    state = OnlineState(settings, serving, shop.engine.context, lines.append)
+    followers: list[TopicFollower] = []
+    state = OnlineState(settings, serving, shop.engine.context, followers.append)
     state.start()
     try:
         assert state.ready.wait(20), state.error
-        assert len(state.line.stock) > 0
-        assert state.freshness(state.line).as_of == state.line.base.at.timestamp()  # type: ignore[union-attr]
+        assert len(state.follower.stock) > 0
+        assert state.freshness(state.follower).as_of == state.follower.snapshot.committed_at.timestamp()  # type: ignore[union-attr]
     finally:
         state.stop()
 

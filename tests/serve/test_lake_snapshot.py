@@ -18,7 +18,7 @@ from pipelines.gold.inventory_health import INVENTORY_HEALTH
 from pipelines.settings import Settings
 from pipelines.silver.events_clean import EVENTS_CLEAN
 from pipelines.silver.inventory_snapshots import INVENTORY_SNAPSHOTS
-from serve.state.lake_snapshot import StateError, newest_chain, open_base
+from serve.state.lake_snapshot import StateError, newest_chain, read_lake_snapshot
 from serve.state.stock import StockState
 
 TABLES: tuple[Table, ...] = (EVENTS, EVENTS_CLEAN, INVENTORY_SNAPSHOTS, INVENTORY_HEALTH)
@@ -38,8 +38,8 @@ def engine(tmp_path: Path) -> Engine:
 
 def test_nothing_is_known_of_an_empty_lakehouse(tmp_path: Path) -> None:
     engine = make_engine(tmp_path)
-    base = open_base(newest_chain(engine.lake))
-    assert (base.offsets, base.stock.height, len(base.known), base.at) == ({}, 0, 0, None)
+    snapshot = read_lake_snapshot(newest_chain(engine.lake))
+    assert (snapshot.offsets, snapshot.stock.height, len(snapshot.event_id_hashes), snapshot.committed_at) == ({}, 0, 0, None)
 
 
 def test_the_offsets_are_those_of_the_figures_not_of_bronze(engine: Engine) -> None:
@@ -59,15 +59,15 @@ def test_events_that_move_no_stock_move_the_offsets(engine: Engine) -> None:
 
 def test_it_is_the_same_after_compaction_and_expiry(engine: Engine) -> None:
     before = newest_chain(engine.lake)
-    stock = figures_online(StockState(open_base(before), engine.context))
+    stock = figures_online(StockState(read_lake_snapshot(before), engine.context))
     lake = Lake(Settings(home=engine.lake.settings.home, snapshot_retention_hours=0))
     for table in TABLES:
         maintain(lake, table, datetime.now(UTC) + timedelta(hours=1))
     chain = newest_chain(engine.lake)
     assert chain.offsets == before.offsets
-    base = open_base(chain)
-    assert figures_online(StockState(base, engine.context)) == stock
-    assert len(base.known) == 12
+    snapshot = read_lake_snapshot(chain)
+    assert figures_online(StockState(snapshot, engine.context)) == stock
+    assert len(snapshot.event_id_hashes) == 12
     ledger = engine.lake.load(INVENTORY_SNAPSHOTS).read(INVENTORY_SNAPSHOTS.schema.names)
     assert stock == figures_of(ledger)
 

@@ -38,7 +38,7 @@ def address(filled: Settings) -> Iterator[str]:
         thread.start()
         try:
             wait_for(lambda: server.started, seconds=60)
-            wait_for(lambda: application.watch.current.champion is not None, seconds=60)
+            wait_for(lambda: application.models.current.champion is not None, seconds=60)
             time.sleep(1)
             yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:

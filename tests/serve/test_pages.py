@@ -36,10 +36,16 @@ from pipelines.privacy.suppression import ERASURES
 from pipelines.settings import Settings
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
 from serve.api.customers import AccountVersion, Channel, Entry, Link
-from serve.http.edges import COOKIE, AccessLog
+from serve.http.access_log import AccessLog
+from serve.http.authentication import COOKIE
 from serve.http.keys import SCOPES, Keys
 from serve.pages import charts, segments
-from serve.pages.pages import DIRECTORY, HEADERS, breakable, changes, condition, kinds, own_path
+from serve.pages.assets import DIRECTORY
+from serve.pages.customer_pages import account_changes, identifier_kinds
+from serve.pages.formatting import insert_line_breaks
+from serve.pages.local_path import local_path
+from serve.pages.renderer import HEADERS
+from serve.pages.table_condition import condition
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 TABS = ("/", "/stock", "/stock?product_id=P0001", "/fraud", "/freshness")
@@ -78,7 +84,7 @@ def drawn(markup: str) -> ET.Element:
 
 @given(st.lists(LINKS, min_size=1, max_size=30))
 def test_every_record_is_a_node_of_the_graph_and_every_link_a_line(links: list[Link]) -> None:
-    every = charts.groups(links)
+    every = charts.group_records(links)
     assert sorted(record for group in every for record in group.records) == sorted({link.record_id for link in links})
     of = {record: group for group in every for record in group.records}
     for link in links:
@@ -87,7 +93,7 @@ def test_every_record_is_a_node_of_the_graph_and_every_link_a_line(links: list[L
     lines = [path.attrib["class"] for path in picture.findall("path")]
     assert len(lines) == sum(len(group.links) for group in every)
     assert lines.count("link on") == sum(link.status == "linked" for group in every for link in group.links)
-    assert sum(len(group.links) for group in charts.drawn(every)[1:]) <= charts.DRAWN
+    assert sum(len(group.links) for group in charts.drawable(every)[1:]) <= charts.MAX_LINES
 
 
 @given(st.lists(ENTRIES, min_size=1, max_size=20))
@@ -108,10 +114,10 @@ def test_the_channel_mix_fills_the_bar(counts: list[int]) -> None:
 
 @given(st.integers(0, 500), st.integers(1, 500))
 def test_a_shade_is_none_for_nothing_and_strongest_for_most(count: int, most: int) -> None:
-    shade = charts.level(min(count, most), most)
+    shade = charts.shade(min(count, most), most)
     assert (shade == 0) == (min(count, most) == 0)
-    assert charts.level(most, most) == 6
-    assert shade <= charts.level(min(count + 1, most), most)
+    assert charts.shade(most, most) == 6
+    assert shade <= charts.shade(min(count + 1, most), most)
 
 
 # segments
@@ -150,7 +156,7 @@ def version(user: int, day: int, **about: Any) -> AccountVersion:
 
 def test_a_change_is_told_against_the_same_accounts_version_before() -> None:
     history = [version(1, 3, email="b", city="x"), version(2, 2, email="c"), version(1, 1, email="a", city="x")]
-    assert [(one.version.user_id, one.changed) for one in changes(history)] == [(1, {"email"}), (2, set()), (1, set())]
+    assert [(one.version.user_id, one.changed) for one in account_changes(history)] == [(1, {"email"}), (2, set()), (1, set())]
 
 
 @pytest.mark.parametrize(
@@ -161,22 +167,22 @@ def test_a_change_is_told_against_the_same_accounts_version_before() -> None:
     ],
 )  # fmt: skip
 def test_what_a_text_is_looked_up_as(text: str, first: str) -> None:
-    assert kinds(text)[0] == first
+    assert identifier_kinds(text)[0] == first
 
 
 @given(st.one_of(st.text(), st.from_regex(r"[/\\]{1,3}[a-z.:/\\@?]*", fullmatch=True)))
 def test_signing_in_never_leads_away(text: str) -> None:
-    path = own_path(text)
+    path = local_path(text)
     assert path.startswith("/")
     assert not path.startswith(("//", "/\\"))
     assert "\\" not in path
-    assert own_path("/" + "a" * 4_000 + "!") == "/"
+    assert local_path("/" + "a" * 4_000 + "!") == "/"
 
 
 @given(st.text())
 def test_a_breakable_name_stays_text(text: str) -> None:
     parser = Page()
-    parser.feed(str(breakable(text)))
+    parser.feed(str(insert_line_breaks(text)))
     assert {tag for tag, _ in parser.tags} <= {"wbr"}
 
 
@@ -386,11 +392,11 @@ def test_stock_is_that_of_the_api(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("path", "status", "says"),
     [
-        ("/stock?product_id=NOPE", 404, "Nothing is known of “NOPE”"),
-        ("/customers/M-user:0", 404, "No customer is known"),
+        ("/stock?product_id=NOPE", 404, "No stock of “NOPE”"),
+        ("/customers/M-user:0", 404, "No customer matches"),
         ("/customers/M-user:0?limit=0", 400, "limit"),
         ("/orders/none", 404, "next run"),
-        ("/nothing", 404, "There is nothing at this path"),
+        ("/nothing", 404, "This path does not exist"),
         ("/static/none.js", 404, "no such file"),
     ],
 )
@@ -451,7 +457,7 @@ def test_without_a_state_it_says_so(filled: Settings) -> None:
     client = TestClient(replica(filled).asgi(), client=("127.0.0.1", 1), base_url="http://127.0.0.1")
     assert "Try again" in page(client, "/stock", 503).text
     assert "no online state yet" in page(client, "/freshness").text
-    assert "No model serves yet" in page(client, "/fraud").text
+    assert "No champion model yet" in page(client, "/fraud").text
     assert page(client, "/")
 
 
@@ -459,9 +465,9 @@ def test_an_old_state_says_so(filled: Settings, monkeypatch: pytest.MonkeyPatch)
     application = replica(filled, scores_topic="")
     with running(application) as client:
         fresh = application.state.freshness
-        monkeypatch.setattr(application.state, "freshness", lambda line: replace(fresh(line), staleness_ms=60_000))
+        monkeypatch.setattr(application.state, "freshness", lambda follower: replace(fresh(follower), staleness_ms=60_000))
         assert "may be out of date" in page(client, "/stock").text
-        assert "Events come late" in page(client, "/freshness").text
+        assert "Events arrive late" in page(client, "/freshness").text
 
 
 @pytest.fixture
@@ -478,10 +484,10 @@ def champion(filled: Settings, tmp_path: Path) -> Registry:
 
 def test_the_queue_shows_who_waits_with_reasons_and_no_one_else(filled: Settings, champion: Registry) -> None:
     application = replica(filled, scores_topic="")
-    application.watch.registry = champion
+    application.models.registry = champion
     with running(application) as client:
         until = time.monotonic() + 60
-        while "version 1, reviewed" not in page(client, "/fraud").text:
+        while "version 1. Review threshold" not in page(client, "/fraud").text:
             assert time.monotonic() < until
             time.sleep(0.1)
         assert "No order was scored" in page(client, "/fraud").text
@@ -527,7 +533,7 @@ def test_each_key_opens_its_tabs_only(keyed: tuple[TestClient, dict[str, str]], 
     for name, statuses in expected.items():
         assert signed_in(client, keys[name]).headers["location"] == "/freshness"
         assert opens() == statuses, name
-    assert "needs a key with the scope" in client.get("/fraud").text
+    assert "requires a key with the scope" in client.get("/fraud").text
     signed_in(client, keys["stock"])
     assert "no scope 'customers'" in read(client.get("/").text).text
     # there is no state: what is let in gets no further than that
@@ -550,7 +556,7 @@ def test_signing_in_goes_wrong_in_words(keyed: tuple[TestClient, dict[str, str]]
     client, keys = keyed
     wrong = signed_in(client, "sk_none")
     assert (wrong.status_code, "set-cookie" in wrong.headers) == (401, False)
-    assert "not known here" in read(wrong.text).text
+    assert "not valid" in read(wrong.text).text
     assert "sk_none" not in wrong.text
     assert client.post("/sign-in", data={"key": keys["all"]}, headers={"sec-fetch-site": "cross-site"}).status_code == 403
     assert client.post("/sign-in", json={"key": keys["all"]}).status_code == 415
@@ -684,7 +690,7 @@ def test_with_the_keyboard_alone_an_email_finds_the_merged_person(tab: Tab, clie
         return tab.run("const one = document.activeElement; return one.id || one.textContent.trim()")
 
     tab.press(Press.TAB)
-    assert focused() == "Skip to the content"
+    assert focused() == "Skip to content"
     assert tab.run("return document.activeElement.getBoundingClientRect().left") >= 0
     tab.press(Press.ENTER)
     assert tab.until(lambda: focused() == "main", "the content has the focus")
@@ -759,4 +765,4 @@ def test_a_product_that_becomes_low_appears(tab: Tab, client: TestClient, filled
     assert producer.flush(10) == 0
     row = f"#levels tr[data-product='P0002'][data-store='{store}']"
     tab.until(lambda: tab.run(f'return Boolean(document.querySelector("{row}"))'), "the new row")
-    assert tab.run(f"return document.querySelector(\"{row}\").querySelector('[data-field=low_stock]').textContent") == "low"
+    assert tab.run(f"return document.querySelector(\"{row}\").querySelector('[data-field=low_stock]').textContent") == "Low"

@@ -28,16 +28,14 @@ from pipelines.silver.products import PRODUCTS
 from pipelines.silver.stores import STORES
 from pipelines.silver.users_scd import USERS_SCD
 from serve.http.problems import Problem
-from serve.state.orders import (
-    Line,
-    Order,
+from serve.state.orders import Line, Order, order_row
+from serve.state.reference_data import (
     ReferenceData,
-    accounts_of,
-    nodes_of,
-    people_of,
-    products_of,
-    rates_of,
-    row_of,
+    account_opened_at,
+    accounts_by_node,
+    masters_by_account,
+    product_categories,
+    rates_by_currency,
 )
 
 NOW = datetime(2026, 1, 31, 12, 30, tzinfo=UTC)
@@ -55,13 +53,13 @@ class Lookups:
     stores: pl.DataFrame
 
     @property
-    def known(self) -> ReferenceData:
+    def reference(self) -> ReferenceData:
         return ReferenceData(
-            accounts=accounts_of(self.users),
-            people=people_of(self.graph),
-            nodes=nodes_of(self.graph),
-            products=products_of(self.products),
-            rates=rates_of(self.rates),
+            account_opened_at=account_opened_at(self.users),
+            masters=masters_by_account(self.graph),
+            accounts_by_node=accounts_by_node(self.graph),
+            product_categories=product_categories(self.products),
+            rates=rates_by_currency(self.rates),
         )
 
 
@@ -230,7 +228,7 @@ def known_tables(draw: Any) -> Lookups:
 @given(orders, known_tables(), st.sampled_from(["USD", "EUR"]))
 def test_a_request_is_what_silver_makes_of_it(order: Order, lookups: Lookups, base: str) -> None:
     context = BusinessSettings(base_currency=base, default_region="ID")
-    row = row_of(order, lookups.known, context, NOW)
+    row = order_row(order, lookups.reference, context, NOW)
     assert list(row) == list(ORDER_COLUMNS)
     assert row == by_silver(order, row["account"], lookups, context)
 
@@ -243,7 +241,7 @@ def accounts_showing(node: str, lookups: Lookups) -> set[str]:
 @settings(max_examples=100, deadline=None)
 @given(known_tables(), st.sampled_from(["b@example.com", "shared@example.com", "new@example.com"]))
 def test_an_identifier_finds_the_only_account_that_shows_it(lookups: Lookups, email: str) -> None:
-    row = row_of(Order("1", "USD", "1", email=email.upper()), lookups.known, BusinessSettings(default_region="ID"), NOW)
+    row = order_row(Order("1", "USD", "1", email=email.upper()), lookups.reference, BusinessSettings(default_region="ID"), NOW)
     showing = accounts_showing(f"email:{email}", lookups)
     assert row["customer"] == (showing.pop() if len(showing) == 1 else None)
 
@@ -252,4 +250,4 @@ def test_an_identifier_finds_the_only_account_that_shows_it(lookups: Lookups, em
 @pytest.mark.parametrize("moment", [NOW + timedelta(minutes=6), datetime(1, 1, 1, tzinfo=UTC)])
 def test_moments_that_contradict_the_clock_are_refused(field: str, moment: datetime) -> None:
     with pytest.raises(Problem, match=field):
-        row_of(Order("1", "USD", "1", user_id=1, **{field: moment}), ReferenceData(), BusinessSettings(), NOW, "orders[3].")
+        order_row(Order("1", "USD", "1", user_id=1, **{field: moment}), ReferenceData(), BusinessSettings(), NOW, "orders[3].")

@@ -17,7 +17,7 @@ from support.shop_history import make_engine
 from lakehouse.engine.engine import Engine
 from pipelines.silver import events_clean, inventory_snapshots
 from pipelines.silver.inventory_snapshots import EVENT_COLUMNS, INVENTORY_SNAPSHOTS, STORE_PRODUCT
-from serve.state.lake_snapshot import newest_chain, open_base
+from serve.state.lake_snapshot import newest_chain, read_lake_snapshot
 from serve.state.stock import StockState
 
 Sent = tuple[str, int, str, dict[str, Any]]
@@ -88,7 +88,7 @@ def test_the_tail_changes_figures_as_silvers_functions_do(
     engine, before = known
     rows = [*numbered(sent, len(before)), *data.draw(st.lists(st.sampled_from(before), max_size=2))]
     rows += data.draw(st.lists(st.sampled_from(rows), max_size=3))
-    stock = StockState(open_base(newest_chain(engine.lake)), engine.context)
+    stock = StockState(read_lake_snapshot(newest_chain(engine.lake)), engine.context)
     in_batches(stock, rows, data)
     parsed = events_clean.parse_events(bronze([*before, *rows])).rows
     events = events_clean.transform({"events": parsed}, engine.context)
@@ -106,12 +106,12 @@ def test_online_stock_is_silvers(sent: list[Sent], data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as home:
         engine = make_engine(Path(home))
         ingest(engine, rows[:split])
-        base = open_base(newest_chain(engine.lake))
-        if base.events.files:
-            assert base.offsets == {"events:0": split}
+        snapshot = read_lake_snapshot(newest_chain(engine.lake))
+        if snapshot.events.files:
+            assert snapshot.offsets == {"events:0": split}
         else:  # nothing, or nothing that can be read: the topic is read from its beginning
-            assert base.offsets in ({}, {"events:0": split})
-        stock = StockState(base, engine.context)
+            assert snapshot.offsets in ({}, {"events:0": split})
+        stock = StockState(snapshot, engine.context)
         # what the snapshot knows may come again: a consumer may start earlier than it has to
         in_batches(stock, rows[data.draw(st.integers(0, split)) :], data)
         ingest(engine, rows[split:])

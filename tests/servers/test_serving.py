@@ -32,9 +32,9 @@ from pipelines.silver.inventory_snapshots import INVENTORY_SNAPSHOTS
 from pipelines.silver.quarantine import QUARANTINE
 from pipelines.sources.kafka.source import KafkaSource
 from serve.settings import ServeSettings
-from serve.state import topic_follower as line_module
+from serve.state import topic_follower
 from serve.state.online_state import OnlineState
-from serve.state.score_topic import Score, ScoreLog
+from serve.state.score_topic import Score, ScoreTopic
 from serve.state.topic_follower import TopicFollower
 
 pytestmark = pytest.mark.servers
@@ -104,7 +104,7 @@ def test_serving_sees_what_was_committed_alone(shop: Shop) -> None:
     state.start()
     try:
         assert state.ready.wait(30), state.error
-        line = state.line
+        line = state.follower
         assert on_hand(line) == 1
         for quantity, kept in ((10, True), (2000, False), (100, True), (3000, False)):
             writer.begin_transaction()
@@ -139,7 +139,7 @@ def test_serving_goes_on_after_a_crash_of_the_broker(shop: Shop) -> None:
     state.start()
     try:
         assert state.ready.wait(30), state.error
-        line = state.line
+        line = state.follower
         shop.topic.broker.kill()
         shop.topic.broker.start()
         shop.send(shop.topic.producer(), 10)
@@ -174,7 +174,7 @@ def test_what_retention_took_is_an_error_and_a_rebuild_is_the_way_out(shop: Shop
 
 
 def test_a_topic_created_anew_is_not_followed_at_the_old_offsets(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(line_module, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(topic_follower, "METADATA_SECONDS", 0.2)
     for _ in range(5):
         shop.send(shop.topic.producer(), 1)
     shop.run()
@@ -193,7 +193,7 @@ def test_a_topic_created_anew_is_not_followed_at_the_old_offsets(shop: Shop, mon
         )
         rebuild(shop.engine, PROJECT, [EVENTS.name])
         shop.run()
-        wait_for(lambda: state.error is None and on_hand(state.line) == 15, "serving does not go on after the rebuild")
+        wait_for(lambda: state.error is None and on_hand(state.follower) == 15, "serving does not go on after the rebuild")
         assert len(shop.events()) == 15
     finally:
         state.stop()
@@ -203,11 +203,18 @@ def test_scores_are_heard_of_from_a_time_on(broker: Broker) -> None:
     """The topic is made by serving; where to begin is looked up by time."""
     topic, kafka = f"scores{time.time_ns():x}", KafkaSettings(bootstrap_servers=broker.bootstrap)  # type: ignore[call-arg]
     heard: list[Score] = []
-    first = ScoreLog(kafka, topic, lambda score: None)
+    first = ScoreTopic(kafka, topic, lambda score: None)
     first.start(datetime.now(UTC))
 
     def score(name: str) -> Score:
-        return Score(name, datetime.now(UTC), {"order_id": name}, {"f": 1.0}, {"score": 0.5}, None)
+        return Score(
+            order_id=name,
+            scored_at=datetime.now(UTC),
+            entity={"order_id": name},
+            features={"f": 1.0},
+            answer={"score": 0.5},
+            challenger=None,
+        )
 
     try:
         assert first.caught_up.wait(30)
@@ -219,7 +226,7 @@ def test_scores_are_heard_of_from_a_time_on(broker: Broker) -> None:
         for number in range(20):
             first.write(score(f"o{number}"))
         assert first.flush(20) == 0
-        second = ScoreLog(kafka, topic, heard.append)
+        second = ScoreTopic(kafka, topic, heard.append)
         second.start(since)
         try:
             assert second.caught_up.wait(30)

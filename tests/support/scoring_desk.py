@@ -25,7 +25,7 @@ from pipelines.settings import Settings, business_settings
 from pipelines.silver.events_clean import EVENTS_CLEAN
 from serve.application import Application
 from serve.settings import ServeSettings
-from serve.state.orders import read_reference_data
+from serve.state.reference_data import read_reference_data
 from serve.state.score_topic import Score
 from serve.state.table_cache import TableCache
 

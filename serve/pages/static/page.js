@@ -1,25 +1,25 @@
-// Stock as it changes: follows the server-sent events of the inventory API and writes them into the table.
+// Live stock: applies the server-sent events of the inventory API to the table.
 "use strict";
 
-const MOST_CHANGES = 20;
+const MAX_CHANGES = 20;
 const FIELDS = ["available_to_promise", "on_hand", "reserved", "incoming", "safety_stock"];
 
 function element(name, text, classes) {
-  const made = document.createElement(name);
-  if (text !== undefined) made.textContent = text;
-  if (classes) made.className = classes;
-  return made;
+  const created = document.createElement(name);
+  if (text !== undefined) created.textContent = text;
+  if (classes) created.className = classes;
+  return created;
 }
 
-function figure(value) {
+function formatNumber(value) {
   return value.toLocaleString("en");
 }
 
-function moment(text, more) {
-  const options = { ...more, day: "numeric", month: "short", year: "numeric", hour: "2-digit", minute: "2-digit", hourCycle: "h23", timeZone: "UTC" };
-  const made = element("time", new Date(text).toLocaleString("en-GB", options));
-  made.dateTime = text;
-  return made;
+function formatMoment(text, extra) {
+  const options = { ...extra, day: "numeric", month: "short", year: "numeric", hour: "2-digit", minute: "2-digit", hourCycle: "h23", timeZone: "UTC" };
+  const time = element("time", new Date(text).toLocaleString("en-GB", options));
+  time.dateTime = text;
+  return time;
 }
 
 function follow(section) {
@@ -33,8 +33,8 @@ function follow(section) {
   const key = (productId, storeId) => JSON.stringify([productId, storeId]);
   if (body) for (const row of body.rows) rows.set(key(row.dataset.product, row.dataset.store), row);
 
-  function add(level) {
-    // what has become low while the page is open; a product's page shows all its stores
+  function addRow(level) {
+    // add products that become low while the page is open; the page of a product has all its stores
     if (!body || (!product && !level.low_stock)) return undefined;
     const row = document.createElement("tr");
     row.dataset.product = level.product_id;
@@ -58,29 +58,29 @@ function follow(section) {
     return row;
   }
 
-  function show(level) {
-    const row = rows.get(key(level.product_id, level.store_id)) || add(level);
+  function updateRow(level) {
+    const row = rows.get(key(level.product_id, level.store_id)) || addRow(level);
     if (!row) return;
     for (const cell of row.querySelectorAll("[data-field]")) {
       const value = level[cell.dataset.field];
       const before = cell.textContent;
-      if (cell.dataset.field === "last_event_at") cell.replaceChildren(moment(value));
-      else if (cell.dataset.field === "low_stock") cell.textContent = value ? "low" : "enough";
-      else cell.textContent = figure(value);
+      if (cell.dataset.field === "last_event_at") cell.replaceChildren(formatMoment(value));
+      else if (cell.dataset.field === "low_stock") cell.textContent = value ? "Low" : "In stock";
+      else cell.textContent = formatNumber(value);
       cell.classList.toggle("changed", cell.textContent !== before);
     }
   }
 
-  function tell(level, asOf) {
+  function addChange(level, asOf) {
     const item = element("li");
-    item.append(moment(asOf, { second: "2-digit" }));
-    const what = element("span");
+    item.append(formatMoment(asOf, { second: "2-digit" }));
+    const text = element("span");
     const place = [product ? "" : level.product_id, store ? "" : level.store_id].filter(Boolean).join(", ");
-    const figures = `${figure(level.available_to_promise)} can be promised, ${figure(level.on_hand)} on hand${level.low_stock ? ", low" : ""}`;
-    what.append(element("strong", place || `${level.product_id}, ${level.store_id}`), ` ${figures}`);
-    item.append(what);
+    const figures = `${formatNumber(level.available_to_promise)} available to promise, ${formatNumber(level.on_hand)} on hand${level.low_stock ? ", low" : ""}`;
+    text.append(element("strong", place || `${level.product_id}, ${level.store_id}`), ` ${figures}`);
+    item.append(text);
     changes.prepend(item);
-    while (changes.children.length > MOST_CHANGES) changes.lastElementChild.remove();
+    while (changes.children.length > MAX_CHANGES) changes.lastElementChild.remove();
   }
 
   let source;
@@ -90,24 +90,24 @@ function follow(section) {
     if (product) query.set("product_id", product);
     if (store) query.set("store_id", store);
     state.textContent = "Connecting…";
-    const asked = query.toString();
-    source = new EventSource(section.dataset.stream + (asked ? "?" + asked : ""));
+    const parameters = query.toString();
+    source = new EventSource(section.dataset.stream + (parameters ? "?" + parameters : ""));
     source.addEventListener("open", () => {
       section.dataset.state = "live";
-      state.textContent = "Following. Changes appear here and in the table as they happen.";
+      state.textContent = "Live. Changes appear here and in the table as they happen.";
     });
     source.addEventListener("error", () => {
       section.dataset.state = "away";
       if (source.readyState === EventSource.CLOSED) {
-        state.textContent = "The server has ended the connection. Load the page again to follow.";
+        state.textContent = "The server closed the connection. Reload the page to reconnect.";
         pause.hidden = true;
-      } else state.textContent = "The connection is lost. Trying again…";
+      } else state.textContent = "Connection lost. Reconnecting…";
     });
     source.addEventListener("stock", (event) => {
-      const told = JSON.parse(event.data);
-      if (told.level.on_hand === null) return; // nothing is known of it any more
-      show(told.level);
-      tell(told.level, told.as_of);
+      const message = JSON.parse(event.data);
+      if (message.level.on_hand === null) return; // no events are left for this product and store
+      updateRow(message.level);
+      addChange(message.level, message.as_of);
     });
   }
 
@@ -117,8 +117,8 @@ function follow(section) {
       source.close();
       source = undefined;
       section.dataset.state = "paused";
-      state.textContent = "Paused. Changes meanwhile are not shown; load the page again to see all of them.";
-      pause.textContent = "Go on";
+      state.textContent = "Paused. Changes are not shown; reload the page to see all of them.";
+      pause.textContent = "Resume";
     } else {
       pause.textContent = "Pause";
       start();
