@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import polars as pl
 
-from ml.features.online import OnlineFeatures
+from ml.features.online.online_features import OnlineFeatures
 from serve.state.reference_data import ReferenceData
 from serve.state.topic_follower import TopicFollower
 
