@@ -1,41 +1,52 @@
-"""Errors people see: each names the thing, what was expected, and the way out.
+"""Errors for users: each names what failed, the value involved, what was expected and how to fix it.
 
-ShopSphereError            anything this project raises on purpose (one line, exit code 1)
-|- SettingsError           a setting is missing or wrong
-|- SourceError             a source cannot be reached, or does not hold what was asked
-|  |- OffsetExpired           records were deleted at the source before they were read
+ShopSphereError            any error that this project raises on purpose (one line, exit code 1)
+|- SettingsError           a setting is missing or invalid
+|- SourceError             a source is unreachable, or lacks what was requested
+|  |- OffsetExpired        records were deleted at the source before they were read
 |- SchemaConflict          a source changed the type of a column incompatibly
-|- UnknownColumn           a column was met that the plan did not know (the engine adds it and retries)
-|- CommitConflict          another writer committed first, or the answer to a commit was lost: to be tried again
-|  |- CatalogUnreachable   the catalog does not answer
-|- TableNotFound           no such table
-|- MissingFilesError            a table has lost a file
-|- TransientError                  the disk, the object store, the catalog or Ray failed; what was committed is whole
+|- UnknownColumn           a source sent a column that its plan lacks (the engine adds it and retries)
+|- CommitConflict          another writer committed first, or the response to a commit was lost; retried
+|  |- CatalogUnreachable   the catalog does not respond
+|- TableNotFound           the table does not exist
+|- MissingFilesError       a file of a table is missing
+|- TransientError          the disk, the object store, the catalog or Ray failed; committed data is complete
 |- QueryError              a SQL statement cannot be run
-|- ExpectationsFailed      a build broke an expectation and was not published (lakehouse/expectations.py)
+|- ExpectationsFailed      a staged snapshot violates an expectation and was not published (lakehouse/expectations.py)
 |- SandboxError            a sandbox server cannot be started, or is not running
-In ml/: FeatureError, TrainingError, RegistryError, GateRefused
+The packages above add their own: StateError in serve/, DemoError in app/, and in ml/ FeatureError, TrainingError,
+TrainingSetError, RegistryError, GateRefused, MonitorError and HandbookError.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class ShopSphereError(Exception):
-    """Anything this project raises on purpose: one line, with a way out.
+    """Any error that this project raises on purpose: one line that says how to fix it.
 
-    `remedy` names what resolves the error, so that the command line can add the command that does it: "rebuild" (re-create
-    the table from its source or inputs), "run" (run again), "status", or "" when the message says all there is to do.
+    The message names no command, since the foundation layer knows none. `remedy` names the kind of fix, for which the
+    command line adds the command: "run" (a run creates or refreshes what is missing), "rebuild" (re-create the tables
+    `remedy_tables` from their source or inputs), "train", "publish", "erase", "status", "debug" (show the underlying error),
+    or "" if the message is complete.
     """
 
     remedy: str = ""
+    remedy_tables: tuple[str, ...] = ()
+
+    def __init__(self, *args: object, remedy: str = "", remedy_tables: Iterable[str] = ()) -> None:
+        super().__init__(*args)
+        if remedy:  # otherwise the class's own
+            self.remedy, self.remedy_tables = remedy, tuple(remedy_tables)
 
 
 class SettingsError(ShopSphereError):
-    """A setting is missing or wrong."""
+    """A setting is missing or invalid."""
 
 
 class SourceError(ShopSphereError):
-    """A source cannot be reached, or does not hold what was asked of it."""
+    """A source is unreachable, or lacks what was requested of it."""
 
 
 class OffsetExpired(SourceError):
@@ -43,47 +54,49 @@ class OffsetExpired(SourceError):
 
 
 class SchemaConflict(ShopSphereError):
-    """A source changed the type of a column in a way that cannot be widened."""
+    """A source changed the type of a column in a way that cannot be promoted."""
 
-    def __init__(self, table: str, column: str, established: str, arriving: str, way_out: str = "") -> None:
+    def __init__(self, table: str, column: str, stored: str, incoming: str, fix: str = "") -> None:
         self.table, self.column = table, column
         super().__init__(
-            f"{table}: column '{column}' is {established}, but the source now sends {arriving}. "
-            f"Nothing was read past this point and nothing is lost. "
-            + (way_out or f"Change the source back to {established}, or give the new values a new column name.")
+            f"{table}: column '{column}' is {stored}, but the source now sends {incoming}. "
+            "Nothing was read beyond this point and nothing is lost. "
+            + (fix or f"Change the source back to {stored}, or give the new values a new column name.")
         )
 
 
 class UnknownColumn(ShopSphereError):
-    """A source sent a column that the plan did not announce; the engine adds it and tries again."""
+    """A source sent a column that its plan lacks; the engine adds it and retries."""
 
     def __init__(self, table: str, column: str, type_name: str, arrow_type: object) -> None:
         self.table, self.column, self.arrow_type = table, column, arrow_type
-        super().__init__(f"{table}: the source sent a column '{column}' ({type_name}) that was not announced. Run again.")
+        super().__init__(f"{table}: the source sent column '{column}' ({type_name}), which was not in its plan. Run again.")
 
     def __reduce__(self) -> tuple[object, ...]:
         return (UnknownColumn, (self.table, self.column, str(self.arrow_type), self.arrow_type))
 
 
 class CommitConflict(ShopSphereError):
-    """Another writer committed to the table first, or the answer to a commit was lost. Trying again begins with loading the
-    table, whose positions tell whether the commit arrived."""
+    """Another writer committed to the table first, or the response to a commit was lost.
+
+    A retry must reload the table first: its positions show whether the commit succeeded.
+    """
 
 
 class CatalogUnreachable(CommitConflict):
-    """The catalog does not answer. A CommitConflict, so that what is under way is tried again."""
+    """The catalog does not respond. A CommitConflict, so that the work in progress is retried."""
 
 
 class TableNotFound(ShopSphereError):
-    """No such table in the lakehouse."""
+    """The table does not exist in the lakehouse."""
 
 
 class MissingFilesError(ShopSphereError):
-    """A table has lost a file that its newest snapshot needs."""
+    """A file that a table's current snapshot needs is missing."""
 
 
 class TransientError(ShopSphereError):
-    """The disk, the object store, the catalog or Ray failed below us, and may work again by itself."""
+    """The disk, the object store, the catalog or Ray failed, and may recover without a change to the project."""
 
 
 class QueryError(ShopSphereError):

@@ -22,9 +22,10 @@ REMEDIES = {
     "publish": "Inspect the staged snapshot, then run `python -m app publish {table}`.",
     "status": "`python -m app status` shows the tables and their state.",
     "train": "Run `python -m app train`.",
+    "debug": "Add --debug to see the underlying error.",
     "erase": "Run `python -m app erase` to finish pending erasures.",
 }
-"""The sentence for each ShopSphereError.remedy. `{table}` is the error's table."""
+"""The sentence for each ShopSphereError.remedy. `{table}` is the error's table, or its tables."""
 NO_PARTIAL_DATA = "No partial data was committed. Run the command again to continue."
 
 
@@ -90,4 +91,5 @@ def describe(error: BaseException) -> str:
 
 def _remedy(error: ShopSphereError) -> str:
     """Return the command that fixes an error, or '' when the message is complete."""
-    return REMEDIES[error.remedy].format(table=getattr(error, "table", "TABLE")) if error.remedy else ""
+    tables = " ".join(error.remedy_tables) or getattr(error, "table", "TABLE")
+    return REMEDIES[error.remedy].format(table=tables) if error.remedy else ""

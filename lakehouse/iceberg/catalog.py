@@ -59,8 +59,9 @@ class Lake:
             # show only the catalog's type, since its address may contain a password
             shown = f"'{self.settings.catalog.name}' of type {properties.get('type', 'unknown')}"
             raise SettingsError(
-                f"The Iceberg catalog {shown} cannot be opened ({type(error).__name__}; --debug shows more). "
-                "Correct the [catalog] section of the settings, or start the catalog."
+                f"The Iceberg catalog {shown} cannot be opened ({type(error).__name__}). "
+                "Correct the [catalog] section of the settings, or start the catalog.",
+                remedy="debug",
             ) from error
 
     def load(self, table: Table, *, create: bool = True, evolve: bool = False) -> TableHandle:
@@ -80,8 +81,8 @@ class Lake:
         except NoSuchTableError:
             if not create:
                 raise TableNotFound(
-                    f"{table.name} does not exist yet. Run `python -m app run` first, then, if it is the fraud model's, "
-                    "`python -m app train`."
+                    f"{table.name} does not exist yet. A run creates it; tables of a model are created by its training.",
+                    remedy="run",
                 ) from None
         else:
             if not evolve or can_evolve(table, handle.metadata.schema(), handle.iceberg_table.spec()):

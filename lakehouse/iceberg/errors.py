@@ -1,5 +1,8 @@
-"""What catalogs raise when they refuse or cannot be reached, in our words: nothing of it is shown but its kind, since
-the text may hold an address with a password, or whatever a server chose to say."""
+"""Conversion of the exceptions that catalogs raise to ShopSphere's.
+
+Of a catalog's exception only the type is shown, since its text may contain an address with a password, or any other text
+from a server.
+"""
 
 from __future__ import annotations
 
@@ -23,56 +26,60 @@ from lakehouse.errors import CatalogUnreachable, CommitConflict, ShopSphereError
 try:
     from botocore.exceptions import BotoCoreError, ClientError
 
-    AWS: tuple[type[Exception], ...] = (BotoCoreError, ClientError)
-except ImportError:  # no Glue without it
-    AWS = ()
+    AWS_ERRORS: tuple[type[Exception], ...] = (BotoCoreError, ClientError)
+except ImportError:  # installed only with the Glue catalog
+    AWS_ERRORS = ()
 
-REFUSALS = (ForbiddenError, OAuthError, UnauthorizedError)
-"""The catalog knows who asks, or does not want to, and says no: asking again is of no use."""
+REFUSED_ERRORS = (ForbiddenError, OAuthError, UnauthorizedError)
+"""The catalog rejects the credentials or rights. A retry does not help."""
 
-UNANSWERED: tuple[type[Exception], ...] = (RESTError, RequestException, SQLAlchemyError, ValidationError, *AWS)
-"""No answer, or none that tells whether what was asked was done. (ValidationError: the answer cannot be read.)"""
+NO_RESPONSE_ERRORS: tuple[type[Exception], ...] = (RESTError, RequestException, SQLAlchemyError, ValidationError, *AWS_ERRORS)
+"""No response, or none that shows whether the request succeeded. (ValidationError: the response cannot be parsed.)"""
 
 
 @contextmanager
-def catalog_errors(name: str) -> Iterator[None]:
-    """Around what asks the catalog for a table. Raises CatalogUnreachable, and ShopSphereError for a refusal."""
+def catalog_errors(table: str) -> Iterator[None]:
+    """Convert the errors of a request for a table: raise CatalogUnreachable, or ShopSphereError if it is refused."""
     try:
         yield
-    except REFUSALS as error:
-        raise refused(name, error) from error
-    except UNANSWERED as error:
+    except REFUSED_ERRORS as error:
+        raise refused_error(table, error) from error
+    except NO_RESPONSE_ERRORS as error:
         raise CatalogUnreachable(
-            f"{name}: the catalog cannot be reached ({type(error).__name__}; --debug shows more). "
-            "Run again when it answers; nothing is lost."
+            f"{table}: the catalog cannot be reached ({type(error).__name__}). Nothing is lost. Run again when it responds.",
+            remedy="debug",
         ) from error
 
 
 @contextmanager
-def committing(name: str) -> Iterator[None]:
-    """Around a commit to a table. Raises CommitConflict if anyone was first or the answer was lost, and ShopSphereError for a
-    refusal or a full disk."""
+def committing(table: str) -> Iterator[None]:
+    """Convert the errors of a commit to a table.
+
+    Raise CommitConflict if another writer committed first or the response was lost, and ShopSphereError if the catalog
+    refuses the commit or its disk is full.
+    """
     try:
         yield
     except (CommitFailedException, NoSuchTableError, FileNotFoundError) as error:
-        # a file is not found when the snapshot that we began from was expired meanwhile
-        raise CommitConflict(f"{name}: another writer committed first ({type(error).__name__}). Run again.") from error
-    except REFUSALS as error:
-        raise refused(name, error) from error
-    except UNANSWERED as error:
+        # a file is missing when the snapshot that was loaded has expired since
+        raise CommitConflict(f"{table}: another writer committed first ({type(error).__name__}). Run again.") from error
+    except REFUSED_ERRORS as error:
+        raise refused_error(table, error) from error
+    except NO_RESPONSE_ERRORS as error:
         if "full" in (cause := str(getattr(error, "orig", None) or "")):
             raise ShopSphereError(
-                f"{name}: the catalog cannot be written: {cause}. Make room and run again; nothing is lost."
+                f"{table}: the catalog cannot be written: {cause}. Free some space and run again. Nothing is lost."
             ) from error
         raise CommitConflict(
-            f"{name}: the catalog is busy or unreachable, and whether the commit arrived is not known "
-            f"({type(error).__name__}). Run again: nothing is lost or doubled."
+            f"{table}: the catalog is busy or unreachable, so it is unknown whether the commit succeeded "
+            f"({type(error).__name__}). Run again: nothing is lost or written twice."
         ) from error
 
 
-def refused(name: str, error: Exception) -> ShopSphereError:
-    """The error of a catalog that said no."""
+def refused_error(table: str, error: Exception) -> ShopSphereError:
+    """Return the error for a request that the catalog refused."""
     return ShopSphereError(
-        f"{name}: the catalog refuses what it was asked ({type(error).__name__}; --debug shows more). "
-        "Correct the credentials or rights in the [catalog] section of the settings."
+        f"{table}: the catalog refuses the request ({type(error).__name__}). "
+        "Correct the credentials or rights in the [catalog] section of the settings.",
+        remedy="debug",
     )

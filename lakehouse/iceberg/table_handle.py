@@ -283,8 +283,9 @@ class TableHandle:
         staged = self.staged
         if staged is None or self.staged_is_stale:
             raise CommitConflict(
-                f"{self.table.name}: the build on '{AUDIT_BRANCH}' does not continue the table, which has changed since. "
-                "`python -m app run` builds what is still to be built, and drops it."
+                f"{self.table.name}: the snapshot staged on branch '{AUDIT_BRANCH}' does not continue the table, which has "
+                "changed since. The next run discards it and stages a new one if there is a change to publish.",
+                remedy="run",
             )
         self._move_refs(
             (

@@ -361,7 +361,7 @@ def test_a_table_that_lost_files_is_named_and_made_anew(cli, home, monkeypatch, 
     code, out, err = cli("run", "--json")
     if lost == "metadata":  # else the rows that are there are not read when nothing is new
         assert code == 1
-        assert err.count("gold.fact_orders has lost a file") == 1
+        assert err.count("gold.fact_orders: a file is missing") == 1
         assert "python -m app rebuild gold.fact_orders" in err
         assert {"gold.sales_daily", "gold.customer_360"} <= {one["table"] for one in from_json(out)["steps"]}
     assert cli("rebuild", "gold.fact_orders")[0] == 0
@@ -378,8 +378,8 @@ def test_a_bronze_table_that_lost_a_file_is_not_thrown_away(cli, home, tmp_path,
     for command in (("rebuild", "bronze.bronze_kafka__events"), ("rebuild", "silver.events_clean")):
         code, _, err = cli(*command)
         assert code == 1
-        assert "bronze.bronze_kafka__events has lost a file" in err
-        assert "Put it back" in err
+        assert "bronze.bronze_kafka__events: a file is missing" in err
+        assert "Restore it" in err
     shutil.move(kept, file)
     assert cli("run")[0] == 0
     assert digests(cli) == before
