@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import polars as pl
@@ -16,14 +15,13 @@ from pipelines.bronze.tables import (
     EVENTS,
     INGESTED_AT,
     MARKETPLACE_ORDERS,
+    POSTGRES_KEYS,
     POSTGRES_METADATA,
-    POSTGRES_TABLES,
 )
 from pipelines.sources.postgres.types import parse_text, sql_type_name
 
 METADATA = frozenset({*(column.name for column in POSTGRES_METADATA), INGESTED_AT.name, *BOOKKEEPING})
 """Columns of a bronze table that its source does not have."""
-POSTGRES_KEYS: Mapping[str, tuple[str, ...]] = {table.name: key for table, key in POSTGRES_TABLES.values()}
 
 
 def corrected_row(table: Table, row: pl.DataFrame, value: bytes, schema: pa.Schema) -> pl.DataFrame:

@@ -15,6 +15,8 @@ Every row has an operation (`_op`):
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pyarrow as pa
 
 from lakehouse.table import TIMESTAMP, Column, Table, column
@@ -250,6 +252,9 @@ EVENTS = Table(
         INGESTED_AT,
     ),
 )
+
+POSTGRES_KEYS: Mapping[str, tuple[str, ...]] = {table.name: key for table, key in POSTGRES_TABLES.values()}
+"""The key columns of each table read from PostgreSQL, by its name."""
 
 TABLES: tuple[Table, ...] = (*(table for table, _ in POSTGRES_TABLES.values()), MARKETPLACE_ORDERS, EVENTS)
 """All bronze tables."""

@@ -14,8 +14,10 @@ from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.rewrite import PurgeResult, purge_history
 from pipelines.privacy.bronze_rewrite import replace_delta_rows, rewrite_bronze
 from pipelines.privacy.context import ErasureContext, StageProgress
+from pipelines.privacy.erasure_plan import ErasurePlan, plan_erasure
 from pipelines.privacy.leftovers import existing_tables, search_tables_and_home
-from pipelines.privacy.person import ErasurePlan, SubjectQuery, find_person, plan_erasure
+from pipelines.privacy.person import SubjectQuery, find_person
+from pipelines.privacy.pseudonyms import Pseudonyms, erasure_key
 from pipelines.privacy.receipt import (
     Baseline,
     Receipt,
@@ -38,9 +40,7 @@ from pipelines.privacy.suppression import (
     FINISHED,
     REQUESTED,
     Erasure,
-    Pseudonyms,
     append_digests,
-    erasure_key,
     erasures,
     load_suppression,
 )

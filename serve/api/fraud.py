@@ -178,7 +178,7 @@ class Fraud:
         with self._lock:
             if (anonymiser := follower.anonymiser) is not None:
                 scored = self.recent.scored
-                scored.update({order_id: (at, anonymiser.order(row)) for order_id, (at, row) in scored.items()})
+                scored.update({order_id: (at, anonymiser.scored_order(row)) for order_id, (at, row) in scored.items()})
             included = dict(self.recent.scored)
         ids = reference.entities["order_id"]
         in_lakehouse = set(ids.filter(ids.is_in(list(included))))

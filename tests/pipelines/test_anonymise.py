@@ -267,7 +267,7 @@ def test_a_served_score_is_the_persons_by_its_order() -> None:
     metadata = json.loads(once(EVENTS, rows(EVENTS, message(told)), suppression(account="7"))["value"][0])["metadata"]
     assert all(is_pseudonym(name, metadata["order"][name]) for name in ("card", "device", "address", "ip"))
     assert (metadata["features"], metadata["answer"], metadata["order"]["amount"]) == ({"hour": 3}, {"score": 0.5}, 5)
-    assert Anonymiser(suppression(account="7")).order({**entity, "placed_at": BEFORE})["card"] == metadata["order"]["card"]
+    assert Anonymiser(suppression(account="7")).scored_order({**entity, "placed_at": BEFORE})["card"] == metadata["order"]["card"]
 
 
 def test_what_cannot_be_read_goes_whole() -> None:
