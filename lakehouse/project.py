@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from lakehouse.errors import ShopSphereError
 from lakehouse.source import Source
 from lakehouse.step import Step, in_dependency_order
 from lakehouse.table import Table
@@ -59,6 +60,13 @@ class Project:
         on_demand = (step.target for step in self.on_demand)
         declared = (*self.source_tables, *self.other_tables, *(step.target for step in self.steps), self.quarantine, *on_demand)
         return {table.name: table for layer in ("bronze", "silver", "gold") for table in declared if table.layer == layer}
+
+    def find_table(self, name: str) -> Table:
+        """Return the table of that name, with or without its layer. Raises ShopSphereError that lists the tables."""
+        found = [table for full_name, table in self.tables.items() if name in (full_name, table.short_name)]
+        if len(found) != 1:
+            raise ShopSphereError(f"There is no table '{name}'. Tables: {', '.join(self.tables)}.")
+        return found[0]
 
     def is_on_demand(self, name: str) -> bool:
         """Return whether a table is maintained by a command of its own."""

@@ -1,4 +1,4 @@
-"""Settings of the platform: sources and business rules beside the settings of the foundation layer."""
+"""Settings of the sources and of the business rules, in addition to those of the foundation layer."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from lakehouse.settings import LakeSettings, Section, read_settings
 class PostgresSettings(Section):
     """The operational PostgreSQL database."""
 
-    enabled: bool = Field(True, description="Read this source")
-    dsn: SecretStr = Field(SecretStr(""), description="libpq connection string or URI")
-    schema_name: str = Field("public", description="Schema that holds the tables")
-    publication: str = Field("shopsphere", description="Publication to read")
-    slot: str = Field("shopsphere", description="Logical replication slot, created when it is not there")
+    enabled: bool = Field(True, description="Whether to read this source")
+    dsn: SecretStr = Field(SecretStr(""), description="Connection string or URI, as libpq accepts it")
+    schema_name: str = Field("public", description="Schema of the tables")
+    publication: str = Field("shopsphere", description="Publication to subscribe to")
+    slot: str = Field("shopsphere", description="Logical replication slot; created if it does not exist")
     retyped_columns: Literal["error", "beside"] = Field(
         "error",
-        description="A column whose type changed incompatibly: 'error' stops, 'beside' stores the new values "
-        "in a new column named <column>__<type>",
+        description="What to do when the type of a column changes incompatibly: 'error' stops with an error, 'beside' stores "
+        "the new values in a new column <column>__<type>",
     )
 
 
 class MongoSettings(Section):
-    """The MongoDB database of the marketplaces."""
+    """The MongoDB database of marketplace orders."""
 
-    enabled: bool = Field(True, description="Read this source")
+    enabled: bool = Field(True, description="Whether to read this source")
     uri: SecretStr = Field(SecretStr(""), description="MongoDB connection URI")
-    database: str = Field("shopsphere", description="Database")
+    database: str = Field("shopsphere", description="Name of the database")
     collection: str = Field("marketplace_orders", description="Collection of marketplace orders")
     mode: Literal["auto", "change_stream", "watermark"] = Field(
-        "auto", description="How changes are read; 'auto': change stream where the server has them"
+        "auto", description="How to capture changes; 'auto' uses a change stream if the server supports it"
     )
 
 
 class KafkaSettings(Section):
     """The Kafka topics of events."""
 
-    enabled: bool = Field(True, description="Read this source")
-    bootstrap_servers: str = Field("", description="host:port, comma separated")
-    topics: Annotated[tuple[str, ...], NoDecode] = Field(("events",), description="Topics to read, comma separated")
+    enabled: bool = Field(True, description="Whether to read this source")
+    bootstrap_servers: str = Field("", description="Brokers as host:port, separated by commas")
+    topics: Annotated[tuple[str, ...], NoDecode] = Field(("events",), description="Topics to read, separated by commas")
     properties: dict[str, str] = Field(
-        default_factory=dict, repr=False, description="More librdkafka properties (security.protocol, sasl.*, ...)"
+        default_factory=dict, repr=False, description="Further librdkafka properties (security.protocol, sasl.*, ...)"
     )
 
     @field_validator("topics", mode="before")
@@ -55,27 +55,29 @@ class KafkaSettings(Section):
     def _split(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
-    batch_messages: int = Field(250_000, ge=1, description="Messages that one reading task takes at most")
+    batch_messages: int = Field(250_000, ge=1, description="Maximum number of messages that a task reads")
 
 
 class ErasureSettings(Section):
-    """Erased people: how they are recognised when a source still tells of them."""
+    """How erased people are recognised when a source still sends their data."""
 
     key: SecretStr = Field(
         SecretStr(""),
-        description="Secret of at least 32 characters under which erased values are hashed; "
-        "empty: `erasure.key` in SHOPSPHERE_HOME, made by the first `erase`",
+        description="Secret key of at least 32 characters for the hashes of erased values; "
+        "empty: the file `erasure.key` in SHOPSPHERE_HOME, created by the first `erase`",
     )
 
 
 class Settings(LakeSettings):
-    """Everything that can be set. Frozen."""
+    """All settings of the pipelines. Frozen."""
 
-    base_currency: str = Field("USD", pattern="^[A-Z]{3}$", description="ISO 4217 currency of gold")
-    default_region: str = Field("ID", pattern="^[A-Z]{2}$", description="Region of phone numbers that name none")
-    address_crowd: int = Field(12, ge=2, description="An address shared by more people than this links nobody")
-    identifier_crowd: int = Field(8, ge=2, description="An email, phone or device shared by more people than this links nobody")
-    low_stock_days: Decimal = Field(Decimal(7), description="Days of cover below which stock is low")
+    base_currency: str = Field("USD", pattern="^[A-Z]{3}$", description="ISO 4217 currency of the amounts in gold")
+    default_region: str = Field("ID", pattern="^[A-Z]{2}$", description="Region of phone numbers without a country code")
+    address_crowd: int = Field(12, ge=2, description="Maximum number of people at an address that still links their records")
+    identifier_crowd: int = Field(
+        8, ge=2, description="Maximum number of people that share an e-mail, phone or device that still links their records"
+    )
+    low_stock_days: Decimal = Field(Decimal(7), description="Days of cover below which stock counts as low")
     postgres: PostgresSettings = PostgresSettings()
     mongo: MongoSettings = MongoSettings()
     kafka: KafkaSettings = KafkaSettings()
@@ -83,13 +85,13 @@ class Settings(LakeSettings):
 
 
 def load_settings(**overrides: Any) -> Settings:
-    """Read the settings; `overrides` win over everything. Raises SettingsError naming each wrong setting."""
+    """Read the settings; `overrides` take precedence. Raises SettingsError that names each invalid setting."""
     return read_settings(Settings, **overrides)
 
 
 @dataclass(frozen=True)
 class BusinessSettings:
-    """The settings that shape the rows of silver and gold: when one changes, every table is recomputed."""
+    """The settings that determine the rows of silver and gold: when one changes, every table is recomputed."""
 
     base_currency: str = "USD"
     default_region: str = "ID"
@@ -99,7 +101,7 @@ class BusinessSettings:
 
 
 def business_settings(settings: Settings) -> BusinessSettings:
-    """Return the settings that shape results."""
+    """Return the business settings among all settings."""
     return BusinessSettings(
         base_currency=settings.base_currency,
         default_region=settings.default_region,
@@ -110,7 +112,7 @@ def business_settings(settings: Settings) -> BusinessSettings:
 
 
 def settings_of(lake: Lake) -> Settings:
-    """Return the platform's settings that the lake was opened with. Raises TypeError when it has only the foundation's."""
+    """Return the settings that the lake was opened with. Raises TypeError when they lack those of the pipelines."""
     if not isinstance(lake.settings, Settings):
         raise TypeError(f"The lake was opened with {type(lake.settings).__name__}, expected pipelines.settings.Settings.")
     return lake.settings

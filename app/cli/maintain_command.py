@@ -60,10 +60,9 @@ def maintain(
 def _chosen_tables(lake: Lake, names: Sequence[str] | None) -> list[Table]:
     """Return the named tables, or all tables that exist. The run history's own tables are included."""
     from lakehouse.run_history import OPERATIONS
-    from pipelines.runner import table_named
 
     if names:
-        return [OPERATIONS.get(name) or table_named(PROJECT, name) for name in names]
+        return [OPERATIONS.get(name) or PROJECT.find_table(name) for name in names]
     return [table for table in (*PROJECT.tables.values(), *OPERATIONS.values()) if lake.exists(table)]
 
 

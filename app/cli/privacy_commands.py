@@ -35,13 +35,13 @@ def erase(
     """Erase a person from every table, snapshot and file, and verify it. Without a person: finish pending erasures."""
     from app.cli.erasure_receipt import receipt_lines
     from app.erasure import erasure_context
-    from pipelines.privacy import erase as erasure_service
+    from pipelines.privacy.erase import erase_person
     from pipelines.privacy.receipt import as_json
     from pipelines.runner import open_engine
 
     output, subject = Output(json), subject_query(email, phone, loyalty_id, user_id, master_user_id)
     with open_engine(load_settings()) as engine, output.progress() as show:
-        receipts = erasure_service.erase(erasure_context(engine, show), subject)
+        receipts = erase_person(erasure_context(engine, show), subject)
     if json:
         output.json([as_json(receipt) for receipt in receipts])
     for receipt in receipts:
@@ -64,13 +64,13 @@ def export(
 ) -> None:
     """Write all data about a person, from every layer and the whole history, as JSON and CSV."""
     from lakehouse.iceberg.catalog import Lake
-    from pipelines.privacy.export import export as write_export
+    from pipelines.privacy.export import export_person
 
     output, subject = Output(json), subject_query(email, phone, loyalty_id, user_id, master_user_id)
     if subject is None:
         raise ShopSphereError("Name the person: --email, --phone, --loyalty-id, --user-id or --master-user-id.")
     directory = directory or Path(f"export-{datetime.now(UTC):%Y%m%d-%H%M%S}")
-    exported = write_export(Lake(load_settings()), PROJECT.tables, subject, directory)
+    exported = export_person(Lake(load_settings()), PROJECT.tables, subject, directory)
     if json:
         output.json({"directory": str(exported.directory), "rows": dict(exported.rows)})
         return

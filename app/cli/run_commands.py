@@ -87,11 +87,12 @@ def _run_until(engine: Engine, output: Output, stop: threading.Event, interval: 
 
 def rebuild(tables: Annotated[list[str], typer.Argument(help="Tables, e.g. gold.sales_daily")], json: Json = False) -> None:
     """Recompute tables from all upstream rows; for bronze tables, re-read the source from the beginning."""
-    from pipelines import runner
+    from pipelines.rebuild import rebuild_tables
+    from pipelines.runner import open_engine
 
     output = Output(json)
-    with runner.open_engine(load_settings()) as engine:
-        results = runner.rebuild(engine, PROJECT, tables)
+    with open_engine(load_settings()) as engine:
+        results = rebuild_tables(engine, PROJECT, tables)
     if json:
         output.json([asdict(result) for result in results])
     else:
@@ -104,11 +105,12 @@ def replay(
     json: Json = False,
 ) -> None:
     """Re-read quarantined rows, with corrections if given. Rows that are now valid leave the quarantine."""
-    from pipelines import runner
+    from pipelines.replay import replay_quarantined
+    from pipelines.runner import open_engine
 
     output = Output(json)
-    with runner.open_engine(load_settings()) as engine:
-        done = runner.replay(engine, PROJECT, fix)
+    with open_engine(load_settings()) as engine:
+        done = replay_quarantined(engine, PROJECT, fix)
     if json:
         output.json(asdict(done))
     else:
@@ -118,11 +120,12 @@ def replay(
 
 def publish(table: Annotated[str, typer.Argument(help="Table, e.g. gold.sales_daily")], json: Json = False) -> None:
     """Publish the staged snapshot of a gold table although its expectations failed; inspect it first."""
-    from pipelines import runner
+    from pipelines.publish import publish_staged
+    from pipelines.runner import open_engine
 
     output = Output(json)
-    with runner.open_engine(load_settings()) as engine:
-        snapshot = runner.publish(engine, PROJECT, table)
+    with open_engine(load_settings()) as engine:
+        snapshot = publish_staged(engine, PROJECT, table)
     if json:
         output.json({"table": table, "snapshot": snapshot})
     else:

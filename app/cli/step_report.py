@@ -31,19 +31,19 @@ def print_run(output: Output, run: RunResult) -> None:
     if output.as_json:
         output.json(
             {
-                "steps": [asdict(result) for result in run.reports],
+                "steps": [asdict(result) for result in run.results],
                 "errors": [describe(error) for error in run.errors],
                 "seconds": run.seconds,
                 "cpu_seconds": run.cpu_seconds,
             }
         )
         return
-    print_steps(output, run.reports)
-    for check in [check for result in run.reports for check in result.results if check.outcome != "pass"]:
+    print_steps(output, run.results)
+    for check in [check for result in run.results for check in result.results if check.outcome != "pass"]:
         output.say(f"{check.outcome}: {check.table}: {check}")
     # a step that only read upstream rows has the status "read"
-    changed = sum(result.status == "changed" for result in run.reports)
-    output.say(f"{changed} of {len(run.reports)} tables changed, in {run.seconds:.1f} s ({run.cpu_seconds:.1f} CPU s).")
+    changed = sum(result.status == "changed" for result in run.results)
+    output.say(f"{changed} of {len(run.results)} tables changed, in {run.seconds:.1f} s ({run.cpu_seconds:.1f} CPU s).")
 
 
 def print_steps(output: Output, results: Sequence[StepResult]) -> None:

@@ -126,10 +126,9 @@ def digest(tables: Annotated[list[str] | None, typer.Argument(help="Tables; all 
     """Print a digest of each table's business columns, independent of row order, files and runs."""
     from lakehouse.digest import digest as digest_of
     from lakehouse.iceberg.catalog import Lake
-    from pipelines.runner import table_named
 
     output, lake = Output(json), Lake(load_settings())
-    chosen = [table_named(PROJECT, name) for name in tables] if tables else list(PROJECT.tables.values())
+    chosen = [PROJECT.find_table(name) for name in tables] if tables else list(PROJECT.tables.values())
     digests = {table.name: digest_of(lake.load(table)) for table in chosen}
     if json:
         output.json(digests)

@@ -23,11 +23,11 @@ def finish_erasures(engine: Engine, output: Output, *, keep_going: bool = False)
     from app.erasure import erasure_context
     from lakehouse.errors import CatalogUnreachable
     from lakehouse.expectations import ExpectationsFailed
-    from pipelines.privacy import erase as erasure_service
+    from pipelines.privacy.erase import finish_pending
 
     try:
         with output.progress() as show:
-            receipts = erasure_service.finish_pending(erasure_context(engine, show))
+            receipts = finish_pending(erasure_context(engine, show))
     except ExpectationsFailed as error:
         print(f"error: An erasure is pending and cannot be finished yet. {describe(error)}", file=sys.stderr, flush=True)
         return False

@@ -49,7 +49,7 @@ from pipelines.settings import settings_of
 STAGES = 4
 
 
-def erase(context: ErasureContext, query: SubjectQuery | None) -> list[Receipt]:
+def erase_person(context: ErasureContext, query: SubjectQuery | None) -> list[Receipt]:
     """Finish the pending erasures, then erase the person that `query` names. Raises ShopSphereError."""
     receipts = finish_pending(context)
     if query is not None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import polars as pl
 
-from lakehouse.byte_search import Needles
+from lakehouse.byte_search import SearchTerms
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.table import BOOKKEEPING, Table
 from pipelines.bronze.tables import DOCUMENT_PATHS, EVENTS, MARKETPLACE_ORDERS, ORDERS, POSTGRES_KEYS, TABLES
@@ -161,8 +161,8 @@ def _resolve_mentions(collector: _Collector, texts: list[tuple[str, str]]) -> Er
     time is left out, so that records that claim to begin later (by a wrong clock) are included.
     """
     anonymiser = Anonymiser(collector.suppression(NO_LIMIT), latest_begins={})
-    unambiguous = Needles(tuple(sorted({text for kind, text in texts if kind in UNAMBIGUOUS_KINDS})))
-    every = Needles(tuple(sorted({text for _, text in texts})))
+    unambiguous = SearchTerms(tuple(sorted({text for kind, text in texts if kind in UNAMBIGUOUS_KINDS})))
+    every = SearchTerms(tuple(sorted({text for _, text in texts})))
     entries, remaining = set(collector.entries), set[str]()
     for table in TABLES:
         if table.name not in collector.rows:

@@ -50,7 +50,7 @@ class Exported:
     rows: Mapping[str, int]
 
 
-def export(lake: Lake, tables: Mapping[str, Table], query: SubjectQuery, directory: Path) -> Exported:
+def export_person(lake: Lake, tables: Mapping[str, Table], query: SubjectQuery, directory: Path) -> Exported:
     """Write the rows of a person in `tables` (by name) into a new directory.
 
     Raises ShopSphereError when no customer matches, or when the directory exists.

@@ -413,7 +413,7 @@ def test_a_correction_that_meets_another_writer_is_tried_again(cli, home, monkey
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("not json", "not a correction"),
+        ("not json", "invalid correction"),
         ('{"table": "silver.products", "position": "1", "value": ""}', "not a bronze table"),
         ('{"table": "bronze.bronze_kafka__events", "position": "nowhere", "value": "{}"}', "no row at position"),
     ],

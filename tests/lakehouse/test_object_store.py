@@ -20,7 +20,7 @@ from lakehouse.byte_search import SearchTerms, search_bytes
 from lakehouse.digest import digest
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.maintenance import maintain
-from pipelines.privacy.erase import erase
+from pipelines.privacy.erase import erase_person
 from pipelines.privacy.person import SubjectQuery
 from pipelines.runner import open_engine, run_once
 from pipelines.settings import Settings, load_settings
@@ -98,7 +98,7 @@ def erased_there(settings: Settings) -> None:
     """A person goes from the store as from a disk."""
     person = somebody(Lake(settings))
     with open_engine(settings) as engine:
-        (receipt,) = erase(context_of(engine), SubjectQuery(email=person["email"]))
+        (receipt,) = erase_person(context_of(engine), SubjectQuery(email=person["email"]))
     assert receipt.clean
     assert receipt.values
     assert sum(one.files_deleted for one in receipt.forgotten)

@@ -256,6 +256,6 @@ def test_status_and_publish_on_the_command_line(tmp_path, monkeypatch, capsys):
     assert main(["status", "--runs", "3"]) == 0
     assert "publish" in capsys.readouterr().out
     assert main(["publish", "dim_date"]) == 1
-    assert "no build that waits" in capsys.readouterr().err
+    assert "no staged snapshot to publish" in capsys.readouterr().err
     assert main(["publish", "silver.products"]) == 1
-    assert "tables keep the rows of before" in capsys.readouterr().err
+    assert "tables keep their previous rows" in capsys.readouterr().err

@@ -80,7 +80,7 @@ def test_a_pass_goes_on_after_an_outage_and_stops_at_a_mistake(tmp_path, monkeyp
         monkeypatch.setattr(engine, "refresh", struck)
         done = run_once(engine, PROJECT, lambda name, report: None)
         assert [type(error) for error in done.errors] == [TransientError]
-        assert {report.table for report in done.reports} >= {step.target.name for step in pipelines.STEPS} - {"gold.dim_date"}
+        assert {report.table for report in done.results} >= {step.target.name for step in pipelines.STEPS} - {"gold.dim_date"}
         monkeypatch.setattr(pipelines.runner, "as_transient_error", lambda error: None)
         with pytest.raises(OSError, match="PutObject"):
             run_once(engine, PROJECT, lambda name, report: None)

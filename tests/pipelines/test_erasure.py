@@ -40,12 +40,14 @@ from pipelines.gold.customer_360 import CUSTOMER_360
 from pipelines.gold.fact_orders import FACT_ORDERS
 from pipelines.gold.sales_daily import SALES_DAILY
 from pipelines.privacy.context import ErasureContext
-from pipelines.privacy.erase import erase, finish, request
-from pipelines.privacy.export import export
+from pipelines.privacy.erase import erase_person, finish, request
+from pipelines.privacy.export import export_person
 from pipelines.privacy.person import SubjectQuery
 from pipelines.privacy.pseudonyms import KEY_FILE, is_pseudonym
 from pipelines.privacy.suppression import erasures
-from pipelines.runner import rebuild, replay, run_once
+from pipelines.rebuild import rebuild_tables
+from pipelines.replay import replay_quarantined
+from pipelines.runner import run_once
 from pipelines.settings import business_settings
 from pipelines.silver.quarantine import QUARANTINE
 from pipelines.silver.users_scd import USERS_SCD
@@ -83,7 +85,7 @@ def test_a_person_goes_from_every_file_and_every_sum_stays(world: World) -> None
     orders = lake.load(FACT_ORDERS).read(["order_id", "net_revenue", "store_id", "order_date", "master_user_id"]).sort("order_id")
     before, begun = digests(lake), datetime.now(UTC)
     with world.engine() as engine:
-        (receipt,) = erase(context_of(engine), SubjectQuery(email=person["email_raw"]))
+        (receipt,) = erase_person(context_of(engine), SubjectQuery(email=person["email_raw"]))
     assert begun <= receipt.requested_at <= receipt.finished_at
     assert receipt.clean
     assert receipt.values
@@ -101,7 +103,7 @@ def test_a_person_goes_from_every_file_and_every_sum_stays(world: World) -> None
     assert after != before
     run(world)
     with world.engine() as engine:
-        rebuild(engine, PROJECT, [name for name, table in pipelines.TABLES.items() if table.layer != "bronze"])
+        rebuild_tables(engine, PROJECT, [name for name, table in pipelines.TABLES.items() if table.layer != "bronze"])
     assert digests(world.lake) == after
     # no snapshot to travel back to, and the receipt tells nothing of the person
     assert all(
@@ -112,16 +114,16 @@ def test_a_person_goes_from_every_file_and_every_sum_stays(world: World) -> None
     kept = "".join(file.read_text() for file in (world.home / "erasures").iterdir())
     assert not [text for text in texts if text in kept]
     with world.engine() as engine, pytest.raises(ShopSphereError, match="No customer matches"):
-        erase(context_of(engine), SubjectQuery(email=person["email_raw"]))
+        erase_person(context_of(engine), SubjectQuery(email=person["email_raw"]))
 
 
 @pytest.mark.slow
 def test_a_source_that_still_has_the_row_does_not_bring_the_person_back(world: World) -> None:
     person = somebody(world.lake)
     with world.engine() as engine:
-        erase(context_of(engine), SubjectQuery(master_user_id=person["master_user_id"]))
+        erase_person(context_of(engine), SubjectQuery(master_user_id=person["master_user_id"]))
         after = digests(engine.lake)
-        rebuild(engine, PROJECT, [table.name for table in pipelines.BRONZE])
+        rebuild_tables(engine, PROJECT, [table.name for table in pipelines.BRONZE])
     run(world)
     assert holding(world.home, texts_of(person)) == []
     assert digests(world.lake) == after
@@ -173,7 +175,7 @@ def test_a_broken_expectation_keeps_an_erasure_waiting_and_nothing_else(
             capsys.readouterr()
             assert main(["maintain", "silver.products"]) == 1
             told = capsys.readouterr()
-            assert "An erasure is under way and cannot be finished yet. gold.fact_orders: not published" in told.err
+            assert "An erasure is pending and cannot be finished yet. gold.fact_orders: not published" in told.err
             assert "silver.products" in told.out, "it maintains what it was asked to"
         finally:
             source.execute("DELETE FROM orders WHERE order_id = 876543")
@@ -199,7 +201,7 @@ def test_quarantined_rows_go_too_and_their_correction_does_not_bring_anything_ba
         kept = world.lake.load(QUARANTINE).read(["source_position", "original"])
         assert person["email_raw"].encode() in b"".join(kept["original"])
         with world.engine() as engine:
-            (receipt,) = erase(context_of(engine), SubjectQuery(email=person["email"]))
+            (receipt,) = erase_person(context_of(engine), SubjectQuery(email=person["email"]))
         assert receipt.clean
         texts = [*texts_of(person), "Xaver Ungelesen", "Hinterhof 77"]
         assert holding(world.home, texts) == []
@@ -211,8 +213,8 @@ def test_quarantined_rows_go_too_and_their_correction_does_not_bring_anything_ba
         fixes = tmp_path / "fixes.jsonl"
         fixes.write_text(json.dumps({"table": MARKETPLACE_ORDERS.name, "position": position, "value": value}))
         with world.engine() as engine:
-            done = replay(engine, PROJECT, fixes)
-            again = replay(engine, PROJECT, fixes)
+            done = replay_quarantined(engine, PROJECT, fixes)
+            again = replay_quarantined(engine, PROJECT, fixes)
         assert (done.corrections, again.corrections) == (1, 0)
         assert done.after == done.before - 1
         assert holding(world.home, texts) == []
@@ -247,7 +249,7 @@ def test_what_names_the_person_goes_wherever_it_stands_in_what_concerns_them(wor
     try:
         run(world)
         with world.engine() as engine:
-            (receipt,) = erase(context_of(engine), SubjectQuery(user_id=account))
+            (receipt,) = erase_person(context_of(engine), SubjectQuery(user_id=account))
     finally:
         collection.delete_many({"_id": {"$in": ["erasure-gift", "erasure-other"]}})
     assert receipt.clean
@@ -268,10 +270,10 @@ def test_a_row_that_claims_to_begin_in_the_future_is_no_hiding_place(world: Worl
     run(world)
     assert holding(world.home, ["d-of-the-future"])
     with world.engine() as engine:
-        (receipt,) = erase(context_of(engine), SubjectQuery(email=person["email"]))
+        (receipt,) = erase_person(context_of(engine), SubjectQuery(email=person["email"]))
         assert receipt.clean
         assert holding(world.home, [*texts_of(person), "d-of-the-future"]) == []
-        rebuild(engine, PROJECT, [EVENTS.name])
+        rebuild_tables(engine, PROJECT, [EVENTS.name])
     run(world)
     assert holding(world.home, ["d-of-the-future"]) == []
 
@@ -282,7 +284,7 @@ def test_others_keep_what_is_theirs(world: World) -> None:
     columns = ["user_id", "email", "phone_number", "name", "master_user_id"]
     others = lake.load(USERS_SCD).read(columns, pl.col("master_user_id") != person["master_user_id"]).sort(columns)
     with world.engine() as engine:
-        erase(context_of(engine), SubjectQuery(user_id=int(person["primary_user_id"])))
+        erase_person(context_of(engine), SubjectQuery(user_id=int(person["primary_user_id"])))
     after = world.lake.load(USERS_SCD).read(columns, pl.col("master_user_id") != person["master_user_id"]).sort(columns)
     assert after.equals(others)
 
@@ -295,7 +297,7 @@ def test_the_list_of_what_to_look_for_outlives_no_erasure(world: World) -> None:
         told = kept.read_bytes()
         assert finish(context_of(engine), one).clean
         kept.write_bytes(told)  # as a process leaves it that was killed before its last step
-        assert erase(context_of(engine), None) == []
+        assert erase_person(context_of(engine), None) == []
     assert not list(place.glob("*.order.json"))
     assert not list(place.glob(".*"))
 
@@ -303,9 +305,9 @@ def test_the_list_of_what_to_look_for_outlives_no_erasure(world: World) -> None:
 def test_whoever_is_erased_once_more_is_erased_still(world: World) -> None:
     person = somebody(world.lake)
     with world.engine() as engine:
-        (once,) = erase(context_of(engine), SubjectQuery(email=person["email"]))
+        (once,) = erase_person(context_of(engine), SubjectQuery(email=person["email"]))
         names = set(engine.lake.load(USERS_SCD).read(["name"])["name"])
-        (again,) = erase(context_of(engine), SubjectQuery(user_id=int(person["primary_user_id"])))
+        (again,) = erase_person(context_of(engine), SubjectQuery(user_id=int(person["primary_user_id"])))
         assert set(engine.lake.load(USERS_SCD).read(["name"])["name"]) == names
     assert once.clean
     assert again.clean
@@ -322,13 +324,13 @@ def test_half_written_files_go_with_what_they_hold_and_others_are_named(world: W
     outside.write_bytes(whole[:300])
     try:
         with world.engine() as engine:
-            (receipt,) = erase(context_of(engine), SubjectQuery(email=person["email"]))
+            (receipt,) = erase_person(context_of(engine), SubjectQuery(email=person["email"]))
             assert not receipt.clean
             assert receipt.searched.unread == (str(outside),)
             assert any(str(outside) in line for line in receipt_lines(receipt))
             assert not any(file.exists() for file in left)
             outside.unlink()
-            (receipt,) = erase(context_of(engine), None)
+            (receipt,) = erase_person(context_of(engine), None)
             assert receipt.clean
     finally:
         outside.unlink(missing_ok=True)
@@ -342,7 +344,7 @@ def test_two_at_once_and_an_erasure_that_was_begun(world: World) -> None:
         request(context_of(engine), SubjectQuery(email=other["email"]))
     assert [item.finished for item in erasures(world.lake)] == [False, False]
     with world.engine() as engine:
-        receipts = erase(context_of(engine), None)
+        receipts = erase_person(context_of(engine), None)
     assert [receipt.clean for receipt in receipts] == [True, True]
     assert holding(world.home, [*texts_of(one), *texts_of(other)]) == []
     assert all(item.finished for item in erasures(world.lake))
@@ -352,14 +354,14 @@ def test_two_at_once_and_an_erasure_that_was_begun(world: World) -> None:
 def test_without_its_key_nothing_is_ingested(world: World) -> None:
     person = somebody(world.lake)
     with world.engine() as engine:
-        erase(context_of(engine), SubjectQuery(email=person["email"]))
+        erase_person(context_of(engine), SubjectQuery(email=person["email"]))
     key = world.home / KEY_FILE
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     key.rename(world.home / "elsewhere")
     with world.engine() as engine, pytest.raises(SettingsError, match="key"):
         run_once(engine, PROJECT, lambda name, report: None)
     with world.engine() as engine, pytest.raises(SettingsError, match="is missing"):
-        erase(context_of(engine), SubjectQuery(user_id=int(somebody(world.lake, 1)["primary_user_id"])))
+        erase_person(context_of(engine), SubjectQuery(user_id=int(somebody(world.lake, 1)["primary_user_id"])))
     assert not key.exists(), "another key would stand in the way of the former one"
     key.write_text(os.urandom(32).hex())
     with world.engine() as engine, pytest.raises(SettingsError, match="differs"):
@@ -370,7 +372,7 @@ def test_without_its_key_nothing_is_ingested(world: World) -> None:
 def test_export_tells_everything_and_overwrites_nothing(world: World, tmp_path: Path) -> None:
     person = somebody(world.lake)
     target = tmp_path / "export"
-    done = export(world.lake, PROJECT.tables, SubjectQuery(email=person["email"]), target)
+    done = export_person(world.lake, PROJECT.tables, SubjectQuery(email=person["email"]), target)
     told = json.loads((target / "person.json").read_text())
     assert told["person"]["masters"] == [person["master_user_id"]]
     assert {USERS.name, EVENTS.name, "silver.identity_graph", "silver.users_scd", "gold.customer_360"} <= set(told["tables"])
@@ -381,9 +383,9 @@ def test_export_tells_everything_and_overwrites_nothing(world: World, tmp_path: 
     assert done.rows["gold.fact_orders"] == orders.height
     assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in target.iterdir())
     with pytest.raises(ShopSphereError, match="not overwritten"):
-        export(world.lake, PROJECT.tables, SubjectQuery(email=person["email"]), target)
+        export_person(world.lake, PROJECT.tables, SubjectQuery(email=person["email"]), target)
     with pytest.raises(ShopSphereError, match="No customer matches"):
-        export(world.lake, PROJECT.tables, SubjectQuery(email="nobody@nowhere.example"), tmp_path / "other")
+        export_person(world.lake, PROJECT.tables, SubjectQuery(email="nobody@nowhere.example"), tmp_path / "other")
 
 
 @pytest.mark.slow
@@ -409,7 +411,7 @@ def test_a_replica_forgets_too(world: World) -> None:
         send("tail-1")
         wait_for(lambda: devices() == ["d-of-the-tail"])
         with world.engine() as engine:
-            assert erase(context_of(engine), SubjectQuery(email=person["email"]))[0].clean
+            assert erase_person(context_of(engine), SubjectQuery(email=person["email"]))[0].clean
         send("tail-2")
         wait_for(lambda: len(devices()) == 2 and len(set(devices())) == 1 and is_pseudonym("device", devices()[0]))
         run(world)
@@ -463,12 +465,12 @@ def test_an_erasure_waits_for_the_topic_of_scores(world: World) -> None:
     away = world.settings.kafka.model_copy(update={"bootstrap_servers": "127.0.0.1:1"})
     apart = replace(world, settings=world.settings.model_copy(update={"kafka": away}))
     with apart.engine() as engine:
-        (receipt,) = erase(context_of(engine), SubjectQuery(email=somebody(world.lake)["email"]))
+        (receipt,) = erase_person(context_of(engine), SubjectQuery(email=somebody(world.lake)["email"]))
         assert not receipt.clean
         message = "not reached topic fraud_scores could not be emptied: Kafka: request to 127.0.0.1:1 failed"
         assert message in "\n".join(receipt_lines(receipt))
     with world.engine() as engine:
-        (receipt,) = erase(context_of(engine), None)
+        (receipt,) = erase_person(context_of(engine), None)
         assert receipt.clean
 
 
@@ -483,14 +485,14 @@ def test_a_tracking_server_is_searched_too(world: World, tmp_path: Path, monkeyp
         assert experiment is not None
         run_id = registry.client.create_run(experiment.experiment_id).info.run_id
         registry.client.log_text(run_id, f"a note on {person['email_raw']}", "note.txt")
-        (receipt,) = erase(context_of(engine), SubjectQuery(email=person["email"]))
+        (receipt,) = erase_person(context_of(engine), SubjectQuery(email=person["email"]))
         assert receipt.searched.matches == (f"mlflow/runs/{run_id}/artifacts/note.txt",)
         registry.client.log_text(run_id, "a note on nobody", "note.txt")
-        (receipt,) = erase(context_of(engine), None)
+        (receipt,) = erase_person(context_of(engine), None)
         assert receipt.clean
         server.stop()
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        (receipt,) = erase(context_of(engine), SubjectQuery(email=somebody(world.lake, 1)["email"]))
+        (receipt,) = erase_person(context_of(engine), SubjectQuery(email=somebody(world.lake, 1)["email"]))
         assert [what.split(" could")[0] for what in receipt.unreached] == [f"MLflow at {server.address}"]
 
 
@@ -505,7 +507,7 @@ def test_a_shop_that_goes_on_selling_meanwhile_is_no_reason_to_stay_unfinished(w
         collection.insert_one({**sale, "order_time": datetime.now(UTC), "items": [item]})
         try:
             assert not run_once(engine, PROJECT, lambda name, report: None).errors
-            (receipt,) = erase(context_of(engine), None)
+            (receipt,) = erase_person(context_of(engine), None)
         finally:
             collection.delete_one({"_id": "sold-meanwhile"})
     assert not receipt.sums_equal
@@ -531,7 +533,7 @@ def test_a_sale_that_a_run_had_begun_to_read_is_no_difference_of_sums(world: Wor
     monkeypatch.setattr(pipelines.privacy.erase, "refresh_all", then_a_run_stores_it)
     try:
         with world.engine() as engine:
-            (receipt,) = erase(context_of(engine), SubjectQuery(email=person["email"]))
+            (receipt,) = erase_person(context_of(engine), SubjectQuery(email=person["email"]))
     finally:
         collection.delete_one({"_id": "sold-before"})
     assert not receipt.sums_equal
@@ -552,7 +554,7 @@ def test_the_features_of_every_order_stay_what_they_were(world: World) -> None:
     with world.engine() as engine:
         feature_tables.refresh(engine)
         before = engine.lake.load(ORDER_FEATURES).read(names).sort("order_id")
-        (receipt,) = erase(context_of(engine), SubjectQuery(email=person["email"]))
+        (receipt,) = erase_person(context_of(engine), SubjectQuery(email=person["email"]))
         after = engine.lake.load(ORDER_FEATURES).read(names).sort("order_id")
     assert receipt.clean
     assert after.equals(before)

@@ -16,10 +16,11 @@ from support.erasure_world import World, context_of, holding, shop, somebody, te
 from app.project import PROJECT
 from lakehouse.digest import digest
 from pipelines.gold.sales_daily import SALES_DAILY
-from pipelines.privacy.erase import erase
+from pipelines.privacy.erase import erase_person
 from pipelines.privacy.person import SubjectQuery
 from pipelines.privacy.suppression import erasures
-from pipelines.runner import rebuild, run_once
+from pipelines.rebuild import rebuild_tables
+from pipelines.runner import run_once
 
 pytestmark = pytest.mark.slow
 MOMENTS = 12
@@ -85,9 +86,9 @@ def test_killed_at_any_moment_it_finishes_when_run_again(world: World) -> None:
         assert killed.returncode == -signal.SIGKILL, (at, when, killed.stderr)
         with world.engine() as engine:
             # what `run` does first; where the erasure was not stored yet, the one who asked asks again
-            receipts = erase(context_of(engine), None)
+            receipts = erase_person(context_of(engine), None)
             if not erasures(engine.lake):
-                receipts = erase(context_of(engine), asked)
+                receipts = erase_person(context_of(engine), asked)
         assert all(receipt.clean for receipt in receipts), (at, when)
         assert all(one.finished for one in erasures(world.lake))
         assert holding(world.home, texts) == [], (at, when)
@@ -96,5 +97,5 @@ def test_killed_at_any_moment_it_finishes_when_run_again(world: World) -> None:
     with world.engine() as engine:
         before = {name: digest(world.lake.load(table)) for name, table in PROJECT.tables.items() if world.lake.exists(table)}
         assert not run_once(engine, PROJECT, lambda name, report: None).errors
-        rebuild(engine, PROJECT, [name for name in before if not name.startswith("bronze.")])
+        rebuild_tables(engine, PROJECT, [name for name in before if not name.startswith("bronze.")])
     assert {name: digest(world.lake.load(PROJECT.tables[name])) for name in before} == before

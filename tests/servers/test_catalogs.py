@@ -17,7 +17,8 @@ from app.project import PROJECT
 from lakehouse.digest import digest
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.maintenance import maintain
-from pipelines.runner import open_engine, rebuild, run_once
+from pipelines.rebuild import rebuild_tables
+from pipelines.runner import open_engine, run_once
 from pipelines.settings import Settings, load_settings
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(480)]
@@ -81,7 +82,7 @@ def test_every_catalog_and_store_holds_the_same_tables(catalogs, tmp_path, monke
                             maintain(engine.lake, table, later)
                     if stage == 2:
                         before = digests(engine.lake)
-                        rebuild(engine, PROJECT, derived)
+                        rebuild_tables(engine, PROJECT, derived)
                     if stage:
                         found[name] = digests(engine.lake)
                         assert stage == 1 or found[name] == before, f"{name}: a rebuild changed rows"

@@ -25,7 +25,7 @@ from lakehouse.iceberg.catalog import Lake
 from lakehouse.parallel import TaskPool
 from lakehouse.settings import RaySettings
 from pipelines.bronze.tables import EVENTS
-from pipelines.runner import rebuild
+from pipelines.rebuild import rebuild_tables
 from pipelines.settings import KafkaSettings, MongoSettings, PostgresSettings, Settings, business_settings
 from pipelines.silver.events_clean import EVENTS_CLEAN
 from pipelines.silver.inventory_snapshots import INVENTORY_SNAPSHOTS
@@ -164,7 +164,7 @@ def test_what_retention_took_is_an_error_and_a_rebuild_is_the_way_out(shop: Shop
     with pytest.raises(OffsetExpired, match=r"offsets 5 to 9 were deleted .*python -m app rebuild bronze.bronze_k"):
         shop.run()
     assert shop.events() == [f"e{n}" for n in range(1, 6)]
-    rebuild(shop.engine, PROJECT, [EVENTS.name])
+    rebuild_tables(shop.engine, PROJECT, [EVENTS.name])
     shop.run()
     # what was read before stays, though the topic has it no more
     assert shop.events() == [f"e{n}" for n in (1, 2, 3, 4, 5, 11, 12, 13, 14, 15)]
@@ -191,7 +191,7 @@ def test_a_topic_created_anew_is_not_followed_at_the_old_offsets(shop: Shop, mon
         assert re.search(
             rf"'{shop.topic.name}' was deleted and re-created.*python -m app rebuild {EVENTS.name}", state.error or ""
         )
-        rebuild(shop.engine, PROJECT, [EVENTS.name])
+        rebuild_tables(shop.engine, PROJECT, [EVENTS.name])
         shop.run()
         wait_for(lambda: state.error is None and on_hand(state.follower) == 15, "serving does not go on after the rebuild")
         assert len(shop.events()) == 15

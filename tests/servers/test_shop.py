@@ -23,7 +23,8 @@ from lakehouse.digest import business_columns, digest
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.reader import live_rows
 from lakehouse.settings import RaySettings
-from pipelines.runner import open_engine, rebuild, run_once
+from pipelines.rebuild import rebuild_tables
+from pipelines.runner import open_engine, run_once
 from pipelines.settings import KafkaSettings, MongoSettings, PostgresSettings, Settings
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(600)]
@@ -100,6 +101,6 @@ def test_the_shop_on_genuine_servers_gives_the_same_tables(
         assert {name for name in found if found[name] != expected[name]} == set()
         bronze = [name for source in pipelines.sources(settings) for name in source.tables]
         with open_engine(settings) as engine:
-            rebuild(engine, PROJECT, [*bronze, *(step.target.name for step in pipelines.STEPS)])
+            rebuild_tables(engine, PROJECT, [*bronze, *(step.target.name for step in pipelines.STEPS)])
         again = tables(settings)
         assert {name for name in found if found[name] != again[name]} == set()
