@@ -1,10 +1,10 @@
-"""Sizes of data for people."""
+"""Formatting of byte counts for output."""
 
 from __future__ import annotations
 
 
 def format_bytes(count: int) -> str:
-    """Bytes, readable."""
+    """Return a number of bytes in decimal units, such as '1.5 MB'."""
     amount = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if amount < 1000:

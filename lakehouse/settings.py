@@ -1,7 +1,7 @@
-"""Settings: one TOML file plus the environment.
+"""Settings of the foundation layer, and how settings are read.
 
-Read from, the first that has it: the environment (`SHOPSPHERE_KAFKA__BOOTSTRAP_SERVERS=...`), the TOML
-file (`SHOPSPHERE_CONFIG`, by default `$SHOPSPHERE_HOME/shopsphere.toml`), the defaults below.
+A setting comes from the environment (`SHOPSPHERE_KAFKA__BOOTSTRAP_SERVERS=...`), else from the TOML file
+(`SHOPSPHERE_CONFIG`, by default `$SHOPSPHERE_HOME/shopsphere.toml`), else from its default.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from lakehouse.errors import SettingsError
 
 
 class Section(BaseModel):
-    """A section of the settings file: frozen, and an unknown name is an error."""
+    """A section of the settings file. Frozen; an unknown name is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class CatalogSettings(Section):
-    """The Iceberg catalog. Any PyIceberg catalog: `properties` go to `pyiceberg.catalog.load_catalog` as they are."""
+    """The Iceberg catalog: any catalog of PyIceberg. `properties` are passed to `pyiceberg.catalog.load_catalog` unchanged."""
 
     name: str = Field("shopsphere", description="Name of the catalog")
     properties: dict[str, str] = Field(
@@ -40,23 +40,23 @@ class CatalogSettings(Section):
 
 
 class RaySettings(Section):
-    """Ray: where it runs, and when it is worth starting."""
+    """Ray: where it runs, and when it is started."""
 
-    address: str = Field("", description="Ray address; empty: join the cluster of the job, else start Ray locally")
-    cpus: int = Field(0, ge=0, description="CPUs of a local Ray; 0: all of them")
+    address: str = Field("", description="Ray address; empty: the cluster of the Ray job, otherwise a local Ray")
+    cpus: int = Field(0, ge=0, description="CPUs of a local Ray; 0: all")
     inline_rows: int = Field(
         50_000,
         ge=0,
-        description="A step that reads fewer new rows than this runs in the driver: starting Ray costs more; 0: always Ray",
+        description="A step that reads fewer new rows than this runs in the driver, without Ray's overhead; 0: always Ray",
     )
-    rows_per_task: int = Field(250_000, ge=1, description="Rows that one task handles, roughly")
+    rows_per_task: int = Field(250_000, ge=1, description="Approximate number of rows per task")
     storage: str = Field(
         "",
-        description="Where checkpoints of training go, a path or a URI (s3://bucket/path) that all nodes reach; empty: beside "
-        "the tables where these are in an object store, else `training` in SHOPSPHERE_HOME",
+        description="Directory of training checkpoints, a path or a URI (s3://bucket/path) that all nodes can reach; empty: "
+        "beside the tables if they are in an object store, otherwise `training` in SHOPSPHERE_HOME",
     )
     shared_disk: bool = Field(
-        False, description="All nodes of the cluster mount SHOPSPHERE_HOME at the same path: tables may then be on a disk"
+        False, description="All nodes of the cluster mount SHOPSPHERE_HOME at the same path, so that tables may be on disk"
     )
 
 
@@ -67,14 +67,14 @@ class LakeSettings(BaseSettings):
         env_prefix="SHOPSPHERE_", env_nested_delimiter="__", frozen=True, extra="forbid", nested_model_default_partial_update=True
     )
 
-    home: Path = Field(Path(".shopsphere"), description="Where everything local lives")
-    snapshot_retention_hours: float = Field(24.0 * 7, ge=0, description="`maintain` expires older snapshots")
+    home: Path = Field(Path(".shopsphere"), description="Directory of all local files")
+    snapshot_retention_hours: float = Field(24.0 * 7, ge=0, description="Maintenance expires older snapshots")
     orphan_retention_hours: float = Field(
-        24.0, ge=1, description="`maintain` deletes unreferenced files older than this; no run may last as long"
+        24.0, ge=1, description="Maintenance deletes older unreferenced files; must exceed the duration of any run"
     )
-    history_days: float = Field(90, ge=1, description="`maintain` drops older days of operations.runs and expectation_results")
+    history_days: float = Field(90, ge=1, description="Maintenance deletes older days of operations.runs and expectation_results")
     freshness: bool = Field(
-        True, description="Judge freshness against the clock; off where the shop's time is not ours, as in the sandbox"
+        True, description="Evaluate freshness against the clock; off if the data's time is simulated, as in the sandbox"
     )
     catalog: CatalogSettings = CatalogSettings()
     ray: RaySettings = RaySettings()
@@ -92,28 +92,28 @@ class LakeSettings(BaseSettings):
 
 
 def home_directory() -> Path:
-    """The directory of everything local: `SHOPSPHERE_HOME`, by default `.shopsphere`, absolute."""
+    """Return the absolute path of the directory of all local files: `SHOPSPHERE_HOME`, by default `.shopsphere`."""
     return Path(os.environ.get("SHOPSPHERE_HOME", ".shopsphere")).expanduser().absolute()
 
 
 def config_file() -> Path:
-    """The settings file: `SHOPSPHERE_CONFIG`, by default `shopsphere.toml` in the home directory."""
+    """Return the path of the settings file: `SHOPSPHERE_CONFIG`, by default `shopsphere.toml` in the home directory."""
     return Path(os.environ.get("SHOPSPHERE_CONFIG", home_directory() / "shopsphere.toml")).expanduser()
 
 
-Loaded = TypeVar("Loaded", bound=LakeSettings)
+SettingsT = TypeVar("SettingsT", bound=LakeSettings)
 
 
-def read_settings(kind: type[Loaded], **overrides: Any) -> Loaded:
-    """Read settings of a kind; `overrides` win over everything. Raises SettingsError naming each wrong setting."""
+def read_settings(kind: type[SettingsT], **overrides: Any) -> SettingsT:
+    """Read settings into a class; `overrides` take precedence. Raises SettingsError, which names each invalid setting."""
     try:
         return kind(**{"home": home_directory(), **overrides})
     except ValidationError as error:
-        wrong = "; ".join(
+        invalid = "; ".join(
             f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors(include_input=False)
         )
         raise SettingsError(
-            f"Settings are wrong: {wrong}. Correct {config_file()} or the SHOPSPHERE_... environment variable of that name."
+            f"Settings are invalid: {invalid}. Correct {config_file()} or the SHOPSPHERE_... environment variable of that name."
         ) from None
     except (ValueError, OSError) as error:
         raise SettingsError(

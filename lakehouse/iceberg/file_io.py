@@ -1,4 +1,4 @@
-"""Reading the warehouse's files: none of them is empty, so one that looks so was not read."""
+"""File access that rejects empty files: the warehouse has none, so an empty one was not read completely."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from pyiceberg.io.pyarrow import BUFFER_SIZE, ONE_MEGABYTE, PyArrowFile, PyArrow
 
 
 class NonEmptyFile(PyArrowFile):
-    """A file that has content: metadata, a manifest, rows."""
+    """A file that must not be empty: metadata, a manifest, or rows."""
 
     def open(self, seekable: bool = True) -> InputStream:
-        """Open it. Raises ConnectionError when it is empty.
+        """Open the file. Raises ConnectionError if it is empty.
 
-        An object store's answer that breaks off in its headers tells no length, which pyarrow takes for 0."""
+        An object store's response that is cut off within its headers has no length, which pyarrow takes for 0.
+        """
         stream = super().open(seekable=True)
         if cast(NativeFile, stream).size() == 0:
-            raise ConnectionError(f"{self.location} came without its content")
+            raise ConnectionError(f"{self.location} was read without its content")
         return stream
 
 
 class NonEmptyFileIO(PyArrowFileIO):
-    """PyIceberg's file system over pyarrow, which gives files that have content."""
+    """PyIceberg's PyArrow file access, whose input files must not be empty."""
 
     def new_input(self, location: str) -> PyArrowFile:
-        """See `FileIO`."""
+        """Return the file at a location (see `FileIO`)."""
         scheme, host, path = self.parse_location(location, self.properties)
         size = int(self.properties.get(BUFFER_SIZE, ONE_MEGABYTE))
         return NonEmptyFile(location, path, self.fs_by_scheme(scheme, host), size)

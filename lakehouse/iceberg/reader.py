@@ -20,7 +20,7 @@ FILE, POS = "_file", "_pos"
 """Columns that locate a row: the index of its file in the list of files read, and its position in that file."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class File:
     """A data file of one snapshot, with the position deletes that apply to it."""
 

@@ -1,8 +1,8 @@
-"""Files of a table replaced because rows in them must go, and its past forgotten. For erasure: nothing else rewrites history.
+"""Replacement of files because rows in them must be removed physically, and removal of a table's history.
 
-Position deletes leave the old row in its file, an old snapshot refers to old files, and manifests hold the least and the
-greatest value of each column. So the files with such rows are replaced, an empty commit drops the manifests that tell of
-their removal, all older snapshots are expired, and what nothing refers to any more is deleted at once.
+For erasure only: nothing else rewrites history. Position deletes leave the old row in its file, an old snapshot refers to old
+files, and manifests contain the minimum and maximum of each column. So the files with such rows are replaced, an empty commit
+drops the manifests that record their removal, all older snapshots are expired, and unreferenced files are deleted at once.
 """
 
 from __future__ import annotations
@@ -24,30 +24,27 @@ from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.errors import committing
 from lakehouse.iceberg.maintenance import expire, referenced_files
 from lakehouse.iceberg.reader import File
+from lakehouse.iceberg.snapshot_properties import REWRITTEN, REWRITTEN_FILES, REWRITTEN_ROWS
 from lakehouse.iceberg.table_handle import AUDIT_BRANCH, TableHandle
 from lakehouse.table import DELETED, SEQUENCE, Table
 
-REWRITTEN = "shopsphere.rewritten"
-"""Names, in a snapshot's summary, why it rewrote the table: once for each reason."""
-ROWS, FILES = "shopsphere.rewritten-rows", "shopsphere.rewritten-files"
-
 Edit = Callable[[pl.DataFrame], tuple[pl.DataFrame, pl.Series, pl.Series | None]]
-"""edit(rows) -> the rows as they must be, which of them changed, and a key by which rows speak of the same thing: a row with
-the key of a changed one counts as changed."""
+"""edit(rows) -> the edited rows, a mask of the changed ones, and optionally a key by which rows belong together: a row with the
+key of a changed row counts as changed too."""
 
 
 @dataclass(frozen=True)
 class RewriteResult:
-    """What a rewrite did to a table."""
+    """The number of rows and files that a rewrite changed in a table."""
 
     table: str
     rows: int = 0
     files: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PurgeResult:
-    """What forgetting a table's past did."""
+    """What the removal of a table's history rewrote, expired and deleted."""
 
     table: str
     files_rewritten: int
@@ -58,7 +55,7 @@ class PurgeResult:
 
 
 def find_rewrite(handle: TableHandle, reason: str) -> Snapshot | None:
-    """The snapshot that rewrote the table for this reason; None: none did, or it is gone."""
+    """Return the snapshot that rewrote the table for this reason, or None if there is none or it has expired."""
     for snapshot in handle.iceberg_table.metadata.snapshots:
         if snapshot.summary and snapshot.summary.additional_properties.get(REWRITTEN) == reason:
             return snapshot
@@ -66,27 +63,27 @@ def find_rewrite(handle: TableHandle, reason: str) -> Snapshot | None:
 
 
 def rewrite(lake: Lake, table: Table, edit: Edit, reason: str) -> RewriteResult:
-    """Replace the files with rows that `edit` changes, in one commit, once for each `reason`.
+    """Replace the files with rows that `edit` changes, in one commit; at most once for each `reason`.
 
-    Changed rows get the sequence of the commit, so that tables downstream take them for new. It commits even when nothing
-    changes: a writer that began before fails then, and begins anew. Raises CommitConflict.
+    Changed rows get the sequence of the commit, so that downstream tables read them as new. The commit happens even if
+    nothing changes, so that a writer that started earlier fails and retries. Raises CommitConflict.
     """
     handle = lake.load(table)
     if (done := find_rewrite(handle, reason)) is not None and done.summary:
-        told = done.summary.additional_properties
-        return RewriteResult(table.name, int(told[ROWS]), int(told[FILES]))
+        properties = done.summary.additional_properties
+        return RewriteResult(table.name, int(properties[REWRITTEN_ROWS]), int(properties[REWRITTEN_FILES]))
     files, columns = handle.files(), handle.reader.schema.names
     edited = []
-    touched: set[str] = set()
+    affected_keys: set[str] = set()
     for file in files:
         rows, changed, keys = edit(handle.reader.read([file], columns))
         edited.append((file, rows, changed, keys))
         if keys is not None:
-            touched |= set(keys.filter(changed).drop_nulls().to_list())
+            affected_keys |= set(keys.filter(changed).drop_nulls().to_list())
     added, removed, count = [], [], 0
     for file, rows, changed, keys in edited:
-        if keys is not None and touched:
-            changed |= keys.is_in(list(touched)).fill_null(False)
+        if keys is not None and affected_keys:
+            changed |= keys.is_in(list(affected_keys)).fill_null(False)
         if not changed.any():
             continue
         count += int(changed.sum())
@@ -96,101 +93,108 @@ def rewrite(lake: Lake, table: Table, edit: Edit, reason: str) -> RewriteResult:
     handle.commit(
         added,
         positions=handle.positions,
-        removed_paths=_without(files, removed),
+        removed_paths=_paths_to_remove(files, removed),
         changes_rows=bool(removed),
-        properties={REWRITTEN: reason, ROWS: str(count), FILES: str(len(removed))},
+        properties={REWRITTEN: reason, REWRITTEN_ROWS: str(count), REWRITTEN_FILES: str(len(removed))},
     )
     return RewriteResult(table.name, count, len(removed))
 
 
-def replace_rows(handle: TableHandle, gone: pl.Expr, rows: pl.DataFrame) -> int:
-    """Take the rows for which `gone` holds out of their files and write others, in one commit; gives how many went."""
+def replace_rows(handle: TableHandle, obsolete: pl.Expr, rows: pl.DataFrame) -> int:
+    """Remove the rows that match `obsolete` from their files and write `rows`, in one commit. Returns the number removed."""
     files, columns = handle.files(), handle.reader.schema.names
     added, removed, count = list(handle.writer.write(rows)), [], 0
     for file in files:
         old = handle.reader.read([file], columns)
-        kept = old.filter(~gone)
+        kept = old.filter(~obsolete)
         if kept.height < old.height:
             count += old.height - kept.height
             removed.append(file)
             added += handle.writer.write(kept)
     if added or removed:
-        handle.commit(added, positions=handle.positions, removed_paths=_without(files, removed))
+        handle.commit(added, positions=handle.positions, removed_paths=_paths_to_remove(files, removed))
     return count
 
 
-def _without(files: Iterable[File], removed: Iterable[File]) -> frozenset[str]:
-    """The files that go, and the delete files that concern no other file."""
-    gone = {file.path for file in removed}
-    needed = {path for file in files if file.path not in gone for path in file.deletes}
-    return frozenset(gone | {path for file in files for path in file.deletes if path not in needed})
+def _paths_to_remove(files: Iterable[File], removed: Iterable[File]) -> frozenset[str]:
+    """Return the paths of the removed files, and of the delete files that apply to no other file."""
+    removed_paths = {file.path for file in removed}
+    needed = {path for file in files if file.path not in removed_paths for path in file.deletes}
+    return frozenset(removed_paths | {path for file in files for path in file.deletes if path not in needed})
 
 
 def purge_history(lake: Lake, table: Table, *, tombstones: bool) -> PurgeResult:
-    """Leave of a table only its living rows, in files without deletes, and its newest snapshot, whatever branch or tag names
-    another.
+    """Reduce a table to its live rows, in files without deletes, and its current snapshot.
 
-    tombstones: take these out too; only when every table downstream has read them. A writer at work meanwhile begins anew.
-    Files that nothing refers to are deleted at once, if they were referred to or are older than the last commit: who wrote
-    them cannot commit any more. Raises CommitConflict.
+    Branches and tags of others are removed, since they would keep older snapshots. tombstones: remove these too; only after
+    every downstream table has read them. A concurrent writer fails and retries. Unreferenced files are deleted at once if they
+    were referenced before or are older than the last commit: their writer can no longer commit. Raises CommitConflict.
     """
     handle = lake.load(table)
-    cleaned, buried = _cleaned(handle, tombstones)
-    if cleaned:
+    files_rewritten, tombstones_removed = _apply_deletes(handle, tombstones)
+    if files_rewritten:
         handle = lake.load(table)
-    if named := [name for name in handle.iceberg_table.metadata.refs if name not in (MAIN_BRANCH, AUDIT_BRANCH)]:
-        _unname(handle, named)
+    if refs := [name for name in handle.iceberg_table.metadata.refs if name not in (MAIN_BRANCH, AUDIT_BRANCH)]:
+        _remove_refs(handle, refs)
         handle = lake.load(table)
-    # the newest may be of another engine, and positions told by one before; or on a branch that has ended
-    needed = len(handle.lineage_snapshot_ids) > 1 or bool(named)
-    if handle.snapshot is not None and (needed or _tells_of_removals(handle) or _unreferenced(handle)[1]):
-        # the snapshot that removed files lists them, with the bounds of their values; and who wrote what nothing refers to
-        # yet cannot commit any more
+    # the current snapshot may be another engine's, with the positions in an earlier one; or on a branch that was removed
+    needs_commit = len(handle.lineage_snapshot_ids) > 1 or bool(refs)
+    if handle.snapshot is not None and (needs_commit or _records_removals(handle) or _unreferenced_files(handle)[1]):
+        # the snapshot that removed files lists them, with the bounds of their values; and after this commit, the writer of a
+        # file that is not referenced yet can no longer commit
         handle.commit(positions=handle.positions, changes_rows=False)
         handle = lake.load(table)
     before = referenced_files(handle)
     expired = expire(lake, table, 0, datetime.now(UTC) + timedelta(days=1))
     handle = lake.load(table)
     files, size = _delete_unreferenced(handle, before)
-    return PurgeResult(table.name, cleaned, buried, expired, files, size)
+    return PurgeResult(
+        table=table.name,
+        files_rewritten=files_rewritten,
+        tombstones=tombstones_removed,
+        snapshots_expired=expired,
+        files_deleted=files,
+        bytes_deleted=size,
+    )
 
 
-def _unname(handle: TableHandle, names: Iterable[str]) -> None:
-    """End branches and tags that others have made: what they name could not be forgotten."""
+def _remove_refs(handle: TableHandle, names: Iterable[str]) -> None:
+    """Remove branches and tags of others, whose snapshots could not be expired."""
     with committing(handle.table.name), handle.iceberg_table.manage_snapshots() as snapshots:
         for name in names:
-            snapshots.remove_tag(name)  # of a branch the same: it says only which name goes
+            snapshots.remove_tag(name)  # also removes a branch: the update contains only the name
 
 
-def _tells_of_removals(handle: TableHandle) -> bool:
+def _records_removals(handle: TableHandle) -> bool:
+    """Return whether a manifest of the current snapshot records removed files."""
     snapshot = handle.snapshot
     return snapshot is not None and any(m.deleted_files_count != 0 for m in snapshot.manifests(handle.iceberg_table.io))
 
 
-def _cleaned(handle: TableHandle, tombstones: bool) -> tuple[int, int]:
-    """Replace the files with deleted rows, and tombstones; gives how many, and how many tombstones went."""
+def _apply_deletes(handle: TableHandle, tombstones: bool) -> tuple[int, int]:
+    """Replace the files with deleted rows, and with tombstones if asked; return the number of files and of tombstones."""
     files, columns = handle.files(), handle.reader.schema.names
     added: list[Any] = []
-    removed, buried = [], 0
+    removed, tombstones_removed = [], 0
     for file in files:
-        marked = 0
+        in_file = 0
         if tombstones and DELETED in columns:
-            marked = int(handle.reader.read([file], [DELETED])[DELETED].fill_null(False).sum())
-        if not file.deletes and not marked:
+            in_file = int(handle.reader.read([file], [DELETED])[DELETED].fill_null(False).sum())
+        if not file.deletes and not in_file:
             continue
         rows = handle.reader.read([file], columns)
-        if marked:
+        if in_file:
             rows = rows.filter(~pl.col(DELETED).fill_null(False))
-        buried += marked
+        tombstones_removed += in_file
         removed.append(file)
         added += handle.writer.write(rows)
     if removed:
-        handle.commit(added, positions=handle.positions, removed_paths=_without(files, removed), changes_rows=False)
-    return len(removed), buried
+        handle.commit(added, positions=handle.positions, removed_paths=_paths_to_remove(files, removed), changes_rows=False)
+    return len(removed), tombstones_removed
 
 
 def file_system(handle: TableHandle) -> tuple[FileSystem, str]:
-    """The file system that holds a table, and its place there. Raises ShopSphereError when it is none that can be listed."""
+    """Return the file system of a table, and the table's path in it. Raises ShopSphereError if it cannot be listed."""
     io = handle.iceberg_table.io
     if not isinstance(io, PyArrowFileIO):
         raise ShopSphereError(f"{handle.table.name}: its files cannot be listed. Use a catalog with PyArrow's file access.")
@@ -199,38 +203,39 @@ def file_system(handle: TableHandle) -> tuple[FileSystem, str]:
 
 
 def list_files(handle: TableHandle) -> list[FileInfo]:
-    """All files below a table's location."""
+    """Return all files below a table's location."""
     filesystem, root = file_system(handle)
     found = filesystem.get_file_info(FileSelector(root, recursive=True, allow_not_found=True))
     return [info for info in found if info.type == FileType.File]
 
 
-def _unreferenced(handle: TableHandle) -> tuple[list[FileInfo], list[FileInfo]]:
-    """The files that nothing refers to: those older than the last commit, and those that a writer may be at."""
+def _unreferenced_files(handle: TableHandle) -> tuple[list[FileInfo], list[FileInfo]]:
+    """Return the unreferenced files: those older than the last commit, and those that an active writer may still commit."""
     io = handle.iceberg_table.io
     filesystem, _ = file_system(handle)
     assert isinstance(io, PyArrowFileIO)
     found = list_files(handle)
     keep = {io.parse_location(path)[2] for path in referenced_files(handle)}
-    newest = filesystem.get_file_info([io.parse_location(handle.iceberg_table.metadata_location)[2]])[0].mtime
-    left = [info for info in found if info.path not in keep]
-    older = [info for info in left if newest and info.mtime < newest]
-    return older, [info for info in left if info not in older]
+    last_commit = filesystem.get_file_info([io.parse_location(handle.iceberg_table.metadata_location)[2]])[0].mtime
+    unreferenced = [info for info in found if info.path not in keep]
+    older = [info for info in unreferenced if last_commit and info.mtime < last_commit]
+    return older, [info for info in unreferenced if info not in older]
 
 
 def _delete_unreferenced(handle: TableHandle, before: set[str]) -> tuple[int, int]:
+    """Delete unreferenced files that no writer can commit; return their number and bytes. before: files once referenced."""
     io = handle.iceberg_table.io
     filesystem, _ = file_system(handle)
     assert isinstance(io, PyArrowFileIO)
-    known = {io.parse_location(path)[2] for path in before}
-    older, newer = _unreferenced(handle)
-    gone = [*older, *(info for info in newer if info.path in known)]
-    for info in gone:
+    once_referenced = {io.parse_location(path)[2] for path in before}
+    older, newer = _unreferenced_files(handle)
+    unreferenced = [*older, *(info for info in newer if info.path in once_referenced)]
+    for info in unreferenced:
         delete_file(filesystem, info.path)
-    return len(gone), sum(int(info.size or 0) for info in gone)
+    return len(unreferenced), sum(int(info.size or 0) for info in unreferenced)
 
 
 def delete_file(filesystem: FileSystem, path: str) -> None:
-    """Delete a file; one that somebody else deleted first is no error."""
+    """Delete a file. It is no error if it has already been deleted."""
     with contextlib.suppress(FileNotFoundError):
         filesystem.delete_file(path)

@@ -1,11 +1,11 @@
 """One Iceberg snapshot that adds and removes data files and position deletes.
 
-PyIceberg 0.12 has no row delta and no merge-on-read write; this module is the whole of what this project adds to
-its private snapshot producer. There are no conflict checks: it is safe only with commit retries off, from a
-handle loaded before the read, so that any commit in between makes it fail.
+PyIceberg 0.12 has neither a row delta nor a merge-on-read write, so this module extends its private snapshot producer.
+There are no conflict checks. It is safe only with commit retries off and from a handle loaded before the read, so that any
+commit in between makes it fail.
 
-A build that is to be audited first goes to a branch: its snapshot continues main, but main does not move. There is at
-most one build a table that main has not taken over; the next one takes its place, snapshot and all.
+A snapshot that is audited before publication is staged on a branch: its parent is main's head, but main does not move.
+A table has at most one staged snapshot; the next one replaces it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class DeleteManifestWriter(ManifestWriterV2):
     """A manifest of position delete files."""
 
     def content(self) -> ManifestContent:
-        """Tell that the entries are delete files."""
+        """Return the content type of the entries."""
         return ManifestContent.DELETES
 
     @property
@@ -47,7 +47,7 @@ class DeleteManifestWriter(ManifestWriterV2):
 
 
 class RowDelta(_SnapshotProducer["RowDelta"]):
-    """Adds data files and position delete files, removes files by path; all in one snapshot."""
+    """Adds data files and position delete files and removes files by path, all in one snapshot."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class RowDelta(_SnapshotProducer["RowDelta"]):
         self._removed_files: list[DataFile] = []
 
     def _current_branch_head_id(self) -> int | None:
-        """Main's: a build continues main, whatever an earlier one has left on its branch."""
+        """Return main's head: a staged snapshot continues main, whatever its branch contains."""
         return self._transaction.table_metadata.current_snapshot_id
 
     def _commit(self) -> UpdatesAndRequirements:
@@ -79,17 +79,20 @@ class RowDelta(_SnapshotProducer["RowDelta"]):
         if self._target_branch == MAIN_BRANCH:
             return updates, requirements
         metadata = self._transaction.table_metadata
-        earlier = metadata.refs.get(str(self._target_branch))
-        dropped = (RemoveSnapshotsUpdate(snapshot_ids=[earlier.snapshot_id]),) if earlier else ()
-        unmoved = AssertRefSnapshotId(ref=MAIN_BRANCH, snapshot_id=metadata.current_snapshot_id)
-        return (*dropped, *updates), (*requirements, unmoved)
+        staged = metadata.refs.get(str(self._target_branch))
+        remove_staged = (RemoveSnapshotsUpdate(snapshot_ids=[staged.snapshot_id]),) if staged else ()
+        main_unchanged = AssertRefSnapshotId(ref=MAIN_BRANCH, snapshot_id=metadata.current_snapshot_id)
+        return (*remove_staged, *updates), (*requirements, main_unchanged)
 
     def _validate_concurrency(self) -> None:
-        """Nothing to check: a commit in between fails this one (retries are off)."""
+        """Check nothing: a commit in between makes this one fail, since retries are off."""
 
     def _clean_all_uncommitted(self) -> None:
-        """Delete nothing: a commit that is said to have failed may have arrived, where a proxy or the catalog's client asks
-        again when an answer is lost. What nobody refers to goes with the orphans."""
+        """Delete nothing.
+
+        A commit that is reported as failed may have succeeded, if a proxy or the catalog's client retried it after a lost
+        response. Maintenance deletes unreferenced files as orphans.
+        """
 
     def _parent_manifests(self) -> list[ManifestFile]:
         if self._parent_snapshot_id is None:
@@ -104,16 +107,16 @@ class RowDelta(_SnapshotProducer["RowDelta"]):
             self.spec(spec_id), self.schema(), self.new_manifest_output(), self._snapshot_id, self._compression
         )
 
-    def _rewritten(self, manifest: ManifestFile) -> list[ManifestFile]:
-        """The manifest without the removed files, and a manifest that records their removal."""
+    def _rewrite_manifest(self, manifest: ManifestFile) -> list[ManifestFile]:
+        """Return the manifest without the removed files, and a manifest that records their removal."""
         entries = manifest.fetch_manifest_entry(io=self._io, discard_deleted=True)
-        gone = [entry for entry in entries if entry.data_file.file_path in self._removed_paths]
-        if not gone:
+        removed = [entry for entry in entries if entry.data_file.file_path in self._removed_paths]
+        if not removed:
             return [manifest]
-        self._removed_files.extend(entry.data_file for entry in gone)
+        self._removed_files.extend(entry.data_file for entry in removed)
         kept = [entry for entry in entries if entry.data_file.file_path not in self._removed_paths]
         result = []
-        for status, group in ((ManifestEntryStatus.EXISTING, kept), (ManifestEntryStatus.DELETED, gone)):
+        for status, group in ((ManifestEntryStatus.EXISTING, kept), (ManifestEntryStatus.DELETED, removed)):
             if group:
                 with self._writer(manifest.content, manifest.partition_spec_id) as writer:
                     for entry in group:
@@ -134,7 +137,7 @@ class RowDelta(_SnapshotProducer["RowDelta"]):
         live = [m for m in self._parent_manifests() if m.has_added_files() or m.has_existing_files()]
         if not self._removed_paths:
             return live
-        return [rewritten for manifest in live for rewritten in self._rewritten(manifest)]
+        return [rewritten for manifest in live for rewritten in self._rewrite_manifest(manifest)]
 
     def _deleted_entries(self) -> list[ManifestEntry]:
         return []
@@ -157,24 +160,24 @@ class RowDelta(_SnapshotProducer["RowDelta"]):
         return manifests
 
     def _process_manifests(self, manifests: list[ManifestFile]) -> list[ManifestFile]:
-        """Merge small data manifests, as Iceberg's merge append does, so that planning stays cheap."""
+        """Merge small manifests, as Iceberg's merge append does, so that scan planning stays cheap."""
         properties = self._transaction.table_metadata.properties
         data = [manifest for manifest in manifests if manifest.content == ManifestContent.DATA]
         deletes = [manifest for manifest in manifests if manifest.content == ManifestContent.DELETES]
-        at_least = property_as_int(properties, TableProperties.MANIFEST_MIN_MERGE_COUNT, 20) or 20
+        min_count = property_as_int(properties, TableProperties.MANIFEST_MIN_MERGE_COUNT, 20) or 20
         merger = _ManifestMergeManager(
             target_size_bytes=property_as_int(  # type: ignore[arg-type]
                 properties, TableProperties.MANIFEST_TARGET_SIZE_BYTES, TableProperties.MANIFEST_TARGET_SIZE_BYTES_DEFAULT
             ),
-            min_count_to_merge=at_least,
+            min_count_to_merge=min_count,
             merge_enabled=property_as_bool(properties, TableProperties.MANIFEST_MERGE_ENABLED, True),
             snapshot_producer=self,
         )
-        if len(deletes) >= at_least:
-            deletes = self._merged_deletes(deletes)
+        if len(deletes) >= min_count:
+            deletes = self._merge_delete_manifests(deletes)
         return (merger.merge_manifests(data) if data else []) + deletes
 
-    def _merged_deletes(self, manifests: list[ManifestFile]) -> list[ManifestFile]:
+    def _merge_delete_manifests(self, manifests: list[ManifestFile]) -> list[ManifestFile]:
         by_spec: dict[int, list[ManifestFile]] = {}
         for manifest in manifests:
             by_spec.setdefault(manifest.partition_spec_id, []).append(manifest)

@@ -167,7 +167,7 @@ def test_json_has_no_nan(cli):
     ("statement", "expected"),
     [
         ("SELECT * FROM gold.dim_stores d FOR VERSION AS OF 1", "before its alias"),
-        ("SELECT 1 FOR VERSION AS OF 1", "right behind a table's name"),
+        ("SELECT 1 FOR VERSION AS OF 1", "directly follow a table's name"),
         ("SELECT * FROM gold.dim_stores FOR TIMESTAMP AS OF now()", "needs a literal"),
         ("SELECT * FROM gold.nothing", "There is no table gold.nothing. Tables:"),
         ("SELECT * FROM fact_orders", "Did you mean gold.fact_orders?"),

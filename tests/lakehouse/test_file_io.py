@@ -40,7 +40,7 @@ def breaking_store() -> Iterator[str]:
 @pytest.mark.parametrize("seekable", [True, False])
 def test_an_answer_without_length_is_an_outage(breaking_store, seekable):
     properties = {"s3.endpoint": breaking_store, "s3.access-key-id": "a", "s3.secret-access-key": "b", "s3.region": "us-east-1"}
-    with pytest.raises(ConnectionError, match="came without its content") as met:
+    with pytest.raises(ConnectionError, match="was read without its content") as met:
         NonEmptyFileIO(properties).new_input("s3://lake/rows.parquet").open(seekable)
     assert "s3://lake/rows.parquet" in str(as_transient_error(met.value))
 
