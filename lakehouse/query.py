@@ -25,7 +25,7 @@ from lakehouse.table import BOOKKEEPING, Table
 
 
 @dataclass(frozen=True)
-class AsOf:
+class AsOfClause:
     """An `AS OF` clause. kind: VERSION or TIMESTAMP."""
 
     kind: str
@@ -37,7 +37,7 @@ class TableReference:
     """A table referenced in a statement, as of an earlier snapshot or time if it has an `AS OF` clause."""
 
     name: str
-    as_of: AsOf | None = None
+    as_of: AsOfClause | None = None
 
 
 def resolve_snapshot(handle: TableHandle, reference: TableReference) -> int | None:
@@ -85,14 +85,14 @@ MARK = "@as-of-"
 """Separates a table's name from the number of its `AS OF` clause while a statement is parsed."""
 
 
-def extract_time_travel(statement: str) -> tuple[str, list[AsOf]]:
+def extract_time_travel(statement: str) -> tuple[str, list[AsOfClause]]:
     """Remove each `[FOR] VERSION|TIMESTAMP AS OF <literal>` from a statement and mark the name of its table.
 
     This works on tokens instead of parsing with a dialect that has the clause, since a double-quoted name is a string in
     those. Raises QueryError if a clause does not follow a table's name, and SqlglotError.
     """
     tokens = sqlglot.tokenize(statement, read="duckdb")
-    clauses: list[AsOf] = []
+    clauses: list[AsOfClause] = []
     parts, end = [], 0
     for n in range(len(tokens) - 3):
         words = [token.text.upper() for token in tokens[n : n + 3]]
@@ -108,13 +108,13 @@ def extract_time_travel(statement: str) -> tuple[str, list[AsOf]]:
         if literal.token_type not in (TokenType.STRING, TokenType.NUMBER):
             raise QueryError(f"{words[0]} AS OF needs a literal: a snapshot id, or a time such as '2026-01-31 12:00:00'.")
         parts += [statement[end : name.start], f'"{name.text}{MARK}{len(clauses)}"']
-        clauses.append(AsOf(words[0], literal.text))
+        clauses.append(AsOfClause(words[0], literal.text))
         end = literal.end + 1
     return "".join([*parts, statement[end:]]), clauses
 
 
 def _table_references(
-    tree: exp.Query, tables: Mapping[str, Table], clauses: Sequence[AsOf]
+    tree: exp.Query, tables: Mapping[str, Table], clauses: Sequence[AsOfClause]
 ) -> dict[TableReference, list[exp.Table]]:
     """Return the tables that a statement references, each with its nodes. Raises QueryError for an unknown table."""
     local = {cte.alias_or_name for cte in tree.find_all(exp.CTE)}
@@ -176,7 +176,7 @@ def query(lake: Lake, tables: Mapping[str, Table], statement: str) -> pa.Table:
             raise QueryError(f"The statement cannot be run: {str(error).splitlines()[0]}") from None
 
 
-def _parse(statement: str) -> tuple[exp.Query, list[AsOf]]:
+def _parse(statement: str) -> tuple[exp.Query, list[AsOfClause]]:
     """Parse a statement without its `AS OF` clauses; return these too. Raises QueryError unless it is one SELECT."""
     try:
         plain, clauses = extract_time_travel(statement)
