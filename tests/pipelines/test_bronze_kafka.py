@@ -40,7 +40,7 @@ TABLE = EVENTS.name
 
 
 class Topic:
-    """A topic of its own, and a reader of it."""
+    """A separate topic and a reader of it."""
 
     def __init__(self, bootstrap: str, name: str, partitions: int = 3) -> None:
         self.bootstrap, self.name = bootstrap, name
@@ -71,13 +71,13 @@ def offsets_of(position: Position) -> dict[str, int]:
 
 
 @contextmanager
-def own_broker(directory: Path, *, lowered: bool = False) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A broker of its own; lowered: one as of before Kafka 2.8, which gives topics no ids."""
+def separate_broker(directory: Path, *, without_topic_ids: bool = False) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """Start a broker for one test. without_topic_ids: as before Kafka 2.8."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     script = Path(__file__).parents[2] / "app" / "sandbox" / "broker.py"
-    start = "broker.SUPPORTED[broker.METADATA] = (1, 8); " if lowered else ""
+    start = "broker.SUPPORTED[broker.METADATA] = (1, 8); " if without_topic_ids else ""
     program = f"import sys; sys.path.insert(0, {str(script.parent)!r}); import broker; {start}broker.main()"
     broker = subprocess.Popen([sys.executable, "-c", program, "--directory", str(directory), "--port", str(port)])
     try:
@@ -87,7 +87,7 @@ def own_broker(directory: Path, *, lowered: bool = False) -> Iterator[tuple[subp
         broker.wait()
 
 
-def test_messages_come_byte_for_byte(topic: Topic) -> None:
+def test_messages_are_stored_byte_for_byte(topic: Topic) -> None:
     headers = [("a", b"1"), ("a", b"\xff"), ("b", None)]
     topic.producer.produce(topic.name, value=b"\x00\xffx", key=b"k", partition=1, headers=headers, timestamp=1_700_000_000_123)
     topic.producer.produce(topic.name, value=None, key=None, partition=1)
@@ -110,17 +110,17 @@ def test_messages_come_byte_for_byte(topic: Topic) -> None:
     assert (second["key"], second["value"], second["headers"]) == (None, None, None)
 
 
-def test_ranges_are_exact_and_nothing_comes_twice(topic: Topic) -> None:
+def test_ranges_are_exact_and_no_message_comes_twice(topic: Topic) -> None:
     topic.send(1000)
     plan = topic.reader.plan()
     topic.send(500)
     assert plan.rows == 1000
     assert len(plan.tasks) == 3
     rows, positions = topic.reader.read(plan)
-    resnapshot, _ = topic.reader.read(plan)
+    repeated, _ = topic.reader.read(plan)
     places = [(row["partition"], row["offset"]) for row in rows[TABLE]]
     assert len(places) == len(set(places)) == 1000
-    assert {(row["partition"], row["offset"]) for row in resnapshot[TABLE]} == set(places)
+    assert {(row["partition"], row["offset"]) for row in repeated[TABLE]} == set(places)
     topic.reader.rows, topic.reader.positions = rows, positions
     assert offsets_of(positions[TABLE]) == {f"{topic.name}:0": 334, f"{topic.name}:1": 333, f"{topic.name}:2": 333}
     assert topic.reader.source.lag(positions) == {TABLE: "500 messages"}
@@ -128,7 +128,7 @@ def test_ranges_are_exact_and_nothing_comes_twice(topic: Topic) -> None:
     assert len(topic.offsets()) == len(topic.reader.rows[TABLE]) == 1500
 
 
-def test_nothing_new_is_quick_and_has_no_tasks(topic: Topic) -> None:
+def test_a_plan_without_messages_is_fast_and_has_no_tasks(topic: Topic) -> None:
     assert not topic.reader.plan().tasks
     topic.send(3)
     topic.reader.run()
@@ -145,7 +145,7 @@ def test_new_partitions_and_topics_are_read_from_their_beginning(topic: Topic) -
     other = Topic(topic.bootstrap, f"{topic.name}-other", 1)
     other.producer.produce(other.name, b"there before", partition=0)
     other.producer.flush(10)
-    # As if partition 2 had not been there in the run before.
+    # As if partition 2 did not exist in the previous run.
     topic.reader.positions = {TABLE: {name: at for name, at in topic.reader.positions[TABLE].items() if not name.endswith(":2")}}
     topic.reader.source = KafkaSource(topic.settings.model_copy(update={"topics": (topic.name, other.name)}))
     assert sorted(row["value"] for row in topic.reader.run()[TABLE]) == [b"there before", b"v2", b"v5"]
@@ -154,7 +154,7 @@ def test_new_partitions_and_topics_are_read_from_their_beginning(topic: Topic) -
         topic.reader.plan()
 
 
-def test_deleted_offsets_are_an_error_that_names_them(topic: Topic) -> None:
+def test_deleted_offsets_are_named_in_the_error(topic: Topic) -> None:
     topic.send(30)
     topic.reader.run()
     topic.send(30)
@@ -166,7 +166,7 @@ def test_deleted_offsets_are_an_error_that_names_them(topic: Topic) -> None:
     assert len(topic.reader.run()[TABLE]) == 60 - 15
 
 
-def test_a_topic_created_anew_is_an_error(topic: Topic) -> None:
+def test_a_re_created_topic_is_an_error(topic: Topic) -> None:
     topic.send(30)
     topic.reader.run()
     topic.admin.delete_topics([topic.name])[topic.name].result(10)
@@ -186,7 +186,7 @@ def test_a_topic_created_anew_is_an_error(topic: Topic) -> None:
         topic.reader.plan()
 
 
-def test_a_topic_created_anew_and_refilled_past_our_offset_is_noticed(topic: Topic) -> None:
+def test_a_re_created_topic_refilled_past_the_position_is_detected(topic: Topic) -> None:
     topic.send(30)
     topic.reader.run()
     old = topic.reader.positions[TABLE]["ids"][topic.name]
@@ -210,7 +210,7 @@ def test_a_topic_created_anew_and_refilled_past_our_offset_is_noticed(topic: Top
     assert {row["_source_position"][:8] for row in topic.reader.run()[TABLE]} == {"~000001~"}
 
 
-def test_the_same_topic_read_again_gives_the_same_rows(topic: Topic) -> None:
+def test_resnapshot_of_the_same_topic_gives_the_same_rows(topic: Topic) -> None:
     topic.send(30)
     first = topic.reader.run()[TABLE]
     topic.reader.positions = {TABLE: resnapshot(topic.reader.positions[TABLE])}
@@ -220,7 +220,7 @@ def test_the_same_topic_read_again_gives_the_same_rows(topic: Topic) -> None:
     assert not topic.reader.plan().tasks
 
 
-def test_a_position_without_an_id_takes_it(topic: Topic) -> None:
+def test_a_position_without_a_topic_id_stores_it(topic: Topic) -> None:
     topic.send(3)
     topic.reader.run()
     topic.reader.positions = {TABLE: offsets_of(topic.reader.positions[TABLE])}
@@ -229,8 +229,8 @@ def test_a_position_without_an_id_takes_it(topic: Topic) -> None:
     assert set(topic.reader.positions[TABLE]["ids"]) == {topic.name}
 
 
-def test_a_broker_that_gives_no_ids_is_read_all_the_same(tmp_path: Path) -> None:
-    with own_broker(tmp_path, lowered=True) as (_, bootstrap):
+def test_a_broker_without_topic_ids_is_read(tmp_path: Path) -> None:
+    with separate_broker(tmp_path, without_topic_ids=True) as (_, bootstrap):
         topic = Topic(bootstrap, "events")
         topic.send(30)
         assert len(topic.reader.run()[TABLE]) == 30
@@ -239,28 +239,28 @@ def test_a_broker_that_gives_no_ids_is_read_all_the_same(tmp_path: Path) -> None
         topic.reader.positions = {TABLE: {**topic.reader.positions[TABLE], "ids": {"events": "from before"}}}
         assert len(topic.reader.run()[TABLE]) == 3
         assert topic.reader.positions[TABLE]["ids"] == {"events": "from before"}
-        # nobody can tell whether it is the same topic: the offsets may be those of other messages
+        # it may be another topic, so the same offsets may be other messages
         topic.reader.positions = {TABLE: resnapshot(topic.reader.positions[TABLE])}
         assert {row["_source_position"][:8] for row in topic.reader.run()[TABLE]} == {"~000001~"}
 
 
-def test_ids_stay_when_the_broker_starts_again(tmp_path: Path) -> None:
-    with own_broker(tmp_path) as (_, bootstrap):
+def test_topic_ids_survive_a_broker_restart(tmp_path: Path) -> None:
+    with separate_broker(tmp_path) as (_, bootstrap):
         topic = Topic(bootstrap, "events")
         topic.send(3)
         topic.reader.run()
-    with own_broker(tmp_path) as (_, bootstrap):
+    with separate_broker(tmp_path) as (_, bootstrap):
         restarted = KafkaSource(topic.settings.model_copy(update={"bootstrap_servers": bootstrap}))
         assert not restarted.plan(topic.reader.positions, {}).tasks
 
 
-def test_a_topic_that_never_was_is_an_error_that_lists_what_there_is(topic: Topic) -> None:
+def test_a_nonexistent_topic_is_an_error_that_lists_existing_topics(topic: Topic) -> None:
     misspelt = KafkaSource(topic.settings.model_copy(update={"topics": ("evnets",)}))
     with pytest.raises(SourceError, match=r"'evnets' does not exist\. Create it, or correct kafka\.topics.*Existing topics: "):
         misspelt.plan({}, {})
 
 
-def test_offsets_deleted_while_reading_are_an_error(topic: Topic) -> None:
+def test_offsets_deleted_during_a_read_are_an_error(topic: Topic) -> None:
     topic.send(30)
     plan = topic.reader.plan()
     next(iter(topic.admin.delete_records([TopicPartition(topic.name, 0, 5)]).values())).result(10)
@@ -275,8 +275,8 @@ def test_a_range_past_the_end_does_not_hang(topic: Topic) -> None:
         list(task.read())
 
 
-class Scripted:
-    """A consumer that says what a test wants: gaps, markers and events in any order."""
+class ScriptedConsumer:
+    """A consumer with scripted messages: gaps, markers and events in any order."""
 
     def __init__(self, batches: list[list[Any]]) -> None:
         self.batches = batches
@@ -290,7 +290,7 @@ class Scripted:
         return self.batches.pop(0) if self.batches else []
 
 
-class Said:
+class ScriptedMessage:
     """A message or an event of a partition."""
 
     def __init__(self, offset: int, error: KafkaError | None = None) -> None:
@@ -322,23 +322,23 @@ class Said:
         return 1
 
 
-def end_of_partition(offset: int) -> Said:
-    return Said(offset, KafkaError(KafkaError._PARTITION_EOF))
+def end_of_partition(offset: int) -> ScriptedMessage:
+    return ScriptedMessage(offset, KafkaError(KafkaError._PARTITION_EOF))
 
 
 @given(present=st.sets(st.integers(0, 40)), end=st.integers(1, 30), grown=st.booleans(), chunk=st.integers(1, 7))
-def test_gaps_and_markers_anywhere_end_as_they_should(present: set[int], end: int, grown: bool, chunk: int) -> None:
-    """Transaction markers, aborted messages and compacted ones are offsets at which no message is."""
-    said: list[Any] = [Said(offset) for offset in sorted(present) if grown or offset < end]
-    said.append(end_of_partition(41 if grown else end))
-    script = Scripted([said[n : n + chunk] for n in range(0, len(said), chunk)])
+def test_ranges_end_correctly_with_gaps_and_markers_anywhere(present: set[int], end: int, grown: bool, chunk: int) -> None:
+    """Transaction markers, aborted messages and compacted messages are offsets without a message."""
+    messages: list[Any] = [ScriptedMessage(offset) for offset in sorted(present) if grown or offset < end]
+    messages.append(end_of_partition(41 if grown else end))
+    script = ScriptedConsumer([messages[n : n + chunk] for n in range(0, len(messages), chunk)])
     task = OffsetRangesTask(KafkaSettings(), (OffsetRange("t", 0, 0, end),), no_progress_seconds=0.2)  # type: ignore[call-arg]
     with patch.object(ranges, "open_consumer", lambda settings: nullcontext(script)):
         offsets = [row["offset"] for rows in task.read() for row in rows.rows.to_pylist()]  # type: ignore[union-attr]
     assert offsets == [offset for offset in sorted(present) if offset < end]
 
 
-def test_ranges_of_markers_alone_still_move_the_position(topic: Topic) -> None:
+def test_ranges_of_only_markers_still_move_the_position(topic: Topic) -> None:
     topic.send(3)
     (task,) = topic.reader.plan().tasks
     assert isinstance(task, OffsetRangesTask)
@@ -356,8 +356,8 @@ def test_tasks_cover_the_ranges_exactly(starts_and_counts: list[tuple[int, int, 
     assert all(len({item.partition for item in group}) == len(group) for group in groups)
 
 
-def test_a_broker_that_goes_silent_ends_in_an_error(tmp_path: Path) -> None:
-    with own_broker(tmp_path) as (broker, bootstrap):
+def test_an_unresponsive_broker_is_an_error(tmp_path: Path) -> None:
+    with separate_broker(tmp_path) as (broker, bootstrap):
         topic = Topic(bootstrap, "events")
         topic.send(30_000)
         (task, *_) = KafkaSource(topic.settings.model_copy(update={"batch_messages": 100_000})).plan({}, {}).tasks
@@ -370,15 +370,15 @@ def test_a_broker_that_goes_silent_ends_in_an_error(tmp_path: Path) -> None:
         timer.join()
 
 
-def test_settings_that_are_wrong_are_errors_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_settings_are_errors_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "REQUEST_TIMEOUT_SECONDS", 1.5)
     secret = "s3cr3t-word"
     with pytest.raises(SourceError, match="SHOPSPHERE_KAFKA__BOOTSTRAP_SERVERS"):
         KafkaSource(KafkaSettings()).plan({}, {})  # type: ignore[call-arg]
-    nobody = KafkaSettings(bootstrap_servers="127.0.0.1:1", properties={"sasl.password": secret})  # type: ignore[call-arg]
+    unreachable = KafkaSettings(bootstrap_servers="127.0.0.1:1", properties={"sasl.password": secret})  # type: ignore[call-arg]
     wrong = KafkaSettings(bootstrap_servers="127.0.0.1:1", properties={"sasl.pasword": secret})  # type: ignore[call-arg]
     for settings, text in (
-        (nobody, "request to 127.0.0.1:1 failed.*Check that the brokers are running"),
+        (unreachable, "request to 127.0.0.1:1 failed.*Check that the brokers are running"),
         (wrong, "sasl.pasword"),
     ):
         misconfigured = KafkaSource(settings)
@@ -398,12 +398,12 @@ def test_the_consumer_belongs_to_no_group(topic: Topic) -> None:
     assert committed[0].offset < 0
 
 
-def test_messages_of_a_partition_seen_empty_are_missed_when_they_are_gone(topic: Topic) -> None:
+def test_messages_deleted_from_a_partition_that_was_empty_are_an_error(topic: Topic) -> None:
     for partition in (0, 1):
         topic.producer.produce(topic.name, value=b"v", partition=partition)
     assert topic.producer.flush(20) == 0
     topic.reader.run()
-    # as if the third had been added since
+    # as if the third partition had been added since
     topic.reader.positions = {TABLE: {k: v for k, v in topic.reader.positions[TABLE].items() if k != f"{topic.name}:2"}}
     assert topic.reader.run() == {}
     assert not topic.reader.plan().tasks
@@ -416,31 +416,31 @@ def test_messages_of_a_partition_seen_empty_are_missed_when_they_are_gone(topic:
         topic.reader.plan()
 
 
-def test_of_a_topic_that_is_read_what_was_read_can_be_deleted(topic: Topic) -> None:
+def test_only_read_messages_of_a_source_topic_can_be_deleted(topic: Topic) -> None:
     topic.send(30)
     topic.reader.run()
     topic.send(12)
     long_ago, now = datetime.now(UTC) - timedelta(hours=1), datetime.now(UTC) + timedelta(seconds=1)
     position = topic.reader.positions[TABLE] or {}
     assert delete_records_before(topic.settings, topic.name, long_ago, position) == 0
-    assert [low for low, _ in ends(topic)] == [0, 0, 0]
+    assert [low for low, _ in watermarks(topic)] == [0, 0, 0]
     assert delete_records_before(topic.settings, topic.name, now, position) == 12
-    assert ends(topic) == [(10, 14)] * 3
-    assert len(topic.reader.run()[TABLE]) == 12, "what was not read is still there"
+    assert watermarks(topic) == [(10, 14)] * 3
+    assert len(topic.reader.run()[TABLE]) == 12, "unread messages must not be deleted"
     assert delete_records_before(topic.settings, topic.name, now, topic.reader.positions[TABLE] or {}) == 0
     topic.send(3)
     assert len(topic.reader.run()[TABLE]) == 3
 
 
-def test_of_a_topic_that_is_not_read_all_that_was_sent_can_be_deleted(topic: Topic) -> None:
+def test_all_messages_of_another_topic_can_be_deleted(topic: Topic) -> None:
     elsewhere = topic.settings.model_copy(update={"topics": ("other",)})
     topic.send(30)
     assert delete_records_before(elsewhere, topic.name, datetime.now(UTC) + timedelta(seconds=1), {}) == 0
-    assert ends(topic) == [(10, 10)] * 3
+    assert watermarks(topic) == [(10, 10)] * 3
     assert delete_records_before(elsewhere, "no-such-topic", datetime.now(UTC), {}) == 0
 
 
-def ends(topic: Topic) -> list[tuple[int, int]]:
-    """The first offset and the one after the last, by partition."""
+def watermarks(topic: Topic) -> list[tuple[int, int]]:
+    """Return the first offset and the one after the last, by partition."""
     with open_consumer(topic.settings) as consumer:
         return [consumer.get_watermark_offsets(TopicPartition(topic.name, number), timeout=10) for number in range(3)]

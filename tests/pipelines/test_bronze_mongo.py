@@ -40,7 +40,7 @@ START = datetime(2026, 1, 1)
 
 
 class Market:
-    """A collection of its own, and a reader of it."""
+    """A separate collection and a reader of it."""
 
     def __init__(self, uri: str, database: str) -> None:
         self.client: pymongo.MongoClient[dict[str, Any]] = pymongo.MongoClient(uri)
@@ -48,7 +48,7 @@ class Market:
         self.settings = MongoSettings(uri=uri, database=database)  # type: ignore[arg-type, call-arg]
         self.reader = Reader(MongoSource(self.settings))
 
-    def reading(self, **changes: Any) -> Reader:
+    def use_settings(self, **changes: Any) -> Reader:
         self.reader = Reader(MongoSource(self.settings.model_copy(update=changes)))
         return self.reader
 
@@ -60,11 +60,11 @@ class Market:
             ]
         )
 
-    def held(self) -> dict[str, Any]:
+    def bronze_documents(self) -> dict[str, Any]:
         rows = live_rows_by_key(self.reader.rows.get(TABLE, []), ("document_id",))
         return {key[0]: json_util.loads(row["document"]) for key, row in rows.items()}
 
-    def there(self) -> dict[str, Any]:
+    def source_documents(self) -> dict[str, Any]:
         return {id_text(document["_id"]): document for document in self.collection.find()}
 
 
@@ -109,7 +109,7 @@ def test_documents_are_stored_without_loss(market: Market) -> None:
     assert abs((row["_source_time"] - datetime.now(UTC)).total_seconds()) < 60
 
 
-def test_changes_follow_the_initial_pass(market: Market) -> None:
+def test_changes_follow_the_initial_read(market: Market) -> None:
     market.add(1, 20)
     market.reader.run()
     market.add(21, 21)
@@ -124,10 +124,10 @@ def test_changes_follow_the_initial_pass(market: Market) -> None:
     positions = [row["_source_position"] for row in rows]
     assert positions == sorted(positions)
     assert min(positions) > max(row["_source_position"] for row in market.reader.rows[TABLE] if row["_op"] == "r")
-    assert market.held() == market.there()
+    assert market.bronze_documents() == market.source_documents()
 
 
-def test_a_change_made_during_the_initial_pass_is_not_missed(market: Market) -> None:
+def test_a_change_during_the_initial_read_is_not_missed(market: Market) -> None:
     market.add(1, 20)
     plan = market.reader.plan()
     market.add(21, 25)
@@ -135,10 +135,10 @@ def test_a_change_made_during_the_initial_pass_is_not_missed(market: Market) -> 
     rows, positions = market.reader.read(plan)
     market.reader.rows, market.reader.positions = rows, positions
     market.reader.run()
-    assert market.held() == market.there()
+    assert market.bronze_documents() == market.source_documents()
 
 
-def test_nothing_new_is_quick_and_has_no_tasks(market: Market) -> None:
+def test_a_plan_without_changes_is_fast_and_has_no_tasks(market: Market) -> None:
     assert not market.reader.plan().tasks
     market.add(1, 5)
     market.reader.run()
@@ -152,15 +152,15 @@ def test_nothing_new_is_quick_and_has_no_tasks(market: Market) -> None:
 
 
 def test_a_crash_before_the_commit_repeats_the_same_changes(market: Market) -> None:
-    """More changes than the server keeps for streams that it thinks have read them."""
+    """With more changes than the server keeps for streams that have passed them."""
     market.add(1, 10)
     market.reader.run()
     market.add(11, 3010)
     first, _ = market.reader.read(market.reader.plan())
-    resnapshot, _ = market.reader.read(market.reader.plan())
+    repeated, _ = market.reader.read(market.reader.plan())
     assert len(first[TABLE]) == 3000
-    assert [row["_source_position"] for row in resnapshot[TABLE]] == [row["_source_position"] for row in first[TABLE]]
-    assert [row["document"] for row in resnapshot[TABLE]] == [row["document"] for row in first[TABLE]]
+    assert [row["_source_position"] for row in repeated[TABLE]] == [row["_source_position"] for row in first[TABLE]]
+    assert [row["document"] for row in repeated[TABLE]] == [row["document"] for row in first[TABLE]]
 
 
 def test_changes_after_the_plan_wait_for_the_next_run(market: Market) -> None:
@@ -174,7 +174,7 @@ def test_changes_after_the_plan_wait_for_the_next_run(market: Market) -> None:
     assert len(market.reader.run()[TABLE]) == 2
 
 
-def test_documents_gone_at_look_up_and_ids_of_every_type(market: Market) -> None:
+def test_documents_deleted_before_the_lookup_and_ids_of_every_type(market: Market) -> None:
     market.add(1, 1)
     market.reader.run()
     market.collection.insert_many(
@@ -184,7 +184,7 @@ def test_documents_gone_at_look_up_and_ids_of_every_type(market: Market) -> None
     rows = market.reader.run()[TABLE]
     assert [row["_op"] for row in rows] == ["c", "c", "d", "d"]
     assert [row["document_id"] for row in rows] == ['"text"', '{"$numberInt": "7"}', '{"$numberInt": "8"}', '{"$numberInt": "8"}']
-    assert market.held() == market.there()
+    assert market.bronze_documents() == market.source_documents()
 
 
 def test_an_old_token_is_renewed(market: Market, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +205,7 @@ def test_a_token_of_another_server_is_an_error(market: Market) -> None:
 
 
 @pytest.mark.parametrize("code", [286, 280, 260])
-def test_a_token_that_the_server_refuses_is_an_error(market: Market, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_a_token_refused_by_the_server_is_an_error(market: Market, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     market.add(1, 1)
     market.reader.run()
 
@@ -217,14 +217,14 @@ def test_a_token_that_the_server_refuses_is_an_error(market: Market, monkeypatch
         market.reader.plan()
 
 
-def test_watermark_reads_what_is_newer_and_never_twice(market: Market) -> None:
-    market.reading(mode="watermark")
+def test_watermark_reads_newer_documents_once(market: Market) -> None:
+    market.use_settings(mode="watermark")
     market.add(1, 21)
     market.collection.insert_many([{"_id": "undated", "mp_order_id": "U"}, {"mp_order_id": "V"}])
     assert len(market.reader.run()[TABLE]) == 23
     assert not market.reader.plan().tasks
     market.collection.insert_one({"mp_order_id": "W"})
-    market.add(21, 21)  # the same moment as the newest, a greater _id
+    market.add(21, 21)  # same moment as the newest document, greater _id
     market.collection.replace_one(
         {"mp_order_id": "O5"}, {"mp_order_id": "O5", "platform": "x", "updated_at": START + timedelta(days=1)}
     )
@@ -233,7 +233,7 @@ def test_watermark_reads_what_is_newer_and_never_twice(market: Market) -> None:
     assert sorted(row["mp_order_id"] for row in rows) == ["O21", "O5", "W"]
     assert {row["_op"] for row in rows} == {"u"}
     assert not market.reader.plan().tasks
-    assert market.held() == market.there()
+    assert market.bronze_documents() == market.source_documents()
     with pytest.raises(SourceError, match=r"was read in mode 'watermark', but mongo\.mode is 'change_stream'"):
         MongoSource(market.settings.model_copy(update={"mode": "change_stream"})).plan(market.reader.positions, {})
     assert not MongoSource(market.settings).plan(market.reader.positions, {}).tasks
@@ -251,8 +251,8 @@ def test_a_server_without_change_streams_is_read_by_watermark(market: Market, mo
         MongoSource(market.settings.model_copy(update={"mode": "change_stream"})).plan({}, {})
 
 
-def in_any_order(market: Market) -> list[dict[str, Any]]:
-    """What is held, whatever the order in which the rows lie."""
+def documents_in_three_orders(market: Market) -> list[dict[str, Any]]:
+    """Return the documents from the rows in three different orders."""
     rows = market.reader.rows[TABLE]
     found = []
     for order in (rows, rows[::-1], sorted(rows, key=lambda row: str(row["document"]))):
@@ -262,8 +262,8 @@ def in_any_order(market: Market) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("mode", ["watermark", "change_stream"])
-def test_read_again_a_collection_begins_a_generation_with_a_marker(market: Market, mode: str) -> None:
-    market.reading(mode=mode)
+def test_resnapshot_of_a_collection_begins_an_epoch_with_a_marker(market: Market, mode: str) -> None:
+    market.use_settings(mode=mode)
     market.add(1, 5)
     market.collection.insert_one({"_id": "undated", "mp_order_id": "U"})
     market.reader.run()
@@ -278,34 +278,34 @@ def test_read_again_a_collection_begins_a_generation_with_a_marker(market: Marke
     assert rows[0]["_source_position"] == "~000001~"
     assert max(row["_source_position"] for row in before) < "~000001~" < min(row["_source_position"] for row in rows[1:])
     assert abs((rows[0]["_source_time"] - datetime.now(UTC)).total_seconds()) < 60
-    assert in_any_order(market) == [market.there()] * 3
+    assert documents_in_three_orders(market) == [market.source_documents()] * 3
     market.add(7, 7)
     assert [row["_source_position"][:8] for row in market.reader.run()[TABLE]] == ["~000001~"]
-    assert in_any_order(market) == [market.there()] * 3
+    assert documents_in_three_orders(market) == [market.source_documents()] * 3
     assert market.reader.positions[TABLE]["generation"] == 1
     assert not market.reader.plan().tasks
 
 
 @pytest.mark.parametrize("mode", ["watermark", "change_stream"])
-def test_read_again_a_collection_that_was_emptied_is_empty(market: Market, mode: str) -> None:
-    market.reading(mode=mode)
+def test_resnapshot_of_an_emptied_collection_is_empty(market: Market, mode: str) -> None:
+    market.use_settings(mode=mode)
     market.add(1, 5)
     market.reader.run()
     market.collection.delete_many({})
     market.reader.positions = {TABLE: resnapshot(market.reader.positions[TABLE])}
     assert [row["_op"] for row in market.reader.run()[TABLE]] == ["t"]
     assert market.reader.positions[TABLE]["generation"] == 1
-    assert market.held() == {}
+    assert market.bronze_documents() == {}
     assert not market.reader.plan().tasks
     market.add(6, 7)
     market.reader.run()
-    assert market.held() == market.there()
+    assert market.bronze_documents() == market.source_documents()
 
 
-def test_from_change_stream_to_watermark_and_back_what_is_read_later_is_newer(market: Market) -> None:
+def test_rows_sort_in_read_order_across_changes_of_mode(market: Market) -> None:
     modes = ["change_stream", "watermark", "change_stream"]
     market.add(1, 5)
-    reader = market.reading(mode=modes[0])
+    reader = market.use_settings(mode=modes[0])
     reader.run()
     for number, mode in enumerate(modes):
         rows, positions = market.reader.rows, market.reader.positions
@@ -315,17 +315,17 @@ def test_from_change_stream_to_watermark_and_back_what_is_read_later_is_newer(ma
                 market.reader.plan()
             market.reader.positions = {TABLE: resnapshot(positions[TABLE])}
             market.reader.run()
-            assert in_any_order(market) == [market.there()] * 3
+            assert documents_in_three_orders(market) == [market.source_documents()] * 3
         market.collection.replace_one(
             {"mp_order_id": "O3"}, {"mp_order_id": "O3", "status": mode, "updated_at": START + timedelta(days=1 + number)}
         )
         market.reader.run()
-        assert in_any_order(market) == [market.there()] * 3
+        assert documents_in_three_orders(market) == [market.source_documents()] * 3
         market.collection.update_one({"mp_order_id": "O3"}, {"$set": {"status": "unseen"}})
 
 
-def test_a_document_that_loses_its_date_is_newer_than_what_it_was(market: Market) -> None:
-    market.reading(mode="watermark")
+def test_a_document_that_loses_its_date_replaces_its_dated_version(market: Market) -> None:
+    market.use_settings(mode="watermark")
     market.collection.insert_many([{"_id": n, "mp_order_id": f"O{n}", "updated_at": START} for n in range(5)])
     market.reader.run()
     market.collection.replace_one({"_id": 1}, {"mp_order_id": "O1", "status": "dated", "updated_at": START + timedelta(days=1)})
@@ -333,14 +333,14 @@ def test_a_document_that_loses_its_date_is_newer_than_what_it_was(market: Market
     for number in (1, 3):
         market.collection.replace_one({"_id": number}, {"mp_order_id": f"O{number}", "status": "undated"})
         market.reader.run()
-        assert in_any_order(market) == [market.there()] * 3
+        assert documents_in_three_orders(market) == [market.source_documents()] * 3
     market.collection.replace_one({"_id": 3}, {"mp_order_id": "O3", "updated_at": START + timedelta(days=2)})
     market.reader.run()
-    assert in_any_order(market) == [market.there()] * 3
+    assert documents_in_three_orders(market) == [market.source_documents()] * 3
 
 
-def test_a_watermark_of_before_reads_were_numbered_goes_on(market: Market) -> None:
-    market.reading(mode="watermark")
+def test_a_watermark_without_numbered_reads_continues(market: Market) -> None:
+    market.use_settings(mode="watermark")
     market.add(1, 3)
     market.reader.run()
     market.reader.positions = {TABLE: {name: market.reader.positions[TABLE][name] for name in ("mode", "watermark")}}
@@ -350,7 +350,7 @@ def test_a_watermark_of_before_reads_were_numbered_goes_on(market: Market) -> No
     market.reader.rows[TABLE].append({**old, "_op": "u", "_source_position": f"1{millis:020d}/{identity}"})
     market.collection.replace_one({"mp_order_id": "O3"}, {"mp_order_id": "O3", "updated_at": START + timedelta(days=1)})
     market.reader.run()
-    assert in_any_order(market) == [market.there()] * 3
+    assert documents_in_three_orders(market) == [market.source_documents()] * 3
 
 
 IDENTITIES = st.one_of(
@@ -361,7 +361,7 @@ MOMENTS = st.none() | st.just("2026") | st.integers(-3, 3).map(DatetimeMS)
 
 @given(st.lists(st.tuples(IDENTITIES, MOMENTS), unique_by=lambda item: str(item[0]), max_size=12), st.integers(0, 12))
 def test_a_watermark_splits_documents_into_read_and_new(documents: list[tuple[Any, Any]], cut: int) -> None:
-    """In the order of (date, _id), what was seen is not new and what comes later is, whatever the types."""
+    """In the order of (date, _id), documents already seen are not new and later ones are, whatever their types."""
 
     def order(item: tuple[Any, Any]) -> Any:
         dated = isinstance(item[1], DatetimeMS)
@@ -393,17 +393,17 @@ def test_any_split_into_runs_gives_the_same_documents(servers: Any, data: st.Dat
                 market.reader.run()
         market.reader.run()
         market.reader.rows[TABLE] = data.draw(st.permutations(market.reader.rows.get(TABLE, [])))
-        assert market.held() == market.there()
+        assert market.bronze_documents() == market.source_documents()
     finally:
         market.client.drop_database(market.settings.database)
         market.client.close()
 
 
-# -- what a replica set says, which no server here is ----------------------------------------------------------------
+# -- recorded events of a replica set, which no test server is ----------------------------------------------------------------
 
 
 class Stream:
-    """A change stream that gives what a test wants."""
+    """A change stream with scripted events."""
 
     def __init__(self, events: list[dict[str, Any] | None], resume_token: dict[str, Any]) -> None:
         self.events, self.resume_token, self.alive = events, resume_token, True
@@ -472,16 +472,16 @@ def test_events_of_a_replica_set(market: Market, monkeypatch: pytest.MonkeyPatch
     assert json.loads(reached.position["token"]) == event(5, "invalidate")["_id"]
 
 
-def test_positions_sort_as_the_stream_does() -> None:
+def test_positions_sort_in_stream_order() -> None:
     emulated = [sortable_token({"_data": f"nx:{number}"}) for number in (2, 9, 10, 1000)]
     assert emulated == sorted(emulated)
     assert sortable_token({"_data": "8265a0b1c2d3"}) == "8265A0B1C2D3"
 
 
-# -- what goes wrong -------------------------------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------------------------
 
 
-def test_settings_that_are_wrong_are_errors_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_settings_are_errors_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "SERVER_SECONDS", 1)
     secret = "s3cr3tword"
     with pytest.raises(SourceError, match="SHOPSPHERE_MONGO__URI"):
@@ -499,10 +499,10 @@ def test_settings_that_are_wrong_are_errors_without_secrets(monkeypatch: pytest.
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("code", "way_out"), [(18, "Correct user and password"), (13, "Let the user read"), (1, "Run again")])
-def test_refusals_are_errors_with_a_way_out(code: int, way_out: str) -> None:
+@pytest.mark.parametrize(("code", "hint"), [(18, "Correct user and password"), (13, "Let the user read"), (1, "Run again")])
+def test_refused_requests_are_errors_with_a_hint(code: int, hint: str) -> None:
     with (
-        pytest.raises(SourceError, match=way_out) as error,
+        pytest.raises(SourceError, match=hint) as error,
         open_collection(
             MongoSettings(uri="mongodb://u:s3cr3tword@127.0.0.1:1/")  # type: ignore[arg-type, call-arg]
         ),
@@ -511,8 +511,8 @@ def test_refusals_are_errors_with_a_way_out(code: int, way_out: str) -> None:
     assert "s3cr3tword" not in str(error.value)
 
 
-def through_another_reader(market: Market, changes: int) -> None:
-    """Our reader rests while documents change and somebody else's reads them, which lets a server forget them."""
+def change_and_read_elsewhere(market: Market, changes: int) -> None:
+    """Change documents while only another reader reads them, so that a server may discard the changes."""
     market.add(1, 10)
     market.reader.run()
     other = Reader(MongoSource(market.settings))
@@ -522,13 +522,13 @@ def through_another_reader(market: Market, changes: int) -> None:
         other.run()
 
 
-def test_changes_that_another_reader_has_passed_wait_for_ours(market: Market) -> None:
-    through_another_reader(market, 2500)
+def test_changes_that_another_reader_has_passed_are_kept(market: Market) -> None:
+    change_and_read_elsewhere(market, 2500)
     market.reader.run()
-    assert market.held() == market.there()
+    assert market.bronze_documents() == market.source_documents()
 
 
-def test_changes_that_an_imitation_has_forgotten_are_an_error(tmp_path: Path) -> None:
+def test_changes_that_an_emulation_has_discarded_are_an_error(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -538,7 +538,7 @@ def test_changes_that_an_imitation_has_forgotten_are_an_error(tmp_path: Path) ->
     try:
         market = Market(f"mongodb://127.0.0.1:{port}/?serverSelectionTimeoutMS=30000", "shop")
         market.client.admin.command("ping")
-        through_another_reader(market, 2500)
+        change_and_read_elsewhere(market, 2500)
         with pytest.raises(OffsetExpired, match=r"discarded the changes after it.*rebuild"):
             market.reader.run()
         market.client.close()

@@ -35,11 +35,11 @@ from pipelines.sources.postgres.types import SourceColumn, parse_text, wider_typ
 PRODUCTS, STORES, USERS, ITEMS, RATES = (
     POSTGRES_TABLES[name][0].name for name in ("products", "stores", "users", "order_items", "exchange_rates")
 )
-MADE = """
+CREATE_PRODUCTS = """
 CREATE TABLE products (product_id text PRIMARY KEY, name text, category text, brand text, list_price numeric(18,2),
                        currency char(3), updated_at timestamptz);
 """
-SCHEMA = f"""{MADE}
+SCHEMA = f"""{CREATE_PRODUCTS}
 CREATE TABLE stores (store_id text PRIMARY KEY, name text, kind text, city text, country char(2), updated_at timestamptz);
 CREATE TABLE order_items (order_id bigint, line_no int, product_id text, quantity int, unit_price numeric(18,4),
                           PRIMARY KEY (order_id, line_no));
@@ -52,7 +52,7 @@ CREATE PUBLICATION shopsphere FOR ALL TABLES;
 
 
 class Shop:
-    """A database of its own, with a connection to write to it and a reader of it."""
+    """A separate database with a connection that writes to it and a reader."""
 
     def __init__(self, dsn: str) -> None:
         self.dsn = dsn
@@ -101,7 +101,7 @@ def ops(rows: list[dict[str, Any]], *columns: str) -> list[tuple[Any, ...]]:
     return [tuple(row[name] for name in ("_op", *columns)) for row in rows]
 
 
-def test_tables_declare_what_the_source_contract_says() -> None:
+def test_every_table_of_the_source_contract_is_declared() -> None:
     assert {table.name.split(".")[1] for table in TABLES} == {
         *(f"bronze_postgres__{name}" for name in POSTGRES_TABLES),
         "bronze_mongo__marketplace_orders",
@@ -112,7 +112,7 @@ def test_tables_declare_what_the_source_contract_says() -> None:
         assert set(key) <= set(table.schema.names)
 
 
-def test_initial_read_types_every_value(shop: Shop) -> None:
+def test_initial_read_converts_every_type(shop: Shop) -> None:
     shop.add_products(1, 3)
     shop("INSERT INTO products VALUES ('Q', E'say \"hi\",\\n\\\\. ok', '', NULL, -0.05, 'US', '2026-03-04 05:06:07.089+07')")
     shop("INSERT INTO exchange_rates VALUES ('2026-02-03', 'IDR', 0.00006123)")
@@ -134,7 +134,9 @@ def test_initial_read_types_every_value(shop: Shop) -> None:
     assert shop.reader.source.lag(shop.reader.positions)[PRODUCTS] == "up to date"
 
 
-def test_initial_read_is_split_and_joins_the_stream_while_someone_writes(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_initial_read_in_ranges_continues_with_the_stream_during_concurrent_writes(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(initial_read, "BLOCKS_PER_TASK", 4)
     shop.add_products(1, 3000)
     stop = threading.Event()
@@ -168,7 +170,7 @@ def test_initial_read_is_split_and_joins_the_stream_while_someone_writes(shop: S
     assert len(positions) == len(set(positions))
 
 
-def test_rows_of_the_initial_read_have_a_position_each_before_every_change(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_the_initial_read_have_unique_positions_before_every_change(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(initial_read, "BLOCKS_PER_TASK", 4)
     monkeypatch.setattr(initial_read, "BATCH_ROWS", 70)
     shop.add_products(1, 1000)
@@ -184,7 +186,7 @@ def test_rows_of_the_initial_read_have_a_position_each_before_every_change(shop:
     assert max(positions) < f"{lsn}/{0:010d}"
 
 
-def test_read_again_a_table_begins_a_generation_with_a_marker(shop: Shop) -> None:
+def test_resnapshot_of_a_table_begins_an_epoch_with_a_marker(shop: Shop) -> None:
     shop.add_products(1, 3)
     shop("INSERT INTO stores VALUES ('S', 'one', 'store')")
     shop.reader.run()
@@ -194,7 +196,7 @@ def test_read_again_a_table_begins_a_generation_with_a_marker(shop: Shop) -> Non
     shop.reader.positions[PRODUCTS] = resnapshot(shop.reader.positions[PRODUCTS])
     rows = shop.reader.run()
     found = sorted(rows[PRODUCTS], key=lambda row: row["_source_position"])
-    # what the slot still held comes first: it is history
+    # changes that the slot still had come first: they belong to the previous epoch
     assert ops(found, "product_id") == [("u", "P1"), ("d", "P2"), ("t", None), ("r", "P3"), ("r", "P1")]
     assert ops(rows[STORES], "store_id") == [("c", "T")]
     last, marker, *others = (row["_source_position"] for row in found[1:])
@@ -216,7 +218,7 @@ def test_read_again_a_table_begins_a_generation_with_a_marker(shop: Shop) -> Non
     assert not shop.reader.plan().tasks
 
 
-def test_changes_come_in_order_with_what_the_server_sent(shop: Shop) -> None:
+def test_changes_come_in_order_with_the_values_that_the_server_sent(shop: Shop) -> None:
     shop.add_products(1, 2)
     shop.reader.run()
     with shop.connection.transaction():
@@ -241,7 +243,7 @@ def test_changes_come_in_order_with_what_the_server_sent(shop: Shop) -> None:
     assert abs((changes[0]["_source_time"] - datetime.now(UTC)).total_seconds()) < 60
 
 
-def test_table_without_full_identity_gives_deletes_of_the_key_alone(shop: Shop) -> None:
+def test_deletes_without_full_replica_identity_have_only_the_key(shop: Shop) -> None:
     shop("INSERT INTO stores VALUES ('S1', 'one', 'store', 'X', 'DE', now()), ('S2', 'two', 'store', 'X', 'DE', now())")
     shop.reader.run()
     shop("UPDATE stores SET name = 'uno' WHERE store_id = 'S1'; UPDATE stores SET store_id = 'S3' WHERE store_id = 'S1'")
@@ -254,7 +256,7 @@ def test_table_without_full_identity_gives_deletes_of_the_key_alone(shop: Shop) 
     ]
 
 
-def test_unsent_toast_values_are_named_or_taken_from_the_old_image(shop: Shop) -> None:
+def test_unsent_toast_values_are_listed_or_taken_from_the_old_row_image(shop: Shop) -> None:
     shop("ALTER TABLE stores ALTER name SET STORAGE EXTERNAL; ALTER TABLE products ALTER name SET STORAGE EXTERNAL")
     shop("INSERT INTO stores VALUES ('S', repeat('x', 9000), 'store'); INSERT INTO products VALUES ('P', repeat('y', 9000))")
     shop.reader.run()
@@ -264,7 +266,7 @@ def test_unsent_toast_values_are_named_or_taken_from_the_old_image(shop: Shop) -
     assert ops(rows[PRODUCTS], "name", "brand", "_unchanged") == [("u", "y" * 9000, "Z", None)]
 
 
-def test_truncate_is_a_row_that_names_no_key(shop: Shop) -> None:
+def test_truncate_is_a_row_without_a_key(shop: Shop) -> None:
     shop.add_products(1, 2)
     shop.reader.run()
     shop("TRUNCATE products, stores")
@@ -275,10 +277,10 @@ def test_truncate_is_a_row_that_names_no_key(shop: Shop) -> None:
     assert list(shop.reader.latest(PRODUCTS, ("product_id",))) == [("P7",)]
 
 
-def test_nothing_new_is_quick_and_moves_nothing(shop: Shop) -> None:
+def test_a_plan_without_changes_is_fast_and_moves_no_position(shop: Shop) -> None:
     shop.add_products(1, 100)
     shop.reader.run()
-    shop("SELECT pg_logical_emit_message(true, 'somebody', 'else')")
+    shop("SELECT pg_logical_emit_message(true, 'another', 'client')")
     before = shop.confirmed()
     started = time.monotonic()
     plan = shop.reader.plan()
@@ -288,7 +290,7 @@ def test_nothing_new_is_quick_and_moves_nothing(shop: Shop) -> None:
     assert shop.confirmed() == before
 
 
-def test_changes_that_do_not_concern_us_still_move_the_position(shop: Shop) -> None:
+def test_changes_of_other_tables_still_move_the_position(shop: Shop) -> None:
     shop.add_products(1, 1)
     shop.reader.run()
     before = dict(shop.reader.positions)
@@ -300,7 +302,7 @@ def test_changes_that_do_not_concern_us_still_move_the_position(shop: Shop) -> N
     assert shop.reader.source.lag(shop.reader.positions)[PRODUCTS] == "up to date"
 
 
-def test_only_tables_with_new_rows_get_a_position(shop: Shop) -> None:
+def test_only_tables_with_new_rows_get_a_new_position(shop: Shop) -> None:
     shop.reader.run()
     before = dict(shop.reader.positions)
     shop.add_products(1, 1)
@@ -308,13 +310,13 @@ def test_only_tables_with_new_rows_get_a_position(shop: Shop) -> None:
     assert [table for table in before if shop.reader.positions[table] != before[table]] == [PRODUCTS]
 
 
-def test_a_crash_before_the_acknowledgement_repeats_nothing_and_loses_nothing(shop: Shop) -> None:
+def test_a_crash_before_the_acknowledgement_neither_duplicates_nor_loses_rows(shop: Shop) -> None:
     shop.reader.run()
     shop.add_products(1, 50)
     plan = shop.reader.plan()
     first, positions = shop.reader.read(plan)
-    resnapshot, _ = shop.reader.read(plan)
-    assert resnapshot == first
+    repeated, _ = shop.reader.read(plan)
+    assert repeated == first
     assert shop.reader.read(shop.reader.plan())[0] == first
     shop("INSERT INTO stores VALUES ('S', 'one', 'store')")
     # The products were committed, the crash came before the stores' commit and the acknowledgement.
@@ -327,7 +329,7 @@ def test_a_crash_before_the_acknowledgement_repeats_nothing_and_loses_nothing(sh
     assert not shop.reader.plan().tasks
 
 
-def test_a_crash_within_the_initial_read_starts_it_again_for_what_is_missing(shop: Shop) -> None:
+def test_a_crash_during_the_initial_read_repeats_it_for_the_missing_tables(shop: Shop) -> None:
     shop.add_products(1, 10)
     plan = shop.reader.plan()
     plan.held.close()
@@ -346,7 +348,7 @@ def test_a_crash_within_the_initial_read_starts_it_again_for_what_is_missing(sho
     assert len(shop("SELECT 1 FROM pg_replication_slots WHERE database = %s", shop.name)) == 1
 
 
-def test_a_table_that_joins_the_publication_later_is_read(servers: Any) -> None:
+def test_a_table_added_to_the_publication_later_is_read(servers: Any) -> None:
     schema = SCHEMA.replace("FOR ALL TABLES", "FOR TABLE products")
     with database(servers.postgres_dsn, f"later_{time.time_ns():x}", schema) as shop:
         shop("INSERT INTO stores VALUES ('S', 'one', 'store')")
@@ -360,9 +362,9 @@ def test_a_table_that_joins_the_publication_later_is_read(servers: Any) -> None:
             shop.reader.plan()
 
 
-MADE_ANEW = {
-    "dropped and made again": ("DROP TABLE products", MADE),
-    "another in its place": (
+REPLACEMENTS = {
+    "dropped and re-created": ("DROP TABLE products", CREATE_PRODUCTS),
+    "swapped with another table": (
         "CREATE TABLE products_new (LIKE products INCLUDING ALL)",
         "ALTER TABLE products RENAME TO products_old",
         "ALTER TABLE products_new RENAME TO products",
@@ -373,7 +375,7 @@ MADE_ANEW = {
         "ALTER PUBLICATION shopsphere ADD TABLES IN SCHEMA public",
     ),
     "published one by one": ("ALTER PUBLICATION shopsphere SET TABLE products, stores, order_items, exchange_rates",),
-    "publication made again": (
+    "publication re-created": (
         "DROP PUBLICATION shopsphere",
         "DELETE FROM products WHERE product_id = 'P1'",
         "CREATE PUBLICATION shopsphere FOR TABLES IN SCHEMA public",
@@ -381,10 +383,10 @@ MADE_ANEW = {
 }
 
 
-@pytest.mark.parametrize("statements", MADE_ANEW.values(), ids=MADE_ANEW)
-def test_a_table_that_is_another_one_is_an_error_until_it_is_read_again(servers: Any, statements: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("statements", REPLACEMENTS.values(), ids=REPLACEMENTS)
+def test_a_replaced_table_is_an_error_until_it_is_resnapshotted(servers: Any, statements: tuple[str, ...]) -> None:
     schema = SCHEMA.replace("FOR ALL TABLES", "FOR TABLES IN SCHEMA public")
-    with database(servers.postgres_dsn, f"anew_{time.time_ns():x}", schema) as shop:
+    with database(servers.postgres_dsn, f"replaced_{time.time_ns():x}", schema) as shop:
         shop.add_products(1, 2)
         shop("INSERT INTO stores VALUES ('S', 'one', 'store')")
         shop.reader.run()
@@ -406,7 +408,7 @@ def test_a_table_that_is_another_one_is_an_error_until_it_is_read_again(servers:
         assert sorted(shop.reader.latest(PRODUCTS, ("product_id",))) == there
 
 
-def test_a_position_of_before_tables_were_told_apart_goes_on(shop: Shop) -> None:
+def test_a_position_without_an_origin_continues(shop: Shop) -> None:
     shop.add_products(1, 1)
     shop.reader.run()
     (origin,) = {position.pop("origin") for table, position in shop.reader.positions.items() if table == PRODUCTS}  # type: ignore[attr-defined]
@@ -415,7 +417,7 @@ def test_a_position_of_before_tables_were_told_apart_goes_on(shop: Shop) -> None
     assert shop.reader.positions[PRODUCTS]["origin"] == origin
 
 
-def test_published_columns_and_rows_only(servers: Any) -> None:
+def test_only_published_columns_and_rows_are_read(servers: Any) -> None:
     schema = SCHEMA.replace("FOR ALL TABLES", "FOR TABLE products (product_id, name) WHERE (product_id > 'P5')")
     with database(servers.postgres_dsn, f"part_{time.time_ns():x}", schema) as shop:
         shop("ALTER TABLE products REPLICA IDENTITY DEFAULT")
@@ -425,7 +427,7 @@ def test_published_columns_and_rows_only(servers: Any) -> None:
         assert ops(shop.reader.run()[PRODUCTS], "product_id", "name", "brand") == [("u", "P7", "x", None)]
 
 
-def test_new_columns_appear_wherever_they_come_from(shop: Shop) -> None:
+def test_columns_added_between_and_during_runs_are_read(shop: Shop) -> None:
     shop.add_products(1, 1)
     shop.reader.run()
     shop.add_products(2, 2)
@@ -444,7 +446,7 @@ def test_new_columns_appear_wherever_they_come_from(shop: Shop) -> None:
     assert schema.field("tags").type == pa.string()
 
 
-def test_wider_types_are_planned_wider(shop: Shop) -> None:
+def test_columns_follow_types_that_become_wider(shop: Shop) -> None:
     shop("INSERT INTO order_items VALUES (1, 1, 'P', 2, 3.5)")
     shop.reader.run()
     shop("ALTER TABLE order_items ALTER quantity TYPE bigint, ALTER unit_price TYPE numeric(22,4)")
@@ -467,7 +469,7 @@ def test_an_incompatible_type_is_an_error_that_loses_nothing(shop: Shop) -> None
     with pytest.raises(SchemaConflict, match=r"order_items: column 'quantity' is integer, but the source now sends text.*beside"):
         shop.reader.run()
     shop("ALTER TABLE order_items ALTER quantity TYPE int USING 7")
-    # The catalogue is in order again; the stream still holds rows of the time when it was not.
+    # The catalog is compatible again, but the stream still has rows from before.
     with pytest.raises(SchemaConflict, match="quantity"):
         shop.reader.run()
     beside = Reader(
@@ -481,7 +483,7 @@ def test_an_incompatible_type_is_an_error_that_loses_nothing(shop: Shop) -> None
     assert ops(beside.run()[ITEMS], "line_no", "quantity", "quantity__text") == [("c", 4, 9, None)]
 
 
-def test_a_column_that_is_retyped_for_good_goes_beside(shop: Shop) -> None:
+def test_values_of_a_retyped_column_go_to_a_second_column(shop: Shop) -> None:
     reader = Reader(PostgresSource(shop.settings.model_copy(update={"retyped_columns": "beside"})))
     shop("INSERT INTO order_items VALUES (1, 1, 'P', 2, 3.5)")
     reader.run()
@@ -491,7 +493,7 @@ def test_a_column_that_is_retyped_for_good_goes_beside(shop: Shop) -> None:
 
 
 @pytest.mark.parametrize("way", ["initial", "stream"])
-def test_values_that_the_column_cannot_hold_are_kept_as_text(shop: Shop, way: str) -> None:
+def test_values_that_the_column_type_cannot_hold_are_kept_as_text(shop: Shop, way: str) -> None:
     if way == "stream":
         shop.reader.run()
     shop("""INSERT INTO products (product_id, list_price, updated_at) VALUES ('a', 'NaN', 'infinity'), ('b', 1, '0044-03-15 BC'),
@@ -507,13 +509,13 @@ def test_values_that_the_column_cannot_hold_are_kept_as_text(shop: Shop, way: st
     assert rows["c"]["_unreadable"] is None
 
 
-def test_a_source_column_with_a_name_of_ours_is_kept(shop: Shop) -> None:
+def test_a_source_column_with_a_reserved_name_is_renamed(shop: Shop) -> None:
     shop("ALTER TABLE products ADD COLUMN _op text")
-    shop("INSERT INTO products VALUES ('a', NULL, NULL, NULL, 1, 'EUR', now(), 'theirs')")
-    assert ops(shop.reader.run()[PRODUCTS], "_op__source") == [("r", "theirs")]
+    shop("INSERT INTO products VALUES ('a', NULL, NULL, NULL, 1, 'EUR', now(), 'custom')")
+    assert ops(shop.reader.run()[PRODUCTS], "_op__source") == [("r", "custom")]
 
 
-def test_a_huge_transaction_comes_in_bounded_batches(shop: Shop) -> None:
+def test_a_large_transaction_comes_in_bounded_batches(shop: Shop) -> None:
     shop.reader.run()
     shop("INSERT INTO products (product_id) SELECT 'P' || i FROM generate_series(1, 50000) i; DELETE FROM products")
     (task,) = shop.reader.plan().tasks
@@ -525,7 +527,7 @@ def test_a_huge_transaction_comes_in_bounded_batches(shop: Shop) -> None:
     assert positions == sorted(set(positions))
 
 
-def test_decoding_in_any_split_gives_the_same_rows(shop: Shop) -> None:
+def test_decoding_with_any_batch_size_gives_the_same_rows(shop: Shop) -> None:
     shop.reader.run()
     shop.add_products(1, 5)
     shop("UPDATE products SET product_id = 'Q' || product_id; INSERT INTO stores VALUES ('S', 'x', 'store')")
@@ -578,10 +580,10 @@ def test_any_split_into_runs_gives_the_same_table(servers: Any, data: st.DataObj
         }
 
 
-# -- what goes wrong -------------------------------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------------------------
 
 
-def test_a_slot_that_is_gone_is_an_error(shop: Shop) -> None:
+def test_a_missing_slot_is_an_error(shop: Shop) -> None:
     shop.reader.run()
     shop("SELECT pg_drop_replication_slot(%s)", shop.name)
     everything = " ".join(sorted(shop.reader.positions))
@@ -593,7 +595,7 @@ def test_a_slot_that_is_gone_is_an_error(shop: Shop) -> None:
         shop.reader.plan()
 
 
-def test_a_slot_that_is_gone_is_made_when_all_tables_are_read_again(shop: Shop) -> None:
+def test_a_missing_slot_is_re_created_when_all_tables_are_resnapshotted(shop: Shop) -> None:
     shop.add_products(1, 5)
     shop("INSERT INTO stores VALUES ('S', 'one', 'store')")
     shop.reader.run()
@@ -601,13 +603,13 @@ def test_a_slot_that_is_gone_is_made_when_all_tables_are_read_again(shop: Shop) 
     shop("DELETE FROM products WHERE product_id < 'P3'")
     before = dict(shop.reader.positions)
     shop.reader.positions = {table: resnapshot(position) for table, position in before.items()}
-    # a crash when the slot was made and nothing was committed: with the positions of before, it is not forgotten
+    # a crash after the slot was created and before any commit: the previous positions detect it
     plan = shop.reader.plan()
     plan.held.close()
     shop.add_products(6, 6)
     with pytest.raises(OffsetExpired, match="another client read"):
         shop.reader.source.plan(before, shop.reader.schemas)
-    # a crash when only the products were committed
+    # a crash after only the products were committed
     plan = shop.reader.plan()
     rows, positions = shop.reader.read(plan)
     plan.held.close()
@@ -629,7 +631,7 @@ def test_a_slot_that_is_gone_is_made_when_all_tables_are_read_again(shop: Shop) 
     assert sorted(key[0] for key in shop.reader.latest(STORES, ("store_id",))) == ["T"]
 
 
-def test_a_slot_that_is_lost_is_made_anew_when_all_tables_are_read_again(shop: Shop) -> None:
+def test_a_lost_slot_is_re_created_when_all_tables_are_resnapshotted(shop: Shop) -> None:
     shop.add_products(1, 3)
     shop.reader.run()
     shop("ALTER SYSTEM SET max_slot_wal_keep_size = '1MB'")
@@ -654,7 +656,7 @@ def test_a_slot_that_is_lost_is_made_anew_when_all_tables_are_read_again(shop: S
     assert sorted(key[0] for key in shop.reader.latest(PRODUCTS, ("product_id",))) == ["P2", "P3", "P4"]
 
 
-def test_another_reader_of_the_slot_is_noticed(shop: Shop) -> None:
+def test_another_reader_of_the_slot_is_detected(shop: Shop) -> None:
     shop.reader.run()
     shop.add_products(1, 1)
     Reader(shop.reader.source, {}, dict(shop.reader.positions)).run()
@@ -663,14 +665,14 @@ def test_another_reader_of_the_slot_is_noticed(shop: Shop) -> None:
     assert isinstance(error.value, CommitConflict)
 
 
-def test_another_server_is_noticed(shop: Shop) -> None:
+def test_another_server_is_detected(shop: Shop) -> None:
     shop.reader.run()
     shop.reader.positions = {table: {**position, "system": "1"} for table, position in shop.reader.positions.items()}
     with pytest.raises(OffsetExpired, match="but the tables were read from server 1"):
         shop.reader.plan()
 
 
-def test_a_busy_slot_is_waited_for_and_then_an_error(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_slot_is_retried_and_then_an_error(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     shop.reader.run()
     shop.add_products(1, 1)
     command = f"START_REPLICATION SLOT {shop.name} LOGICAL 0/0 (proto_version '1', publication_names 'shopsphere')"
@@ -687,7 +689,7 @@ def test_a_busy_slot_is_waited_for_and_then_an_error(shop: Shop, monkeypatch: py
     assert len(shop.reader.run()[PRODUCTS]) == 1
 
 
-def test_a_table_that_is_locked_is_an_error(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_locked_table_is_an_error(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "LOCK_TIMEOUT", "200ms")
     with psycopg.connect(shop.dsn) as other:
         other.execute("LOCK TABLE products IN ACCESS EXCLUSIVE MODE")
@@ -697,7 +699,7 @@ def test_a_table_that_is_locked_is_an_error(shop: Shop, monkeypatch: pytest.Monk
     assert PRODUCTS in shop.reader.positions
 
 
-def test_settings_that_are_wrong_are_errors_without_secrets(shop: Shop) -> None:
+def test_wrong_settings_are_errors_without_secrets(shop: Shop) -> None:
     secret = "s3cr3t-word"
 
     def message(**changes: Any) -> str:
@@ -746,7 +748,7 @@ def test_a_wrong_password_and_missing_privileges_are_errors(shop: Shop) -> None:
         shop(f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
-def test_a_publication_that_leaves_out_operations_is_an_error(shop: Shop) -> None:
+def test_a_publication_without_all_operations_is_an_error(shop: Shop) -> None:
     shop("ALTER PUBLICATION shopsphere SET (publish = 'insert')")
     with pytest.raises(SourceError, match=r"does not publish update, delete, truncate.*ALTER PUBLICATION.*then run again"):
         shop.reader.run()
@@ -763,7 +765,7 @@ def test_a_publication_that_leaves_out_operations_is_an_error(shop: Shop) -> Non
     assert list(shop.reader.latest(PRODUCTS, ("product_id",))) == [("P2",)]
 
 
-def test_rows_that_a_policy_hides_are_an_error(shop: Shop) -> None:
+def test_rows_hidden_by_a_policy_are_an_error(shop: Shop) -> None:
     role = f"r{time.time_ns():x}"
     shop.add_products(1, 2)
     shop(f"CREATE ROLE {role} LOGIN REPLICATION PASSWORD 'right'; GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}")
@@ -780,7 +782,7 @@ def test_rows_that_a_policy_hides_are_an_error(shop: Shop) -> None:
         shop(f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
-def test_states_of_the_server_that_cannot_be_made_here(shop: Shop) -> None:
+def test_server_states_that_the_test_server_cannot_have(shop: Shop) -> None:
     with psycopg.connect(shop.dsn) as admin:
         state = read_server_state(admin, shop.settings)
     for changed, text in (
@@ -795,21 +797,21 @@ def test_states_of_the_server_that_cannot_be_made_here(shop: Shop) -> None:
             check_server(replace(state, **changed), shop.settings, {}, {})
 
 
-def test_a_column_beyond_the_plan_is_named(shop: Shop) -> None:
+def test_a_column_that_is_not_in_the_plan_is_named(shop: Shop) -> None:
     shop.reader.run()
-    shop("ALTER TABLE products ADD COLUMN gone bigint; INSERT INTO products (product_id) VALUES ('a')")
-    shop("ALTER TABLE products DROP COLUMN gone")
+    shop("ALTER TABLE products ADD COLUMN dropped bigint; INSERT INTO products (product_id) VALUES ('a')")
+    shop("ALTER TABLE products DROP COLUMN dropped")
     plan = shop.reader.plan()
     with pytest.raises(UnknownColumn) as error:
         shop.reader.read(plan)
-    assert (error.value.table, error.value.column, error.value.arrow_type) == (PRODUCTS, "gone", pa.int64())
+    assert (error.value.table, error.value.column, error.value.arrow_type) == (PRODUCTS, "dropped", pa.int64())
 
 
 # -- types -----------------------------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.none() | st.decimals(places=2, min_value=-(10**9), max_value=10**9) | st.just(Decimal("NaN"))))
-def test_numbers_survive_or_are_reported(values: list[Decimal | None]) -> None:
+def test_numbers_are_exact_or_reported(values: list[Decimal | None]) -> None:
     text = [None if value is None else str(value) if value.is_nan() else f"{value:f}" for value in values]
     read, unreadable = parse_text(pa.array(text, pa.string()), pa.decimal128(18, 2))
     assert [value for value in read.to_pylist() if value is not None] == [v for v in values if v is not None and v.is_finite()]
@@ -818,7 +820,7 @@ def test_numbers_survive_or_are_reported(values: list[Decimal | None]) -> None:
     ]
 
 
-def test_types_are_mapped_exactly_or_to_text() -> None:
+def test_types_map_to_exact_types_or_text() -> None:
     numeric = 1700
     assert SourceColumn("a", numeric, (18 << 16 | 4) + 4).arrow_type == pa.decimal128(18, 4)
     assert SourceColumn("a", numeric, -1).arrow_type == pa.string()
@@ -831,8 +833,8 @@ def test_types_are_mapped_exactly_or_to_text() -> None:
     assert wider_type(pa.int32(), pa.string()) is None
 
 
-def test_a_server_restored_to_an_earlier_moment_is_noticed(shop):
-    """Its log goes on with other changes at places that were read before: they would be taken for old ones."""
+def test_a_server_restored_to_an_earlier_point_in_time_is_detected(shop):
+    """Its WAL continues with other changes at LSNs that were read before; they would be skipped as already read."""
     shop.add_products(1, 2)
     shop.reader.run()
     for table, position in list(shop.reader.positions.items()):
@@ -843,7 +845,7 @@ def test_a_server_restored_to_an_earlier_moment_is_noticed(shop):
         shop.reader.run()
 
 
-def test_a_rebuild_of_all_tables_that_was_cut_between_two_commits_loses_no_history(shop: Shop) -> None:
+def test_a_rebuild_of_all_tables_interrupted_between_two_commits_loses_no_history(shop: Shop) -> None:
     shop.add_products(1, 2)
     shop("INSERT INTO stores VALUES ('S', 'one', 'store')")
     shop.reader.run()
@@ -854,7 +856,7 @@ def test_a_rebuild_of_all_tables_that_was_cut_between_two_commits_loses_no_histo
     plan = shop.reader.plan()
     rows, positions = shop.reader.read(plan)
     plan.held.close()
-    # only the stores were committed, and the slot was told nothing
+    # only the stores were committed, and the slot was not acknowledged
     shop.reader.rows[STORES].extend(rows[STORES])
     shop.reader.positions = {**before, STORES: positions[STORES]}
     found = shop.reader.run()

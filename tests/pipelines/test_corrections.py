@@ -1,4 +1,4 @@
-"""A corrected PostgreSQL row says what the correction says, whatever the row it corrects left out."""
+"""Corrections of PostgreSQL rows, including columns that the corrected row did not have."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_a_column_that_the_update_did_not_send_can_be_corrected() -> None:
     assert now.select("name", "brand", pl.col("list_price").cast(pl.Float64)).rows() == [("right name", "b", 5.0)]
 
 
-def test_a_deleted_row_is_never_in_quarantine_whatever_its_old_values() -> None:
-    """Corrected, it would live again."""
+def test_a_deleted_row_is_never_quarantined() -> None:
+    """A correction would restore it."""
     rows = [
         product(product_id="P", name="n", _op=op, _source_position=position, _unreadable=unreadable)
         for op, position, unreadable in (("u", "1/1", '{"list_price": "NaN"}'), ("d", "1/2", '{"list_price": "NaN"}'))
