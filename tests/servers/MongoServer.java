@@ -4,11 +4,11 @@ import de.bwaldvogel.mongo.backend.memory.MemoryBackend;
 import java.util.List;
 
 /**
- * mongo-java-server in memory, with its oplog: its change streams name no place to resume from, which today's drivers ask
- * for. Its one argument is the port on 127.0.0.1.
+ * mongo-java-server in memory, with its oplog. Its change streams return no resume token, which current drivers require. The
+ * only argument is the port on 127.0.0.1.
  */
 class Main {
-    /** What today's drivers ask for; the server itself knows names up to 5.0, and gives them the wire version of 4.2. */
+    /** The wire version that current drivers require; the server's own versions report the one of MongoDB 4.2. */
     record Version(List<Integer> getVersionArray, int getWireVersion) implements MongoVersion {}
 
     public static void main(String[] arguments) throws InterruptedException {

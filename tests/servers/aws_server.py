@@ -11,23 +11,23 @@ import boto3
 from support.waiting import eventually, free_port
 
 BUCKET = "lake"
-STARTS_WITHIN = 60.0
+START_SECONDS = 60.0
 
 
 @contextmanager
 def aws_server(key: str = "k", secret: str = "s") -> Iterator[dict[str, str]]:
-    """PyIceberg's properties of a store with the bucket `lake`; its address is also that of a Glue catalog."""
+    """Start a store with the bucket `lake`; yield PyIceberg's properties of it. Its address also serves a Glue catalog."""
     port = free_port()
     endpoint = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    given = {"s3.endpoint": endpoint, "s3.access-key-id": key, "s3.secret-access-key": secret, "s3.region": "us-east-1"}
+    properties = {"s3.endpoint": endpoint, "s3.access-key-id": key, "s3.secret-access-key": secret, "s3.region": "us-east-1"}
     client = boto3.client(
-        "s3", endpoint_url=endpoint, aws_access_key_id=key, aws_secret_access_key=secret, region_name=given["s3.region"]
+        "s3", endpoint_url=endpoint, aws_access_key_id=key, aws_secret_access_key=secret, region_name=properties["s3.region"]
     )
     try:
-        eventually(lambda: client.create_bucket(Bucket=BUCKET), STARTS_WITHIN)
-        yield given
+        eventually(lambda: client.create_bucket(Bucket=BUCKET), START_SECONDS)
+        yield properties
     finally:
         server.terminate()
         server.wait()

@@ -1,4 +1,4 @@
-"""A proxy before a REST catalog that loses answers: what stands between a client and its catalog, on a bad day."""
+"""A proxy in front of a REST catalog that loses requests and responses."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from urllib.parse import urlsplit
 Fault = Literal["none", "unsent", "dropped", "cut", "502", "503", "repeated"]
 """What happens to a commit.
 
-unsent    it never arrives: the connection ends
-dropped   it arrives, its answer does not: the connection ends
-cut       it arrives, half of the answer comes back
-502, 503  it arrives, the proxy answers that it does not know (an HTML page, as proxies do)
-repeated  it arrives twice, since the first answer was lost on the proxy's own way; the second answer comes back
+unsent    the request does not arrive and the connection is closed
+dropped   the request arrives, the response is lost and the connection is closed
+cut       the request arrives, half of the response is returned
+502, 503  the request arrives, the proxy responds with an error (an HTML page, as proxies do)
+repeated  the request arrives twice, because the first response was lost; the second response is returned
 """
 FAULTS: tuple[Fault, ...] = ("unsent", "dropped", "cut", "502", "503", "repeated")
 COMMIT = re.compile(r"/v1/(?:\S+/)?namespaces/([^/]+)/tables/([^/?]+)$")
@@ -27,21 +27,21 @@ COMMIT = re.compile(r"/v1/(?:\S+/)?namespaces/([^/]+)/tables/([^/?]+)$")
 
 @dataclass
 class Proxy:
-    """The proxy's address, and what it did to each commit: (table, fault)."""
+    """The proxy's address, and the fault of each commit: (table, fault)."""
 
     address: str
     done: list[tuple[str, Fault]] = field(default_factory=list)
 
 
 Choose = Callable[[int, str], Fault]
-"""choose(number of the commit, table) -> fault"""
+"""Returns the fault for the number of a commit and its table."""
 
 
 @contextmanager
 def faulty_proxy(
     catalog: str, choose: Choose, before: Callable[[int, bool], None] = lambda number, arrived: None
 ) -> Iterator[Proxy]:
-    """A proxy before the catalog. before(number, arrived) is called before a commit is sent on and before it is answered."""
+    """Start a proxy. before(number, arrived) is called before a commit is forwarded and before its response is returned."""
     target = urlsplit(catalog)
     lock = threading.Lock()
 
@@ -49,14 +49,14 @@ def faulty_proxy(
         protocol_version = "HTTP/1.1"
 
         def log_message(self, format: str, *args: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
         def answer(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
             body = self.rfile.read(length)
             commit = COMMIT.search(self.path) if self.command == "POST" else None
             if commit is None:
-                return self.give(*self.asked(body))
+                return self.respond(*self.forward(body))
             table = f"{commit[1]}.{commit[2]}"
             with lock:
                 number = len(proxy.done)
@@ -66,37 +66,37 @@ def faulty_proxy(
             if fault == "unsent":
                 self.close_connection = True
                 return None
-            status, kind, content = self.asked(body)
+            status, kind, content = self.forward(body)
             before(number, True)
             if fault == "dropped":
                 self.close_connection = True
             elif fault == "cut":
-                self.give(status, kind, content, upto=len(content) // 2)
+                self.respond(status, kind, content, upto=len(content) // 2)
                 self.close_connection = True
             elif fault in ("502", "503"):
-                self.give(int(fault), "text/html", b"<html>no answer from upstream</html>")
+                self.respond(int(fault), "text/html", b"<html>no response from upstream</html>")
             elif fault == "repeated":
-                self.give(*self.asked(body))
+                self.respond(*self.forward(body))
             else:
-                self.give(status, kind, content)
+                self.respond(status, kind, content)
             return None
 
         do_GET = do_POST = do_HEAD = do_DELETE = answer  # noqa: N815
 
-        def asked(self, body: bytes) -> tuple[int, str, bytes]:
+        def forward(self, body: bytes) -> tuple[int, str, bytes]:
             connection = HTTPConnection(target.hostname or "", target.port, timeout=60)
-            passed = {
+            headers = {
                 name: value
                 for name, value in self.headers.items()
                 if name.lower() not in ("host", "connection", "accept-encoding")
             }
-            connection.request(self.command, self.path, body, passed)
+            connection.request(self.command, self.path, body, headers)
             response = connection.getresponse()
             content = response.read()
             connection.close()
             return response.status, response.getheader("Content-Type") or "application/json", content
 
-        def give(self, status: int, kind: str, content: bytes, upto: int | None = None) -> None:
+        def respond(self, status: int, kind: str, content: bytes, upto: int | None = None) -> None:
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(content)))

@@ -1,4 +1,4 @@
-"""What an analyst runs: Spark and DuckDB in an environment of their own, asking an Iceberg REST catalog. Prints JSON.
+"""Run SQL in Spark or DuckDB on an Iceberg REST catalog, in a separate environment, and print the rows as JSON.
 
 python iceberg_engines.py spark|duckdb CATALOG_ADDRESS [STATEMENT ...]
 """
@@ -15,10 +15,10 @@ ICEBERG_JAR = next((Path(__file__).resolve().parents[2] / "build" / "iceberg-spa
 
 
 def spark_session(address: str) -> Any:
-    """A local Spark with the catalog as `shop`."""
+    """Start a local Spark with the catalog as `shop`."""
     from pyspark.sql import SparkSession
 
-    given = {
+    options = {
         "spark.jars": str(ICEBERG_JAR),
         "spark.sql.extensions": "org.apache.iceberg.spark.extensions.IcebergSparkSessionExtensions",
         "spark.sql.catalog.shop": "org.apache.iceberg.spark.SparkCatalog",
@@ -32,19 +32,19 @@ def spark_session(address: str) -> Any:
         "spark.log.level": "ERROR",
     }
     builder = SparkSession.builder.master("local[2]")
-    for name, value in given.items():
+    for name, value in options.items():
         builder = builder.config(name, value)
     return builder.getOrCreate()
 
 
 def in_spark(address: str, statements: list[str]) -> list[list[list[Any]]]:
-    """The rows that each statement gives."""
+    """Return the rows of each statement."""
     session = spark_session(address)
     return [[list(row) for row in session.sql(statement).collect()] for statement in statements]
 
 
 def in_duckdb(address: str, statements: list[str]) -> list[list[list[Any]]]:
-    """The rows that each statement gives."""
+    """Return the rows of each statement."""
     import duckdb
 
     connection = duckdb.connect()

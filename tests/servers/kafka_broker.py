@@ -1,8 +1,8 @@
-"""A genuine Apache Kafka broker on loopback: one node in KRaft mode, with data that outlive stop, kill and restart.
+"""A real Apache Kafka broker on loopback: one node in KRaft mode, with data that survive stop, kill and restart.
 
     with Broker(directory) as broker:
         Producer({"bootstrap.servers": broker.bootstrap})
-        broker.kill()       # SIGKILL, as a crash
+        broker.kill()       # SIGKILL, like a crash
         broker.start()      # the same data, the same port
 
 Needs Java and Maven; a test without them is skipped (see `programs`).
@@ -21,7 +21,7 @@ from typing import Self
 
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
-from servers.programs import end, jars, listens, wait_until_ready
+from servers.programs import is_listening, jars, stop_process, wait_until_ready
 from support.waiting import free_port
 
 JAVA = ("-Xms128m", "-Xmx384m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto")
@@ -49,7 +49,7 @@ PROPERTIES = {
     "log.initial.task.delay.ms": "500",
     "log.segment.delete.delay.ms": "100",
     "log.cleaner.dedupe.buffer.size": str(8 << 20),
-    # so that it answers soon after a crash: by default its own session has to end first, and another election to time out
+    # so that it answers soon after a crash: by default its session must expire and another election time out first
     "broker.heartbeat.interval.ms": "250",
     "broker.session.timeout.ms": "1500",
     "controller.quorum.election.timeout.ms": "500",
@@ -59,10 +59,10 @@ PROPERTIES = {
 
 
 class Broker:
-    """One broker; a context manager that starts it and stops it in the end.
+    """A broker. As a context manager it is started and finally stopped.
 
-    directory   its own: data, `server.properties`, `kafka.log`
-    properties  more of server.properties
+    directory   for data, `server.properties` and `kafka.log`
+    properties  additions to server.properties
     """
 
     def __init__(self, directory: Path, properties: Mapping[str, str] | None = None) -> None:
@@ -73,11 +73,11 @@ class Broker:
 
     @property
     def bootstrap(self) -> str:
-        """host:port."""
+        """The address, host:port."""
         return f"127.0.0.1:{self.port}"
 
     def start(self) -> Self:
-        """Start, on the data that are there or on none, and wait until it answers."""
+        """Start on existing data, if any, and wait until it answers."""
         directory, classes = self.directory.absolute(), f"{jars()}/*"
         configuration, log = directory / "server.properties", directory / "kafka.log"
         if not configuration.exists():
@@ -93,27 +93,27 @@ class Broker:
         try:
             wait_until_ready(self._answers, "Kafka", self.process, log)
         except BaseException:
-            end(self.process, signal.SIGKILL)
+            stop_process(self.process, signal.SIGKILL)
             raise
         return self
 
     def stop(self) -> None:
-        """End it as its operators do (SIGTERM)."""
+        """Stop it as an operator does (SIGTERM)."""
         if self.process is not None:
-            end(self.process)
+            stop_process(self.process)
 
     def kill(self) -> None:
-        """End it as a crash does (SIGKILL)."""
+        """Stop it as a crash does (SIGKILL)."""
         if self.process is not None:
-            end(self.process, signal.SIGKILL)
+            stop_process(self.process, signal.SIGKILL)
 
     def pause(self) -> None:
-        """Let it hang (SIGSTOP) until `resume`."""
+        """Freeze it (SIGSTOP) until `resume`."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let it go on, and wait until it answers."""
+        """Unfreeze it and wait until it answers."""
         assert self.process is not None
         self.process.send_signal(signal.SIGCONT)
         wait_until_ready(self._answers, "Kafka", self.process, self.directory / "kafka.log")
@@ -123,7 +123,7 @@ class Broker:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.process is not None and self.process.poll() is None:
-            # the data are a test's and go with it, and a broker that hangs would not hear a SIGTERM
+            # the data are deleted with the test, and a frozen broker would not handle a SIGTERM
             self.kill()
 
     def _format(self, directory: Path, configuration: Path, classes: str) -> None:
@@ -147,15 +147,15 @@ class Broker:
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        # by this name only when the storage is ready
+        # renamed only when the storage is formatted
         draft.rename(configuration)
 
     def _answers(self) -> bool:
-        if not listens(self.port):
+        if not is_listening(self.port):
             return False
         try:
             found = AdminClient({"bootstrap.servers": self.bootstrap, "log_level": 0}).list_topics(timeout=5)
-            # a broker that is not let in (yet) tells of no controller
+            # a broker that has not joined yet reports no controller
             return bool(found.brokers) and found.controller_id >= 0
         except KafkaException:
             return False

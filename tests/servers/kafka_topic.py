@@ -1,4 +1,4 @@
-"""A topic of a test's own on a genuine broker, with what tests do to it, and a reader of it."""
+"""A separate topic on a real broker, with operations for tests, and a reader of it."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ DAY_MS = 86_400_000
 
 
 class Topic:
-    """A topic of its own, and a reader of it."""
+    """A separate topic and a reader of it."""
 
     def __init__(self, broker: Broker, partitions: int = 1, **config: str) -> None:
         self.broker, self.name = broker, f"t{time.time_ns():x}"
         self.admin = AdminClient({"bootstrap.servers": broker.bootstrap, "log_level": 0})
-        self.make(partitions, **config)
+        self.create(partitions, **config)
         self.settings = KafkaSettings(bootstrap_servers=broker.bootstrap, topics=(self.name,), batch_messages=400)  # type: ignore[call-arg]
         self.reader = Reader(KafkaSource(self.settings))
 
-    def make(self, partitions: int, **config: str) -> None:
+    def create(self, partitions: int, **config: str) -> None:
         names = {name.replace("_", "."): value for name, value in config.items()}
 
-        def made() -> bool:
+        def is_created() -> bool:
             with suppress(KafkaException):
                 self.admin.create_topics([NewTopic(self.name, partitions, 1, config=names)])[self.name].result(10)
             found = self.admin.list_topics(timeout=10).topics.get(self.name)
             return found is not None and len(found.partitions) == partitions
 
-        wait_for(made, f"topic {self.name} is not made")
+        wait_for(is_created, f"topic {self.name} was not created")
 
     def delete(self) -> None:
         self.admin.delete_topics([self.name])[self.name].result(10)
-        wait_for(lambda: self.name not in self.admin.list_topics(timeout=10).topics, f"topic {self.name} is not deleted")
+        wait_for(lambda: self.name not in self.admin.list_topics(timeout=10).topics, f"topic {self.name} was not deleted")
 
     def configure(self, **config: str) -> None:
         entries = [
@@ -68,7 +68,7 @@ class Topic:
             producer.produce(self.name, value.encode(), **({"partition": 0} | options))
         assert producer.flush(30) == 0
 
-    def ends(self, partition: int = 0) -> tuple[int, int]:
+    def watermarks(self, partition: int = 0) -> tuple[int, int]:
         with open_consumer(self.settings) as consumer:
             low, high = consumer.get_watermark_offsets(TopicPartition(self.name, partition), timeout=10)
         return low, high
@@ -80,9 +80,9 @@ class Topic:
     def position(self, partition: int = 0) -> int:
         return int(self.reader.positions[EVENTS.name][f"{self.name}:{partition}"])
 
-    def forget(self) -> None:
-        """Have retention delete what is there."""
-        _, high = self.ends()
+    def expire_messages(self) -> None:
+        """Have retention delete all messages."""
+        _, high = self.watermarks()
         self.configure(retention_ms="1")
-        wait_for(lambda: self.ends()[0] == high, "retention deletes nothing")
+        wait_for(lambda: self.watermarks()[0] == high, "retention deleted nothing")
         self.configure(retention_ms=str(DAY_MS))

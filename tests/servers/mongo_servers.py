@@ -1,5 +1,5 @@
-"""Servers that speak MongoDB's protocol: FerretDB (without change streams) and mongo-java-server (in memory; it has change
-streams, but none that today's drivers can resume)."""
+"""Servers with MongoDB's protocol: FerretDB (without change streams) and mongo-java-server (in memory; current drivers cannot
+resume its change streams)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any, Self
 
 import pymongo
 from pymongo.errors import PyMongoError
-from servers.programs import HERE, end, ferretdb, jars, wait_until_ready
+from servers.programs import HERE, ferretdb, jars, stop_process, wait_until_ready
 from support.waiting import free_port
 
 
 class MongoWire(ABC):
-    """One server; a context manager that starts it and stops it in the end."""
+    """A server. As a context manager it is started and finally stopped."""
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.port = directory, free_port()
@@ -25,15 +25,15 @@ class MongoWire(ABC):
 
     @property
     def uri(self) -> str:
-        """How to connect."""
+        """The connection URI."""
         return f"mongodb://127.0.0.1:{self.port}"
 
     @abstractmethod
     def command(self) -> list[str]:
-        """The program and its arguments."""
+        """Return the program and its arguments."""
 
     def start(self) -> Self:
-        """Start, on the data that are there if the server keeps any, and wait until it answers."""
+        """Start on existing data, if the server keeps any, and wait until it answers."""
         self.directory.mkdir(parents=True, exist_ok=True)
         log, command = self.directory / "mongo.log", self.command()
         with log.open("ab") as output:
@@ -41,14 +41,14 @@ class MongoWire(ABC):
         try:
             wait_until_ready(self._answers, type(self).__name__, self.process, log)
         except BaseException:
-            end(self.process, signal.SIGKILL)
+            stop_process(self.process, signal.SIGKILL)
             raise
         return self
 
     def kill(self) -> None:
-        """End it as a crash does."""
+        """Stop it as a crash does."""
         if self.process is not None:
-            end(self.process, signal.SIGKILL)
+            stop_process(self.process, signal.SIGKILL)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -66,7 +66,7 @@ class MongoWire(ABC):
 
 
 class FerretDB(MongoWire):
-    """FerretDB on SQLite files: no change streams, no Decimal128. Data stay."""
+    """FerretDB on SQLite files: no change streams, no Decimal128. Data survive a restart."""
 
     def command(self) -> list[str]:
         """See MongoWire."""
@@ -76,7 +76,7 @@ class FerretDB(MongoWire):
 
 
 class MongoJava(MongoWire):
-    """mongo-java-server, which has Decimal128. In memory: a restart is a new, empty server."""
+    """mongo-java-server, which has Decimal128. In memory: it is empty after a restart."""
 
     def command(self) -> list[str]:
         """See MongoWire."""

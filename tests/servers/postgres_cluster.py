@@ -1,4 +1,4 @@
-"""PostgreSQL servers of a test's own: a primary, and standbys that follow it and can be promoted."""
+"""Separate PostgreSQL servers: a primary, and standbys that replicate it and can be promoted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import psycopg
-from servers.programs import end, wait_until_ready
+from servers.programs import stop_process, wait_until_ready
 from support.waiting import free_port, wait_for
 
 from app.sandbox.servers import _as_server_user, _environment, _postgres_programs, _server_user
@@ -31,10 +31,10 @@ SETTINGS = {
 
 
 class Cluster:
-    """One server; a context manager that starts it, with database 'shopsphere', and stops it in the end.
+    """A server with database 'shopsphere'. As a context manager it is started and finally stopped.
 
-    settings    more of postgresql.conf
-    upstream    the server that it is a standby of
+    settings    additions to postgresql.conf
+    upstream    the primary of a standby
     """
 
     def __init__(self, directory: Path, settings: Mapping[str, str] | None = None, upstream: Cluster | None = None) -> None:
@@ -44,11 +44,11 @@ class Cluster:
 
     @property
     def dsn(self) -> str:
-        """How to connect."""
+        """The connection URI."""
         return f"postgresql://{ROLE}@127.0.0.1:{self.port}/{DATABASE}"
 
     def __call__(self, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
-        """Run statements on a connection of their own."""
+        """Run statements on a new connection and return the rows of the last one."""
         with psycopg.connect(self.dsn, autocommit=True) as connection:
             cursor = connection.execute(query, parameters or None)  # type: ignore[call-overload]
             while cursor.nextset():
@@ -56,10 +56,10 @@ class Cluster:
             return cursor.fetchall() if cursor.description else []
 
     def start(self) -> Self:
-        """Start, on the data that are there or on none, and wait until it answers."""
+        """Start on existing data, if any, and wait until it answers."""
         data = self.directory / "data"
         if not data.exists():
-            self._make(data)
+            self._initialize(data)
         settings = self._settings | {"port": str(self.port)}
         arguments = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         log = self.directory / "postgres.log"
@@ -75,29 +75,31 @@ class Cluster:
         try:
             wait_until_ready(self._answers, "PostgreSQL", self.process, log)
         except BaseException:
-            end(self.process, signal.SIGQUIT)
+            stop_process(self.process, signal.SIGQUIT)
             raise
         return self
 
     def stop(self) -> None:
-        """End it as its operators do: sessions are ended, standbys get all there is."""
+        """Stop it as an operator does: sessions are closed, standbys receive all WAL."""
         if self.process is not None:
-            end(self.process, signal.SIGINT)
+            stop_process(self.process, signal.SIGINT)
 
     def kill(self) -> None:
-        """End it as a crash does."""
+        """Stop it as a crash does."""
         if self.process is not None:
-            end(self.process, signal.SIGQUIT)
+            stop_process(self.process, signal.SIGQUIT)
 
     def promote(self) -> None:
-        """Make a standby a primary, on a timeline of its own."""
+        """Promote a standby to primary, which begins a new timeline."""
         assert self("SELECT pg_promote(true, 60)") == [(True,)]
 
     def wait_for_replay(self) -> None:
-        """Wait until this standby has replayed all that its upstream has written."""
+        """Wait until this standby has replayed all WAL of its upstream."""
         assert self.upstream is not None
         (written,) = self.upstream("SELECT pg_current_wal_flush_lsn()")[0]
-        wait_for(lambda: self("SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn", written) == [(True,)], "the standby stays behind")
+        wait_for(
+            lambda: self("SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn", written) == [(True,)], "the standby did not catch up"
+        )
 
     def __enter__(self) -> Self:
         return self.start()
@@ -105,7 +107,7 @@ class Cluster:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.kill()
 
-    def _make(self, data: Path) -> None:
+    def _initialize(self, data: Path) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         data.mkdir(mode=0o700)
         if user := _server_user():
@@ -114,7 +116,7 @@ class Cluster:
             command = ["initdb", "-D", str(data), "--username", ROLE, "--auth", "trust", "--encoding", "UTF8", "--locale", "C"]
             command.append("--no-sync")
         else:
-            # --slot with --create-slot: the primary keeps what the standby has not got yet
+            # --slot with --create-slot: the primary keeps WAL that the standby has not received yet
             source = f"host=127.0.0.1 port={self.upstream.port} user={ROLE} dbname={DATABASE}"
             command = ["pg_basebackup", "-D", str(data), "-d", source, "--write-recovery-conf", "--create-slot", "--no-sync"]
             command += ["--slot", "standby", "--checkpoint", "fast"]

@@ -1,4 +1,4 @@
-"""The servers' programs: jars by Maven, FerretDB by Go, made once under /build/servers; processes that are waited for."""
+"""Programs of the servers (jars by Maven, FerretDB by Go, built once in build/servers) and functions to wait for processes."""
 
 from __future__ import annotations
 
@@ -20,58 +20,58 @@ BUILD = HERE.parents[1] / "build" / "servers"
 READY_SECONDS = 90.0
 
 
-def need(*programs: str) -> None:
+def require_programs(*programs: str) -> None:
     """Skip the test when one of 'java', 'mvn' or 'go' is not installed."""
     install = {"java": "Java 17 (openjdk-17-jdk-headless)", "mvn": "Maven (maven)", "go": "Go 1.24 or later (https://go.dev/dl/)"}
     for program in programs:
         if shutil.which(program) is None:
-            skip_or_fail(f"`{program}` is not installed: install {install[program]} for the tests against genuine servers.")
+            skip_or_fail(f"`{program}` is not installed: install {install[program]} for the tests against real servers.")
 
 
 def jars() -> Path:
-    """The directory with the jars of pom.xml, fetched by Maven when they are not there yet."""
-    need("java", "mvn")
+    """Return the directory with the jars of pom.xml. Maven downloads them the first time."""
+    require_programs("java", "mvn")
     pom = HERE / "pom.xml"
-    with _made_once("jars", pom) as (target, is_made):
-        if not is_made:
+    with _built_once("jars", pom) as (target, is_built):
+        if not is_built:
             _run(
                 *("mvn", "--quiet", "--batch-mode", "-f", str(pom), "dependency:copy-dependencies"),
                 *("-DincludeScope=runtime", f"-DoutputDirectory={target}"),
-                what="The servers' jars cannot be fetched",
+                failure="The servers' jars cannot be downloaded",
             )
     return target
 
 
 def ferretdb() -> Path:
-    """The program of ferretdb/main.go, built when it is not there yet."""
-    need("go")
+    """Return the program of ferretdb/main.go. It is built the first time."""
+    require_programs("go")
     source = HERE / "ferretdb"
-    with _made_once("ferretdb", *sorted(source.glob("*"))) as (target, is_made):
-        if not is_made:
+    with _built_once("ferretdb", *sorted(source.glob("*"))) as (target, is_built):
+        if not is_built:
             target.mkdir(parents=True)
             _run(
                 *("go", "build", "-C", str(source), "-o", str(target / "ferretdb-server"), "."),
-                what="FerretDB cannot be built",
+                failure="FerretDB cannot be built",
             )
     return target / "ferretdb-server"
 
 
 def wait_until_ready(answers: Callable[[], bool], name: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until a server that was started answers. Fails the test with the end of its log when it ends, or never does."""
+    """Wait until a started server answers. Fails the test with the end of its log when it exits or never answers."""
 
-    def ready_or_ended() -> bool:
+    def is_ready_or_exited() -> bool:
         return answers() or process.poll() is not None
 
     try:
-        wait_for(ready_or_ended, f"{name} does not answer", READY_SECONDS)
+        wait_for(is_ready_or_exited, f"{name} does not answer", READY_SECONDS)
     except AssertionError as error:
         pytest.fail(f"{error}. {log.read_text(errors='replace')[-2000:]}")
     if process.poll() is not None:
-        pytest.fail(f"{name} ended. {log.read_text(errors='replace')[-2000:]}")
+        pytest.fail(f"{name} exited. {log.read_text(errors='replace')[-2000:]}")
 
 
-def listens(port: int) -> bool:
-    """Whether somebody accepts connections on a port of 127.0.0.1."""
+def is_listening(port: int) -> bool:
+    """Return whether a process accepts connections on a port of 127.0.0.1."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=1):
             return True
@@ -79,8 +79,8 @@ def listens(port: int) -> bool:
         return False
 
 
-def end(process: subprocess.Popen[bytes], number: signal.Signals = signal.SIGTERM) -> None:
-    """Signal a process that we started, and wait until it is gone; killed when it does not end."""
+def stop_process(process: subprocess.Popen[bytes], number: signal.Signals = signal.SIGTERM) -> None:
+    """Signal a process and wait until it has exited. Kills it when it does not exit."""
     if process.poll() is None:
         process.send_signal(number)
     try:
@@ -91,25 +91,25 @@ def end(process: subprocess.Popen[bytes], number: signal.Signals = signal.SIGTER
 
 
 @contextmanager
-def _made_once(name: str, *sources: Path) -> Iterator[tuple[Path, bool]]:
-    """Where something is made from the sources, and whether that was done; remembered when the block ends without an error.
+def _built_once(name: str, *sources: Path) -> Iterator[tuple[Path, bool]]:
+    """Yield where something is built from the sources, and whether it is already built. Recorded when the block succeeds.
 
-    Two test processes at once wait for each other.
+    Concurrent test processes wait for each other.
     """
     BUILD.mkdir(parents=True, exist_ok=True)
     target, stamp = BUILD / name, BUILD / f"{name}.made"
     wanted = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
     with (BUILD / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        is_made = stamp.exists() and stamp.read_text() == wanted
-        if not is_made:
+        is_built = stamp.exists() and stamp.read_text() == wanted
+        if not is_built:
             stamp.unlink(missing_ok=True)
             shutil.rmtree(target, ignore_errors=True)
-        yield target, is_made
+        yield target, is_built
         stamp.write_text(wanted)
 
 
-def _run(*command: str, what: str) -> None:
+def _run(*command: str, failure: str) -> None:
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
-        skip_or_fail(f"{what} (`{command[0]}` ended with {done.returncode}): {(done.stdout + done.stderr).strip()[-1500:]}")
+        skip_or_fail(f"{failure} (`{command[0]}` exited with {done.returncode}): {(done.stdout + done.stderr).strip()[-1500:]}")

@@ -1,4 +1,4 @@
-"""Apache Iceberg's own REST catalog, started for a test: the reference server on SQLite, one warehouse."""
+"""Apache Iceberg's REST catalog, started for a test: the reference server on SQLite with one warehouse."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ BUILD = Path(__file__).resolve().parents[2] / "build"
 JARS = BUILD / "iceberg-rest"
 
 
-def needed(path: Path) -> Path:
-    """A file or folder that `make test-servers` lays ready; without it the test is skipped, and fails where CI is set."""
+def require_built(path: Path) -> Path:
+    """Return a path that `make test-servers` builds. Without it the test is skipped, or fails when CI is set."""
     if not path.exists():
-        skip_or_fail(f"{path.name} is missing: run `make test-servers`, which needs Java 17 and Maven")
+        skip_or_fail(f"{path.name} is missing. Run `make test-servers`, which needs Java 17 and Maven.")
     return path
 
 
 @contextmanager
 def rest_catalog(folder: Path, warehouse: str, store: Mapping[str, str] | None = None) -> Iterator[str]:
-    """The address of a REST catalog with its database and log in `folder`.
+    """Start a REST catalog with its database and log in `folder`; yield its address.
 
     store    PyIceberg's S3 properties of the warehouse's store; None: a local folder
     """
-    jars = needed(JARS)
+    jars = require_built(JARS)
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
-    given = {
+    properties = {
         "catalog-impl": "org.apache.iceberg.jdbc.JdbcCatalog",
         "uri": f"jdbc:sqlite:file:{folder / 'catalog.db'}",
         "jdbc.schema-version": "V1",
@@ -42,14 +42,14 @@ def rest_catalog(folder: Path, warehouse: str, store: Mapping[str, str] | None =
     }
     environment = dict(os.environ)
     if store is not None:
-        given |= {
+        properties |= {
             "io-impl": "org.apache.iceberg.aws.s3.S3FileIO",
             "s3.endpoint": store["s3.endpoint"],
             "s3.path-style-access": "true",
             "client.region": store["s3.region"],
         }
         environment |= {"AWS_ACCESS_KEY_ID": store["s3.access-key-id"], "AWS_SECRET_ACCESS_KEY": store["s3.secret-access-key"]}
-    environment |= {f"CATALOG_{name.replace('-', '__').replace('.', '_').upper()}": value for name, value in given.items()}
+    environment |= {f"CATALOG_{name.replace('-', '__').replace('.', '_').upper()}": value for name, value in properties.items()}
     command = ["java", "-Xmx512m", "-cp", f"{jars}/*", "org.apache.iceberg.rest.RESTCatalogServer"]
     address = f"http://127.0.0.1:{port}"
     with (folder / "catalog.log").open("wb") as log:

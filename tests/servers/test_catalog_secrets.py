@@ -1,4 +1,4 @@
-"""Credentials of the catalog and the store never reach what people read: output, errors, logs, table metadata."""
+"""Credentials of the catalog and the store never appear in output, errors, logs or table metadata."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ COMMANDS = (
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
-    """A REST catalog over an S3-compatible store, and the store's properties."""
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the address of a REST catalog on an S3-compatible store, and the store's properties."""
     with (
         aws_server(secret=SECRETS["s3"]) as store,
         rest_catalog(tmp_path_factory.mktemp("rest"), f"s3://{BUCKET}/w", store) as address,
@@ -49,8 +49,8 @@ def catalog_properties(address: str, store: dict[str, str]) -> dict[str, str]:
     }
 
 
-def said(capfd, caplog, monkeypatch, home: Path, properties: dict[str, str], *, debug: bool) -> str:
-    """All that the commands write with these properties."""
+def output_of(capfd, caplog, monkeypatch, home: Path, properties: dict[str, str], *, debug: bool) -> str:
+    """Return everything that the commands write with these properties."""
     monkeypatch.setenv("SHOPSPHERE_HOME", str(home))
     monkeypatch.setenv("SHOPSPHERE_CATALOG__PROPERTIES", json.dumps(properties))
     for source in ("POSTGRES", "MONGO", "KAFKA"):
@@ -67,14 +67,14 @@ def said(capfd, caplog, monkeypatch, home: Path, properties: dict[str, str], *, 
 
 @pytest.mark.parametrize(("broken", "debug"), [("nothing", False), ("catalog", False), ("catalog", True), ("store", True)])
 @pytest.mark.filterwarnings("ignore")
-def test_no_secret_is_written(places, tmp_path, capfd, caplog, monkeypatch, broken, debug):
-    address, store = places
-    nowhere = f"http://127.0.0.1:{free_port()}"
-    properties = catalog_properties(nowhere if broken == "catalog" else address, store)
+def test_no_secret_is_written(services, tmp_path, capfd, caplog, monkeypatch, broken, debug):
+    address, store = services
+    unreachable = f"http://127.0.0.1:{free_port()}"
+    properties = catalog_properties(unreachable if broken == "catalog" else address, store)
     if broken == "store":
-        properties["s3.endpoint"] = nowhere
+        properties["s3.endpoint"] = unreachable
     caplog.set_level(logging.INFO)
-    text = said(capfd, caplog, monkeypatch, tmp_path, properties, debug=debug)
+    text = output_of(capfd, caplog, monkeypatch, tmp_path, properties, debug=debug)
     if broken == "nothing":
         assert "gold.dim_stores" in text
     found = [name for name, secret in SECRETS.items() if secret in text]

@@ -1,4 +1,4 @@
-"""One shop through every catalog and store: the same tables, digest by digest."""
+"""The same source data through every catalog and store gives the same tables, digest by digest."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Properties = dict[str, str]
 
 @pytest.fixture
 def catalogs(tmp_path: Path) -> Iterator[dict[str, Properties]]:
-    """The properties of every catalog with every store, by name."""
+    """Yield the properties of every catalog with every store, by name."""
     with ExitStack() as stack:
         aws = stack.enter_context(aws_server())
         found = {}
@@ -42,7 +42,7 @@ def catalogs(tmp_path: Path) -> Iterator[dict[str, Properties]]:
             found[f"sqlite-{store}"] = {"type": "sql", "uri": database, "warehouse": warehouse("sqlite"), **own}
             address = stack.enter_context(rest_catalog(tmp_path / f"rest-{store}", warehouse("rest"), properties))
             found[f"rest-{store}"] = {"type": "rest", "uri": address, **own}
-            # an account of Glue's has one namespace: a server of its own for each store
+            # a Glue account has one namespace, so each store gets a separate server
             account = aws if store == "s3" else stack.enter_context(aws_server())
             glue = {f"glue.{name.removeprefix('s3.')}": value for name, value in account.items()}
             found[f"glue-{store}"] = {"type": "glue", **glue, "warehouse": warehouse("glue"), **own}
@@ -50,7 +50,7 @@ def catalogs(tmp_path: Path) -> Iterator[dict[str, Properties]]:
 
 
 def with_catalog(name: str, properties: Properties) -> Settings:
-    """The shop's settings with another catalog, and a replication slot of its own."""
+    """Return the settings with another catalog and a separate replication slot."""
     settings = load_settings()
     return load_settings(
         catalog=settings.catalog.model_copy(update={"properties": properties}),
@@ -62,7 +62,7 @@ def digests(lake: Lake) -> dict[str, str]:
     return {name: digest(lake.load(table)) for name, table in pipelines.TABLES.items()}
 
 
-def test_every_catalog_and_store_holds_the_same_tables(catalogs, tmp_path, monkeypatch):
+def test_every_catalog_and_store_has_the_same_tables(catalogs, tmp_path, monkeypatch):
     home = tmp_path / "shop"
     monkeypatch.setenv("SHOPSPHERE_HOME", str(home))
     sandbox.start(home, orders=300, seed=21)
@@ -77,7 +77,7 @@ def test_every_catalog_and_store_holds_the_same_tables(catalogs, tmp_path, monke
             for name, settings in lakes.items():
                 with open_engine(settings) as engine:
                     assert not run_once(engine, PROJECT, lambda name, report: None).errors
-                    if stage == 1:  # what is removed here must not be missed by the third pass
+                    if stage == 1:  # the third run must not need the removed files
                         for table in pipelines.TABLES.values():
                             maintain(engine.lake, table, later)
                     if stage == 2:

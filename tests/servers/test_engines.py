@@ -1,4 +1,4 @@
-"""Gold in Spark and in DuckDB, through the REST catalog: the same figures as in `sql`, rows deleted by position included."""
+"""Gold in Spark and DuckDB through the REST catalog: the same results as `sql`, including position deletes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from servers.rest_catalog import BUILD, needed, rest_catalog
+from servers.rest_catalog import BUILD, require_built, rest_catalog
 
 import pipelines
 from app import sandbox
@@ -38,7 +38,7 @@ STATEMENTS = (
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Settings, str]]:
-    """A filled lakehouse in a REST catalog, and the catalog's address."""
+    """Yield the settings of a lakehouse with data in a REST catalog, and the catalog's address."""
     folder = tmp_path_factory.mktemp("engines")
     home = folder / "shop"
     with rest_catalog(folder / "rest", f"file://{folder / 'warehouse'}") as address, pytest.MonkeyPatch.context() as patch:
@@ -57,54 +57,55 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Settings, s
         yield settings, address
 
 
-def asked(engine: str, address: str, *statements: str) -> list[list[list[object]]]:
-    """The rows that another engine gives for each statement."""
-    python = needed(BUILD / "engines" / "bin" / "python")
-    needed(BUILD / "iceberg-spark")
+def query_engine(engine: str, address: str, *statements: str) -> list[list[list[object]]]:
+    """Return the rows of each statement in another engine."""
+    python = require_built(BUILD / "engines" / "bin" / "python")
+    require_built(BUILD / "iceberg-spark")
     script = Path(__file__).with_name("iceberg_engines.py")
     done = subprocess.run([str(python), str(script), engine, address, *statements], capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def told(value: object) -> object:
-    """A value as JSON tells it, decimals without their scale."""
+def normalized(value: object) -> object:
+    """Return a value as text, decimals without trailing zeros."""
     try:
         return str(Decimal(str(value)).normalize()) if value is not None else None
     except ArithmeticError:
         return str(value)
 
 
-def rows(found: list[list[object]]) -> list[list[object]]:
-    """The rows in an order that all engines share."""
-    return sorted([[told(value) for value in row] for row in found], key=repr)
+def sorted_rows(found: list[list[object]]) -> list[list[object]]:
+    """Return normalized rows in an order that all engines share."""
+    return sorted([[normalized(value) for value in row] for row in found], key=repr)
 
 
-def ours(lake: Lake) -> list[list[list[object]]]:
-    """The rows that our `sql` gives for each statement."""
+def expected_rows(lake: Lake) -> list[list[list[object]]]:
+    """Return the rows of each statement in `sql`."""
     tables = [query(lake, pipelines.TABLES, statement) for statement in STATEMENTS]
     return [
-        rows([list(values) for values in zip(*(column.to_pylist() for column in table.columns), strict=True)]) for table in tables
+        sorted_rows([list(values) for values in zip(*(column.to_pylist() for column in table.columns), strict=True)])
+        for table in tables
     ]
 
 
 @pytest.mark.parametrize("engine", ["duckdb", "spark"])
-def test_another_engine_sees_the_same_figures(shop, engine):
+def test_another_engine_returns_the_same_results(shop, engine):
     settings, address = shop
     lake = Lake(settings)
     changed = ("gold.fact_orders", "gold.sales_daily", "gold.customer_360")
     deleted = [name for name in changed if any(file.deletes for file in lake.load(pipelines.TABLES[name]).files())]
-    assert deleted, "no position deletes: the test shows nothing"
-    found = asked(engine, address, *STATEMENTS)
-    assert [rows(part) for part in found] == ours(lake)
+    assert deleted, "there are no position deletes, so the test proves nothing"
+    found = query_engine(engine, address, *STATEMENTS)
+    assert [sorted_rows(part) for part in found] == expected_rows(lake)
 
 
-def test_spark_shows_comments_and_its_compaction_changes_nothing(shop):
+def test_spark_shows_comments_and_its_compaction_keeps_the_rows(shop):
     settings, address = shop
     lake = Lake(settings)
     table = pipelines.TABLES["gold.sales_daily"]
     before = digest(lake.load(table))
-    described, *_ = asked(
+    described, *_ = query_engine(
         "spark",
         address,
         "DESCRIBE TABLE EXTENDED gold.sales_daily",

@@ -42,8 +42,8 @@ def topic(broker: Broker) -> Iterator[Topic]:
 
 
 @pytest.mark.parametrize("batch", [1, 3, 400])
-def test_what_was_committed_is_read_and_what_was_aborted_is_not(topic: Topic, batch: int) -> None:
-    """`batch` cuts the range within transactions, at their markers and not at all."""
+def test_committed_messages_are_read_and_aborted_messages_are_not(topic: Topic, batch: int) -> None:
+    """`batch` cuts ranges within transactions, at their markers, or not at all."""
     topic.reader = Reader(KafkaSource(topic.settings.model_copy(update={"batch_messages": batch})))
     writer, expected = topic.transactional(), []
     for number, kept in enumerate([True, False, True, True, False, False]):
@@ -54,13 +54,13 @@ def test_what_was_committed_is_read_and_what_was_aborted_is_not(topic: Topic, ba
         expected += values if kept else []
     topic.reader.run()
     assert topic.values() == expected
-    # 24 messages and 6 markers: the last offset is a marker, after messages that nobody may see
-    assert topic.position() == topic.ends()[1] == 30
+    # 24 messages and 6 markers: the last offset is a marker after aborted messages
+    assert topic.position() == topic.watermarks()[1] == 30
     assert topic.reader.source.lag(topic.reader.positions) == {TABLE: "0 messages"}
     assert not topic.reader.plan().tasks
 
 
-def test_nothing_but_aborted_messages_is_not_lag_forever(topic: Topic) -> None:
+def test_only_aborted_messages_are_no_permanent_lag(topic: Topic) -> None:
     writer = topic.transactional()
     topic.send(topic.producer(), "a")
     topic.reader.run()
@@ -78,7 +78,7 @@ def test_nothing_but_aborted_messages_is_not_lag_forever(topic: Topic) -> None:
     assert topic.values() == ["a", "b"]
 
 
-def test_an_open_transaction_holds_back_what_is_behind_it_and_loses_nothing(topic: Topic) -> None:
+def test_an_open_transaction_holds_back_later_messages_and_loses_none(topic: Topic) -> None:
     writer, other = topic.transactional(), topic.producer()
     topic.send(other, "before")
     writer.begin_transaction()
@@ -104,13 +104,13 @@ def test_a_transaction_whose_producer_died_is_aborted_by_the_broker(topic: Topic
     topic.send(writer, "never")
     topic.send(topic.producer(), "behind")
     assert topic.reader.run() == {}
-    wait_for(lambda: topic.ends()[1] == 3, "the transaction is not aborted")
+    wait_for(lambda: topic.watermarks()[1] == 3, "the transaction was not aborted")
     topic.reader.run()
     assert topic.values() == ["behind"]
 
 
-def test_a_plan_is_exact_while_transactions_go_on(topic: Topic) -> None:
-    """The end is that of the plan, whatever is appended while it is read; runs overlap no message and leave none out."""
+def test_a_plan_is_exact_during_transactions(topic: Topic) -> None:
+    """A plan has a fixed end, whatever is appended during the read; runs neither repeat nor miss a message."""
     writer = topic.transactional()
     expected = []
     for number in range(60):
@@ -134,12 +134,12 @@ def test_a_plan_is_exact_while_transactions_go_on(topic: Topic) -> None:
     assert topic.values() == expected
 
 
-# -- holes -----------------------------------------------------------------------------------------------------------
+# -- gaps ------------------------------------------------------------------------------------------------------------
 
 
-def test_compacted_topics_are_read_with_their_holes(topic: Topic) -> None:
+def test_compacted_topics_are_read_with_their_gaps(topic: Topic) -> None:
     topic.delete()
-    topic.make(1, cleanup_policy="compact", segment_ms="100", min_cleanable_dirty_ratio="0.01", max_compaction_lag_ms="100")
+    topic.create(1, cleanup_policy="compact", segment_ms="100", min_cleanable_dirty_ratio="0.01", max_compaction_lag_ms="100")
     topic.reader = Reader(KafkaSource(topic.settings.model_copy(update={"batch_messages": 7})))
     producer = topic.producer()
     for number in range(100):
@@ -153,12 +153,12 @@ def test_compacted_topics_are_read_with_their_holes(topic: Topic) -> None:
         return [row["value"].decode() for row in whole.rows[TABLE]]
 
     def compacted() -> bool:
-        # the segment that is written to is never compacted: what comes makes another one
+        # the active segment is never compacted: more messages roll it
         topic.send(producer, "more", key="more")
         return len(left()) < 60
 
-    wait_for(compacted, "the topic is not compacted")
-    # a plan of before, each of whose ranges of seven offsets may be one hole
+    wait_for(compacted, "the topic was not compacted")
+    # a plan from before, of which each range of seven offsets may be one gap
     rows, positions = topic.reader.read(plan)
     topic.reader.rows, topic.reader.positions = rows, positions
     assert topic.position() == 100
@@ -171,18 +171,18 @@ def test_compacted_topics_are_read_with_their_holes(topic: Topic) -> None:
     assert topic.reader.source.lag(topic.reader.positions) == {TABLE: "0 messages"}
 
 
-# -- what the broker forgot ------------------------------------------------------------------------------------------
+# -- deleted messages ------------------------------------------------------------------------------------------------
 
 
 def test_retention_that_overtakes_the_reader_is_an_error_that_names_the_gap(topic: Topic) -> None:
     producer = topic.producer()
     topic.send(producer, *(f"a{n}" for n in range(10)))
     topic.reader.run()
-    topic.forget()
-    # what is gone was read: nothing is lost
+    topic.expire_messages()
+    # the deleted messages were read: nothing is lost
     assert not topic.reader.plan().tasks
     topic.send(producer, *(f"b{n}" for n in range(10)))
-    topic.forget()
+    topic.expire_messages()
     topic.send(producer, *(f"c{n}" for n in range(10)))
     with pytest.raises(OffsetExpired, match=rf"'{topic.name}', partition 0: offsets 10 to 19 were deleted.*rebuild {TABLE}"):
         topic.reader.plan()
@@ -195,22 +195,22 @@ def test_retention_that_overtakes_the_reader_is_an_error_that_names_the_gap(topi
 def test_retention_that_overtakes_a_task_is_an_error(topic: Topic) -> None:
     topic.send(topic.producer(), *(f"a{n}" for n in range(10)))
     plan = topic.reader.plan()
-    topic.forget()
+    topic.expire_messages()
     with pytest.raises(OffsetExpired, match=rf"'{topic.name}', partition 0: .* were deleted before they were read.*rebuild"):
         topic.reader.read(plan)
 
 
 def test_retention_within_a_partition_that_was_added_is_an_error(topic: Topic) -> None:
-    """Of a topic that was read before, a new partition begins at 0: what is missing there was never read."""
+    """A new partition of a topic that was read before begins at offset 0: missing messages were never read."""
     producer = topic.producer(**{"topic.metadata.refresh.interval.ms": 100})
     topic.send(producer, "a")
     topic.reader.run()
     topic.admin.create_partitions([NewPartitions(topic.name, 2)])[topic.name].result(10)
-    wait_for(lambda: len(topic.admin.list_topics(timeout=10).topics[topic.name].partitions) == 2, "no partition is added")
+    wait_for(lambda: len(topic.admin.list_topics(timeout=10).topics[topic.name].partitions) == 2, "no partition was added")
     later = topic.producer()
     topic.send(later, "lost 0", "lost 1", partition=1)
     topic.configure(retention_ms="1")
-    wait_for(lambda: topic.ends(1)[0] == 2, "retention deletes nothing")
+    wait_for(lambda: topic.watermarks(1)[0] == 2, "retention deleted nothing")
     with pytest.raises(OffsetExpired, match=rf"'{topic.name}', partition 1: offsets 0 to 1 were deleted.*rebuild {TABLE}"):
         topic.reader.plan()
     topic.reader.positions = {TABLE: resnapshot(topic.reader.positions[TABLE])}  # type: ignore[dict-item]
@@ -218,20 +218,20 @@ def test_retention_within_a_partition_that_was_added_is_an_error(topic: Topic) -
     assert not topic.reader.plan().tasks
 
 
-def test_a_topic_deleted_and_created_anew_is_another(topic: Topic) -> None:
+def test_a_re_created_topic_is_another_topic(topic: Topic) -> None:
     topic.send(topic.producer(), *(f"a{n}" for n in range(10)))
     topic.reader.run()
     old = topic.reader.positions[TABLE]["ids"][topic.name]
     topic.delete()
     with pytest.raises(OffsetExpired, match=f"'{topic.name}' no longer exists"):
         topic.reader.plan()
-    topic.make(1)
+    topic.create(1)
     topic.send(topic.producer(), *(f"b{n}" for n in range(20)))
     with pytest.raises(OffsetExpired, match=rf"'{topic.name}' was deleted and re-created: its id was {old} and is now (?!{old})"):
         topic.reader.plan()
     topic.reader.positions = {TABLE: resnapshot(topic.reader.positions[TABLE])}  # type: ignore[dict-item]
     topic.reader.run()
-    # another topic's messages at the same offsets: they come after, and replace nothing
+    # messages of another topic at the same offsets come later and replace nothing
     assert topic.values() == [f"a{n}" for n in range(10)] + [f"b{n}" for n in range(20)]
     assert not topic.reader.plan().tasks
 
@@ -239,7 +239,7 @@ def test_a_topic_deleted_and_created_anew_is_another(topic: Topic) -> None:
 # -- timestamps ------------------------------------------------------------------------------------------------------
 
 
-def test_what_was_read_can_be_deleted_and_reading_goes_on(topic: Topic) -> None:
+def test_read_messages_can_be_deleted_and_reading_continues(topic: Topic) -> None:
     writer = topic.transactional()
     topic.send(topic.producer(), "a", "b")
     writer.begin_transaction()
@@ -249,28 +249,28 @@ def test_what_was_read_can_be_deleted_and_reading_goes_on(topic: Topic) -> None:
     topic.send(topic.producer(), "d")
     later = datetime.now(UTC) + timedelta(seconds=1)
     assert delete_records_before(topic.settings, topic.name, later, topic.reader.positions[TABLE] or {}) == 1
-    assert topic.ends() == (4, 5)
+    assert topic.watermarks() == (4, 5)
     topic.reader.run()
     assert topic.values() == ["a", "b", "c", "d"]
     assert delete_records_before(topic.settings, topic.name, later, topic.reader.positions[TABLE] or {}) == 0
-    assert topic.ends() == (5, 5)
+    assert topic.watermarks() == (5, 5)
 
 
 def test_timestamps_of_every_kind_are_stored_or_null(topic: Topic) -> None:
     topic.delete()
-    topic.make(1, message_timestamp_after_max_ms=str(2**63 - 1), retention_ms="-1")
+    topic.create(1, message_timestamp_after_max_ms=str(2**63 - 1), retention_ms="-1")
     producer = topic.producer()
     given = [1, 1_700_000_000_123, 253_402_300_799_999, 253_402_300_800_000, 1_700_000_000_123_456, 2**62]
     for stamp in given:
         topic.send(producer, str(stamp), timestamp=stamp)
     rows = topic.reader.run()[TABLE]
     found = [None if row["timestamp"] is None else round(row["timestamp"].timestamp() * 1000) for row in rows]
-    # producers that send microseconds are not rare; what no date can say is null, and stops nothing
+    # producers that send microseconds are not rare; times out of range are null and stop nothing
     assert found == [1, 1_700_000_000_123, 253_402_300_799_999, None, None, None]
     assert [row["_source_time"] for row in rows] == [row["timestamp"] for row in rows]
 
 
-def test_the_brokers_own_timestamps_are_taken(topic: Topic) -> None:
+def test_log_append_timestamps_are_stored(topic: Topic) -> None:
     topic.configure(message_timestamp_type="LogAppendTime")
     before = time.time()
     topic.send(topic.producer(), "a", timestamp=1)
@@ -282,7 +282,7 @@ def test_the_brokers_own_timestamps_are_taken(topic: Topic) -> None:
 
 
 @pytest.mark.parametrize("way", ["kill", "stop"])
-def test_a_broker_that_starts_again_within_a_read_is_read_to_the_end(broker: Broker, way: str) -> None:
+def test_a_read_survives_a_broker_restart(broker: Broker, way: str) -> None:
     topic = Topic(broker, 3)
     producer = topic.producer(**{"queue.buffering.max.messages": 1_000_000})
     writer = topic.transactional()
@@ -310,11 +310,11 @@ def test_a_broker_that_starts_again_within_a_read_is_read_to_the_end(broker: Bro
     assert len(values) == 120_000
     assert set(values) == {f"{number:0400}" for number in range(120_000)}
     assert [item for item in found if isinstance(item, Reached)]
-    # whatever the broker says while it is starting, nothing looks deleted, and the next plan has nothing to do
+    # nothing looks deleted while the broker is starting, and the next plan is empty
     assert not source.plan({TABLE: plan.positions[TABLE]}, {}).tasks
 
 
-def test_a_plan_right_after_a_crash_never_takes_offsets_for_gone(topic: Topic) -> None:
+def test_a_plan_right_after_a_crash_never_reports_deleted_offsets(topic: Topic) -> None:
     writer = topic.transactional(**{"transaction.timeout.ms": 2000})
     topic.send(topic.producer(), *(f"a{n}" for n in range(50)))
     topic.reader.run()
@@ -335,12 +335,12 @@ def test_a_plan_right_after_a_crash_never_takes_offsets_for_gone(topic: Topic) -
                 continue
         starting.result()
     topic.send(topic.producer(), "b")
-    wait_for(lambda: topic.ends()[1] == 53, "the transaction of before the crash is not aborted")
+    wait_for(lambda: topic.watermarks()[1] == 53, "the transaction from before the crash was not aborted")
     topic.reader.run()
     assert topic.values() == [f"a{n}" for n in range(50)] + ["b"]
 
 
-def test_a_broker_that_stays_away_ends_a_read_with_an_error(topic: Topic) -> None:
+def test_a_read_from_an_unresponsive_broker_is_an_error(topic: Topic) -> None:
     topic.send(topic.producer(), *(f"a{n}" for n in range(50)))
     (task,) = topic.reader.plan().tasks
     assert isinstance(task, OffsetRangesTask)
@@ -354,15 +354,15 @@ def test_a_broker_that_stays_away_ends_a_read_with_an_error(topic: Topic) -> Non
     assert len(topic.values()) == 50
 
 
-def test_two_brokers_data_are_not_taken_for_the_same(broker: Broker, tmp_path: Path) -> None:
-    """bootstrap_servers moved to a new cluster, whose topic goes on past our offset."""
+def test_a_topic_of_another_cluster_is_detected(broker: Broker, tmp_path: Path) -> None:
+    """bootstrap_servers points to a new cluster whose topic is past the position."""
     topic = Topic(broker)
     topic.send(topic.producer(), "a")
     topic.reader.run()
     with Broker(tmp_path / "other") as other:
         copy = Topic(other)
         copy.name = topic.name
-        copy.make(1)
+        copy.create(1)
         copy.send(copy.producer(), "b", "c")
         moved = topic.settings.model_copy(update={"bootstrap_servers": other.bootstrap})
         with pytest.raises(OffsetExpired, match="was deleted and re-created"):

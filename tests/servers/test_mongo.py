@@ -1,4 +1,4 @@
-"""The MongoDB connector against FerretDB and mongo-java-server: servers whose changes are read by their dates."""
+"""The MongoDB connector against FerretDB and mongo-java-server: servers that are read by watermark."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SERVERS = ("ferretdb", "mongo_java")
 
 
 class Market:
-    """A collection of its own, and a reader of it."""
+    """A separate collection and a reader of it."""
 
     def __init__(self, server: MongoWire) -> None:
         self.server = server
@@ -42,11 +42,11 @@ class Market:
     def add(self, *numbers: int) -> None:
         self.collection.insert_many([{"mp_order_id": f"O{n}", "updated_at": START + timedelta(seconds=n // 3)} for n in numbers])
 
-    def held(self) -> dict[str, Any]:
+    def bronze_documents(self) -> dict[str, Any]:
         rows = live_rows_by_key(self.reader.rows.get(TABLE, []), ("document_id",))
         return {key[0]: json_util.loads(row["document"]) for key, row in rows.items()}
 
-    def there(self) -> dict[str, Any]:
+    def source_documents(self) -> dict[str, Any]:
         return {id_text(one["_id"]): one for one in json_util.loads(json_util.dumps(list(self.collection.find())))}
 
 
@@ -88,37 +88,37 @@ def test_documents_of_every_type_are_stored_without_loss(market: Market) -> None
     assert market.reader.positions[TABLE]["mode"] == "watermark"
 
 
-def test_without_change_streams_the_dates_tell_what_is_new(market: Market) -> None:
+def test_without_change_streams_new_documents_are_found_by_date(market: Market) -> None:
     market.add(*range(30))
     assert len(market.reader.run()[TABLE]) == 30
     assert market.reader.source.lag(market.reader.positions) == {TABLE: "0 changes"}
     assert not market.reader.plan().tasks
-    # within the second of the newest one, and after it
+    # within the second of the newest document, and after it
     market.add(29, 30, 31)
     market.collection.update_one({"mp_order_id": "O3"}, {"$set": {"status": "paid", "updated_at": START + timedelta(hours=1)}})
     market.collection.insert_one({"mp_order_id": "undated"})
     assert market.reader.source.lag(market.reader.positions) == {TABLE: "5 changes"}
     rows = market.reader.run()[TABLE]
     assert sorted(row["mp_order_id"] for row in rows) == ["O29", "O3", "O30", "O31", "undated"]
-    assert market.held() == market.there()
+    assert market.bronze_documents() == market.source_documents()
     assert not market.reader.plan().tasks
 
 
-def test_a_delete_is_found_by_reading_anew(market: Market) -> None:
+def test_a_delete_is_found_by_a_resnapshot(market: Market) -> None:
     market.add(*range(10))
     market.reader.run()
     market.collection.delete_many({"mp_order_id": {"$in": ["O3", "O4"]}})
     assert market.reader.run() == {}
     market.reader.positions = {TABLE: resnapshot(market.reader.positions[TABLE])}  # type: ignore[dict-item]
     market.reader.run()
-    assert market.held() == market.there()
-    assert len(market.held()) == 8
+    assert market.bronze_documents() == market.source_documents()
+    assert len(market.bronze_documents()) == 8
     market.add(10)
     market.reader.run()
-    assert market.held() == market.there()
+    assert market.bronze_documents() == market.source_documents()
 
 
-def test_change_streams_that_are_asked_for_and_not_there_are_an_error(market: Market) -> None:
+def test_required_but_missing_change_streams_are_an_error(market: Market) -> None:
     market.add(1)
     source = MongoSource(market.settings.model_copy(update={"mode": "change_stream"}))
     with pytest.raises(SourceError, match=r'does not support change streams.*--replSet, or set mongo\.mode = "watermark"'):
@@ -127,7 +127,7 @@ def test_change_streams_that_are_asked_for_and_not_there_are_an_error(market: Ma
 
 @pytest.mark.parametrize("seed", range(3))
 def test_any_split_into_runs_gives_the_same_documents(market: Market, seed: int) -> None:
-    """Writers with a good clock; _ids of several types, so that some compare only in Python."""
+    """With accurate clocks, and _ids of several types, of which some are comparable only in Python."""
     random, moment, identities = Random(seed), START, []
     made: list[Any] = []
     for step in range(120):
@@ -135,7 +135,7 @@ def test_any_split_into_runs_gives_the_same_documents(market: Market, seed: int)
             moment += timedelta(milliseconds=random.choice([0, 1, 1000]))
         if identities and random.random() < 0.4:
             identity = random.choice(identities)
-            # what changes gets a date of its own, later than all before
+            # a changed document gets a unique date, later than all others
             moment += timedelta(milliseconds=1)
             market.collection.replace_one({"_id": identity}, {"_id": identity, "step": step, "updated_at": moment})
         else:
@@ -147,8 +147,8 @@ def test_any_split_into_runs_gives_the_same_documents(market: Market, seed: int)
         if random.random() < 0.15:
             market.reader.run()
     market.reader.run()
-    assert market.held() == market.there()
-    assert len(market.held()) == len(identities)
+    assert market.bronze_documents() == market.source_documents()
+    assert len(market.bronze_documents()) == len(identities)
     assert not market.reader.plan().tasks
 
 
@@ -157,13 +157,13 @@ def test_many_documents_come_in_batches(market: Market, monkeypatch: pytest.Monk
         monkeypatch.setattr(module, "BATCH_DOCUMENTS", 500)
     market.add(*range(4000))
     market.reader.run()
-    assert len(market.held()) == 4000
+    assert len(market.bronze_documents()) == 4000
     market.add(*range(4000, 6000))
     market.reader.run()
-    assert market.held() == market.there()
+    assert market.bronze_documents() == market.source_documents()
 
 
-def test_a_server_that_was_killed_is_an_error_until_it_is_back(ferretdb: FerretDB, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_server_is_an_error_until_it_is_restarted(ferretdb: FerretDB, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "SERVER_SECONDS", 1)
     market = Market(ferretdb)
     market.add(*range(10))
@@ -177,6 +177,6 @@ def test_a_server_that_was_killed_is_an_error_until_it_is_back(ferretdb: FerretD
         market.reader.plan()
     ferretdb.start()
     market.reader.run()
-    assert market.held() == market.there()
-    assert len(market.held()) == 20
+    assert market.bronze_documents() == market.source_documents()
+    assert len(market.bronze_documents()) == 20
     market.client.close()

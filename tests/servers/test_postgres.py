@@ -1,4 +1,4 @@
-"""The PostgreSQL connector through failovers, lost slots, long transactions and columns of every type, on servers of its own."""
+"""The PostgreSQL connector on separate servers: failovers, lost slots, long transactions and columns of every type."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CREATE PUBLICATION shopsphere FOR TABLES IN SCHEMA public;
 
 
 class Shop:
-    """A server with two tables, and a reader of it."""
+    """A server with two tables and a reader of it."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -58,18 +58,18 @@ class Shop:
         for name in names:
             self.cluster("INSERT INTO products (product_id) VALUES (%s)", name)
 
-    def read_again(self) -> None:
-        """What `rebuild` of all PostgreSQL tables does."""
+    def resnapshot_all(self) -> None:
+        """Re-snapshot all tables, as `rebuild` of all PostgreSQL tables does."""
         self.reader.positions = {table: resnapshot(position) for table, position in self.reader.positions.items()}  # type: ignore[misc]
         self.reader.run()
 
     def products(self) -> list[str]:
         return sorted(str(key[0]) for key in self.reader.latest(PRODUCTS, ("product_id",)))
 
-    def there(self) -> list[str]:
+    def source_products(self) -> list[str]:
         return sorted(str(row[0]) for row in self.cluster("SELECT product_id FROM products"))
 
-    def doubled(self) -> list[str]:
+    def duplicate_positions(self) -> list[str]:
         positions = [row["_source_position"] for row in self.reader.rows[PRODUCTS]]
         return [position for position in positions if positions.count(position) > 1]
 
@@ -90,7 +90,7 @@ def shop(cluster: Cluster) -> Shop:
 
 @contextmanager
 def pair(directory: Path, *, synced: bool) -> Iterator[tuple[Shop, Cluster]]:
-    """A shop on a primary, with a standby; synced: the standby keeps a copy of our slot."""
+    """Start a primary with a standby. synced: the standby keeps a copy of the slot."""
     with Cluster(directory / "primary") as primary:
         settings = {"hot_standby_feedback": "on", "sync_replication_slots": "on" if synced else "off"}
         with Cluster(directory / "standby", settings, upstream=primary) as standby:
@@ -100,7 +100,7 @@ def pair(directory: Path, *, synced: bool) -> Iterator[tuple[Shop, Cluster]]:
             numbers = iter(range(1, 10_000))
 
             def is_copied() -> bool:
-                # the copy is made when our slot goes on
+                # the copy is created when the slot advances
                 primary("UPDATE products SET name = %s WHERE product_id = 'P1'", str(next(numbers)))
                 primary("SELECT pg_log_standby_snapshot()")
                 primary("UPDATE products SET name = %s WHERE product_id = 'P1'", str(next(numbers)))
@@ -108,16 +108,16 @@ def pair(directory: Path, *, synced: bool) -> Iterator[tuple[Shop, Cluster]]:
                 return bool(standby("SELECT 1 FROM pg_replication_slots WHERE synced AND NOT temporary"))
 
             if synced:
-                wait_for(is_copied, "the standby takes no copy of the slot")
+                wait_for(is_copied, "the standby did not copy the slot")
             yield shop, standby
 
 
-def test_after_a_failover_with_the_slot_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
+def test_a_failover_with_the_slot_neither_loses_nor_duplicates_rows(tmp_path: Path) -> None:
     with pair(tmp_path, synced=True) as (shop, standby):
         shop.add("P4", "P5")
         shop.cluster("DELETE FROM products WHERE product_id = 'P2'")
         shop.reader.run()
-        # read neither before nor after by the old primary's slot alone
+        # not read from the old primary
         shop.add("P6")
         standby.wait_for_replay()
         shop.cluster.kill()
@@ -130,18 +130,18 @@ def test_after_a_failover_with_the_slot_nothing_is_lost_or_doubled(tmp_path: Pat
         shop.add("P7")
         shop.cluster("DELETE FROM products WHERE product_id = 'P3'")
         shop.reader.run()
-        assert shop.products() == shop.there() == ["P1", "P4", "P5", "P6", "P7"]
-        assert not shop.doubled()
+        assert shop.products() == shop.source_products() == ["P1", "P4", "P5", "P6", "P7"]
+        assert not shop.duplicate_positions()
         assert not shop.reader.plan().tasks
         assert shop.reader.positions[PRODUCTS]["timeline"] == 2
-        # the other table's position is still of the first timeline, and is none the worse for it
+        # the other table's position is still on the first timeline and remains valid
         assert shop.reader.positions[STORES]["timeline"] == 1
         shop.add("P8")
         shop.reader.run()
-        assert shop.products() == shop.there()
+        assert shop.products() == shop.source_products()
 
 
-def test_after_a_failover_without_the_slot_a_rebuild_is_the_way_out(tmp_path: Path) -> None:
+def test_after_a_failover_without_the_slot_a_rebuild_recovers(tmp_path: Path) -> None:
     with pair(tmp_path, synced=False) as (shop, standby):
         shop.add("P4")
         shop.reader.run()
@@ -153,14 +153,14 @@ def test_after_a_failover_without_the_slot_a_rebuild_is_the_way_out(tmp_path: Pa
         shop.add("P5")
         with pytest.raises(OffsetExpired, match=rf"replication slot 'shopsphere' no longer exists.*rebuild {PRODUCTS} {STORES}$"):
             shop.reader.plan()
-        shop.read_again()
+        shop.resnapshot_all()
         shop.add("P6")
         shop.reader.run()
-        assert shop.products() == shop.there() == ["P1", "P3", "P4", "P5", "P6"]
+        assert shop.products() == shop.source_products() == ["P1", "P3", "P4", "P5", "P6"]
 
 
-def test_a_standby_that_had_not_received_what_was_read_is_noticed(tmp_path: Path) -> None:
-    """Its log says other things at the positions that were read: going on would skip them without a word."""
+def test_a_standby_that_lacks_changes_already_read_is_detected(tmp_path: Path) -> None:
+    """Its WAL has other changes at the LSNs that were read: continuing would skip them silently."""
     with pair(tmp_path, synced=True) as (shop, standby):
         standby.wait_for_replay()
         standby.kill()
@@ -172,7 +172,7 @@ def test_a_standby_that_had_not_received_what_was_read_is_noticed(tmp_path: Path
         standby.promote()
         shop.move(standby)
         shop.add("N1")
-        # the new primary's log has passed ours by now
+        # the new primary's WAL has passed the position by now
         shop.cluster("CREATE TABLE IF NOT EXISTS filler AS SELECT repeat('x', 100) FROM generate_series(1, 5000)")
         shop.add("N2")
         assert shop.cluster("SELECT pg_current_wal_flush_lsn() > %s::pg_lsn", read) == [(True,)]
@@ -182,16 +182,16 @@ def test_a_standby_that_had_not_received_what_was_read_is_noticed(tmp_path: Path
             rf"rebuild {PRODUCTS} {STORES}$",
         ):
             shop.reader.plan()
-        shop.read_again()
-        assert shop.products() == shop.there() == ["N1", "N2", "P1", "P2", "P3"]
+        shop.resnapshot_all()
+        assert shop.products() == shop.source_products() == ["N1", "N2", "P1", "P2", "P3"]
         shop.add("N3")
         shop.reader.run()
-        assert shop.products() == shop.there()
+        assert shop.products() == shop.source_products()
         assert not shop.reader.plan().tasks
 
 
-def test_nothing_is_read_that_the_standbys_have_not_received_when_they_are_to_have_it_first(tmp_path: Path) -> None:
-    """synchronized_standby_slots: no failover loses what was read, and a standby that is away keeps no run waiting."""
+def test_with_synchronized_standby_slots_only_replicated_changes_are_read(tmp_path: Path) -> None:
+    """No failover loses changes that were read, and a standby that is down does not block a run."""
     with pair(tmp_path, synced=True) as (shop, standby):
 
         def is_read(name: str) -> bool:
@@ -202,7 +202,7 @@ def test_nothing_is_read_that_the_standbys_have_not_received_when_they_are_to_ha
         shop.cluster("SELECT pg_reload_conf()")
         shop.add("P4")
         standby.wait_for_replay()
-        wait_for(lambda: is_read("P4"), "what the standby has received is not read")
+        wait_for(lambda: is_read("P4"), "changes that the standby has received were not read")
         standby.kill()
         shop.add("P5")
         started = time.monotonic()
@@ -213,7 +213,7 @@ def test_nothing_is_read_that_the_standbys_have_not_received_when_they_are_to_ha
         )
         standby.start()
         standby.wait_for_replay()
-        wait_for(lambda: is_read("P5"), "what the standby has received is not read")
+        wait_for(lambda: is_read("P5"), "changes that the standby has received were not read")
         standby.kill()
         shop.add("lost")
         shop.reader.run()
@@ -221,19 +221,19 @@ def test_nothing_is_read_that_the_standbys_have_not_received_when_they_are_to_ha
         standby.start()
         standby.promote()
         shop.move(standby)
-        # this server has that setting too, from its copy
+        # this server copied that setting
         shop.cluster("ALTER SYSTEM RESET synchronized_standby_slots")
         shop.cluster("SELECT pg_reload_conf()")
         shop.add("P6")
         shop.reader.run()
-        assert shop.products() == shop.there() == ["P1", "P2", "P3", "P4", "P5", "P6"]
-        assert not shop.doubled()
+        assert shop.products() == shop.source_products() == ["P1", "P2", "P3", "P4", "P5", "P6"]
+        assert not shop.duplicate_positions()
 
 
 # -- slots -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_slot_dropped_while_its_changes_wait_is_an_error_until_all_is_read_again(shop: Shop) -> None:
+def test_a_slot_dropped_with_pending_changes_is_an_error_until_all_is_resnapshotted(shop: Shop) -> None:
     shop.add("P1", "P2")
     shop.reader.run()
     plan_before = shop.reader.positions
@@ -248,12 +248,12 @@ def test_a_slot_dropped_while_its_changes_wait_is_an_error_until_all_is_read_aga
     with pytest.raises(OffsetExpired, match="no longer exists"):
         shop.reader.plan()
     assert shop.reader.source.lag(shop.reader.positions)[PRODUCTS] == "replication slot missing"
-    shop.read_again()
-    assert shop.products() == shop.there() == ["P2", "P3"]
+    shop.resnapshot_all()
+    assert shop.products() == shop.source_products() == ["P2", "P3"]
 
 
-def test_a_slot_that_outgrew_its_allowance_is_an_error_until_all_is_read_again(shop: Shop) -> None:
-    """max_slot_wal_keep_size, by rows of the shop itself and not by switches of the log."""
+def test_a_slot_beyond_max_slot_wal_keep_size_is_an_error_until_all_is_resnapshotted(shop: Shop) -> None:
+    """The WAL is that of rows of a published table, not of forced WAL switches."""
     shop.add("P1", "P2")
     shop.reader.run()
     shop.cluster("ALTER SYSTEM SET max_slot_wal_keep_size = '1MB'")
@@ -269,23 +269,23 @@ def test_a_slot_that_outgrew_its_allowance_is_an_error_until_all_is_read_again(s
             shop.cluster("SELECT pg_switch_wal()")
             return shop.cluster("SELECT wal_status FROM pg_replication_slots WHERE slot_name = 'shopsphere'") == [("lost",)]
 
-        wait_for(is_lost, "the slot is not lost")
+        wait_for(is_lost, "the slot was not lost")
     finally:
         shop.cluster("ALTER SYSTEM RESET max_slot_wal_keep_size")
         shop.cluster("SELECT pg_reload_conf()")
     with pytest.raises(OffsetExpired, match=rf"'shopsphere' is lost: the server removed WAL .*rebuild {PRODUCTS} {STORES}$"):
         shop.reader.plan()
     assert shop.reader.source.lag(shop.reader.positions)[PRODUCTS] == "replication slot lost"
-    shop.read_again()
+    shop.resnapshot_all()
     shop.add("P3")
     shop.reader.run()
-    assert shop.products() == shop.there()
+    assert shop.products() == shop.source_products()
 
 
 # -- transactions ----------------------------------------------------------------------------------------------------
 
 
-def test_transactions_open_over_several_passes_come_when_they_commit(shop: Shop) -> None:
+def test_transactions_open_over_several_runs_are_read_when_they_commit(shop: Shop) -> None:
     shop.add("P1")
     shop.reader.run()
     with psycopg.connect(shop.cluster.dsn) as long, psycopg.connect(shop.cluster.dsn) as never:
@@ -294,23 +294,23 @@ def test_transactions_open_over_several_passes_come_when_they_commit(shop: Shop)
         for number in range(4):
             shop.add(f"short {number}")
             shop.reader.run()
-            long.execute("INSERT INTO products (product_id) VALUES (%s)", [f"long in pass {number}"])
-            long.execute("UPDATE products SET name = %s WHERE product_id = 'long 1'", [f"pass {number}"])
+            long.execute("INSERT INTO products (product_id) VALUES (%s)", [f"long in run {number}"])
+            long.execute("UPDATE products SET name = %s WHERE product_id = 'long 1'", [f"run {number}"])
             assert not [name for name in shop.products() if name.startswith("long")]
-        # a savepoint that is rolled back is no change
+        # a rolled back savepoint is no change
         long.execute("SAVEPOINT s")
         long.execute("INSERT INTO products (product_id) VALUES ('undone')")
         long.execute("ROLLBACK TO s")
         long.commit()
         never.rollback()
     shop.reader.run()
-    assert shop.products() == shop.there()
-    assert shop.reader.latest(PRODUCTS, ("product_id",))[("long 1",)]["name"] == "pass 3"
-    assert not shop.doubled()
+    assert shop.products() == shop.source_products()
+    assert shop.reader.latest(PRODUCTS, ("product_id",))[("long 1",)]["name"] == "run 3"
+    assert not shop.duplicate_positions()
     assert not shop.reader.plan().tasks
 
 
-def test_a_transaction_that_is_open_when_the_initial_read_begins_is_waited_for(shop: Shop) -> None:
+def test_the_initial_read_waits_for_open_transactions(shop: Shop) -> None:
     with psycopg.connect(shop.cluster.dsn) as open_, psycopg.connect(shop.cluster.dsn, autocommit=True) as look:
         open_.execute("INSERT INTO products (product_id) VALUES ('open')")
         shop.add("P1")
@@ -325,7 +325,7 @@ def test_a_transaction_that_is_open_when_the_initial_read_begins_is_waited_for(s
         reading = threading.Thread(target=read)
         reading.start()
         waiting = "SELECT FROM pg_stat_activity WHERE query LIKE 'CREATE_REPLICATION_SLOT%' AND wait_event_type = 'Lock'"
-        wait_for(lambda: look.execute(waiting).fetchone() is not None, "the initial read does not wait")
+        wait_for(lambda: look.execute(waiting).fetchone() is not None, "the initial read did not wait")
         open_.execute("INSERT INTO products (product_id) VALUES ('open too')")
         open_.commit()
         reading.join(60)
@@ -333,7 +333,7 @@ def test_a_transaction_that_is_open_when_the_initial_read_begins_is_waited_for(s
     assert shop.products() == ["P1", "open", "open too"]
 
 
-def test_a_transaction_that_stays_open_is_named_and_leaves_no_slot(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_transaction_that_stays_open_is_an_error_and_leaves_no_slot(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "LOCK_TIMEOUT", "500ms")
     with psycopg.connect(shop.cluster.dsn) as open_:
         open_.execute("INSERT INTO products (product_id) VALUES ('open')")
@@ -392,7 +392,7 @@ COLUMNS = (
 )
 
 
-def test_values_of_every_type_are_the_same_whichever_way_they_come(shop: Shop) -> None:
+def test_values_of_every_type_are_equal_by_initial_read_and_stream(shop: Shop) -> None:
     shop.cluster("DROP TYPE IF EXISTS grade, size CASCADE; DROP DOMAIN IF EXISTS price CASCADE")
     shop.cluster(TYPES)
 
@@ -431,7 +431,7 @@ def test_values_of_every_type_are_the_same_whichever_way_they_come(shop: Shop) -
     assert (most["words"], most["grid"], least["words"]) == ('{"a,b",NULL,""}', "{{1,2},{3,4}}", "{}")
     assert (most["grade"], most["priced"], most["boxed"]) == ("so, so", "1.500", "(1,x)")
     assert (most["net"], most["bits"], most["paid"]) == ("2001:db8::1/64", "1010", "$12.34")
-    # what no date can say is kept as text
+    # values outside the range of dates are kept as text
     assert json.loads(rows[("beyond read",)]["_unreadable"]) == {"day": "0044-03-15 BC", "moment": "0044-03-15 12:00:00+00 BC"}
     assert json.loads(rows[("endless read",)]["_unreadable"]) == {"day": "infinity", "moment": "infinity"}
     assert json.loads(rows[("late read",)]["_unreadable"]) == {"day": "10000-01-01", "moment": "294276-12-31 23:59:59+00"}
@@ -450,11 +450,11 @@ def test_generated_columns_that_are_published_are_read(shop: Shop) -> None:
     assert (rows[("read",)]["twice"], rows[("streamed",)]["twice"]) == (Decimal("2.50"), Decimal("4.50"))
 
 
-def test_columns_that_come_and_go_between_two_passes(shop: Shop) -> None:
+def test_columns_added_and_dropped_between_two_runs(shop: Shop) -> None:
     shop.cluster("ALTER TABLE products ADD colour text")
     shop.cluster("INSERT INTO products (product_id, colour) VALUES ('P1', 'red')")
     shop.reader.run()
-    # all of it is read by one pass, which knows of the columns of its end alone
+    # all of it is read by one run, which plans only with the columns at its end
     shop.cluster("INSERT INTO products (product_id, colour) VALUES ('P2', 'blue')")
     shop.cluster("ALTER TABLE products ADD fleeting integer")
     shop.cluster("INSERT INTO products (product_id, fleeting) VALUES ('P3', 3)")
@@ -490,12 +490,12 @@ def test_several_tables_truncated_at_once_are_empty_at_once(shop: Shop) -> None:
         writing.execute("TRUNCATE products, stores")
         writing.execute("INSERT INTO products (product_id) VALUES ('after')")
     shop.reader.run()
-    assert shop.products() == shop.there() == ["after"]
+    assert shop.products() == shop.source_products() == ["after"]
     assert shop.reader.latest(STORES, ("store_id",)) == {}
 
 
-def test_values_out_of_line_that_an_update_leaves_alone(shop: Shop) -> None:
-    """Values large enough to be stored apart: with the full old image they are there, without it they are named."""
+def test_toast_values_that_an_update_does_not_change(shop: Shop) -> None:
+    """With a full old row image the values are present, without it their columns are listed."""
     long = "x1y2" * 25_000
     shop.cluster("ALTER TABLE products ALTER name SET STORAGE EXTERNAL; ALTER TABLE stores ALTER name SET STORAGE EXTERNAL")
     shop.cluster("INSERT INTO products (product_id, name) VALUES ('P', %s)", long)
@@ -509,7 +509,7 @@ def test_values_out_of_line_that_an_update_leaves_alone(shop: Shop) -> None:
     assert time.monotonic() - started < 60
     assert {row["name"] for row in rows[PRODUCTS]} == {long}
     assert {(row["name"], row["_unchanged"]) for row in rows[STORES]} == {(None, "name")}
-    # the key moves with the value left alone: what goes is named, and what comes says what is missing
+    # the key changes and the value does not: the delete has the key, and the update lists the missing column
     shop.cluster("UPDATE stores SET store_id = 'S2'")
     moved = shop.reader.run()[STORES]
     assert [(row["_op"], row["store_id"], row["_unchanged"]) for row in moved] == [("d", "S", None), ("u", "S2", "name")]

@@ -1,4 +1,4 @@
-"""Commits over a REST catalog: two writers, answers that are lost, kills. Nothing is lost, nothing is doubled."""
+"""Commits over a REST catalog with concurrent writers, lost responses and kills: rows are neither lost nor duplicated."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def rest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a REST catalog over a local warehouse; each test has a catalog of its own below it."""
+    """Yield the address of a REST catalog with a local warehouse."""
     folder = tmp_path_factory.mktemp("rest")
     with rest_catalog(folder, f"file://{folder / 'warehouse'}") as address:
         yield address
@@ -55,14 +55,14 @@ def stores(first: int, count: int = 10) -> pl.DataFrame:
 
 @pytest.fixture
 def empty(lake) -> Iterator[Lake]:
-    """A lake without gold.dim_stores."""
+    """Yield a lake without gold.dim_stores."""
     if lake.exists(DIM_STORES):
         lake.catalog.drop_table(DIM_STORES.name)
     yield lake
     lake.catalog.drop_table(DIM_STORES.name)
 
 
-def test_of_two_writers_with_handles_of_one_moment_one_commits(empty):
+def test_of_two_concurrent_writers_one_commits(empty):
     lake = empty
     for stage in range(2):  # an empty table, and one with a snapshot
         one, other = lake.load(DIM_STORES), lake.load(DIM_STORES)
@@ -74,7 +74,7 @@ def test_of_two_writers_with_handles_of_one_moment_one_commits(empty):
         assert now.read(["store_id"]).height == 10 * (stage + 1)
 
 
-def test_a_commit_to_another_branch_makes_ours_fail_and_the_next_one_succeed(empty):
+def test_a_commit_to_another_branch_fails_a_concurrent_commit_but_not_the_next(empty):
     lake = empty
     first = lake.load(DIM_STORES)
     first.commit(first.writer.write(stores(0)), positions={"a": 0})
@@ -83,7 +83,7 @@ def test_a_commit_to_another_branch_makes_ours_fail_and_the_next_one_succeed(emp
     table.manage_snapshots().create_branch(table.metadata.current_snapshot_id, "audit").commit()
     table = lake.catalog.load_table(DIM_STORES.name)
     table.append(as_arrow(stores(50), late.arrow_schema), branch="audit")
-    with pytest.raises(CommitConflict):  # its rows carry a sequence number that is taken now
+    with pytest.raises(CommitConflict):  # the sequence number of its rows is taken now
         late.commit(late.writer.write(stores(90)), positions={"a": 1})
     again = lake.load(DIM_STORES)
     again.commit(again.writer.write(stores(90)), positions={"a": 1})
@@ -91,7 +91,7 @@ def test_a_commit_to_another_branch_makes_ours_fail_and_the_next_one_succeed(emp
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_commit_whose_answer_is_lost_is_neither_lost_nor_doubled(empty, rest, tmp_path, fault: Fault):
+def test_a_commit_with_a_lost_response_is_neither_lost_nor_duplicated(empty, rest, tmp_path, fault: Fault):
     with faulty_proxy(rest, lambda number, table: fault if number == 1 else "none") as proxy:
         lake = lake_at(tmp_path, proxy.address)
         first = lake.load(DIM_STORES)
@@ -102,7 +102,7 @@ def test_a_commit_whose_answer_is_lost_is_neither_lost_nor_doubled(empty, rest, 
         now = lake.load(DIM_STORES)
         arrived = now.positions == {"a": 1}
         assert arrived == (fault != "unsent")
-        # whole, or not at all: what the snapshot names is there
+        # complete or absent: every file of the snapshot exists
         assert now.read(["store_id"]).height == (20 if arrived else 10)
         if not arrived:
             now.commit(now.writer.write(stores(10)), positions={"a": 1})
@@ -122,7 +122,7 @@ def digests(lake: Lake) -> dict[str, str]:
     return {name: digest(lake.load(table)) for name, table in pipelines.TABLES.items()}
 
 
-def run_calmly(settings: Settings) -> dict[str, str]:
+def run_undisturbed(settings: Settings) -> dict[str, str]:
     with open_engine(settings) as engine:
         assert not run_once(engine, PROJECT, lambda name, report: None).errors
         return digests(engine.lake)
@@ -130,7 +130,7 @@ def run_calmly(settings: Settings) -> dict[str, str]:
 
 @pytest.fixture
 def shop(tmp_path, monkeypatch) -> Iterator[Path]:
-    """The home of a sandbox, and SHOPSPHERE_HOME with it."""
+    """Start a sandbox in SHOPSPHERE_HOME; yield its directory."""
     home = tmp_path / "shop"
     monkeypatch.setenv("SHOPSPHERE_HOME", str(home))
     sandbox.start(home, orders=200, seed=5)
@@ -146,7 +146,7 @@ def own_rest(tmp_path) -> Iterator[str]:
         yield address
 
 
-def test_runs_with_lost_answers_make_the_tables_of_undisturbed_ones(shop, own_rest):
+def test_runs_with_lost_responses_give_the_same_tables(shop, own_rest):
     chance = random.Random(11)
 
     def choose(number: int, table: str) -> Fault:
@@ -156,10 +156,10 @@ def test_runs_with_lost_answers_make_the_tables_of_undisturbed_ones(shop, own_re
         for stage in range(2):
             if stage:
                 sandbox.step(shop, 40)
-            calm = run_calmly(load_settings())
-            assert run_calmly(over_rest(proxy.address, "faulty")) == calm
+            expected = run_undisturbed(load_settings())
+            assert run_undisturbed(over_rest(proxy.address, "faulty")) == expected
             faults = {fault for _, fault in proxy.done} - {"none"}
-        assert faults == set(FAULTS), "too few commits to meet every fault"
+        assert faults == set(FAULTS), "too few commits for every fault"
 
 
 def app(settings: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
@@ -179,7 +179,7 @@ def environment(address: str, slot: str) -> dict[str, str]:
 
 
 def test_kills_before_and_after_a_commit_arrives(shop, own_rest):
-    """Each run is killed while its n-th commit is under way, in turn before and after the catalog has it."""
+    """Each run is killed during its n-th commit, alternately before and after the catalog has received it."""
     running: list[subprocess.Popen[str]] = []
     strike = {"at": -1, "arrived": False}
 
@@ -199,10 +199,10 @@ def test_kills_before_and_after_a_commit_arrives(shop, own_rest):
                 _, errors = running[-1].communicate(timeout=200)
                 assert running[-1].returncode == -signal.SIGKILL, errors[-2000:]
             strike.update(at=-1)
-            assert run_calmly(over_rest(proxy.address, "killed")) == run_calmly(load_settings())
+            assert run_undisturbed(over_rest(proxy.address, "killed")) == run_undisturbed(load_settings())
 
 
-def test_two_runs_at_once_double_nothing(shop, own_rest):
+def test_two_concurrent_runs_duplicate_no_rows(shop, own_rest):
     given = environment(own_rest, "both")
     for stage in range(2):
         if stage:
@@ -212,4 +212,4 @@ def test_two_runs_at_once_double_nothing(shop, own_rest):
             _, errors = process.communicate(timeout=200)
             assert "Traceback" not in errors
             assert process.returncode in (0, 1), errors[-2000:]
-        assert run_calmly(over_rest(own_rest, "both")) == run_calmly(load_settings())
+        assert run_undisturbed(over_rest(own_rest, "both")) == run_undisturbed(load_settings())

@@ -1,4 +1,4 @@
-"""Serving's tail of the topics, its scores, and `rebuild` after a loss, with Apache Kafka behind them."""
+"""Serving with Apache Kafka: the topic follower, scores, and `rebuild` after lost messages."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Shop:
         self.topic.send(producer, json.dumps(event))
 
     def run(self) -> None:
-        """What `run` does with the topic."""
+        """Ingest the topic and refresh the tables, as `run` does."""
         self.engine.ingest(KafkaSource(self.settings.kafka), {EVENTS.name: EVENTS})
         ingest(self.engine, [])
 
@@ -92,7 +92,7 @@ def on_hand(line: TopicFollower) -> int:
     return int(figures_online(line.stock)["S1", "P1"][0])
 
 
-def test_serving_sees_what_was_committed_alone(shop: Shop) -> None:
+def test_serving_sees_only_committed_messages(shop: Shop) -> None:
     plain, writer = shop.topic.producer(), shop.topic.transactional()
     shop.send(plain, 1)
     writer.begin_transaction()
@@ -110,20 +110,20 @@ def test_serving_sees_what_was_committed_alone(shop: Shop) -> None:
             writer.begin_transaction()
             shop.send(writer, quantity)
             writer.commit_transaction(30) if kept else writer.abort_transaction(30)
-        end = shop.topic.ends()[1]
-        wait_for(lambda: line.has({f"{shop.topic.name}:0": end}), "the tail does not come to the end")
+        end = shop.topic.watermarks()[1]
+        wait_for(lambda: line.has({f"{shop.topic.name}:0": end}), "the follower did not reach the end")
         assert on_hand(line) == 111
-        # nothing is missing although the last record is nobody's: it says so
+        # nothing is missing although the last record is a marker, and the freshness shows that
         now = time.time()
-        wait_for(lambda: line.fresh_at > now, "serving thinks that it is behind")
+        wait_for(lambda: line.fresh_at > now, "serving reports that it is behind")
         writer.begin_transaction()
         shop.send(writer, 10_000)
         shop.send(plain, 1_000_000)
         now = time.time()
-        wait_for(lambda: line.fresh_at > now, "serving thinks that it is behind")
+        wait_for(lambda: line.fresh_at > now, "serving reports that it is behind")
         assert on_hand(line) == 111
         writer.commit_transaction(30)
-        wait_for(lambda: on_hand(line) == 1_010_111, "what an open transaction held back is not seen")
+        wait_for(lambda: on_hand(line) == 1_010_111, "messages held back by an open transaction did not arrive")
         shop.run()
         ledger = shop.engine.lake.load(INVENTORY_SNAPSHOTS)
         assert figures_of(ledger.reader.read(ledger.files(), ledger.reader.schema.names)) == figures_online(line.stock)
@@ -132,7 +132,7 @@ def test_serving_sees_what_was_committed_alone(shop: Shop) -> None:
         state.stop()
 
 
-def test_serving_goes_on_after_a_crash_of_the_broker(shop: Shop) -> None:
+def test_serving_continues_after_a_crash_of_the_broker(shop: Shop) -> None:
     shop.send(shop.topic.producer(), 1)
     shop.run()
     state = shop.state([])
@@ -143,22 +143,22 @@ def test_serving_goes_on_after_a_crash_of_the_broker(shop: Shop) -> None:
         shop.topic.broker.kill()
         shop.topic.broker.start()
         shop.send(shop.topic.producer(), 10)
-        wait_for(lambda: on_hand(line) == 11, "serving does not go on")
+        wait_for(lambda: on_hand(line) == 11, "serving did not continue")
         now = time.time()
-        wait_for(lambda: line.fresh_at > now, "serving thinks that it is behind")
+        wait_for(lambda: line.fresh_at > now, "serving reports that it is behind")
         assert line.error is None
     finally:
         state.stop()
 
 
-def test_what_retention_took_is_an_error_and_a_rebuild_is_the_way_out(shop: Shop) -> None:
+def test_messages_deleted_by_retention_are_an_error_and_a_rebuild_recovers(shop: Shop) -> None:
     producer = shop.topic.producer()
     for _ in range(5):
         shop.send(producer, 1)
     shop.run()
     for _ in range(5):
         shop.send(producer, 1)
-    shop.topic.forget()
+    shop.topic.expire_messages()
     for _ in range(5):
         shop.send(producer, 1)
     with pytest.raises(OffsetExpired, match=r"offsets 5 to 9 were deleted .*python -m app rebuild bronze.bronze_k"):
@@ -166,14 +166,14 @@ def test_what_retention_took_is_an_error_and_a_rebuild_is_the_way_out(shop: Shop
     assert shop.events() == [f"e{n}" for n in range(1, 6)]
     rebuild_tables(shop.engine, PROJECT, [EVENTS.name])
     shop.run()
-    # what was read before stays, though the topic has it no more
+    # messages that were read stay, although the topic no longer has them
     assert shop.events() == [f"e{n}" for n in (1, 2, 3, 4, 5, 11, 12, 13, 14, 15)]
     shop.send(producer, 1)
     shop.run()
     assert shop.events()[-1] == "e16"
 
 
-def test_a_topic_created_anew_is_not_followed_at_the_old_offsets(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_re_created_topic_is_not_followed_at_the_old_offsets(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(topic_follower, "METADATA_SECONDS", 0.2)
     for _ in range(5):
         shop.send(shop.topic.producer(), 1)
@@ -184,25 +184,25 @@ def test_a_topic_created_anew_is_not_followed_at_the_old_offsets(shop: Shop, mon
     try:
         assert state.ready.wait(30), state.error
         shop.topic.delete()
-        shop.topic.make(1)
+        shop.topic.create(1)
         for _ in range(10):
             shop.send(shop.topic.producer(), 1)
-        wait_for(lambda: state.error is not None, "serving goes on with another topic's messages")
+        wait_for(lambda: state.error is not None, "serving continued with messages of another topic")
         assert re.search(
             rf"'{shop.topic.name}' was deleted and re-created.*python -m app rebuild {EVENTS.name}", state.error or ""
         )
         rebuild_tables(shop.engine, PROJECT, [EVENTS.name])
         shop.run()
-        wait_for(lambda: state.error is None and on_hand(state.follower) == 15, "serving does not go on after the rebuild")
+        wait_for(lambda: state.error is None and on_hand(state.follower) == 15, "serving did not continue after the rebuild")
         assert len(shop.events()) == 15
     finally:
         state.stop()
 
 
-def test_scores_are_heard_of_from_a_time_on(broker: Broker) -> None:
-    """The topic is made by serving; where to begin is looked up by time."""
+def test_scores_are_received_from_a_start_time(broker: Broker) -> None:
+    """Serving creates the topic; the first offset is looked up by time."""
     topic, kafka = f"scores{time.time_ns():x}", KafkaSettings(bootstrap_servers=broker.bootstrap)  # type: ignore[call-arg]
-    heard: list[Score] = []
+    received: list[Score] = []
     first = ScoreTopic(kafka, topic, lambda score: None)
     first.start(datetime.now(UTC))
 
@@ -226,15 +226,15 @@ def test_scores_are_heard_of_from_a_time_on(broker: Broker) -> None:
         for number in range(20):
             first.write(score(f"o{number}"))
         assert first.flush(20) == 0
-        second = ScoreTopic(kafka, topic, heard.append)
+        second = ScoreTopic(kafka, topic, received.append)
         second.start(since)
         try:
             assert second.caught_up.wait(30)
-            assert sorted(one.order_id for one in heard) == sorted(f"o{number}" for number in range(20))
+            assert sorted(one.order_id for one in received) == sorted(f"o{number}" for number in range(20))
             broker.kill()
             broker.start()
             first.write(score("after"))
-            wait_for(lambda: heard[-1].order_id == "after", "scores are not heard of after a crash")
+            wait_for(lambda: received[-1].order_id == "after", "no scores were received after a crash")
         finally:
             second.stop()
     finally:

@@ -1,4 +1,4 @@
-"""The sandbox's shop on genuine servers: the same tables as on the sandbox's own."""
+"""The sandbox's data on real servers: the same tables as on the sandbox's servers."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def run(settings: Settings) -> None:
 
 
 def tables(settings: Settings) -> dict[str, Any]:
-    """Digests of all silver and gold tables; of accounts over time the rows, without the time of a delete: the source has
-    none but its server's clock."""
+    """Return digests of all silver and gold tables. For accounts over time, return the rows without the time of a delete, which
+    comes from the clock of the server."""
     lake, found = Lake(settings), {}
     for step in pipelines.STEPS:
         handle = lake.load(step.target)
@@ -62,7 +62,7 @@ def configured(home: Path, addresses: Addresses) -> Settings:
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """The tables as they are over the sandbox's own servers."""
+    """Yield the tables from the sandbox's servers."""
     home = tmp_path_factory.mktemp("sandbox")
     addresses = sandbox.start(home, orders=ORDERS, seed=SEED)
     try:
@@ -77,19 +77,17 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any
 
 
 @contextmanager
-def genuine(directory: Path, mongo: MongoWire) -> Iterator[Addresses]:
-    # the shop's messages are of long ago: a broker would forget them at once
+def real_servers(directory: Path, mongo: MongoWire) -> Iterator[Addresses]:
+    # the messages are old: retention would delete them at once
     with Broker(directory / "kafka", {"log.retention.ms": "-1"}) as broker, Cluster(directory / "postgres") as postgres, mongo:
         yield Addresses(postgres.dsn, mongo.uri, broker.bootstrap)
 
 
 @pytest.mark.parametrize("kind", [FerretDB, MongoJava])
-def test_the_shop_on_genuine_servers_gives_the_same_tables(
-    tmp_path: Path, kind: type[MongoWire], expected: dict[str, Any]
-) -> None:
+def test_real_servers_give_the_same_tables(tmp_path: Path, kind: type[MongoWire], expected: dict[str, Any]) -> None:
     home = tmp_path / "home"
     home.mkdir()
-    with genuine(tmp_path, kind(tmp_path / "mongo")) as addresses:
+    with real_servers(tmp_path, kind(tmp_path / "mongo")) as addresses:
         settings = configured(home, addresses)
         create_sources(addresses)
         filling.transform(addresses, home, ORDERS, SEED, "USD", None)
@@ -102,5 +100,5 @@ def test_the_shop_on_genuine_servers_gives_the_same_tables(
         bronze = [name for source in pipelines.sources(settings) for name in source.tables]
         with open_engine(settings) as engine:
             rebuild_tables(engine, PROJECT, [*bronze, *(step.target.name for step in pipelines.STEPS)])
-        again = tables(settings)
-        assert {name for name in found if found[name] != again[name]} == set()
+        rebuilt = tables(settings)
+        assert {name for name in found if found[name] != rebuilt[name]} == set()
