@@ -26,7 +26,7 @@ from pipelines.bronze.tables import POSTGRES_TABLES, TABLES
 from pipelines.settings import PostgresSettings
 from pipelines.sources.postgres import connection, initial_read, slot
 from pipelines.sources.postgres.checks import check_server
-from pipelines.sources.postgres.server_state import read_server_state
+from pipelines.sources.postgres.replication_state import read_replication_state
 from pipelines.sources.postgres.slot import peek_messages
 from pipelines.sources.postgres.source import PostgresSource
 from pipelines.sources.postgres.stream import StreamTask
@@ -784,7 +784,7 @@ def test_rows_hidden_by_a_policy_are_an_error(shop: Shop) -> None:
 
 def test_server_states_that_the_test_server_cannot_have(shop: Shop) -> None:
     with psycopg.connect(shop.dsn) as admin:
-        state = read_server_state(admin, shop.settings)
+        state = read_replication_state(admin, shop.settings)
     for changed, text in (
         ({"wal_level": "replica"}, "wal_level is 'replica', expected 'logical'. Set wal_level = logical"),
         ({"slot_exists": True, "slot_plugin": "wal2json", "slot_database": state.current_database}, "expected pgoutput"),

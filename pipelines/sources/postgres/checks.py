@@ -16,11 +16,11 @@ from pipelines.settings import PostgresSettings
 from pipelines.sources.postgres.connection import connect
 from pipelines.sources.postgres.errors import SlotAdvancedElsewhere, resnapshot_hint
 from pipelines.sources.postgres.positions import format_lsn, last_read_lsn, parse_lsn, slot_time, table_lsns
-from pipelines.sources.postgres.server_state import ServerState
+from pipelines.sources.postgres.replication_state import ReplicationState
 
 
 def check_server(
-    state: ServerState, settings: PostgresSettings, continuing: Mapping[str, Position], stored: Mapping[str, Position]
+    state: ReplicationState, settings: PostgresSettings, continuing: Mapping[str, Position], stored: Mapping[str, Position]
 ) -> None:
     """Raise SourceError when the server cannot deliver changes, OffsetExpired when it no longer has the next ones."""
     _check_configuration(state, settings, stored)
@@ -34,7 +34,7 @@ def check_server(
         )
 
 
-def _check_configuration(state: ServerState, settings: PostgresSettings, stored: Mapping[str, Position]) -> None:
+def _check_configuration(state: ReplicationState, settings: PostgresSettings, stored: Mapping[str, Position]) -> None:
     if state.wal_level != "logical":
         raise SourceError(
             f"PostgreSQL: wal_level is '{state.wal_level}', expected 'logical'. Set wal_level = logical and restart the server."
@@ -52,7 +52,7 @@ def _check_configuration(state: ServerState, settings: PostgresSettings, stored:
         )
 
 
-def _check_system(state: ServerState, continuing: Mapping[str, Position], stored: Mapping[str, Position]) -> None:
+def _check_system(state: ReplicationState, continuing: Mapping[str, Position], stored: Mapping[str, Position]) -> None:
     systems = {str(position["system"]) for position in continuing.values() if position.get("system")}
     if state.system and systems - {state.system}:
         raise OffsetExpired(
@@ -63,7 +63,7 @@ def _check_system(state: ServerState, continuing: Mapping[str, Position], stored
 
 
 def _check_slot(
-    state: ServerState, settings: PostgresSettings, continuing: Mapping[str, Position], stored: Mapping[str, Position]
+    state: ReplicationState, settings: PostgresSettings, continuing: Mapping[str, Position], stored: Mapping[str, Position]
 ) -> None:
     if state.slot_plugin != "pgoutput" or state.slot_database != state.current_database:
         raise SourceError(
@@ -91,7 +91,7 @@ def _check_slot(
         )
 
 
-def check_not_restored(state: ServerState, continuing: Mapping[str, Position], stored: Mapping[str, Position]) -> None:
+def check_not_restored(state: ReplicationState, continuing: Mapping[str, Position], stored: Mapping[str, Position]) -> None:
     """Raise OffsetExpired when the server is at an earlier point in time than the tables: other changes follow in its WAL."""
     read = last_read_lsn(continuing, stored)
     if read is not None and read > state.flushed_lsn:
@@ -102,7 +102,7 @@ def check_not_restored(state: ServerState, continuing: Mapping[str, Position], s
 
 
 def check_timelines(
-    state: ServerState, settings: PostgresSettings, continuing: Mapping[str, Position], stored: Mapping[str, Position]
+    state: ReplicationState, settings: PostgresSettings, continuing: Mapping[str, Position], stored: Mapping[str, Position]
 ) -> None:
     """Raise OffsetExpired when tables were read past the LSN at which the server's history left the timeline they were read on.
 
@@ -135,7 +135,7 @@ def _timeline_ends(settings: PostgresSettings, timeline: int) -> dict[int, int]:
     return {int(line[0]): parse_lsn(line[1]) for line in lines}
 
 
-def resumable_positions(state: ServerState, stored: Mapping[str, Position]) -> dict[str, Position]:
+def resumable_positions(state: ReplicationState, stored: Mapping[str, Position]) -> dict[str, Position]:
     """Return the previous positions of tables that are re-snapshotted although the slot still has all of their next changes."""
     if state.confirmed_lsn is None or state.wal_status == "lost":
         return {}

@@ -24,8 +24,8 @@ from pipelines.sources.postgres.columns import planned_schema, target_column
 from pipelines.sources.postgres.connection import connect
 from pipelines.sources.postgres.errors import postgres_errors
 from pipelines.sources.postgres.positions import slot_time, stored_position
+from pipelines.sources.postgres.replication_state import ReplicationState
 from pipelines.sources.postgres.rows import BATCH_BYTES, BATCH_ROWS, bronze_batch, repeated
-from pipelines.sources.postgres.server_state import ServerState
 from pipelines.sources.postgres.slot import exported_snapshot
 from pipelines.sources.postgres.stream import StreamTask
 
@@ -35,7 +35,7 @@ BLOCKS_PER_TASK = 4096
 
 def plan_initial_read(
     settings: PostgresSettings,
-    state: ServerState,
+    state: ReplicationState,
     unread: Sequence[PublishedTable],
     stored: Mapping[str, Position],
     schemas: Mapping[str, pa.Schema],
@@ -122,7 +122,7 @@ class InitialRead:
     """
 
     settings: PostgresSettings = field(repr=False)
-    state: ServerState
+    state: ReplicationState
     stored: Mapping[str, Position]
     published: Sequence[PublishedTable]
     schemas: Mapping[str, pa.Schema]

@@ -30,7 +30,7 @@ from pipelines.sources.postgres.connection import connect
 from pipelines.sources.postgres.errors import postgres_errors
 from pipelines.sources.postgres.initial_read import plan_initial_read
 from pipelines.sources.postgres.positions import table_lsns
-from pipelines.sources.postgres.server_state import ServerState, flush_commits, read_server_state
+from pipelines.sources.postgres.replication_state import ReplicationState, flush_commits, read_replication_state
 from pipelines.sources.postgres.slot import advance_slot, drop_slot, has_changes
 from pipelines.sources.postgres.stream import StreamTask
 
@@ -80,16 +80,16 @@ class PostgresSource:
 
     def _checked_state(
         self, connection: psycopg.Connection[Any], continuing: Mapping[str, Position], stored: Mapping[str, Position]
-    ) -> ServerState:
+    ) -> ReplicationState:
         """Return the server's state when the server has every change that comes next; a lost slot is dropped."""
-        state = read_server_state(connection, self.settings)
+        state = read_replication_state(connection, self.settings)
         check_server(state, self.settings, continuing, stored)
         if state.wal_status == "lost":
             drop_slot(connection, self.settings)
-            state = read_server_state(connection, self.settings)
+            state = read_replication_state(connection, self.settings)
         if state.has_unflushed_commits:
             flush_commits(connection)
-            state = read_server_state(connection, self.settings)
+            state = read_replication_state(connection, self.settings)
         check_not_restored(state, continuing, stored)
         check_timelines(state, self.settings, continuing, stored)
         return state
@@ -105,7 +105,7 @@ class PostgresSource:
         """Return how much WAL is not committed to bronze yet; 'up to date' when it has no change of a published table."""
         stored = {table: position for table in self.tables if (position := positions.get(table))}
         with postgres_errors(self.settings), connect(self.settings) as connection:
-            state = read_server_state(connection, self.settings)
+            state = read_replication_state(connection, self.settings)
             tables = published_tables(connection, self.settings) if state.publication_exists else []
             text = self._slot_lag(connection, state, stored)
         published = {item.bronze_table for item in tables}
@@ -114,7 +114,7 @@ class PostgresSource:
             for table in self.tables
         }
 
-    def _slot_lag(self, connection: psycopg.Connection[Any], state: ServerState, stored: Mapping[str, Position]) -> str:
+    def _slot_lag(self, connection: psycopg.Connection[Any], state: ReplicationState, stored: Mapping[str, Position]) -> str:
         if state.confirmed_lsn is None or state.wal_status == "lost":
             return f"replication slot {'lost' if state.slot_exists else 'missing'}"
         behind = state.flushed_lsn - max(*table_lsns(stored).values(), state.confirmed_lsn, 0)

@@ -12,7 +12,7 @@ from pipelines.settings import PostgresSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerState:
+class ReplicationState:
     """State of the server, the slot and the publication.
 
     flushed_lsn             how far the WAL is written to disk
@@ -61,14 +61,14 @@ QUERY = """
 """
 
 
-def read_server_state(connection: psycopg.Connection[Any], settings: PostgresSettings) -> ServerState:
+def read_replication_state(connection: psycopg.Connection[Any], settings: PostgresSettings) -> ReplicationState:
     """Read the state. Raises SourceError when the server is a standby."""
     row = connection.execute(QUERY, {"publication": settings.publication, "slot": settings.slot}).fetchone()
     assert row is not None
     if row[0] is None:
         raise SourceError("PostgreSQL: the server is a standby. Point postgres.dsn (SHOPSPHERE_POSTGRES__DSN) at the primary.")
     flushed = int(row[0])
-    return ServerState(
+    return ReplicationState(
         flushed_lsn=flushed,
         readable_lsn=flushed if row[1] is None else min(flushed, int(row[1])),
         system=row[2],
