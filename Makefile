@@ -29,7 +29,7 @@ test-slow: $(READY) ## The slow tests: kills, Ray, servers under load, the model
 		tests/pipelines/test_laws.py tests/lakehouse/test_ray_tasks.py tests/lakehouse/test_object_store.py tests/pipelines/test_online_retail_lakehouse.py tests/pipelines/test_erasure.py tests/pipelines/test_erasure_kill.py
 	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile tests/ml/test_fraud_model.py tests/ml/test_training.py \
 		tests/ml/test_registry.py tests/ml/test_order_features.py
-	@$(BIN)/python -m pytest -m slow tests/serve/test_serve_on_ray.py tests/serve/test_edges.py tests/serve/test_openapi.py tests/app/test_demo.py
+	@$(BIN)/python -m pytest -m slow tests/serve/test_serve_on_ray.py tests/serve/test_http.py tests/serve/test_openapi.py tests/app/test_demo.py
 
 build/iceberg-rest/.ready: tests/servers/iceberg-pom.xml
 	@mvn -q -B -f $< dependency:copy-dependencies -DoutputDirectory=$(CURDIR)/build/iceberg-rest

@@ -1,4 +1,4 @@
-"""Fraud scores over HTTP, from a lakehouse filled by `run`, a real broker and a real registry."""
+"""Fraud scores over HTTP on a lakehouse filled by `run`, a real broker and a real registry."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import polars as pl
 import psycopg
 import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
-from support.scoring_desk import TOPIC, Desk, made, replica, running, trained
+from support.scoring_desk import TOPIC, Desk, order_body, replica, running, train_model
 from support.waiting import wait_for
 
 from app import sandbox
 from app.project import PROJECT
-from ml.evaluation.served_scores import served_scores as served_scores
+from ml.evaluation.served_scores import served_scores
 from ml.features.compute import compute
 from ml.features.declarations import LABEL_DELAY, ORDER_COLUMNS, OrderHistory
 from ml.features.groups import FEATURES
@@ -49,55 +49,55 @@ def desk(filled: Settings) -> Iterator[Desk]:
             write(score)
 
         application.scores.write = keep  # type: ignore[method-assign]
-        no_model_yet(desk)
+        check_without_model(desk)
         registry = Registry(home=filled.home)
-        registry.promote(registry.record(trained(filled, 1)).number)
+        registry.promote(registry.record(train_model(filled, 1)).number)
         wait_for(lambda: application.models.current.champion is not None)
         yield desk
 
 
-def no_model_yet(desk: Desk) -> None:
-    """Before the first training: the one moment at which this can be seen."""
-    response = desk.client.post("/v1/fraud/score", json=made())
+def check_without_model(desk: Desk) -> None:
+    """Check the answer without a model, which is only possible before the first training."""
+    response = desk.client.post("/v1/fraud/score", json=order_body())
     assert response.status_code == 503
     assert "python -m app train" in response.json()["detail"]
     assert response.headers["retry-after"]
 
 
-def test_a_score_is_the_models_with_its_reasons(desk: Desk) -> None:
-    told = desk.score(order_id="first", user_id=3, total_amount="900.00", card_fingerprint="c-new", device_id="d-new")
+def test_score_and_reasons_are_those_of_the_model(desk: Desk) -> None:
+    answer = desk.score(order_id="first", user_id=3, total_amount="900.00", card_fingerprint="c-new", device_id="d-new")
     model = desk.application.models.current.champion
     assert model is not None
     seen = pl.DataFrame([desk.features("first")], schema={one.name: one.dtype for one in FEATURES})
-    assert told["score"] == pytest.approx(float(model.model.score(seen)[0]), abs=1e-6)
-    assert told["threshold"] == model.threshold
-    assert told["model"] == {"name": "fraud", "version": model.number, "alias": "champion"}
-    contributions = [one["contribution"] for one in told["reasons"]]
+    assert answer["score"] == pytest.approx(float(model.model.score(seen)[0]), abs=1e-6)
+    assert answer["threshold"] == model.threshold
+    assert answer["model"] == {"name": "fraud", "version": model.number, "alias": "champion"}
+    contributions = [one["contribution"] for one in answer["reasons"]]
     assert contributions == sorted(contributions, reverse=True)
     assert min(contributions) > 0
     added = model.model.contributions_matrix(model.model.matrix(seen), approximate=True)[0]
     assert contributions == pytest.approx(sorted(added[:-1], reverse=True)[: len(contributions)], abs=1e-5)
-    assert all(one["text"] and one["feature"] in seen.columns for one in told["reasons"])
-    assert told["as_of"]["snapshots"].keys() >= {"silver.orders_unified", "gold.inventory_health"}
-    assert told["as_of"]["offsets"]
+    assert all(one["text"] and one["feature"] in seen.columns for one in answer["reasons"])
+    assert answer["as_of"]["snapshots"].keys() >= {"silver.orders_unified", "gold.inventory_health"}
+    assert answer["as_of"]["offsets"]
 
 
-def test_the_same_order_gets_the_same_answer_and_counts_once(desk: Desk) -> None:
-    of = {"card_fingerprint": f"card{time.time_ns()}", "user_id": 5}
-    first = desk.score(order_id="same", **of)
-    assert desk.score(order_id="same", **of) == first
-    assert desk.score(order_id="same", **of, total_amount="1.00") == first
+def test_repeated_order_gets_the_same_answer_and_counts_once(desk: Desk) -> None:
+    fields = {"card_fingerprint": f"card{time.time_ns()}", "user_id": 5}
+    first = desk.score(order_id="same", **fields)
+    assert desk.score(order_id="same", **fields) == first
+    assert desk.score(order_id="same", **fields, total_amount="1.00") == first
     assert [one.order_id for one in desk.written].count("same") == 1
-    desk.score(order_id="next", **of)
+    desk.score(order_id="next", **fields)
     assert desk.features("next")["card_orders_1h"] == 1
     assert desk.features("next")["card_amount_1h"] == 120
 
 
-def test_a_batch_is_its_orders_one_after_the_other(desk: Desk) -> None:
+def test_batch_scores_orders_in_time_order(desk: Desk) -> None:
     card = f"card{time.time_ns()}"
     moment = datetime(2026, 1, 20, 12, tzinfo=UTC)
     orders = [
-        made(order_id=f"batch{n}", card_fingerprint=card, created_at=(moment + timedelta(minutes=n)).isoformat())
+        order_body(order_id=f"batch{n}", card_fingerprint=card, created_at=(moment + timedelta(minutes=n)).isoformat())
         for n in range(5)
     ]
     response = desk.client.post("/v1/fraud/score:batch", json={"orders": orders})
@@ -122,19 +122,19 @@ def test_replicas_share_orders_and_answers(desk: Desk) -> None:
     other = replica(desk.settings)
     with running(other) as client:
         wait_for(lambda: other.models.current.champion is not None)
-        assert client.post("/v1/fraud/score", json=made(order_id="shared", card_fingerprint=card)).json() == first
+        assert client.post("/v1/fraud/score", json=order_body(order_id="shared", card_fingerprint=card)).json() == first
         desk.score(order_id="shared2", card_fingerprint=card)
         wait_for(lambda: other.fraud.recent.answer_of("shared2", datetime.now(UTC)) is not None)
-        heard: list[Score] = []
-        other.scores.write = heard.append  # type: ignore[method-assign]
-        assert client.post("/v1/fraud/score", json=made(card_fingerprint=card)).status_code == 200
-        assert heard[0].features["card_orders_1h"] == 2
+        written_by_other: list[Score] = []
+        other.scores.write = written_by_other.append  # type: ignore[method-assign]
+        assert client.post("/v1/fraud/score", json=order_body(card_fingerprint=card)).status_code == 200
+        assert written_by_other[0].features["card_orders_1h"] == 2
 
 
-def test_another_champion_takes_over_while_orders_are_scored(desk: Desk) -> None:
+def test_new_champion_takes_over_while_orders_are_scored(desk: Desk) -> None:
     registry = Registry(home=desk.settings.home)
     before = registry.champion_number()
-    challenger = registry.record(trained(desk.settings, 2)).number
+    challenger = registry.record(train_model(desk.settings, 2)).number
     wait_for(lambda: desk.application.models.current.challenger is not None)
     desk.score(order_id="shadowed")
     shadow = next(one.challenger for one in desk.written if one.order_id == "shadowed")
@@ -144,12 +144,12 @@ def test_another_champion_takes_over_while_orders_are_scored(desk: Desk) -> None
     versions: list[int] = []
     stop = threading.Event()
 
-    def shoot() -> None:
+    def score_continuously() -> None:
         while not stop.is_set():
             versions.append(desk.score()["model"]["version"])
 
-    shooting = threading.Thread(target=shoot)
-    shooting.start()
+    thread = threading.Thread(target=score_continuously)
+    thread.start()
     try:
         wait_for(lambda: len(versions) > 3)
         registry.promote(challenger)
@@ -158,12 +158,12 @@ def test_another_champion_takes_over_while_orders_are_scored(desk: Desk) -> None
         assert time.monotonic() - promoted < 10
     finally:
         stop.set()
-        shooting.join()
+        thread.join()
     assert versions == sorted(versions)
     assert set(versions) == {before, challenger}
 
 
-def test_account_events_of_the_tail_count(desk: Desk) -> None:
+def test_account_events_after_the_snapshot_count(desk: Desk) -> None:
     scoring = desk.application.fraud.scoring
     assert scoring is not None
     moment = datetime.now(UTC) - timedelta(minutes=3)
@@ -175,23 +175,23 @@ def test_account_events_of_the_tail_count(desk: Desk) -> None:
         "metadata": {"device_id": "d-tail"},
     }
     producer = Producer({"bootstrap.servers": desk.settings.kafka.bootstrap_servers})
-    heard = len(scoring.follower.stock.account_events)
-    for outcome in range(3):  # it comes again: once the same, once corrected
-        again = event if outcome < 2 else event | {"timestamp": (moment - timedelta(days=2)).isoformat()}
-        producer.produce("events", json.dumps(again).encode())
+    before = len(scoring.follower.stock.account_events)
+    for outcome in range(3):  # repeated unchanged, then corrected
+        repeated = event if outcome < 2 else event | {"timestamp": (moment - timedelta(days=2)).isoformat()}
+        producer.produce("events", json.dumps(repeated).encode())
         producer.flush(10)
         if outcome == 0:
-            wait_for(lambda: len(scoring.follower.stock.account_events) == heard + 1)
+            wait_for(lambda: len(scoring.follower.stock.account_events) == before + 1)
             desk.score(order_id="after-login", user_id=7)
-    wait_for(lambda: len(scoring.follower.stock.account_events) == heard + 3)
+    wait_for(lambda: len(scoring.follower.stock.account_events) == before + 3)
     desk.score(order_id="after-correction", user_id=7)
     assert desk.features("after-login")["account_failed_logins_1h"] == 1
     assert desk.features("after-correction")["account_failed_logins_1h"] == 0
     assert desk.features("after-correction")["account_minutes_since_failed_login"] == pytest.approx(2 * 24 * 60 + 3, abs=1)
 
 
-def test_memory_made_anew_knows_what_was_scored(desk: Desk) -> None:
-    """Also what is scored while it is made; what is forgotten counts no more, and is not missed."""
+def test_rebuilt_scoring_state_contains_recent_orders(desk: Desk) -> None:
+    """Also orders scored during the rebuild; removed orders no longer count."""
     card = f"card{time.time_ns()}"
     fraud = desk.application.fraud
     before = fraud.scoring
@@ -219,26 +219,28 @@ def test_memory_made_anew_knows_what_was_scored(desk: Desk) -> None:
     orders = pl.concat([scoring.reference.entities, pl.DataFrame(history, schema=ORDER_COLUMNS)])
     later = account_events(scoring.follower.stock.later.select(EVENT_READS))
     events = pl.concat([scoring.events, later])
-    (want,) = compute(entity, OrderHistory(orders, events, scoring.reference.categories)).drop("order_id", "placed_at").to_dicts()
-    told = desk.features("last")
-    off = {name: (told[name], want[name]) for name in told if told[name] != want[name]}
-    assert off == {}
+    (offline,) = (
+        compute(entity, OrderHistory(orders, events, scoring.reference.categories)).drop("order_id", "placed_at").to_dicts()
+    )
+    online = desk.features("last")
+    different = {name: (online[name], offline[name]) for name in online if online[name] != offline[name]}
+    assert different == {}
 
 
-def test_a_model_that_is_no_forest_is_asked_in_its_own_way(desk: Desk) -> None:
+def test_model_that_forest_does_not_support_is_scored_by_xgboost(desk: Desk) -> None:
     champion = desk.application.models.current.champion
     assert champion is not None
     desk.score(order_id="both-ways", user_id=5)
     values = [desk.features("both-ways")[feature.name] for feature in FEATURES]
-    told = [math.nan if value is None else value for value in values]
-    score, added = champion.explain(told)
-    slow_score, slow_added = replace(champion, forest=None).explain(told)
+    features = [math.nan if value is None else value for value in values]
+    score, added = champion.explain(features)
+    slow_score, slow_added = replace(champion, forest=None).explain(features)
     assert slow_score == pytest.approx(score, abs=1e-6)
-    assert replace(champion, forest=None).score(told) == slow_score
+    assert replace(champion, forest=None).score(features) == slow_score
     assert slow_added == pytest.approx(added, abs=1e-4)
 
 
-def test_a_score_that_must_wait_keeps_nobody_else_waiting(desk: Desk) -> None:
+def test_waiting_score_does_not_block_other_requests(desk: Desk) -> None:
     with desk.application.fraud._lock, ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(desk.score, order_id="waits")
         assert desk.client.get("/-/healthz").status_code == 200
@@ -252,11 +254,11 @@ def test_a_score_that_must_wait_keeps_nobody_else_waiting(desk: Desk) -> None:
             desk.application.fraud._lock.acquire()
 
 
-def test_scores_are_kept_as_events_without_an_account(desk: Desk) -> None:
+def test_scores_are_written_as_events_without_an_account(desk: Desk) -> None:
     desk.score(order_id="kept", user_id=4)
     assert desk.application.scores.flush(10) == 0
-    asked = {"bootstrap.servers": desk.settings.kafka.bootstrap_servers, "group.id": "test", "enable.partition.eof": True}
-    consumer = Consumer(asked)
+    properties = {"bootstrap.servers": desk.settings.kafka.bootstrap_servers, "group.id": "test", "enable.partition.eof": True}
+    consumer = Consumer(properties)
     consumer.assign([TopicPartition(TOPIC, number, 0) for number in range(3)])
     found: list[Any] = []
     ends = 0
@@ -291,14 +293,14 @@ def test_scores_are_kept_as_events_without_an_account(desk: Desk) -> None:
         ({"device": "d"}, "device"),
     ],
 )
-def test_a_wrong_order_is_told_which_field(desk: Desk, change: dict[str, Any], field: str) -> None:
-    response = desk.client.post("/v1/fraud/score", json=made(**change))
+def test_invalid_order_names_the_field(desk: Desk, change: dict[str, Any], field: str) -> None:
+    response = desk.client.post("/v1/fraud/score", json=order_body(**change))
     assert response.status_code == (409 if change.get("created_at", "").endswith("Z") else 400)
     assert response.json()["errors"][0]["field"] == field
 
 
-def test_an_order_twice_in_a_batch_is_one_order(desk: Desk) -> None:
-    orders = [made(order_id="twice"), made(order_id="other"), made(order_id="twice", total_amount="9.00")]
+def test_repeated_order_in_a_batch_is_one_order(desk: Desk) -> None:
+    orders = [order_body(order_id="twice"), order_body(order_id="other"), order_body(order_id="twice", total_amount="9.00")]
     scores = desk.client.post("/v1/fraud/score:batch", json={"orders": orders}).json()["scores"]
     assert [one["order_id"] for one in scores] == ["twice", "other", "twice"]
     assert scores[0] == scores[2]
@@ -306,18 +308,18 @@ def test_an_order_twice_in_a_batch_is_one_order(desk: Desk) -> None:
     assert [one.order_id for one in desk.written].count("twice") == 1
 
 
-def test_a_whole_number_may_have_a_point(desk: Desk) -> None:
+def test_integers_may_be_written_as_floats(desk: Desk) -> None:
     desk.score(order_id="point", user_id=3.0, items=[{"product_id": "P0001", "quantity": 2.0, "unit_price": "60"}])
     assert desk.written[-1].entity["account"] == 3
 
 
-def test_an_amount_of_any_size_is_scored_or_refused(desk: Desk) -> None:
+def test_any_amount_is_scored_or_rejected(desk: Desk) -> None:
     for amount in ("-5", "0", "0.00000001", "99999999999999.99", "1e30", "NaN", "Infinity"):
-        response = desk.client.post("/v1/fraud/score", json=made(total_amount=amount))
+        response = desk.client.post("/v1/fraud/score", json=order_body(total_amount=amount))
         assert response.status_code in (200, 400), (amount, response.text)
 
 
-def test_an_order_is_forgotten_when_the_lakehouse_has_it_or_should_have() -> None:
+def test_order_is_removed_once_the_lakehouse_has_it_or_should_have_it() -> None:
     now = datetime(2026, 1, 31, tzinfo=UTC)
     recent: RecentScores[Any] = RecentScores(timedelta(hours=1))
     for name, age in (("placed", 2), ("dropped", 2), ("young", 0.1)):
@@ -332,8 +334,8 @@ def test_an_order_is_forgotten_when_the_lakehouse_has_it_or_should_have() -> Non
     assert list(recent.scored) == ["young"]
 
 
-def test_what_was_served_is_reproduced_from_the_lakehouse(desk: Desk) -> None:
-    """The shop's time goes on: its new orders are scored one by one, `run` reads them, features are computed offline."""
+def test_served_scores_are_reproduced_from_the_lakehouse(desk: Desk) -> None:
+    """New orders are scored one by one, `run` ingests them, and their features are computed offline."""
     dsn = desk.settings.postgres.dsn.get_secret_value()
     with psycopg.connect(dsn, autocommit=True) as connection:
         (last,) = connection.execute("SELECT max(order_id) FROM orders").fetchone() or (0,)
@@ -380,39 +382,39 @@ def test_what_was_served_is_reproduced_from_the_lakehouse(desk: Desk) -> None:
     model = desk.application.models.current.champion
     assert model is not None
     assert offline.height == len(served) > 20
-    # every score from the features kept with it
-    told = [json.loads(text) for text in kept["metadata"]]
-    mine = [one for one in told if one["order_ref"] in served]
+    # every score from the features stored with it
+    metadata = [json.loads(text) for text in kept["metadata"]]
+    mine = [one for one in metadata if one["order_ref"] in served]
     assert {one["order_ref"] for one in mine} == served.keys()
     seen = pl.DataFrame([one["features"] for one in mine], schema={one.name: one.dtype for one in FEATURES})
-    again = model.model.score(seen)
-    assert [served[one["order_ref"]] for one in mine] == pytest.approx(again.tolist(), abs=1e-6)
+    rescored = model.model.score(seen)
+    assert [served[one["order_ref"]] for one in mine] == pytest.approx(rescored.tolist(), abs=1e-6)
     assert kept["user_id"].null_count() == kept["device_id"].null_count() == kept.height
-    # monitor counts the same orders, and explains those that differ
+    # monitor counts the same orders and explains the differences
     assert seen_by_monitor.known == len(served)
     assert seen_by_monitor.unread == 0
     assert seen_by_monitor.scored >= seen_by_monitor.known
     assert 0 < seen_by_monitor.equal <= len(served)
     assert seen_by_monitor.rescored == len(served)
-    matching = sum(abs(model_again - served[one]) <= 1e-6 for one, model_again in offline_scores(offline, model.model).items())
+    matching = sum(abs(score - served[order_id]) <= 1e-6 for order_id, score in offline_scores(offline, model.model).items())
     assert seen_by_monitor.same_score == matching
-    # and served with what the lakehouse knows by now, it is the score of training's own features
-    model_again = dict(zip(offline["order_id"], model.model.score(offline).tolist(), strict=True))
+    # served from the updated lakehouse, scores equal those of the features computed for training
+    expected = dict(zip(offline["order_id"], model.model.score(offline).tolist(), strict=True))
     with running(replica(settings, scores_topic="")) as client:
-        wait_for(lambda: client.post("/v1/fraud/score", json=made()).status_code == 200)
+        wait_for(lambda: client.post("/v1/fraud/score", json=order_body()).status_code == 200)
         now = client.post("/v1/fraud/score:batch", json={"orders": bodies}).json()["scores"]
-    assert {one["order_id"]: one["score"] for one in now} == pytest.approx(model_again, abs=1e-6)
+    assert {one["order_id"]: one["score"] for one in now} == pytest.approx(expected, abs=1e-6)
 
 
 def offline_scores(offline: pl.DataFrame, model: Any) -> dict[str, float]:
     return dict(zip(offline["order_id"], model.score(offline).tolist(), strict=True))
 
 
-def test_the_champions_label_delay_is_served(desk: Desk) -> None:
+def test_features_use_the_champions_label_delay(desk: Desk) -> None:
     registry = Registry(home=desk.settings.home)
     fraud, before = desk.application.fraud, registry.champion_number()
     assert before is not None
-    registry.promote(registry.record(replace(trained(desk.settings, 31), label_delay=timedelta(days=20))).number)
+    registry.promote(registry.record(replace(train_model(desk.settings, 31), label_delay=timedelta(days=20))).number)
     try:
         wait_for(lambda: fraud.scoring is not None and fraud.scoring.online.delay == timedelta(days=20) // MICROSECOND)
         assert desk.score()["model"]["version"] != before

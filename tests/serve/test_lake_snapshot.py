@@ -1,4 +1,4 @@
-"""From figures back to offsets: also after compaction and expiry, while a run is half done, and when the way is lost."""
+"""The offsets behind the figures: after compaction and expiry, during a run, and when an upstream snapshot has expired."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def engine(tmp_path: Path) -> Engine:
     return engine
 
 
-def test_nothing_is_known_of_an_empty_lakehouse(tmp_path: Path) -> None:
+def test_empty_lakehouse_has_no_offsets(tmp_path: Path) -> None:
     engine = make_engine(tmp_path)
     snapshot = read_lake_snapshot(newest_chain(engine.lake))
     assert (snapshot.offsets, snapshot.stock.height, len(snapshot.event_id_hashes), snapshot.committed_at) == ({}, 0, 0, None)
 
 
-def test_the_offsets_are_those_of_the_figures_not_of_bronze(engine: Engine) -> None:
+def test_offsets_are_those_behind_the_figures_not_of_bronze(engine: Engine) -> None:
     assert newest_chain(engine.lake).offsets == {"events:0": 12}
-    # a run that has got as far as bronze, then as far as events
+    # a run that has finished bronze, then each step
     ingest(engine, [received(12)], steps=())
     for step in STEPS:
         assert newest_chain(engine.lake).offsets == {"events:0": 12}
@@ -52,12 +52,12 @@ def test_the_offsets_are_those_of_the_figures_not_of_bronze(engine: Engine) -> N
     assert newest_chain(engine.lake).offsets == {"events:0": 13}
 
 
-def test_events_that_move_no_stock_move_the_offsets(engine: Engine) -> None:
+def test_events_without_stock_advance_the_offsets(engine: Engine) -> None:
     ingest(engine, [message(12, "view_product", 1, "v1")])
     assert newest_chain(engine.lake).offsets == {"events:0": 13}
 
 
-def test_it_is_the_same_after_compaction_and_expiry(engine: Engine) -> None:
+def test_snapshot_is_unchanged_by_compaction_and_expiry(engine: Engine) -> None:
     before = newest_chain(engine.lake)
     stock = figures_online(StockState(read_lake_snapshot(before), engine.context))
     lake = Lake(Settings(home=engine.lake.settings.home, snapshot_retention_hours=0))
@@ -72,8 +72,8 @@ def test_it_is_the_same_after_compaction_and_expiry(engine: Engine) -> None:
     assert stock == figures_of(ledger)
 
 
-def test_a_lost_way_is_an_error_with_a_way_out(engine: Engine) -> None:
-    """Silver was not brought up to date for longer than snapshots are kept, while bronze was."""
+def test_expired_upstream_snapshot_is_an_error_with_instructions(engine: Engine) -> None:
+    """Bronze was updated, but silver was not for longer than snapshots are retained."""
     handle = engine.lake.load(EVENTS)
     handle.commit([], positions={"kafka": {"events:0": 20}}, changes_rows=True)
     lake = Lake(Settings(home=engine.lake.settings.home, snapshot_retention_hours=0))

@@ -1,4 +1,4 @@
-"""`python -m app serve` on Ray Serve: replicas killed, models swapped and a broker that stands still, all under load."""
+"""`python -m app serve` on Ray Serve under load: killed replicas, a new champion and a suspended broker."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 from confluent_kafka import Producer
-from support.scoring_desk import made, trained
+from support.scoring_desk import order_body, train_model
 from support.waiting import wait_for
 
 from app.sandbox.servers import sandbox_directory
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass
 class Served:
-    """A serving with two replicas."""
+    """A running server with two replicas."""
 
     settings: Settings
     port: int
@@ -51,24 +51,24 @@ class Served:
 
     @property
     def replicas(self) -> list[psutil.Process]:
-        """The replicas of this serving; others may run on this machine."""
-        return self.family("ServeReplica")
+        """The replicas of this server; others may run on this machine."""
+        return self.children("ServeReplica")
 
-    def family(self, named: str) -> list[psutil.Process]:
-        """Processes of this serving with this in their command line."""
-        return [one for one in psutil.Process(self.process.pid).children(recursive=True) if _is(one, named)]
+    def children(self, name: str) -> list[psutil.Process]:
+        """Return the processes of this server with `name` in their command line."""
+        return [one for one in psutil.Process(self.process.pid).children(recursive=True) if _matches(one, name)]
 
 
-def _is(process: psutil.Process, named: str) -> bool:
+def _matches(process: psutil.Process, name: str) -> bool:
     try:
-        return named in "".join(process.cmdline())
-    except psutil.Error:  # it is no more
+        return name in "".join(process.cmdline())
+    except psutil.Error:  # it has ended
         return False
 
 
 @dataclass
 class Load:
-    """Requests from several threads until the end of the block: how many, and which failed."""
+    """Sends requests from several threads until the end of the block, and records answers and failures."""
 
     served: Served
     threads: int = 4
@@ -77,7 +77,7 @@ class Load:
 
     def __enter__(self) -> Load:
         self.stopping = threading.Event()
-        self.running = [threading.Thread(target=self._shoot, args=(number,)) for number in range(self.threads)]
+        self.running = [threading.Thread(target=self._send_requests, args=(number,)) for number in range(self.threads)]
         for thread in self.running:
             thread.start()
         return self
@@ -87,24 +87,24 @@ class Load:
         for thread in self.running:
             thread.join()
 
-    def _shoot(self, number: int) -> None:
+    def _send_requests(self, number: int) -> None:
         while not self.stopping.is_set():
-            began = time.time()
+            started = time.time()
             try:
-                path, body = ("/v1/fraud/score", made()) if number % 2 else ("/v1/inventory/P0001", None)
-                status, told = self.served.ask(path, body)
+                path, body = ("/v1/fraud/score", order_body()) if number % 2 else ("/v1/inventory/P0001", None)
+                status, answer = self.served.ask(path, body)
             except OSError as error:
-                status, told = 0, repr(error)
+                status, answer = 0, repr(error)
             if status == 200:
-                self.answers.append((began, number, told))
+                self.answers.append((started, number, answer))
             else:
-                self.failures.append((began, (status, told)))
+                self.failures.append((started, (status, answer)))
 
 
 @pytest.fixture(scope="module")
 def served(filled: Settings) -> Iterator[Served]:
     registry = Registry(home=filled.home)
-    registry.promote(registry.record(trained(filled, 11)).number)
+    registry.promote(registry.record(train_model(filled, 11)).number)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -126,10 +126,10 @@ def served(filled: Settings) -> Iterator[Served]:
     )
     served = Served(filled, port, process)
     try:
-        until = time.monotonic() + 120
+        deadline = time.monotonic() + 120
         while b"Serving on" not in (filled.home / "serve.log").read_bytes():
             assert process.poll() is None, (filled.home / "serve.log").read_text()
-            assert time.monotonic() < until
+            assert time.monotonic() < deadline
             time.sleep(0.5)
         yield served
     finally:
@@ -138,15 +138,15 @@ def served(filled: Settings) -> Iterator[Served]:
         log.close()
 
 
-def test_answers_do_not_pass_ray_serves_wrapper(served: Served) -> None:
-    """Which adds an id to each: nothing else tells that a release of Ray has changed its way."""
+def test_api_answers_bypass_ray_serves_wrapper(served: Served) -> None:
+    """The wrapper adds an id to each answer: a change in a release of Ray is noticed by nothing else."""
     for path, wrapped in {"/v1/inventory/P0001": False, "/-/readyz": True}.items():
         with urllib.request.urlopen(f"http://127.0.0.1:{served.port}{path}", timeout=10) as response:
             assert ("x-request-id" in response.headers) is wrapped, path
 
 
-def test_others_can_serve_on_the_machine_and_nobody_is_told_of_requests(served: Served) -> None:
-    (proxy,) = served.family("bin/haproxy")
+def test_haproxy_uses_free_ports_and_logs_no_requests(served: Served) -> None:
+    (proxy,) = served.children("bin/haproxy")
     ports = {one.laddr.port for one in proxy.net_connections("inet") if one.status == psutil.CONN_LISTEN}
     assert served.port in ports
     assert not ports & {8404, 9101}
@@ -155,7 +155,7 @@ def test_others_can_serve_on_the_machine_and_nobody_is_told_of_requests(served: 
     assert {line.split()[1] for line in config.splitlines() if line.split()[:1] == ["log"]} == {"/dev/null", "global"}
 
 
-def test_a_reader_who_leaves_the_stream_is_forgotten(served: Served) -> None:
+def test_closed_streams_are_released(served: Served) -> None:
     def sockets() -> int:
         return sum(len(one.net_connections("tcp")) for one in served.replicas)
 
@@ -169,7 +169,7 @@ def test_a_reader_who_leaves_the_stream_is_forgotten(served: Served) -> None:
     wait_for(lambda: sockets() <= before + 4)
 
 
-def test_a_killed_replica_costs_the_requests_in_flight_at_most(served: Served) -> None:
+def test_killed_replica_loses_at_most_requests_in_flight(served: Served) -> None:
     wait_for(lambda: len(served.replicas) == 2)
     with Load(served) as load:
         time.sleep(3)
@@ -181,32 +181,32 @@ def test_a_killed_replica_costs_the_requests_in_flight_at_most(served: Served) -
         time.sleep(8)
     print(f"answers {len(load.answers)}, failures {len(load.failures)}: {load.failures[:5]}")
     assert len(load.answers) > 100
-    # what was begun before the kill is lost at most; nothing that came after it
+    # only requests started before the kill may fail
     late = [one for one in load.failures if one[0] > at + 0.5]
     assert not late
     assert len(load.failures) <= load.threads
-    (status, told) = served.ask("/v1/inventory/P0001")
+    status, answer = served.ask("/v1/inventory/P0001")
     assert status == 200
-    assert told["staleness_ms"] < 5_000
+    assert answer["staleness_ms"] < 5_000
 
 
-def test_a_new_champion_fails_no_request(served: Served) -> None:
+def test_new_champion_causes_no_failures(served: Served) -> None:
     registry = Registry(home=served.settings.home)
-    number = registry.record(trained(served.settings, 12)).number
+    number = registry.record(train_model(served.settings, 12)).number
     with Load(served) as load:
         time.sleep(2)
         registry.promote(number)
         promoted = time.time()
         time.sleep(10)
         until = time.time()
-    scores = [(began, told["model"]["version"]) for began, thread, told in load.answers if thread % 2]
-    late = {version for began, version in scores if promoted + 8 < began < until}
+    scores = [(started, answer["model"]["version"]) for started, thread, answer in load.answers if thread % 2]
+    late = {version for started, version in scores if promoted + 8 < started < until}
     print(f"answers {len(load.answers)}, failures {len(load.failures)}")
     assert not load.failures
     assert late == {number}
 
 
-def test_a_broker_that_stands_still_is_answered_through_and_caught_up_with(served: Served) -> None:
+def test_suspended_broker_causes_no_failures_and_is_caught_up_with(served: Served) -> None:
     state = json.loads((sandbox_directory(served.settings.home) / "servers.json").read_text())
     broker = psutil.Process(state["processes"]["kafka"]["pid"])
     _, before = served.ask("/v1/inventory/P0001")
@@ -214,9 +214,9 @@ def test_a_broker_that_stands_still_is_answered_through_and_caught_up_with(serve
     try:
         with Load(served) as load:
             time.sleep(30)
-        status, told = served.ask("/v1/inventory/P0001")
+        status, answer = served.ask("/v1/inventory/P0001")
         assert status == 200
-        assert told["staleness_ms"] > 28_000
+        assert answer["staleness_ms"] > 28_000
     finally:
         broker.resume()
     assert not load.failures, load.failures[:3]
@@ -227,30 +227,32 @@ def test_a_broker_that_stands_still_is_answered_through_and_caught_up_with(serve
         "timestamp": datetime.now(UTC).isoformat(),
         "metadata": {"store_id": store["store_id"], "product_id": "P0001", "quantity": 7},
     }
-    at: list[str] = []
+    offsets: list[str] = []
     producer = Producer({"bootstrap.servers": served.settings.kafka.bootstrap_servers})
 
     def delivered(error: Any, one: Any) -> None:
-        at.append(f"{one.topic()}:{one.partition()}:{one.offset()}")
+        offsets.append(f"{one.topic()}:{one.partition()}:{one.offset()}")
 
     producer.produce("events", json.dumps(event).encode(), on_delivery=delivered)
     producer.flush(30)
-    wait_for(lambda: served.ask(f"/v1/inventory/P0001?min_offset={at[0]}&store_id={store['store_id']}")[0] == 200, seconds=30)
-    _, after = served.ask(f"/v1/inventory/P0001?min_offset={at[0]}&store_id={store['store_id']}")
+    wait_for(
+        lambda: served.ask(f"/v1/inventory/P0001?min_offset={offsets[0]}&store_id={store['store_id']}")[0] == 200, seconds=30
+    )
+    _, after = served.ask(f"/v1/inventory/P0001?min_offset={offsets[0]}&store_id={store['store_id']}")
     assert after["stores"][0]["on_hand"] == store["on_hand"] + 7
     wait_for(lambda: served.ask("/v1/inventory/P0001")[1]["staleness_ms"] < 2_000, seconds=30)
 
 
-def test_it_ends_when_what_is_under_way_is_answered(served: Served) -> None:
+def test_sigterm_drains_requests_in_flight(served: Served) -> None:
     assert served.process.poll() is None
     with Load(served, threads=2) as load:
         time.sleep(2)
         served.process.send_signal(signal.SIGTERM)
         assert served.process.wait(60) == 0
     assert load.answers
-    # then nothing is there (404), and at last nobody listens
-    gone = min(began for began, (status, _) in load.failures if status == 404)
-    cut = [told for began, told in load.failures if began < gone]
-    assert not cut, cut[:5]
+    # then routes are removed (404), and finally the port is closed
+    removed = min(started for started, (status, _) in load.failures if status == 404)
+    failed = [failure for started, failure in load.failures if started < removed]
+    assert not failed, failed[:5]
     with pytest.raises(OSError):
         served.ask("/-/healthz", timeout=2)

@@ -1,4 +1,4 @@
-"""A request in dictionaries is the row that silver's own functions make of it, whatever is ordered and known."""
+"""A scoring request is converted to the row that silver's own functions return, for any order and reference data."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ BRONZE = {"_op": "c", "_source_position": "", "_source_time": None, "_ingested_a
 
 
 @dataclass(frozen=True)
-class Lookups:
-    """The silver tables that a request is looked up in."""
+class SilverTables:
+    """The silver tables of the reference data."""
 
     users: pl.DataFrame
     graph: pl.DataFrame
@@ -69,14 +69,14 @@ def table(of: Table, rows: list[dict[str, Any]]) -> pl.DataFrame:
 
 
 def bronze(of: Table, rows: list[dict[str, Any]]) -> pl.DataFrame:
-    """Rows as the connector would have stored them; ids of orders are text here, which silver makes of them anyway."""
+    """Return rows as stored by the connector; order ids are text here, to which silver casts them anyway."""
     types = {**polars_schema(of.schema), "order_id": pl.String()}
     columns = {name: [row.get(name, BRONZE.get(name)) for row in rows] for name in types}
     return pl.DataFrame({name: pl.Series(name, columns[name], dtype=kind, strict=False) for name, kind in types.items()})
 
 
-def by_silver(order: Order, account: int | None, lookups: Lookups, context: BusinessSettings) -> dict[str, Any]:
-    """The order, placed by an account, through silver's functions."""
+def row_by_silver(order: Order, account: int | None, tables: SilverTables, context: BusinessSettings) -> dict[str, Any]:
+    """Return the row that silver's functions compute for an order of an account."""
     row = {name: getattr(order, name) for name in Order.__struct_fields__ if name in polars_schema(ORDERS.schema)}
     row |= {"user_id": account, "status": "placed", "total_amount": Decimal(order.total_amount)}
     row["created_at"] = (order.created_at or NOW).astimezone(UTC)
@@ -90,31 +90,31 @@ def by_silver(order: Order, account: int | None, lookups: Lookups, context: Busi
         }
         for number, line in enumerate(order.items, 1)
     ]
-    users = lookups.users.filter(pl.col("user_id").is_in([account]))
-    people = lookups.graph.filter(pl.col("kind") == "self").select("record_id", "master_user_id")
+    users = tables.users.filter(pl.col("user_id").is_in([account]))
+    people = tables.graph.filter(pl.col("kind") == "self").select("record_id", "master_user_id")
     masters = pl.DataFrame({"record_id": [f"user:{account}"] if account is not None else []}, schema={"record_id": pl.String})
     masters = masters.join(people, on="record_id", how="left")
     masters = masters.with_columns(pl.col("master_user_id").fill_null("M-" + pl.col("record_id")))
-    nothing = pl.DataFrame(schema=dict.fromkeys(MARKETPLACE_COLUMNS, pl.String))
-    frames = {"web": bronze(ORDERS, [row]), "marketplace": nothing, "stores": lookups.stores, "rates": lookups.rates}
+    no_marketplace = pl.DataFrame(schema=dict.fromkeys(MARKETPLACE_COLUMNS, pl.String))
+    frames = {"web": bronze(ORDERS, [row]), "marketplace": no_marketplace, "stores": tables.stores, "rates": tables.rates}
     unified = orders_unified.transform({**frames, "users": users, "identity": masters}, context)
     items = order_items_unified.transform(
-        {"lines": bronze(ORDER_ITEMS, lines), "marketplace": nothing, "orders": unified}, context
+        {"lines": bronze(ORDER_ITEMS, lines), "marketplace": no_marketplace, "orders": unified}, context
     )
-    met = users.select("user_id", "created_at")
-    if met.is_empty() and account is not None and order.account_created_at is not None:
-        met = pl.DataFrame([(account, order.account_created_at.astimezone(UTC))], schema=met.schema, orient="row")
-    found = order_entities.transform(
+    opened = users.select("user_id", "created_at")
+    if opened.is_empty() and account is not None and order.account_created_at is not None:
+        opened = pl.DataFrame([(account, order.account_created_at.astimezone(UTC))], schema=opened.schema, orient="row")
+    entities = order_entities.transform(
         {
             "orders": unified.select(order_entities.ORDER_COLUMNS),
             "items": items,
-            "products": lookups.products,
+            "products": tables.products,
             "chargebacks": table(CHARGEBACKS, []),
-            "users": met,
+            "users": opened,
         },
         context,
     )
-    (only,) = conform(found, ORDER_COLUMNS).to_dicts()
+    (only,) = conform(entities, ORDER_COLUMNS).to_dicts()
     return only
 
 
@@ -170,7 +170,7 @@ orders = st.builds(
 
 
 @st.composite
-def known_tables(draw: Any) -> Lookups:
+def silver_tables(draw: Any) -> SilverTables:
     users = [
         {
             "user_id": user,
@@ -215,7 +215,7 @@ def known_tables(draw: Any) -> Lookups:
         for day in draw(st.sets(days, max_size=4))
     ]
     stores = [{"store_id": "ST-1", "country": "ID"}]
-    return Lookups(
+    return SilverTables(
         table(USERS_SCD, users),
         table(IDENTITY_GRAPH, graph),
         table(PRODUCTS, products),
@@ -225,29 +225,29 @@ def known_tables(draw: Any) -> Lookups:
 
 
 @settings(max_examples=300, deadline=None)
-@given(orders, known_tables(), st.sampled_from(["USD", "EUR"]))
-def test_a_request_is_what_silver_makes_of_it(order: Order, lookups: Lookups, base: str) -> None:
+@given(orders, silver_tables(), st.sampled_from(["USD", "EUR"]))
+def test_order_row_equals_silver(order: Order, tables: SilverTables, base: str) -> None:
     context = BusinessSettings(base_currency=base, default_region="ID")
-    row = order_row(order, lookups.reference, context, NOW)
+    row = order_row(order, tables.reference, context, NOW)
     assert list(row) == list(ORDER_COLUMNS)
-    assert row == by_silver(order, row["account"], lookups, context)
+    assert row == row_by_silver(order, row["account"], tables, context)
 
 
-def accounts_showing(node: str, lookups: Lookups) -> set[str]:
-    shown = lookups.graph.filter((pl.col("node") == node) & (pl.col("kind") != "self") & (pl.col("status") == LINKED))
+def accounts_showing(node: str, tables: SilverTables) -> set[str]:
+    shown = tables.graph.filter((pl.col("node") == node) & (pl.col("kind") != "self") & (pl.col("status") == LINKED))
     return {record for record in shown["record_id"] if record.startswith("user:")}
 
 
 @settings(max_examples=100, deadline=None)
-@given(known_tables(), st.sampled_from(["b@example.com", "shared@example.com", "new@example.com"]))
-def test_an_identifier_finds_the_only_account_that_shows_it(lookups: Lookups, email: str) -> None:
-    row = order_row(Order("1", "USD", "1", email=email.upper()), lookups.reference, BusinessSettings(default_region="ID"), NOW)
-    showing = accounts_showing(f"email:{email}", lookups)
+@given(silver_tables(), st.sampled_from(["b@example.com", "shared@example.com", "new@example.com"]))
+def test_identifier_finds_the_only_account_that_shows_it(tables: SilverTables, email: str) -> None:
+    row = order_row(Order("1", "USD", "1", email=email.upper()), tables.reference, BusinessSettings(default_region="ID"), NOW)
+    showing = accounts_showing(f"email:{email}", tables)
     assert row["customer"] == (showing.pop() if len(showing) == 1 else None)
 
 
 @pytest.mark.parametrize("field", ["created_at", "account_created_at"])
 @pytest.mark.parametrize("moment", [NOW + timedelta(minutes=6), datetime(1, 1, 1, tzinfo=UTC)])
-def test_moments_that_contradict_the_clock_are_refused(field: str, moment: datetime) -> None:
+def test_impossible_moments_are_rejected(field: str, moment: datetime) -> None:
     with pytest.raises(Problem, match=field):
         order_row(Order("1", "USD", "1", user_id=1, **{field: moment}), ReferenceData(), BusinessSettings(), NOW, "orders[3].")

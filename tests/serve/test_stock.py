@@ -1,4 +1,4 @@
-"""Online stock is what silver says when it has read the same events: any split, order and repetition."""
+"""Online stock equals silver's after the same events, for any split, order and repetition."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from pipelines.silver.inventory_snapshots import EVENT_COLUMNS, INVENTORY_SNAPSH
 from serve.state.lake_snapshot import newest_chain, read_lake_snapshot
 from serve.state.stock import StockState
 
-Sent = tuple[str, int, str, dict[str, Any]]
-SENT: st.SearchStrategy[Sent] = st.tuples(
+SentEvent = tuple[str, int, str, dict[str, Any]]
+SENT_EVENTS: st.SearchStrategy[SentEvent] = st.tuples(
     st.sampled_from(KINDS),
     st.integers(0, 4),
     st.integers(0, 14).map(str),
@@ -39,26 +39,26 @@ SENT: st.SearchStrategy[Sent] = st.tuples(
 )
 
 
-def numbered(sent: list[Sent], first: int = 0) -> list[dict[str, Any]]:
+def bronze_rows(sent: list[SentEvent], first: int = 0) -> list[dict[str, Any]]:
     return [message(number, kind, hour, name, **metadata) for number, (kind, hour, name, metadata) in enumerate(sent, first)]
 
 
-def in_batches(stock: StockState, tail: list[dict[str, Any]], data: st.DataObject) -> None:
-    """Apply messages in batches of any size; what changed must have been told."""
-    before, told = figures_online(stock), set()
+def apply_in_batches(stock: StockState, tail: list[dict[str, Any]], data: st.DataObject) -> None:
+    """Apply messages in batches of any size; all changed pairs must have been reported."""
+    before, reported = figures_online(stock), set()
     while tail:
         size = data.draw(st.integers(1, len(tail)))
-        told |= stock.apply(bronze(tail[:size]))
+        reported |= stock.apply(bronze(tail[:size]))
         tail = tail[size:]
-    now = figures_online(stock)
-    assert {pair for pair in now.keys() | before.keys() if now.get(pair) != before.get(pair)} <= told
+    after = figures_online(stock)
+    assert {pair for pair in after.keys() | before.keys() if after.get(pair) != before.get(pair)} <= reported
 
 
 @pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, list[dict[str, Any]]]:
-    """A lakehouse that knows some messages, and these."""
+def filled_lakehouse(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, list[dict[str, Any]]]:
+    """A lakehouse with some messages, and these messages."""
     random = Random(5)
-    engine = make_engine(tmp_path_factory.mktemp("known"))
+    engine = make_engine(tmp_path_factory.mktemp("filled"))
     sent = [
         (
             kind,
@@ -75,21 +75,21 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, list[dict[s
         )
         for number, (kind, hour) in enumerate((random.choice(KINDS), random.randint(0, 3)) for _ in range(10))
     ]
-    rows = numbered(sent)
+    rows = bronze_rows(sent)
     ingest(engine, rows)
     return engine, rows
 
 
-@given(st.lists(SENT, min_size=1, max_size=12), st.data())
+@given(st.lists(SENT_EVENTS, min_size=1, max_size=12), st.data())
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_the_tail_changes_figures_as_silvers_functions_do(
-    known: tuple[Engine, list[dict[str, Any]]], sent: list[Sent], data: st.DataObject
+def test_messages_after_the_snapshot_update_figures_like_silver(
+    filled_lakehouse: tuple[Engine, list[dict[str, Any]]], sent: list[SentEvent], data: st.DataObject
 ) -> None:
-    engine, before = known
-    rows = [*numbered(sent, len(before)), *data.draw(st.lists(st.sampled_from(before), max_size=2))]
+    engine, before = filled_lakehouse
+    rows = [*bronze_rows(sent, len(before)), *data.draw(st.lists(st.sampled_from(before), max_size=2))]
     rows += data.draw(st.lists(st.sampled_from(rows), max_size=3))
     stock = StockState(read_lake_snapshot(newest_chain(engine.lake)), engine.context)
-    in_batches(stock, rows, data)
+    apply_in_batches(stock, rows, data)
     parsed = events_clean.parse_events(bronze([*before, *rows])).rows
     events = events_clean.transform({"events": parsed}, engine.context)
     both = pl.concat([events.select(STORE_PRODUCT), events.select(pl.col("to_store_id").alias("store_id"), "product_id")])
@@ -98,10 +98,10 @@ def test_the_tail_changes_figures_as_silvers_functions_do(
     assert figures_online(stock) == figures_of(ledger)
 
 
-@given(st.lists(SENT, min_size=1, max_size=25), st.data())
+@given(st.lists(SENT_EVENTS, min_size=1, max_size=25), st.data())
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow], phases=[Phase.generate])
-def test_online_stock_is_silvers(sent: list[Sent], data: st.DataObject) -> None:
-    rows = numbered(sent)
+def test_online_stock_equals_silver(sent: list[SentEvent], data: st.DataObject) -> None:
+    rows = bronze_rows(sent)
     split = data.draw(st.integers(0, len(rows)))
     with tempfile.TemporaryDirectory() as home:
         engine = make_engine(Path(home))
@@ -109,11 +109,11 @@ def test_online_stock_is_silvers(sent: list[Sent], data: st.DataObject) -> None:
         snapshot = read_lake_snapshot(newest_chain(engine.lake))
         if snapshot.events.files:
             assert snapshot.offsets == {"events:0": split}
-        else:  # nothing, or nothing that can be read: the topic is read from its beginning
+        else:  # no events, or only unreadable ones: the topic is read from its beginning
             assert snapshot.offsets in ({}, {"events:0": split})
         stock = StockState(snapshot, engine.context)
-        # what the snapshot knows may come again: a consumer may start earlier than it has to
-        in_batches(stock, rows[data.draw(st.integers(0, split)) :], data)
+        # messages in the snapshot may be repeated: a consumer may start at an earlier offset
+        apply_in_batches(stock, rows[data.draw(st.integers(0, split)) :], data)
         ingest(engine, rows[split:])
         silver = engine.lake.load(INVENTORY_SNAPSHOTS).read(INVENTORY_SNAPSHOTS.schema.names)
         assert figures_online(stock) == figures_of(silver)

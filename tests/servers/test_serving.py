@@ -64,9 +64,9 @@ class Shop:
         self.engine.ingest(KafkaSource(self.settings.kafka), {EVENTS.name: EVENTS})
         ingest(self.engine, [])
 
-    def state(self, lines: list[TopicFollower]) -> OnlineState:
+    def state(self, followers: list[TopicFollower]) -> OnlineState:
         serving = ServeSettings(refresh_seconds=60, probe_seconds=0.05)
-        return OnlineState(self.settings, serving, business_settings(self.settings), lines.append)
+        return OnlineState(self.settings, serving, business_settings(self.settings), followers.append)
 
     def events(self) -> list[str]:
         frame = self.engine.lake.load(EVENTS_CLEAN)
@@ -88,8 +88,8 @@ def shop(broker: Broker, tmp_path: Path) -> Iterator[Shop]:
         topic.admin.delete_topics([topic.name])[topic.name].result(10)
 
 
-def on_hand(line: TopicFollower) -> int:
-    return int(figures_online(line.stock)["S1", "P1"][0])
+def on_hand(follower: TopicFollower) -> int:
+    return int(figures_online(follower.stock)["S1", "P1"][0])
 
 
 def test_serving_sees_only_committed_messages(shop: Shop) -> None:
@@ -104,30 +104,30 @@ def test_serving_sees_only_committed_messages(shop: Shop) -> None:
     state.start()
     try:
         assert state.ready.wait(30), state.error
-        line = state.follower
-        assert on_hand(line) == 1
+        follower = state.follower
+        assert on_hand(follower) == 1
         for quantity, kept in ((10, True), (2000, False), (100, True), (3000, False)):
             writer.begin_transaction()
             shop.send(writer, quantity)
             writer.commit_transaction(30) if kept else writer.abort_transaction(30)
         end = shop.topic.watermarks()[1]
-        wait_for(lambda: line.has({f"{shop.topic.name}:0": end}), "the follower did not reach the end")
-        assert on_hand(line) == 111
+        wait_for(lambda: follower.has({f"{shop.topic.name}:0": end}), "the follower did not reach the end")
+        assert on_hand(follower) == 111
         # nothing is missing although the last record is a marker, and the freshness shows that
         now = time.time()
-        wait_for(lambda: line.fresh_at > now, "serving reports that it is behind")
+        wait_for(lambda: follower.fresh_at > now, "serving reports that it is behind")
         writer.begin_transaction()
         shop.send(writer, 10_000)
         shop.send(plain, 1_000_000)
         now = time.time()
-        wait_for(lambda: line.fresh_at > now, "serving reports that it is behind")
-        assert on_hand(line) == 111
+        wait_for(lambda: follower.fresh_at > now, "serving reports that it is behind")
+        assert on_hand(follower) == 111
         writer.commit_transaction(30)
-        wait_for(lambda: on_hand(line) == 1_010_111, "messages held back by an open transaction did not arrive")
+        wait_for(lambda: on_hand(follower) == 1_010_111, "messages held back by an open transaction did not arrive")
         shop.run()
         ledger = shop.engine.lake.load(INVENTORY_SNAPSHOTS)
-        assert figures_of(ledger.reader.read(ledger.files(), ledger.reader.schema.names)) == figures_online(line.stock)
-        assert line.error is None
+        assert figures_of(ledger.reader.read(ledger.files(), ledger.reader.schema.names)) == figures_online(follower.stock)
+        assert follower.error is None
     finally:
         state.stop()
 
@@ -139,14 +139,14 @@ def test_serving_continues_after_a_crash_of_the_broker(shop: Shop) -> None:
     state.start()
     try:
         assert state.ready.wait(30), state.error
-        line = state.follower
+        follower = state.follower
         shop.topic.broker.kill()
         shop.topic.broker.start()
         shop.send(shop.topic.producer(), 10)
-        wait_for(lambda: on_hand(line) == 11, "serving did not continue")
+        wait_for(lambda: on_hand(follower) == 11, "serving did not continue")
         now = time.time()
-        wait_for(lambda: line.fresh_at > now, "serving reports that it is behind")
-        assert line.error is None
+        wait_for(lambda: follower.fresh_at > now, "serving reports that it is behind")
+        assert follower.error is None
     finally:
         state.stop()
 
@@ -179,7 +179,7 @@ def test_a_re_created_topic_is_not_followed_at_the_old_offsets(shop: Shop, monke
         shop.send(shop.topic.producer(), 1)
     shop.run()
     serving = ServeSettings(refresh_seconds=0.3, probe_seconds=0.05)
-    state = OnlineState(shop.settings, serving, business_settings(shop.settings), lambda line: None)
+    state = OnlineState(shop.settings, serving, business_settings(shop.settings), lambda follower: None)
     state.start()
     try:
         assert state.ready.wait(30), state.error

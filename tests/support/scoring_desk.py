@@ -34,7 +34,7 @@ TOPIC = f"scores{time.time_ns():x}"
 
 @dataclass
 class Desk:
-    """A replica with what it has written."""
+    """A replica, a client of it, and the scores it has written."""
 
     settings: Settings
     application: Application
@@ -42,7 +42,7 @@ class Desk:
     written: list[Score] = field(default_factory=list)
 
     def score(self, **order: Any) -> Any:
-        response = self.client.post("/v1/fraud/score", json=made(**order))
+        response = self.client.post("/v1/fraud/score", json=order_body(**order))
         assert response.status_code == 200, response.text
         return response.json()
 
@@ -51,7 +51,7 @@ class Desk:
         return {name: None if value != value else value for name, value in features.items()}
 
 
-def made(**order: Any) -> dict[str, Any]:
+def order_body(**order: Any) -> dict[str, Any]:
     return {
         "order_id": f"n{time.time_ns()}",
         "currency": "USD",
@@ -61,23 +61,25 @@ def made(**order: Any) -> dict[str, Any]:
     } | order
 
 
-def trained(settings: Settings, seed: int) -> TrainingRecord:
-    """A model of the shop's own features; its label is made up, so that there is something to learn."""
-    known = read_reference_data(TableCache(Lake(settings)), business_settings(settings))
+def train_model(settings: Settings, seed: int) -> TrainingRecord:
+    """Train a model on the sandbox's features with a synthetic label, so that there is something to learn."""
+    reference = read_reference_data(TableCache(Lake(settings)), business_settings(settings))
     events = account_events(Lake(settings).load(EVENTS_CLEAN).read(EVENTS_CLEAN.schema.names))
-    frame = compute(known.entities, OrderHistory(known.entities, events, known.categories)).sort("placed_at", "order_id")
-    wrong = (frame["amount"] > 80) ^ pl.Series(np.random.default_rng(seed).random(frame.height) < 0.2)
-    frame = frame.with_columns(label=wrong.fill_null(False).cast(pl.Int8)).join(
-        known.entities.select("order_id", "customer"), on="order_id"
+    frame = compute(reference.entities, OrderHistory(reference.entities, events, reference.categories)).sort(
+        "placed_at", "order_id"
+    )
+    is_fraud = (frame["amount"] > 80) ^ pl.Series(np.random.default_rng(seed).random(frame.height) < 0.2)
+    frame = frame.with_columns(label=is_fraud.fill_null(False).cast(pl.Int8)).join(
+        reference.entities.select("order_id", "customer"), on="order_id"
     )
     train, test = frame.head(frame.height // 2), frame.tail(frame.height // 2)
     model = fit_here(train, None, FEATURES, TrainingSettings(rounds=15, seed=seed))
-    asked = ThresholdSettings()
-    threshold = choose_threshold(test, model.score(test), asked)
+    thresholds = ThresholdSettings()
+    threshold = choose_threshold(test, model.score(test), thresholds)
     return TrainingRecord(
         model=model,
         features=FEATURES,
-        evaluation=evaluate(test, model.score(test), asked, threshold),
+        evaluation=evaluate(test, model.score(test), thresholds, threshold),
         example=test.head(3),
         snapshots={},
         seed=seed,
@@ -95,8 +97,8 @@ def replica(settings: Settings, **serving: Any) -> Application:
 @contextlib.contextmanager
 def running(application: Application) -> Iterator[TestClient]:
     with TestClient(application.asgi(), client=("127.0.0.1", 1), base_url="http://127.0.0.1") as client:
-        until = time.monotonic() + 60
+        deadline = time.monotonic() + 60
         while client.get("/-/readyz").status_code != 200:
-            assert time.monotonic() < until, client.get("/-/readyz").text
+            assert time.monotonic() < deadline, client.get("/-/readyz").text
             time.sleep(0.05)
         yield client

@@ -1,4 +1,4 @@
-"""A small lakehouse of stock events for the tests of serving, filled as `run` fills it."""
+"""A small lakehouse of stock events for the tests of serving, filled like by `run`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS = (
 
 
 def message(number: int, kind: str, hour: int, event_id: str, **metadata: Any) -> dict[str, Any]:
-    """A bronze row; its offset is `number`."""
+    """Return a bronze row with `number` as its offset."""
     moment = T0 + timedelta(hours=hour)
     value = {"event_id": event_id, "event_type": kind, "timestamp": moment.isoformat(), "metadata": metadata}
     return {
@@ -42,7 +42,7 @@ def message(number: int, kind: str, hour: int, event_id: str, **metadata: Any) -
 
 
 def bronze(rows: list[dict[str, Any]]) -> pl.DataFrame:
-    """Messages as the connector gives them."""
+    """Return messages in the form that the connector returns."""
     columns = {name: [row.get(name) for row in rows] for name in row_schema(EVENTS).names}
     empty = pl.from_arrow(row_schema(EVENTS).empty_table())
     assert isinstance(empty, pl.DataFrame)
@@ -50,7 +50,7 @@ def bronze(rows: list[dict[str, Any]]) -> pl.DataFrame:
 
 
 def ingest(engine: Engine, rows: list[dict[str, Any]], steps: Sequence[Step] = STEPS) -> None:
-    """What `run` does with the messages."""
+    """Ingest the messages and refresh the steps, like `run`."""
     handle = engine.lake.load(EVENTS)
     if rows:
         frame = bronze(rows).with_columns(

@@ -1,4 +1,4 @@
-"""The edges: nothing that is sent ends in a 5xx or tells of the inside; too much at once is told to come again."""
+"""The HTTP layer: malformed requests, back-pressure, API keys, routing and settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from polars.exceptions import PanicException
 from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.testclient import TestClient
-from support.scoring_desk import made, replica, running, trained
+from support.scoring_desk import order_body, replica, running, train_model
 from support.waiting import wait_for
 
 from app.cli.main import main
@@ -36,24 +36,26 @@ from serve.settings import ServeSettings, load_serve_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOKUP = {"product_ids": ["P0001", "P0002"], "store_ids": ["ST-JKT-1"]}
-INSIDE = ("Traceback", 'File "', ".py", "polars", "msgspec", "Error(", "/tmp", "SELECT")
-"""What an answer must not hold."""
+INTERNALS = ("Traceback", 'File "', ".py", "polars", "msgspec", "Error(", "/tmp", "SELECT")
+"""Text that an answer must not contain."""
 
 
 @pytest.fixture(scope="module")
-def client(filled: Settings) -> Iterator[TestClient]:
-    registry = Registry(home=filled.home)
-    registry.promote(registry.record(trained(filled, 21)).number)
+def client(filled: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """A client of a replica with a model in its own registry, since other tests need a sandbox without a model."""
+    registry = Registry(home=tmp_path_factory.mktemp("registry"))
+    registry.promote(registry.record(train_model(filled, 21)).number)
     application = replica(filled, scores_topic="")
+    application.models.registry = registry
     with running(application) as client:
         wait_for(lambda: application.models.current.champion is not None)
         yield client
 
 
-def mangled(random_: random.Random, value: Any) -> bytes:
-    """A body that is nearly right."""
+def mangle(random_: random.Random, value: Any) -> bytes:
+    """Return a body that is nearly valid."""
     if random_.random() < 0.5:
-        return _bytes_mangled(random_, json.dumps(value).encode())
+        return _mangle_bytes(random_, json.dumps(value).encode())
     changed = json.loads(json.dumps(value))
     places: list[tuple[Any, Any]] = []
 
@@ -66,7 +68,7 @@ def mangled(random_: random.Random, value: Any) -> bytes:
     walk(changed)
     for _ in range(random_.randint(1, 2)):
         holder, key = random_.choice(places)
-        strange = [
+        unexpected = [
             None,
             True,
             -1,
@@ -89,11 +91,11 @@ def mangled(random_: random.Random, value: Any) -> bytes:
         if isinstance(holder, dict) and random_.random() < 0.2:
             holder.pop(key, None)
         elif isinstance(holder, dict) or key < len(holder):
-            holder[key] = random_.choice(strange)
+            holder[key] = random_.choice(unexpected)
     return json.dumps(changed).encode()
 
 
-def _bytes_mangled(random_: random.Random, body: bytes) -> bytes:
+def _mangle_bytes(random_: random.Random, body: bytes) -> bytes:
     data = bytearray(body)
     for _ in range(random_.randint(1, 4)):
         at = random_.randrange(len(data))
@@ -110,43 +112,44 @@ def _bytes_mangled(random_: random.Random, body: bytes) -> bytes:
     return bytes(data)
 
 
-def shoot(client: TestClient, count: int, seed: int) -> dict[int, int]:
+def send_malformed(client: TestClient, count: int, seed: int) -> dict[int, int]:
+    """Send malformed bodies; none may cause a server error or reveal internals. Return the number of answers by status."""
     random_ = random.Random(seed)
     statuses: dict[int, int] = {}
     for number in range(count):
-        batch = {"orders": [made(order_id=f"m{seed}-{number}-{n}", user_id=1) for n in range(2)]}
+        batch = {"orders": [order_body(order_id=f"m{seed}-{number}-{n}", user_id=1) for n in range(2)]}
         path, value = random_.choice(
             [
                 ("/v1/inventory/lookup", LOOKUP),
-                ("/v1/fraud/score", made(order_id=f"m{seed}-{number}", user_id=1, email="a@b.example")),
+                ("/v1/fraud/score", order_body(order_id=f"m{seed}-{number}", user_id=1, email="a@b.example")),
                 ("/v1/fraud/score:batch", batch),
             ]
         )
-        body = mangled(random_, value)
+        body = mangle(random_, value)
         response = client.post(path, content=body, headers={"content-type": "application/json"})
         statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
         assert response.status_code < 500, (path, body[:500], response.text)
         if response.status_code >= 400:
-            told = response.json()
-            assert told["status"] == response.status_code
-            assert not any(word in response.text for word in INSIDE), (body[:500], response.text)
+            problem = response.json()
+            assert problem["status"] == response.status_code
+            assert not any(word in response.text for word in INTERNALS), (body[:500], response.text)
     return statuses
 
 
-def test_malformed_bodies_are_told_what_is_wrong(client: TestClient) -> None:
-    statuses = shoot(client, 600, 1)
+def test_malformed_bodies_are_rejected(client: TestClient) -> None:
+    statuses = send_malformed(client, 600, 1)
     assert statuses[400] > 300
 
 
 @pytest.mark.slow
 def test_ten_thousand_malformed_bodies(client: TestClient) -> None:
-    statuses = shoot(client, 10_000, 2)
+    statuses = send_malformed(client, 10_000, 2)
     print(statuses)
     assert statuses[400] > 5_000
 
 
-def test_too_many_at_once_are_told_to_come_again() -> None:
-    async def crowd() -> list[str]:
+def test_requests_beyond_the_queue_get_retry_after() -> None:
+    async def overload() -> list[str]:
         pool, go = BoundedThreadPool("test", 1, 2), threading.Event()
         waiting = [asyncio.create_task(pool.run(go.wait, 10)) for _ in range(5)]
         await asyncio.sleep(0.05)
@@ -155,10 +158,10 @@ def test_too_many_at_once_are_told_to_come_again() -> None:
         pool.close()
         return [one.headers["Retry-After"] if isinstance(one, Problem) else str(one) for one in done]
 
-    assert asyncio.run(crowd()) == ["True", "True", "True", "1", "1"]
+    assert asyncio.run(overload()) == ["True", "True", "True", "1", "1"]
 
 
-def test_a_panic_of_polars_is_an_error_like_any_other() -> None:
+def test_polars_panic_becomes_an_error() -> None:
     def panic() -> None:
         raise PanicException("index out of bounds")
 
@@ -171,19 +174,19 @@ def test_a_panic_of_polars_is_an_error_like_any_other() -> None:
     asyncio.run(run())
 
 
-def test_elsewhere_than_on_loopback_keys_are_required(tmp_path: Path) -> None:
+def test_other_addresses_than_loopback_require_keys(tmp_path: Path) -> None:
     file = tmp_path / "keys.json"
-    outside = ServeSettings(host="0.0.0.0", port=18_123, keys_file=file)
+    public = ServeSettings(host="0.0.0.0", port=18_123, keys_file=file)
     with pytest.raises(SettingsError, match="python -m app api-key"):
-        check(outside)
+        check(public)
     Keys().add(file, "till", ("inventory",))
-    check(outside)
+    check(public)
     file.write_text("[")
     with pytest.raises(SettingsError, match="not a valid file of API keys"):
-        check(outside)
+        check(public)
 
 
-def test_a_key_is_made_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_api_key_command_creates_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("SHOPSPHERE_HOME", str(tmp_path))
     assert main(["api-key", "till", "--scope", "inventory", "--scope", "score"]) == 0
     text = capsys.readouterr().out.strip()
@@ -195,20 +198,20 @@ def test_a_key_is_made_on_the_command_line(tmp_path: Path, monkeypatch: pytest.M
     assert "no scope 'everything'" in capsys.readouterr().err
 
 
-def test_wrong_settings_are_named() -> None:
+def test_invalid_settings_are_named() -> None:
     with pytest.raises(SettingsError, match="port"):
         load_serve_settings(port=-1)
 
 
-def test_the_deployment_file_is_one_and_names_real_settings() -> None:
+def test_deployment_file_is_valid_and_names_existing_settings() -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    told = yaml.safe_load((ROOT / "serve" / "deploy.yaml").read_text())
-    (application,) = ServeDeploySchema(**told).applications
+    document = yaml.safe_load((ROOT / "serve" / "deploy.yaml").read_text())
+    (application,) = ServeDeploySchema(**document).applications
     module, _, name = str(application.import_path).partition(":")
     assert callable(getattr(importlib.import_module(module), name))
     serving = load_serve_settings(**application.args)
-    assert (serving.host, serving.port) == (told["http_options"]["host"], told["http_options"]["port"])
+    assert (serving.host, serving.port) == (document["http_options"]["host"], document["http_options"]["port"])
 
 
 ENDPOINTS = {
@@ -224,7 +227,7 @@ ENDPOINTS = {
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "OPTIONS"])
-def test_whatever_is_asked_leads_where_starlette_leads(tmp_path: Path, method: str) -> None:
+def test_router_answers_like_starlette(tmp_path: Path, method: str) -> None:
     def endpoint_app(method: str, path: str) -> EndpointApp:
         async def echo(request: ApiRequest) -> Response:
             return json_response({"method": method, "path": path, "parameters": request.path, "query": request.query})
@@ -233,19 +236,19 @@ def test_whatever_is_asked_leads_where_starlette_leads(tmp_path: Path, method: s
         return EndpointApp(endpoint, Keys(), AccessLog(tmp_path / "access.jsonl"))
 
     apps = [endpoint_app(method, path) for path, method in ENDPOINTS.items()]
-    ours, theirs = TestClient(Router(apps)), TestClient(Starlette(routes=[app.route for app in apps]))
-    pieces = ["v1", "things", "low", "look", "score:batch", "a", "a b", "%2F", "%C3%BC", "%0A", "..", "", "-", "healthz"]
-    paths = ["/" + "/".join(some) for count in range(1, 5) for some in itertools.product(pieces, repeat=count)]
+    router, starlette = TestClient(Router(apps)), TestClient(Starlette(routes=[app.route for app in apps]))
+    segments = ["v1", "things", "low", "look", "score:batch", "a", "a b", "%2F", "%C3%BC", "%0A", "..", "", "-", "healthz"]
+    paths = ["/" + "/".join(chosen) for count in range(1, 5) for chosen in itertools.product(segments, repeat=count)]
     random.Random(1).shuffle(paths)
-    near = [path for path in paths if path.startswith("/v1/things")]
+    similar = [path for path in paths if path.startswith("/v1/things")]
     statuses = set()
-    for path in {*paths[:300], *near}:
-        one, other = (client.request(method, path, follow_redirects=False) for client in (ours, theirs))
+    for path in {*paths[:300], *similar}:
+        one, other = (client.request(method, path, follow_redirects=False) for client in (router, starlette))
         assert (one.status_code, one.headers, one.content) == (other.status_code, other.headers, other.content), path
         statuses.add(one.status_code)
     assert statuses >= ({200, 404} if method == "GET" else {404, 405})
 
 
-def test_every_setting_is_in_the_documentation() -> None:
+def test_every_setting_is_documented() -> None:
     page = (ROOT / "docs" / "serving.md").read_text()
     assert [name for name in ServeSettings.model_fields if f"| `{name}` |" not in page] == []
