@@ -32,7 +32,7 @@ from serve.http.endpoints import ApiRequest, Endpoint, json_response
 from serve.http.keys import Keys
 from serve.http.problems import Problem
 from serve.http.router import EndpointApp, Router
-from serve.settings import ServeSettings, load_serve_settings
+from serve.settings import PREFIX, ServeSettings, load_serve_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOKUP = {"product_ids": ["P0001", "P0002"], "store_ids": ["ST-JKT-1"]}
@@ -195,7 +195,7 @@ def test_api_key_command_creates_a_key(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(Problem):
         keys.check(f"Bearer {text}", "customers")
     assert main(["api-key", "till", "--scope", "everything"]) == 1
-    assert "no scope 'everything'" in capsys.readouterr().err
+    assert "Scope 'everything' does not exist" in capsys.readouterr().err
 
 
 def test_invalid_settings_are_named() -> None:
@@ -250,5 +250,5 @@ def test_router_answers_like_starlette(tmp_path: Path, method: str) -> None:
 
 
 def test_every_setting_is_documented() -> None:
-    page = (ROOT / "docs" / "serving.md").read_text()
-    assert [name for name in ServeSettings.model_fields if f"| `{name}` |" not in page] == []
+    page = (ROOT / "docs" / "reference" / "settings.md").read_text()
+    assert [name for name in ServeSettings.model_fields if f"| `{PREFIX}{name.upper()}` |" not in page] == []
