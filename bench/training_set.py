@@ -28,7 +28,8 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lakehouse.engine.engine import Engine, conform, stamp  # noqa: E402
+from lakehouse.engine.engine import Engine  # noqa: E402
+from lakehouse.engine.frames import conform, stamp  # noqa: E402
 from lakehouse.iceberg.catalog import Lake  # noqa: E402
 from lakehouse.parallel import TaskPool  # noqa: E402
 from lakehouse.settings import RaySettings  # noqa: E402

@@ -22,12 +22,14 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from lakehouse.engine.engine import Engine, StepResult, roots
+from lakehouse.engine.engine import Engine
+from lakehouse.engine.frames import root_names
+from lakehouse.engine.step_result import StepResult
 from lakehouse.errors import ShopSphereError
-from lakehouse.expectations import ExpectationsFailed, Result
+from lakehouse.expectations import ExpectationResult, ExpectationsFailed
 from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.run_history import RunRecord
-from lakehouse.step import Broadcast, Grouped, Lookup, Step
+from lakehouse.step import Grouped, Lookup, Step, upstream_tables
 from lakehouse.table import Table
 
 if TYPE_CHECKING:
@@ -238,7 +240,7 @@ class LineageEvents:
         begun: Begun,
         state: Any,
         report: StepResult | None,
-        results: tuple[Result, ...],
+        results: tuple[ExpectationResult, ...],
         error: ShopSphereError | None = None,
     ) -> RunEvent:
         from openlineage.client.event_v2 import InputDataset, Job, RunEvent
@@ -265,7 +267,7 @@ class LineageEvents:
             outputs=[self._output(target, report, results, begun.step)],
         )
 
-    def _output(self, table: Table, report: StepResult | None, results: tuple[Result, ...], step: Step | None) -> Any:
+    def _output(self, table: Table, report: StepResult | None, results: tuple[ExpectationResult, ...], step: Step | None) -> Any:
         from openlineage.client.event_v2 import OutputDataset
         from openlineage.client.facet_v2 import (
             column_lineage_dataset,
@@ -323,7 +325,7 @@ def emit_events(engine: Engine, run: RunRecord, version: Callable[[], str]) -> I
         return
     delivery = Delivery(client)
     events = LineageEvents(delivery, engine.lake.settings.catalog.name, run, version())
-    before, engine.begun = engine.begun, events.start
+    before, engine.on_start = engine.on_start, events.start
     error: BaseException | None = None
     try:
         yield events
@@ -331,7 +333,7 @@ def emit_events(engine: Engine, run: RunRecord, version: Callable[[], str]) -> I
         error = caught
         raise
     finally:
-        engine.begun = before
+        engine.on_start = before
         events.end(error)
         delivery.end()
         if delivery.lost:
@@ -343,17 +345,6 @@ def emit_events(engine: Engine, run: RunRecord, version: Callable[[], str]) -> I
 def now() -> str:
     """The time, as events have it."""
     return datetime.now(UTC).isoformat()
-
-
-def upstream_tables(step: Step) -> list[Table]:
-    """The tables that a step reads, each once."""
-    found = {}
-    for read in step.reads.values():
-        found[read.table.name] = read.table
-        if isinstance(read, Broadcast | Lookup) and read.through is not None:
-            found.setdefault(read.through.name, read.through)
-    found.pop(step.target.name, None)
-    return list(found.values())
 
 
 def schema_facet(table: Table) -> Any:
@@ -390,7 +381,7 @@ def column_lineage(step: Step, namespace: str) -> tuple[dict[str, Any], list[Any
                     plain = expression.meta.is_column()
                     inputs = [
                         input_field(read.table, root, "DIRECT", "IDENTITY" if plain else "TRANSFORMATION")
-                        for root in roots(expression)
+                        for root in root_names(expression)
                     ]
                     known = fields.setdefault(name, facet.Fields(inputFields=[])).inputFields
                     known += [one for one in inputs if one not in known]
@@ -401,7 +392,7 @@ def column_lineage(step: Step, namespace: str) -> tuple[dict[str, Any], list[Any
     return fields, list(whole.values())
 
 
-def assertions_facet(results: tuple[Result, ...]) -> Any:
+def assertions_facet(results: tuple[ExpectationResult, ...]) -> Any:
     """How expectations came out."""
     from openlineage.client.facet_v2 import data_quality_assertions_dataset as facet
 

@@ -13,7 +13,8 @@ from lakehouse.step import Step, in_dependency_order
 from lakehouse.table import Table
 
 if TYPE_CHECKING:
-    from lakehouse.engine.engine import Engine, StepResult
+    from lakehouse.engine.engine import Engine
+    from lakehouse.engine.step_result import StepResult
 
 Rebuild = Callable[["Engine"], "StepResult"]
 """rebuild(engine) -> result: recompute one table from everything upstream."""

@@ -16,14 +16,16 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from lakehouse.engine.engine import Engine, StepResult
+from lakehouse.engine.engine import Engine
+from lakehouse.engine.step_result import StepResult
 from lakehouse.errors import ShopSphereError
-from lakehouse.expectations import ExpectationsFailed, Result
+from lakehouse.expectations import ExpectationResult, ExpectationsFailed
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.errors import committing
-from lakehouse.iceberg.maintenance import retried
+from lakehouse.iceberg.maintenance import ATTEMPTS
 from lakehouse.iceberg.reader import File
 from lakehouse.iceberg.schema import polars_schema
+from lakehouse.retry import retry_commit
 from lakehouse.table import SEQUENCE, TIMESTAMP, Partition, Table, column
 
 RUNS = Table(
@@ -122,18 +124,18 @@ class RunHistory:
             handle.commit(handle.writer.write(stamped), positions={})
 
         if rows:
-            engine.retried(attempt)
+            retry_commit(attempt)
 
 
-def _came_out(result: Result) -> tuple[str, int, int | None]:
-    return result.outcome, result.violations, result.standing
+def _came_out(result: ExpectationResult) -> tuple[str, int, int | None]:
+    return result.outcome, result.violations, result.total_violations
 
 
-def _of_reports(reports: Iterable[StepResult]) -> list[tuple[Result, int | None]]:
+def _of_reports(reports: Iterable[StepResult]) -> list[tuple[ExpectationResult, int | None]]:
     return [(result, report.snapshot) for report in reports for result in report.results]
 
 
-def _of_errors(errors: Iterable[ShopSphereError]) -> list[tuple[Result, int | None]]:
+def _of_errors(errors: Iterable[ShopSphereError]) -> list[tuple[ExpectationResult, int | None]]:
     return [(result, None) for error in errors if isinstance(error, ExpectationsFailed) for result in error.results]
 
 
@@ -167,7 +169,7 @@ def _failed(run: RunRecord, ended: datetime, error: ShopSphereError) -> dict[str
     }
 
 
-def _result(run: RunRecord, ended: datetime, result: Result, snapshot: int | None) -> dict[str, Any]:
+def _result(run: RunRecord, ended: datetime, result: ExpectationResult, snapshot: int | None) -> dict[str, Any]:
     return {
         "run_id": run.id,
         "judged_at": ended,
@@ -180,7 +182,7 @@ def _result(run: RunRecord, ended: datetime, result: Result, snapshot: int | Non
         "examples": "; ".join(result.examples) or None,
         "detail": result.detail or None,
         "snapshot": snapshot,
-        "standing": result.standing,
+        "standing": result.total_violations,
     }
 
 
@@ -190,21 +192,21 @@ def _read(lake: Lake, table: Table) -> pl.DataFrame:
     return lake.load(table).read(table.schema.names)
 
 
-def last_results(lake: Lake) -> list[Result]:
+def last_results(lake: Lake) -> list[ExpectationResult]:
     """How every expectation came out when it was judged last, the worst of each table first."""
     rows = _read(lake, RESULTS).sort("judged_at").unique(["table", "expectation"], keep="last", maintain_order=True)
     order = pl.col("outcome").replace_strict({"fail": 0, "quarantine": 1, "warn": 2, "pass": 3}, default=4)
     return [
-        Result(
+        ExpectationResult(
             row["table"],
             row["expectation"],
             row["severity"],
             row["outcome"],
-            row["rows"],
-            row["violations"],
-            tuple((row["examples"] or "").split("; ")) if row["examples"] else (),
-            row["detail"] or "",
-            row["standing"],
+            rows=row["rows"],
+            violations=row["violations"],
+            examples=tuple((row["examples"] or "").split("; ")) if row["examples"] else (),
+            detail=row["detail"] or "",
+            total_violations=row["standing"],
         )
         for row in rows.sort("table", order, "expectation").to_dicts()
     ]
@@ -297,4 +299,8 @@ def delete_old_days(lake: Lake, retention_days: float, now: datetime) -> int:
             handle.commit(positions={}, removed_paths=old, changes_rows=False)
         return len(old)
 
-    return sum(retried(partial(drop, table)) for table in OPERATIONS.values() if lake.exists(table))
+    return sum(
+        retry_commit(partial(drop, table), attempts=ATTEMPTS, missing_files=False)
+        for table in OPERATIONS.values()
+        if lake.exists(table)
+    )

@@ -14,7 +14,7 @@ Position = Mapping[str, Any]
 RESNAPSHOT, EPOCH = "again", "generation"
 
 
-def resnapshot(position: Position | None) -> Position | None:
+def restart_position(position: Position | None) -> Position | None:
     """The position to plan from when a table must be read from its beginning once more; None when it never was read.
 
     What is read then is newer than all that was read before, and must sort so: it is the next generation. Never stored.

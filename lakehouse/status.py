@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 import polars as pl
 
 from lakehouse.errors import OffsetExpired, SourceError, TableNotFound
-from lakehouse.expectations import Fresh, Result, freshness
+from lakehouse.expectations import ExpectationResult, Fresh, evaluate_freshness
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.project import Project
@@ -50,7 +50,7 @@ def statuses(lake: Lake, project: Project) -> list[TableStatus]:
         **_step_lags(project, handles),
         **{name: LOST for name in loaded if loaded[name] == LOST},
     }
-    judged: dict[str, list[Result]] = {}
+    judged: dict[str, list[ExpectationResult]] = {}
     for result in last_results(lake):
         judged.setdefault(result.table, []).append(result)
     now = datetime.now(UTC)
@@ -71,7 +71,7 @@ def _loaded(lake: Lake, table: Table) -> TableHandle | Literal["has lost a file"
         return LOST
 
 
-def _expectations(lake: Lake, handle: TableHandle | None, results: list[Result], now: datetime) -> dict[str, Any]:
+def _expectations(lake: Lake, handle: TableHandle | None, results: list[ExpectationResult], now: datetime) -> dict[str, Any]:
     """How a table's expectations came out last; freshness is judged now. Of rules that are no longer declared nothing."""
     if handle is None or not results:
         return {}
@@ -79,7 +79,7 @@ def _expectations(lake: Lake, handle: TableHandle | None, results: list[Result],
     found = [result for result in results if result.expectation in rules and not isinstance(rules[result.expectation], Fresh)]
     if lake.settings.freshness:
         fresh = [rule for rule in rules.values() if isinstance(rule, Fresh)]
-        found += [freshness(handle.table.name, rule, handle.max_value(rule.columns[0]), now) for rule in fresh]
+        found += [evaluate_freshness(handle.table.name, rule, handle.max_value(rule.columns[0]), now) for rule in fresh]
     broken = [result for result in found if result.outcome != "pass"]
     counts = [(word, sum(result.outcome == word for result in broken)) for word in ("fail", "quarantine", "warn")]
     text = ", ".join(f"{count} {word}" for word, count in counts if count) or f"{len(found)} hold"

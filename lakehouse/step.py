@@ -143,11 +143,20 @@ class Step:
             )
 
 
+def upstream_tables(step: Step) -> list[Table]:
+    """Return the tables that a step reads, or reads through, each once; without its own."""
+    tables: dict[str, Table] = {}
+    for read in step.reads.values():
+        tables.setdefault(read.table.name, read.table)
+        if isinstance(read, Broadcast | Lookup) and read.through is not None:
+            tables.setdefault(read.through.name, read.through)
+    tables.pop(step.target.name, None)
+    return list(tables.values())
+
+
 def upstream_names(step: Step) -> set[str]:
     """Return the names of the tables that a step reads."""
-    reads = step.reads.values()
-    through = {read.through.name for read in reads if isinstance(read, Broadcast | Lookup) and read.through}
-    return ({read.table.name for read in reads} | through) - {step.target.name}
+    return {table.name for table in upstream_tables(step)}
 
 
 def in_dependency_order(steps: tuple[Step, ...]) -> tuple[Step, ...]:

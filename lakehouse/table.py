@@ -7,7 +7,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-from lakehouse.expectations import Expectation, mistake, not_null, unique
+from lakehouse.expectations import Expectation, declaration_error, not_null, unique
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 MONEY = pa.decimal128(20, 4)
@@ -113,7 +113,7 @@ class Table:
         if not self.group:
             object.__setattr__(self, "group", self.key)
         types = {item.name: item.type for item in self.columns}
-        if wrong := [text for rule in self.rules if (text := mistake(rule, self.group, types))]:
+        if wrong := [text for rule in self.rules if (text := declaration_error(rule, self.group, types))]:
             raise ValueError(f"{self.name}: {wrong[0]}")
 
     @property

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from lakehouse.engine.engine import Engine, StepResult
+from lakehouse.engine.engine import Engine
+from lakehouse.engine.step_result import StepResult
 from lakehouse.errors import ShopSphereError
-from lakehouse.expectations import by_hand, from_text
+from lakehouse.expectations import published_by_hand, results_from_json
 from lakehouse.iceberg.snapshot_properties import EXPECTATIONS
 from lakehouse.project import Project
 from pipelines.runner import recorded
@@ -19,7 +20,8 @@ def publish_staged(engine: Engine, project: Project, name: str) -> int:
         raise ShopSphereError(f"{table.name} has no staged snapshot to publish.{others} See `python -m app status`.")
     with recorded(engine, "publish") as results:
         outcomes = tuple(
-            by_hand(outcome) for outcome in from_text(handle.snapshot_property(EXPECTATIONS, handle.staged.snapshot_id))
+            published_by_hand(outcome)
+            for outcome in results_from_json(handle.snapshot_property(EXPECTATIONS, handle.staged.snapshot_id))
         )
         snapshot = handle.publish()
         results.append(StepResult(table.name, "published", snapshot=snapshot, results=outcomes))

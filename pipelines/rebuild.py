@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from lakehouse.engine.engine import Engine, StepResult
+from lakehouse.engine.engine import Engine
+from lakehouse.engine.step_result import StepResult
 from lakehouse.errors import ShopSphereError, SourceError
 from lakehouse.iceberg.missing_files import find_missing_file, missing_files_error
 from lakehouse.project import Project
@@ -55,7 +56,7 @@ def _check(engine: Engine, project: Project, chosen: Mapping[str, None], bronze:
 def _read_sources_again(engine: Engine, project: Project, bronze: set[str]) -> Iterator[StepResult]:
     for source in project.sources(engine.lake.settings):
         if tables := bronze.intersection(source.tables):
-            results = engine.ingest(source, project.bronze, again=frozenset(tables))
+            results = engine.ingest(source, project.bronze, resnapshot=frozenset(tables))
             yield from (result for result in results if result.table in tables)
 
 

@@ -13,11 +13,13 @@ from typing import Any
 
 import polars as pl
 
-from lakehouse.engine.engine import Engine, StepResult
+from lakehouse.engine.engine import Engine
+from lakehouse.engine.step_result import StepResult
 from lakehouse.errors import ShopSphereError
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.project import Project
+from lakehouse.retry import retry_commit
 from lakehouse.step import Delta, Grouped, Parsed
 from lakehouse.table import BOOKKEEPING, SEQUENCE, Table
 from pipelines.bronze.corrections import corrected_row
@@ -73,7 +75,7 @@ def store_corrections(engine: Engine, project: Project, file: Path) -> int:
         # check all tables before the first commit
         _correction_rows(project, engine.lake.load(project.bronze[name], create=False), values, load_suppression(engine.lake))
     return sum(
-        engine.retried(partial(_append_corrections, engine.lake, project, project.bronze[name], values))
+        retry_commit(partial(_append_corrections, engine.lake, project, project.bronze[name], values))
         for name, values in values_by_table.items()
     )
 

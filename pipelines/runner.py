@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from lakehouse.code_version import code_version
-from lakehouse.engine.engine import Engine, StepResult
+from lakehouse.engine.engine import Engine
+from lakehouse.engine.step_result import StepResult
 from lakehouse.errors import CatalogUnreachable, SettingsError, ShopSphereError
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.missing_files import missing_files_error
@@ -51,7 +52,7 @@ def open_engine(settings: Settings) -> Iterator[Engine]:
     pool = TaskPool(settings.ray, on_disk=local_warehouse(settings))
     try:
         lake = Lake(settings)
-        yield Engine(lake, pool, business_settings(settings), QUARANTINE, arrivals=partial(on_arrival, lake))
+        yield Engine(lake, pool, business_settings(settings), QUARANTINE, load_ingest_transform=partial(on_arrival, lake))
     finally:
         pool.close()
 

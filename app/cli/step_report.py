@@ -11,7 +11,7 @@ from app.cli.output import Output, ShowProgress
 from lakehouse.format_bytes import format_bytes
 
 if TYPE_CHECKING:
-    from lakehouse.engine.engine import StepResult
+    from lakehouse.engine.step_result import StepResult
     from pipelines.runner import ProgressCallback, RunResult
 
 STEP_COLUMNS = ("step", "status", "rows read", "rows written", "deleted", "written", "seconds", "cpu s")

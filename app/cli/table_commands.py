@@ -15,7 +15,7 @@ from lakehouse.format_bytes import format_bytes
 from pipelines.settings import load_settings
 
 if TYPE_CHECKING:
-    from lakehouse.expectations import Result
+    from lakehouse.expectations import ExpectationResult
     from lakehouse.run_history import PastRun
     from lakehouse.status import TableStatus
 
@@ -72,7 +72,7 @@ def print_statuses(output: Output, tables: Sequence[TableStatus]) -> None:
     )
 
 
-def print_results(output: Output, results: Sequence[Result]) -> None:
+def print_results(output: Output, results: Sequence[ExpectationResult]) -> None:
     """Print the latest result of every expectation."""
     rows = [
         (
@@ -82,7 +82,7 @@ def print_results(output: Output, results: Sequence[Result]) -> None:
             result.outcome,
             result.rows,
             result.violations,
-            result.standing,
+            result.total_violations,
             result.detail or "; ".join(result.examples),
         )
         for result in results

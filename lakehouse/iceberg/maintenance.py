@@ -7,12 +7,10 @@ over. Orphans are deleted only when they are older than any write under way can 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
-from typing import TypeVar
 
 from pyarrow.fs import FileSelector, FileType
 from pyiceberg.io.pyarrow import PyArrowFileIO
@@ -23,11 +21,11 @@ from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.errors import catalog_errors
 from lakehouse.iceberg.reader import File
 from lakehouse.iceberg.table_handle import TableHandle
+from lakehouse.retry import retry_commit
 from lakehouse.table import Table
 
 TARGET_BYTES = 64 * 1024 * 1024
 ATTEMPTS = 5
-Done = TypeVar("Done")
 
 
 @dataclass(frozen=True)
@@ -54,19 +52,7 @@ def worth_compacting(files: Iterable[File]) -> list[File]:
 
 def compact(lake: Lake, table: Table) -> tuple[int, int, int]:
     """Rewrite small and dirty files, partition by partition, in one commit; gives files before, after, deletes merged."""
-    return retried(lambda: _compact(lake.load(table, create=False)))
-
-
-def retried(attempt: Callable[[], Done]) -> Done:
-    """What `attempt` gives; when another writer commits first, it is called again. Raises CommitConflict."""
-    for number in range(ATTEMPTS):
-        try:
-            return attempt()
-        except CommitConflict:
-            if number == ATTEMPTS - 1:
-                raise
-            time.sleep(0.2 * 2**number)
-    raise AssertionError
+    return retry_commit(lambda: _compact(lake.load(table, create=False)), attempts=ATTEMPTS, missing_files=False)
 
 
 def _compact(handle: TableHandle) -> tuple[int, int, int]:
@@ -168,6 +154,7 @@ def delete_orphans(lake: Lake, table: Table, retention_hours: float, now: dateti
 def maintain(lake: Lake, table: Table, now: datetime) -> MaintenanceResult:
     """Compact, expire, and clean one table."""
     before, after, merged = compact(lake, table)
-    expired = retried(lambda: expire(lake, table, lake.settings.snapshot_retention_hours, now))
+    hours = lake.settings.snapshot_retention_hours
+    expired = retry_commit(lambda: expire(lake, table, hours, now), attempts=ATTEMPTS, missing_files=False)
     orphans, size = delete_orphans(lake, table, lake.settings.orphan_retention_hours, now)
     return MaintenanceResult(table.name, before, after, merged, expired, orphans, size)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from lakehouse.engine.engine import Engine, StepResult
+from lakehouse.engine.engine import Engine
+from lakehouse.engine.step_result import StepResult
 from lakehouse.project import Rebuild
 from lakehouse.step import Step
 from ml.registry import Registry

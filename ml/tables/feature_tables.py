@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from lakehouse.engine.engine import Engine, StepResult
+from lakehouse.engine.engine import Engine
+from lakehouse.engine.step_result import StepResult
 from lakehouse.table import Table
 from ml.features.declarations import LABEL_DELAY
 from ml.tables import category_amounts, fraud_ratios, order_entities, order_features

@@ -10,25 +10,29 @@ The result equals that of `compute`, bit for bit: both call `compute_group`, who
 
 from __future__ import annotations
 
-import json
 import math
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import polars as pl
 
-from lakehouse.engine.engine import Engine, StepResult, UpstreamTable, chunks, conform, stamp
-from lakehouse.expectations import Result, joined, judge, standing_after
+from lakehouse.engine.commit import commit_full_build
+from lakehouse.engine.engine import Engine
+from lakehouse.engine.fingerprint import definition_fingerprint
+from lakehouse.engine.frames import conform, stamp
+from lakehouse.engine.step_result import StepResult, Stopwatch
+from lakehouse.engine.upstream_table import UpstreamTable, batch_files, open_upstream
+from lakehouse.expectations import ExpectationResult, evaluate
 from lakehouse.iceberg.group_hash import group_hash
-from lakehouse.iceberg.snapshot_properties import FINGERPRINT, ROWS, VIOLATIONS
+from lakehouse.iceberg.snapshot_properties import FINGERPRINT
 from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.iceberg.writer import FileWriter
 from lakehouse.parallel import Block, Blocks
-from lakehouse.step import Read, Step
-from lakehouse.table import DELETED, Table
+from lakehouse.retry import retry_commit
+from lakehouse.step import Step, upstream_tables
+from lakehouse.table import DELETED
 from ml.features.compute import compute_group
 from ml.features.declarations import FeatureGroup, OrderHistory
 from ml.features.groups import FEATURE_GROUPS
@@ -68,12 +72,12 @@ class ComputeTask:
 
 @dataclass(frozen=True)
 class WrittenBlock:
-    """Result of a task of the third round."""
+    """ExpectationResult of a task of the third round."""
 
     files: tuple[Any, ...]
     """Iceberg data files, as FileWriter returns them."""
     rows: int
-    results: tuple[Result, ...]
+    results: tuple[ExpectationResult, ...]
 
 
 @dataclass(frozen=True)
@@ -89,18 +93,19 @@ class BuildPlan:
 def needs_build(engine: Engine, step: Step) -> bool:
     """Whether the step's table was never filled, or was filled with other features or another label delay."""
     target = engine.lake.load(step.target)
-    return ORDER_ENTITIES.name not in target.positions or target.snapshot_property(FINGERPRINT) != engine.shape(step)
+    fingerprint = definition_fingerprint(step, engine.context)
+    return ORDER_ENTITIES.name not in target.positions or target.snapshot_property(FINGERPRINT) != fingerprint
 
 
 def build(engine: Engine, step: Step, delay: timedelta) -> StepResult:
     """Compute all rows of the step's table and replace its content, with the positions that the step would store."""
-    return engine.retried(lambda: _build(engine, step, delay))
+    return retry_commit(lambda: _build(engine, step, delay))
 
 
 def _build(engine: Engine, step: Step, delay: timedelta) -> StepResult:
-    started, cpu = time.monotonic(), time.process_time()
+    watch = Stopwatch()
     target = engine.lake.load(step.target)
-    handles = {name: engine.lake.load(table) for name, table in _tables(step.reads.values()).items()}
+    handles = {table.name: engine.lake.load(table) for table in upstream_tables(step)}
     plan = _plan(engine, handles)
     read = engine.pool.extract(read_block, plan.read_tasks, parallel=plan.parallel)
     compute_tasks = [ComputeTask(group, number, delay) for number in range(plan.buckets) for group in ENTITY_GROUPS]
@@ -112,7 +117,15 @@ def _build(engine: Engine, step: Step, delay: timedelta) -> StepResult:
     worker_cpu += read.cpu_seconds + computed.cpu_seconds
     files = [file for block in written for file in block.files]
     count = sum(block.rows for block in written)
-    results, snapshot = _commit(engine, step, target, handles, written)
+    snapshot, results = commit_full_build(
+        step,
+        engine.context,
+        target,
+        handles,
+        files=files,
+        rows=count,
+        results=(result for block in written for result in block.results),
+    )
     return StepResult(
         step.target.name,
         "rebuilt" if target.snapshot else "changed",
@@ -120,8 +133,8 @@ def _build(engine: Engine, step: Step, delay: timedelta) -> StepResult:
         rows_changed=count,
         rows_written=count,
         bytes_written=sum(file.file_size_in_bytes for file in files),
-        seconds=time.monotonic() - started,
-        cpu_seconds=time.process_time() - cpu + worker_cpu,
+        seconds=watch.seconds,
+        cpu_seconds=watch.cpu_seconds + worker_cpu,
         worker_cpu_seconds=worker_cpu,
         parallel=plan.parallel,
         snapshot=snapshot,
@@ -132,13 +145,13 @@ def _build(engine: Engine, step: Step, delay: timedelta) -> StepResult:
 def _plan(engine: Engine, handles: Mapping[str, TableHandle]) -> BuildPlan:
     """Divide the files of orders and events into blocks, and the entities into buckets."""
     settings = engine.pool.settings
-    orders, events = _upstream(handles[ORDER_ENTITIES.name]), _upstream(handles[EVENTS_CLEAN.name])
+    orders, events = open_upstream(handles[ORDER_ENTITIES.name]), open_upstream(handles[EVENTS_CLEAN.name])
     rows = sum(file.rows for file in (*orders.files, *events.files))
     parallel = rows >= settings.inline_rows
     size = settings.rows_per_task if parallel else 10**12
     buckets = max(1, math.ceil(sum(file.rows for file in orders.files) / size))
     categories = handles[CATEGORY_AMOUNTS.name].read(CATEGORY_AMOUNTS.schema.names)
-    ratios = _upstream(handles[FRAUD_RATIOS.name])
+    ratios = open_upstream(handles[FRAUD_RATIOS.name])
     tasks = tuple(
         ReadTask(
             number=number,
@@ -149,39 +162,9 @@ def _plan(engine: Engine, handles: Mapping[str, TableHandle]) -> BuildPlan:
             ratios=ratios,
         )
         for upstream in (orders, events)
-        for number, files in enumerate(chunks(upstream.files, size))
+        for number, files in enumerate(batch_files(upstream.files, size))
     )
     return BuildPlan(tasks, buckets, rows, parallel)
-
-
-def _commit(
-    engine: Engine, step: Step, target: TableHandle, handles: Mapping[str, TableHandle], written: Sequence[WrittenBlock]
-) -> tuple[tuple[Result, ...], int | None]:
-    """Replace the table's files by those written; return the results of the expectations and the snapshot."""
-    files = [file for block in written for file in block.files]
-    count = sum(block.rows for block in written)
-    before = target.snapshot_property(ROWS)
-    of_rows = joined(result for block in written for result in block.results)
-    results = engine.settled(step.target, of_rows, int(before) if before else None, count)
-    snapshot = target.commit(
-        files,
-        positions={name: handle.position for name, handle in handles.items()},
-        removed_paths=frozenset(file.path for file in target.files()),
-        properties={
-            FINGERPRINT: engine.shape(step),
-            ROWS: str(count),
-            VIOLATIONS: json.dumps(standing_after({}, {}, of_rows), sort_keys=True),
-        },
-    )
-    return results, snapshot
-
-
-def _tables(reads: Iterable[Read]) -> dict[str, Table]:
-    return {read.table.name: read.table for read in reads}
-
-
-def _upstream(handle: TableHandle) -> UpstreamTable:
-    return UpstreamTable(handle.table, handle.reader, tuple(handle.files()))
 
 
 # --- first round ---------------------------------------------------------------------------------------------------
@@ -271,7 +254,7 @@ class WriteBlock:
         assert own is not None
         columns = [own, *(_aligned(group, _frame(blocks, group.name, number), own.height) for group in ENTITY_GROUPS)]
         rows = conform(pl.concat(columns, how="horizontal"), ORDER_FEATURES)
-        judged = judge(ORDER_FEATURES.name, ORDER_FEATURES.rules, rows, ORDER_FEATURES.key)
+        judged = evaluate(ORDER_FEATURES.name, ORDER_FEATURES.rules, rows, ORDER_FEATURES.key)
         marked = rows.with_columns(pl.lit(False).alias(DELETED))
         files = tuple(self.writer.write(stamp(ORDER_FEATURES, marked, self.sequence)))
         return WrittenBlock(files, rows.height, judged.results)

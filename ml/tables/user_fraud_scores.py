@@ -12,7 +12,8 @@ from functools import partial
 import polars as pl
 import pyarrow as pa
 
-from lakehouse.engine.engine import Engine, StepResult
+from lakehouse.engine.engine import Engine
+from lakehouse.engine.step_result import StepResult
 from lakehouse.errors import ShopSphereError
 from lakehouse.expectations import within
 from lakehouse.step import Grouped, Lookup, Step

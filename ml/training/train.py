@@ -12,7 +12,8 @@ import numpy as np
 import polars as pl
 
 from lakehouse.code_version import code_version
-from lakehouse.engine.engine import Engine, StepResult
+from lakehouse.engine.engine import Engine
+from lakehouse.engine.step_result import StepResult
 from lakehouse.storage import Storage
 from ml.evaluation.baselines import LeaderboardEntry, UpperBound, as_text, baselines, leaderboard_entry, upper_bound
 from ml.evaluation.drift import reference_of

@@ -17,7 +17,7 @@ from datetime import datetime, timedelta
 import polars as pl
 import pyarrow as pa
 
-from lakehouse.engine.engine import UpstreamTable, chunks
+from lakehouse.engine.upstream_table import UpstreamTable, batch_files
 from lakehouse.errors import SettingsError, ShopSphereError
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.table_handle import TableHandle
@@ -176,7 +176,7 @@ def labelled_orders(
     files = features.files()
     portions = [
         Portion(UpstreamTable(ORDER_FEATURES, features.reader, group), since, until, known, cutoff)
-        for group in chunks(files, pool.settings.rows_per_task)
+        for group in batch_files(files, pool.settings.rows_per_task)
     ]
     pieces = pool.extract(read_portion, portions, parallel=sum(file.rows for file in files) >= 4 * pool.settings.inline_rows)
     return _gathered(pieces).sort("placed_at", "order_id")

@@ -6,9 +6,11 @@ from functools import partial
 
 import polars as pl
 
-from lakehouse.engine.engine import Engine, conform, stamp
-from lakehouse.engine.row_diff import with_mark
+from lakehouse.engine.engine import Engine
+from lakehouse.engine.frames import conform, stamp
+from lakehouse.engine.row_diff import with_deleted_flag
 from lakehouse.iceberg.rewrite import RewriteResult, find_rewrite, replace_rows, rewrite
+from lakehouse.retry import retry_commit
 from lakehouse.table import SEQUENCE, Table
 from pipelines.bronze.tables import EVENTS, TABLES
 from pipelines.privacy.anonymise import Anonymiser
@@ -27,7 +29,7 @@ def rewrite_bronze(engine: Engine, erasure: Erasure) -> tuple[RewriteResult, ...
         edited = anonymiser(table, rows)
         return edited.rows, edited.changed, edited.keys
 
-    return tuple(engine.retried(partial(rewrite, engine.lake, table, partial(edit, table), erasure.id)) for table in TABLES)
+    return tuple(retry_commit(partial(rewrite, engine.lake, table, partial(edit, table), erasure.id)) for table in TABLES)
 
 
 def replace_delta_rows(engine: Engine, erasure: Erasure) -> None:
@@ -44,7 +46,7 @@ def replace_delta_rows(engine: Engine, erasure: Erasure) -> None:
         rows = conform(events_clean.transform({"events": parse_events(messages).rows}, engine.context), EVENTS_CLEAN)
         if rows.is_empty():
             return
-        new = stamp(EVENTS_CLEAN, with_mark(EVENTS_CLEAN, rows, False), target.next_sequence)
+        new = stamp(EVENTS_CLEAN, with_deleted_flag(EVENTS_CLEAN, rows, False), target.next_sequence)
         replace_rows(target, pl.col("event_id").is_in(rows["event_id"].implode()), new)
 
-    engine.retried(attempt)
+    retry_commit(attempt)

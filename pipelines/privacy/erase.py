@@ -12,6 +12,7 @@ from lakehouse.byte_search import FileSearchResult, SearchTerms
 from lakehouse.errors import ShopSphereError
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.rewrite import PurgeResult, purge_history
+from lakehouse.retry import retry_commit
 from pipelines.privacy.bronze_rewrite import replace_delta_rows, rewrite_bronze
 from pipelines.privacy.context import ErasureContext, StageProgress
 from pipelines.privacy.erasure_plan import ErasurePlan, plan_erasure
@@ -85,7 +86,7 @@ def request(context: ErasureContext, query: SubjectQuery) -> Erasure:
     rows = [(REQUESTED, pseudonyms.check), *sorted(plan.entries)]
     search_list = SearchList(plan.texts, plan.shared, Baseline(sales_totals(lake), stored))
     with stored_search_list(lake, erasure, search_list):
-        context.engine.retried(lambda: append_digests(lake, erasure.id, erasure.requested_at, rows, plan.until))
+        retry_commit(lambda: append_digests(lake, erasure.id, erasure.requested_at, rows, plan.until))
     return erasure
 
 
@@ -170,7 +171,7 @@ def _forget_history(context: ErasureContext) -> tuple[PurgeResult, ...]:
     """Remove tombstones, deleted rows, old snapshots and unreferenced files of all tables."""
     lake = context.lake
     return tuple(
-        context.engine.retried(partial(purge_history, lake, table, tombstones=table.keeps_tombstones))
+        retry_commit(partial(purge_history, lake, table, tombstones=table.keeps_tombstones))
         for table in existing_tables(lake, context.project)
     )
 
@@ -195,4 +196,4 @@ def _mark_finished(context: ErasureContext, erasure: Erasure) -> None:
     suppression = load_suppression(lake)
     assert suppression is not None
     rows = [(FINISHED, suppression.pseudonyms.check)]
-    context.engine.retried(lambda: append_digests(lake, erasure.id, erasure.requested_at, rows))
+    retry_commit(lambda: append_digests(lake, erasure.id, erasure.requested_at, rows))

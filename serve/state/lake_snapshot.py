@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from lakehouse.engine.engine import UpstreamTable
+from lakehouse.engine.upstream_table import UpstreamTable
 from lakehouse.errors import ShopSphereError
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.snapshot_properties import DATA_SEQUENCE, POSITIONS

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 import polars as pl
 
-from lakehouse.engine.engine import UpstreamTable
+from lakehouse.engine.upstream_table import UpstreamTable
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.table import Table
 

@@ -350,7 +350,7 @@ def test_a_table_that_cannot_be_filled_does_not_stop_the_others(cli, home, monke
 
 @pytest.mark.parametrize("lost", ["data", "metadata", "metadata/*.avro"])
 def test_a_table_that_lost_files_is_named_and_made_anew(cli, home, monkeypatch, lost):
-    monkeypatch.setattr("lakehouse.engine.engine.ATTEMPTS", 2)
+    monkeypatch.setattr("lakehouse.retry.MAX_ATTEMPTS", 2)
     before, folder = digests(cli), home / "warehouse" / "gold" / "fact_orders"
     for one in folder.glob(lost):
         shutil.rmtree(one) if one.is_dir() else one.unlink()
@@ -370,7 +370,7 @@ def test_a_table_that_lost_files_is_named_and_made_anew(cli, home, monkeypatch, 
 
 
 def test_a_bronze_table_that_lost_a_file_is_not_thrown_away(cli, home, tmp_path, monkeypatch):
-    monkeypatch.setattr("lakehouse.engine.engine.ATTEMPTS", 2)
+    monkeypatch.setattr("lakehouse.retry.MAX_ATTEMPTS", 2)
     before = digests(cli)
     needed = Lake(load_settings()).load(EVENTS).files()[0].path
     file = Path(needed.removeprefix("file://"))

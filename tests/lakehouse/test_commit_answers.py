@@ -51,7 +51,7 @@ def test_a_refusal_is_not_tried_again(tmp_path, monkeypatch):
 
 
 def test_a_pass_ends_at_a_catalog_that_does_not_answer(tmp_path, monkeypatch):
-    monkeypatch.setattr("lakehouse.engine.engine.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("lakehouse.retry.time.sleep", lambda seconds: None)
     engine = make_engine(tmp_path)
     for source in ("postgres", "mongo", "kafka"):
         part = getattr(engine.lake.settings, source).model_copy(update={"enabled": False})

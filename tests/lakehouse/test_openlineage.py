@@ -23,7 +23,7 @@ from lakehouse.expectations import ExpectationsFailed
 from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.openlineage import Receiver, configured, emit_events
 from lakehouse.run_history import RunRecord
-from lakehouse.step import Grouped
+from lakehouse.step import Grouped, upstream_tables
 
 
 @pytest.fixture(autouse=True)
@@ -277,7 +277,7 @@ def test_a_wrong_configuration_does_not_end_the_run(engine, monkeypatch, tmp_pat
 
 @pytest.mark.parametrize("step", PROJECT.all_steps, ids=lambda step: step.target.name)
 def test_column_lineage_of_every_step_names_columns_that_exist(step):
-    columns = {table.name: set(table.schema.names) for table in lineage.upstream_tables(step)} | {
+    columns = {table.name: set(table.schema.names) for table in upstream_tables(step)} | {
         step.target.name: set(step.target.schema.names)
     }
     fields, whole = lineage.column_lineage(step, "lake")

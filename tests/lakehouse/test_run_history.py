@@ -12,7 +12,8 @@ import polars as pl
 import pytest
 from support.sales_lake import NOW, SALES, SALES_STEP, TOTALS, TOTALS_STEP, make_engine, receive
 
-from lakehouse.engine.engine import Engine, StepResult
+from lakehouse.engine.engine import Engine
+from lakehouse.engine.step_result import StepResult
 from lakehouse.errors import ShopSphereError, SourceError
 from lakehouse.expectations import ExpectationsFailed
 from lakehouse.iceberg.catalog import Lake
@@ -223,7 +224,7 @@ def test_a_build_published_by_hand_is_noted_as_what_readers_have(tmp_path, monke
     assert shown()[0] == "1 fail"
     assert main(["publish", "totals"]) == 0
     assert shown()[0] == "1 warn"
-    assert "within(amount >= 0): 1 of 1 rows break it, published by hand, for example shop=north" in shown()[1]
+    assert "within(amount >= 0): 1 of 1 rows violate it, published by hand, for example shop=north" in shown()[1]
     (seen,) = query(
         lake, OPERATIONS, "SELECT snapshot FROM operations.expectation_results WHERE detail LIKE '%by hand'"
     ).to_pylist()

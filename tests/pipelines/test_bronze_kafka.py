@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from support.bronze_reading import Reader
 
 from lakehouse.errors import OffsetExpired, SourceError
-from lakehouse.source import Position, resnapshot
+from lakehouse.source import Position, restart_position
 from pipelines.bronze.tables import EVENTS
 from pipelines.settings import KafkaSettings
 from pipelines.sources.kafka import ranges, source
@@ -197,7 +197,7 @@ def test_a_re_created_topic_refilled_past_the_position_is_detected(topic: Topic)
     with pytest.raises(OffsetExpired) as error:
         topic.reader.plan()
     first = list(topic.reader.rows[TABLE])
-    topic.reader.positions = {TABLE: resnapshot(topic.reader.positions[TABLE])}
+    topic.reader.positions = {TABLE: restart_position(topic.reader.positions[TABLE])}
     assert len(topic.reader.run()[TABLE]) == 60
     position = topic.reader.positions[TABLE]
     new = position["ids"][topic.name]
@@ -213,7 +213,7 @@ def test_a_re_created_topic_refilled_past_the_position_is_detected(topic: Topic)
 def test_resnapshot_of_the_same_topic_gives_the_same_rows(topic: Topic) -> None:
     topic.send(30)
     first = topic.reader.run()[TABLE]
-    topic.reader.positions = {TABLE: resnapshot(topic.reader.positions[TABLE])}
+    topic.reader.positions = {TABLE: restart_position(topic.reader.positions[TABLE])}
     by_position = {row["_source_position"]: row for row in topic.reader.run()[TABLE]}
     assert by_position == {row["_source_position"]: row for row in first}
     assert "again" not in topic.reader.positions[TABLE]
@@ -240,7 +240,7 @@ def test_a_broker_without_topic_ids_is_read(tmp_path: Path) -> None:
         assert len(topic.reader.run()[TABLE]) == 3
         assert topic.reader.positions[TABLE]["ids"] == {"events": "from before"}
         # it may be another topic, so the same offsets may be other messages
-        topic.reader.positions = {TABLE: resnapshot(topic.reader.positions[TABLE])}
+        topic.reader.positions = {TABLE: restart_position(topic.reader.positions[TABLE])}
         assert {row["_source_position"][:8] for row in topic.reader.run()[TABLE]} == {"~000001~"}
 
 

@@ -24,7 +24,7 @@ from pymongo.errors import OperationFailure
 from support.bronze_reading import Reader, live_rows_by_key
 
 from lakehouse.errors import OffsetExpired, SourceError
-from lakehouse.source import Reached, Rows, resnapshot
+from lakehouse.source import Reached, Rows, restart_position
 from pipelines.bronze.tables import MARKETPLACE_ORDERS
 from pipelines.settings import MongoSettings
 from pipelines.sources.mongo import change_stream, connection
@@ -272,7 +272,7 @@ def test_resnapshot_of_a_collection_begins_an_epoch_with_a_marker(market: Market
     before = list(market.reader.rows[TABLE])
     market.collection.delete_one({"mp_order_id": "O2"})
     market.collection.replace_one({"_id": "undated"}, {"mp_order_id": "V"})
-    market.reader.positions = {TABLE: resnapshot(market.reader.positions[TABLE])}
+    market.reader.positions = {TABLE: restart_position(market.reader.positions[TABLE])}
     rows = market.reader.run()[TABLE]
     assert [row["_op"] for row in rows] == ["t", *["r"] * 6]
     assert rows[0]["_source_position"] == "~000001~"
@@ -292,7 +292,7 @@ def test_resnapshot_of_an_emptied_collection_is_empty(market: Market, mode: str)
     market.add(1, 5)
     market.reader.run()
     market.collection.delete_many({})
-    market.reader.positions = {TABLE: resnapshot(market.reader.positions[TABLE])}
+    market.reader.positions = {TABLE: restart_position(market.reader.positions[TABLE])}
     assert [row["_op"] for row in market.reader.run()[TABLE]] == ["t"]
     assert market.reader.positions[TABLE]["generation"] == 1
     assert market.bronze_documents() == {}
@@ -313,7 +313,7 @@ def test_rows_sort_in_read_order_across_changes_of_mode(market: Market) -> None:
         if number:
             with pytest.raises(SourceError, match=f"or re-snapshot the table: python -m app rebuild {TABLE}"):
                 market.reader.plan()
-            market.reader.positions = {TABLE: resnapshot(positions[TABLE])}
+            market.reader.positions = {TABLE: restart_position(positions[TABLE])}
             market.reader.run()
             assert documents_in_three_orders(market) == [market.source_documents()] * 3
         market.collection.replace_one(

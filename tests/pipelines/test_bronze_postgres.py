@@ -21,7 +21,7 @@ from psycopg.conninfo import make_conninfo
 from support.bronze_reading import Reader, live_rows_by_key
 
 from lakehouse.errors import CommitConflict, OffsetExpired, SchemaConflict, SourceError, UnknownColumn
-from lakehouse.source import Rows, resnapshot
+from lakehouse.source import Rows, restart_position
 from pipelines.bronze.tables import POSTGRES_TABLES, TABLES
 from pipelines.settings import PostgresSettings
 from pipelines.sources.postgres import connection, initial_read, slot
@@ -193,7 +193,7 @@ def test_resnapshot_of_a_table_begins_an_epoch_with_a_marker(shop: Shop) -> None
     shop("UPDATE products SET name = 'x' WHERE product_id = 'P1'; INSERT INTO stores VALUES ('T', 'two', 'store')")
     shop("DELETE FROM products WHERE product_id = 'P2'")
     before = list(shop.reader.rows[PRODUCTS])
-    shop.reader.positions[PRODUCTS] = resnapshot(shop.reader.positions[PRODUCTS])
+    shop.reader.positions[PRODUCTS] = restart_position(shop.reader.positions[PRODUCTS])
     rows = shop.reader.run()
     found = sorted(rows[PRODUCTS], key=lambda row: row["_source_position"])
     # changes that the slot still had come first: they belong to the previous epoch
@@ -210,7 +210,7 @@ def test_resnapshot_of_a_table_begins_an_epoch_with_a_marker(shop: Shop) -> None
     assert not rows[STORES][0]["_source_position"].startswith("~")
     assert sorted(key[0] for key in shop.reader.latest(PRODUCTS, ("product_id",))) == ["P1", "P3", "P4"]
     shop("TRUNCATE products")
-    shop.reader.positions[PRODUCTS] = resnapshot(shop.reader.positions[PRODUCTS])
+    shop.reader.positions[PRODUCTS] = restart_position(shop.reader.positions[PRODUCTS])
     positions = sorted(row["_source_position"] for row in shop.reader.run()[PRODUCTS])
     assert positions[0].startswith("~000001~")
     assert positions[1:] == ["~000002~"]
@@ -400,7 +400,7 @@ def test_a_replaced_table_is_an_error_until_it_is_resnapshotted(servers: Any, st
         ) as error:
             shop.reader.run()
         named = str(error.value).rpartition("rebuild ")[2].split()
-        shop.reader.positions |= {table: resnapshot(shop.reader.positions[table]) for table in named}  # type: ignore[dict-item]
+        shop.reader.positions |= {table: restart_position(shop.reader.positions[table]) for table in named}  # type: ignore[dict-item]
         shop.reader.run()
         shop.add_products(7, 7)
         shop.reader.run()
@@ -590,7 +590,7 @@ def test_a_missing_slot_is_an_error(shop: Shop) -> None:
     message = rf"slot '.*' no longer exists, so the changes since .* are lost.*python -m app rebuild {everything}$"
     with pytest.raises(OffsetExpired, match=message):
         shop.reader.plan()
-    shop.reader.positions[PRODUCTS] = resnapshot(shop.reader.positions[PRODUCTS])
+    shop.reader.positions[PRODUCTS] = restart_position(shop.reader.positions[PRODUCTS])
     with pytest.raises(OffsetExpired, match=message):
         shop.reader.plan()
 
@@ -602,7 +602,7 @@ def test_a_missing_slot_is_re_created_when_all_tables_are_resnapshotted(shop: Sh
     shop("SELECT pg_drop_replication_slot(%s)", shop.name)
     shop("DELETE FROM products WHERE product_id < 'P3'")
     before = dict(shop.reader.positions)
-    shop.reader.positions = {table: resnapshot(position) for table, position in before.items()}
+    shop.reader.positions = {table: restart_position(position) for table, position in before.items()}
     # a crash after the slot was created and before any commit: the previous positions detect it
     plan = shop.reader.plan()
     plan.held.close()
@@ -621,7 +621,7 @@ def test_a_missing_slot_is_re_created_when_all_tables_are_resnapshotted(shop: Sh
         shop.reader.source.plan(halfway, shop.reader.schemas)
     shop.reader.rows[PRODUCTS] += rows[PRODUCTS]
     shop.reader.positions = {
-        table: position if table == PRODUCTS else resnapshot(position) for table, position in halfway.items()
+        table: position if table == PRODUCTS else restart_position(position) for table, position in halfway.items()
     }
     shop("INSERT INTO stores VALUES ('T', 'two', 'store'); DELETE FROM stores WHERE store_id = 'S'")
     shop.reader.run()
@@ -649,7 +649,7 @@ def test_a_lost_slot_is_re_created_when_all_tables_are_resnapshotted(shop: Shop)
     finally:
         shop("ALTER SYSTEM RESET max_slot_wal_keep_size")
         shop("SELECT pg_reload_conf()")
-    shop.reader.positions = {table: resnapshot(position) for table, position in shop.reader.positions.items()}
+    shop.reader.positions = {table: restart_position(position) for table, position in shop.reader.positions.items()}
     shop.reader.run()
     shop.add_products(4, 4)
     shop.reader.run()
@@ -760,7 +760,7 @@ def test_a_publication_without_all_operations_is_an_error(shop: Shop) -> None:
     with pytest.raises(SourceError, match=rf"does not publish delete, so changes are being missed.*rebuild .*{PRODUCTS}"):
         shop.reader.run()
     shop("ALTER PUBLICATION shopsphere SET (publish = 'insert, update, delete, truncate')")
-    shop.reader.positions = {table: resnapshot(position) for table, position in shop.reader.positions.items()}  # type: ignore[misc]
+    shop.reader.positions = {table: restart_position(position) for table, position in shop.reader.positions.items()}  # type: ignore[misc]
     shop.reader.run()
     assert list(shop.reader.latest(PRODUCTS, ("product_id",))) == [("P2",)]
 
@@ -852,7 +852,7 @@ def test_a_rebuild_of_all_tables_interrupted_between_two_commits_loses_no_histor
     shop("UPDATE products SET name = 'between' WHERE product_id = 'P1'; UPDATE products SET name = 'now' WHERE product_id = 'P1'")
     shop("UPDATE stores SET name = 'two' WHERE store_id = 'S'")
     before = dict(shop.reader.positions)
-    shop.reader.positions = {table: resnapshot(position) for table, position in before.items()}
+    shop.reader.positions = {table: restart_position(position) for table, position in before.items()}
     plan = shop.reader.plan()
     rows, positions = shop.reader.read(plan)
     plan.held.close()

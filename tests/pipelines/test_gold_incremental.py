@@ -13,7 +13,8 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from lakehouse.engine.engine import Engine, stamp
+from lakehouse.engine.engine import Engine
+from lakehouse.engine.frames import stamp
 from lakehouse.engine.row_diff import row_diff
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.schema import polars_schema

@@ -10,8 +10,8 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from lakehouse.engine.engine import conform, stamp
-from lakehouse.engine.row_diff import with_mark
+from lakehouse.engine.frames import conform, stamp
+from lakehouse.engine.row_diff import with_deleted_flag
 from lakehouse.errors import ShopSphereError
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.schema import polars_schema
@@ -38,7 +38,7 @@ def write(lake: Lake, table: Table, *rows: dict[str, Any]) -> None:
     absent = {column.name: ABSENT[column.type] for column in table.columns if column.required and column.type in ABSENT}
     told = [{name: {**absent, **row}.get(name) for name in schema} for row in rows]
     frame = conform(pl.DataFrame(told, schema=schema), table)
-    handle.commit(handle.writer.write(stamp(table, with_mark(table, frame, False), handle.next_sequence)), positions={})
+    handle.commit(handle.writer.write(stamp(table, with_deleted_flag(table, frame, False), handle.next_sequence)), positions={})
 
 
 def node(record: str, shown: str, master: str) -> dict[str, Any]:

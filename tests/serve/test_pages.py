@@ -152,21 +152,23 @@ def test_freshness_page_lists_every_table_and_offset(client: TestClient, filled:
 
 
 def test_freshness_page_shows_violated_expectations(filled: Settings) -> None:
-    from lakehouse.engine.engine import StepResult
-    from lakehouse.expectations import ExpectationsFailed, Result
+    from lakehouse.engine.step_result import StepResult
+    from lakehouse.expectations import ExpectationResult, ExpectationsFailed
     from lakehouse.run_history import RunHistory, RunRecord
     from pipelines.gold.sales_daily import SALES_DAILY
     from pipelines.runner import open_engine
 
     rule = next(str(rule) for rule in SALES_DAILY.rules if "gross_revenue >=" in str(rule))
     with open_engine(filled) as engine:
-        kept = Result(SALES_DAILY.name, rule, "fail", "fail", 10, 3, ("order_date=2026-01-01, channel=<web>",))
+        kept = ExpectationResult(
+            SALES_DAILY.name, rule, "fail", "fail", rows=10, violations=3, examples=("order_date=2026-01-01, channel=<web>",)
+        )
         error = ExpectationsFailed(SALES_DAILY.name, [kept], "audit")
         RunHistory(engine.lake).note(engine, RunRecord("run"), [StepResult("gold.dim_date", "changed")], [error])
     with running(replica(filled, scores_topic="")) as client:
         text = get_page(client, "/freshness").text
     assert "1 fail" in text
-    assert "3 of 10 rows break it" in text.replace("<wbr>", "")
+    assert "3 of 10 rows violate it" in text.replace("<wbr>", "")
     assert "channel=<web>" in text, "escaped, not a tag"
     assert "Tables changed" in text
 

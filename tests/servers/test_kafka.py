@@ -20,7 +20,7 @@ from support.bronze_reading import Reader
 from support.waiting import wait_for
 
 from lakehouse.errors import OffsetExpired, SourceError
-from lakehouse.source import Reached, Rows, resnapshot
+from lakehouse.source import Reached, Rows, restart_position
 from pipelines.bronze.tables import EVENTS
 from pipelines.sources.kafka.deletion import delete_records_before
 from pipelines.sources.kafka.ranges import OffsetRange, OffsetRangesTask
@@ -186,7 +186,7 @@ def test_retention_that_overtakes_the_reader_is_an_error_that_names_the_gap(topi
     topic.send(producer, *(f"c{n}" for n in range(10)))
     with pytest.raises(OffsetExpired, match=rf"'{topic.name}', partition 0: offsets 10 to 19 were deleted.*rebuild {TABLE}"):
         topic.reader.plan()
-    topic.reader.positions = {TABLE: resnapshot(topic.reader.positions[TABLE])}  # type: ignore[dict-item]
+    topic.reader.positions = {TABLE: restart_position(topic.reader.positions[TABLE])}  # type: ignore[dict-item]
     topic.reader.run()
     assert topic.values() == [f"a{n}" for n in range(10)] + [f"c{n}" for n in range(10)]
     assert not topic.reader.plan().tasks
@@ -213,7 +213,7 @@ def test_retention_within_a_partition_that_was_added_is_an_error(topic: Topic) -
     wait_for(lambda: topic.watermarks(1)[0] == 2, "retention deleted nothing")
     with pytest.raises(OffsetExpired, match=rf"'{topic.name}', partition 1: offsets 0 to 1 were deleted.*rebuild {TABLE}"):
         topic.reader.plan()
-    topic.reader.positions = {TABLE: resnapshot(topic.reader.positions[TABLE])}  # type: ignore[dict-item]
+    topic.reader.positions = {TABLE: restart_position(topic.reader.positions[TABLE])}  # type: ignore[dict-item]
     topic.reader.run()
     assert not topic.reader.plan().tasks
 
@@ -229,7 +229,7 @@ def test_a_re_created_topic_is_another_topic(topic: Topic) -> None:
     topic.send(topic.producer(), *(f"b{n}" for n in range(20)))
     with pytest.raises(OffsetExpired, match=rf"'{topic.name}' was deleted and re-created: its id was {old} and is now (?!{old})"):
         topic.reader.plan()
-    topic.reader.positions = {TABLE: resnapshot(topic.reader.positions[TABLE])}  # type: ignore[dict-item]
+    topic.reader.positions = {TABLE: restart_position(topic.reader.positions[TABLE])}  # type: ignore[dict-item]
     topic.reader.run()
     # messages of another topic at the same offsets come later and replace nothing
     assert topic.values() == [f"a{n}" for n in range(10)] + [f"b{n}" for n in range(20)]

@@ -15,7 +15,7 @@ from servers.mongo_servers import FerretDB, MongoWire
 from support.bronze_reading import Reader, live_rows_by_key
 
 from lakehouse.errors import SourceError
-from lakehouse.source import resnapshot
+from lakehouse.source import restart_position
 from pipelines.bronze.tables import MARKETPLACE_ORDERS
 from pipelines.settings import MongoSettings
 from pipelines.sources.mongo import connection, documents, watermark
@@ -109,7 +109,7 @@ def test_a_delete_is_found_by_a_resnapshot(market: Market) -> None:
     market.reader.run()
     market.collection.delete_many({"mp_order_id": {"$in": ["O3", "O4"]}})
     assert market.reader.run() == {}
-    market.reader.positions = {TABLE: resnapshot(market.reader.positions[TABLE])}  # type: ignore[dict-item]
+    market.reader.positions = {TABLE: restart_position(market.reader.positions[TABLE])}  # type: ignore[dict-item]
     market.reader.run()
     assert market.bronze_documents() == market.source_documents()
     assert len(market.bronze_documents()) == 8

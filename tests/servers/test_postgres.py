@@ -20,7 +20,7 @@ from support.bronze_reading import Reader
 from support.waiting import wait_for
 
 from lakehouse.errors import OffsetExpired, SchemaConflict, SourceError
-from lakehouse.source import resnapshot
+from lakehouse.source import restart_position
 from pipelines.bronze.tables import POSTGRES_TABLES
 from pipelines.settings import PostgresSettings
 from pipelines.sources.postgres import connection
@@ -60,7 +60,7 @@ class Shop:
 
     def resnapshot_all(self) -> None:
         """Re-snapshot all tables, as `rebuild` of all PostgreSQL tables does."""
-        self.reader.positions = {table: resnapshot(position) for table, position in self.reader.positions.items()}  # type: ignore[misc]
+        self.reader.positions = {table: restart_position(position) for table, position in self.reader.positions.items()}  # type: ignore[misc]
         self.reader.run()
 
     def products(self) -> list[str]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import polars as pl
 
-from lakehouse.engine.engine import Engine, conform, stamp
+from lakehouse.engine.engine import Engine
+from lakehouse.engine.frames import conform, stamp
 from lakehouse.engine.row_diff import row_diff
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.schema import polars_schema
