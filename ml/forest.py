@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ml.training.training import FittedModel, TrainingError
+from ml.training.model import FittedModel
+from ml.training.settings import TrainingError
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]

@@ -49,8 +49,8 @@ def train(
     from app.cli.train_output import train_and_print
     from ml.evaluation.metrics import ThresholdSettings
     from ml.training.search import SearchSettings
+    from ml.training.settings import TrainingSettings
     from ml.training.train import TrainSettings
-    from ml.training.training import TrainingSettings
     from ml.training.training_set import SplitSettings
 
     options = TrainSettings(

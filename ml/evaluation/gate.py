@@ -28,7 +28,7 @@ from ml.evaluation.metrics import (
     roc_auc,
 )
 from ml.registry import Registry, Version
-from ml.training.training import FittedModel, encode
+from ml.training.model import FittedModel, encode
 
 LeakCheck = Callable[[], Sequence[str]]
 """Recomputes features after shuffling the future; gives the names of those that moved."""

@@ -26,7 +26,9 @@ from ml.evaluation.metrics import Array, average_precision, card_precision, roc_
 from ml.features.compute import compute, with_ratios
 from ml.features.declarations import TIME, Feature, OrderHistory
 from ml.features.groups import FEATURES
-from ml.training.training import DEFAULT_PARAMETERS, FittedModel, TrainingSettings, fit_here
+from ml.training.boosting import fit_in_process
+from ml.training.model import FittedModel
+from ml.training.settings import DEFAULT_PARAMETERS, TrainingSettings
 
 DELAY = timedelta(days=7)
 WEEK = timedelta(days=7)
@@ -240,7 +242,7 @@ Fit = Callable[[pl.DataFrame, tuple[Feature, ...]], FittedModel]
 
 def fit_week(train: pl.DataFrame, features: tuple[Feature, ...]) -> FittedModel:
     """Train on a week's rows, in this process."""
-    return fit_here(weighed(train), None, features, SETTINGS)
+    return fit_in_process(weighed(train), None, features, SETTINGS)
 
 
 def figures(test: pl.DataFrame, model: FittedModel) -> HandbookMetrics:

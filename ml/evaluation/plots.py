@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from ml.evaluation.metrics import Array, average_precision, calibration_error, precision_recall, reliability, roc_auc
-from ml.training.training import FittedModel
+from ml.training.model import FittedModel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

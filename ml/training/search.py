@@ -1,9 +1,9 @@
-"""The search for XGBoost's parameters: random trials on Ray Tune, judged on time-ordered folds, within a budget.
+"""Search for XGBoost's parameters: random trials on Ray Tune, evaluated on time-ordered folds, within a budget.
 
-A fold trains on the orders whose labels were known when its window began and is judged on the window, as the model
-itself will be. Trial 0 is what the settings say, so the search never does worse on the folds. What trial n tries
-depends on the seed and n alone: the same number of finished trials has the same winner. (A search that runs into its
-limit of seconds has as many as the machine managed.)
+A fold trains on the orders whose labels were known when its window began and is evaluated on the window, as the model
+itself will be. Trial 0 uses the configured parameters, so the search never does worse on the folds. The parameters of trial
+n depend on the seed and n alone, so the same number of completed trials always has the same winner. (A search that reaches
+its time limit completes as many trials as the machine can run.)
 """
 
 from __future__ import annotations
@@ -24,30 +24,24 @@ import polars as pl
 from lakehouse.errors import SettingsError
 from lakehouse.parallel import TaskPool
 from lakehouse.settings import RaySettings
-from ml.training.training import (
-    FeatureLike,
-    Prepared,
-    TrainingError,
-    TrainingProgress,
-    TrainingSettings,
-    boost,
-    last,
-    prepare,
-    storage_of,
-)
+from lakehouse.storage import Storage
+from ml.training.boosting import TrainingProgress, boost, last
+from ml.training.fit import storage_of
+from ml.training.settings import FeatureLike, TrainingError, TrainingSettings
+from ml.training.training_data import TrainingData, encode_data
 
 Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How much is searched. `trials` 0: not at all."""
+    """Settings of a search. `trials` 0 disables it."""
 
     trials: int = 12
     seconds: float = 600.0
     folds: int = 3
     delay: timedelta = timedelta(days=7)
-    """Between the last training order of a fold and its window: the time until a label is known."""
+    """Gap between the last training order of a fold and its window: the time until a label is mature."""
     concurrent: int = 1
     seed: int = 7
 
@@ -57,9 +51,9 @@ class SearchSettings:
                 raise SettingsError(f"search.{name} is {getattr(self, name)}: expected {lowest} or more.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One set of parameters and what it reached: the mean average precision over the folds."""
+    """One set of parameters with its score, the mean average precision over the folds."""
 
     number: int
     parameters: Mapping[str, Any]
@@ -71,11 +65,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The winner, and all trials that finished, by number."""
+    """The best parameters, and all completed trials by number."""
 
     best: Mapping[str, Any]
     rounds: int
-    """Median over the winner's folds of the best round's number; 0: nothing was searched."""
+    """Median over the folds of the best trial's number of rounds; 0: the search was disabled."""
     trials: tuple[Trial, ...]
 
 
@@ -87,12 +81,13 @@ def search(
     *,
     pool: TaskPool | None = None,
 ) -> SearchResult:
-    """Search with orders that are no test orders (features, `label`, `placed_at`). Raises TrainingError when no fold has
-    frauds on both sides of its gap, or when no trial finishes."""
+    """Search with training orders: a frame with the features, `label` and `placed_at`.
+
+    Raises TrainingError when no fold has frauds on both sides of its gap, or when no trial completes."""
     if not settings.trials:
         return SearchResult(dict(training.parameters), 0, ())
     folds = [
-        prepare(frame.filter(pl.Series(before)), frame.filter(pl.Series(window)), features)
+        encode_data(frame.filter(pl.Series(before)), frame.filter(pl.Series(window)), features)
         for before, window in time_folds(frame, settings.folds, settings.delay)
     ]
     owned = TaskPool(RaySettings()) if pool is None else None
@@ -104,16 +99,18 @@ def search(
             owned.close()
     if not trials:
         raise TrainingError(
-            f"No trial of the parameter search finished within {settings.seconds:g} seconds. "
-            "Raise search.seconds, or set search.trials to 0 to train with the parameters of the settings."
+            f"No trial of the parameter search completed within {settings.seconds:g} seconds. "
+            "Raise search.seconds, or set search.trials to 0 to train with the configured parameters."
         )
     winner = max(trials, key=lambda trial: (trial.score, -trial.number))
     return SearchResult(dict(winner.parameters), winner.rounds, tuple(trials))
 
 
 def time_folds(frame: pl.DataFrame, folds: int, delay: timedelta) -> list[tuple[Mask, Mask]]:
-    """(training rows, window's rows) of each usable fold: the newer half of the orders is cut into `folds` windows of as
-    many orders each; a window's training orders were placed more than `delay` before its first."""
+    """Return (training rows, window's rows) of each usable fold.
+
+    The newer half of the orders is divided into `folds` windows with equally many orders. The training orders of a window
+    were placed more than `delay` before its first order. Raises TrainingError when no fold is usable."""
     times = frame.get_column("placed_at").dt.timestamp("us").to_numpy()
     label = frame.get_column("label").to_numpy()
     gap = int(delay.total_seconds() * 1_000_000)
@@ -133,13 +130,13 @@ def time_folds(frame: pl.DataFrame, folds: int, delay: timedelta) -> list[tuple[
         raise TrainingError(
             f"The parameter search needs frauds and honest orders both in a window and more than {delay.days} days before it, "
             f"but none of {folds} windows over {len(times)} orders has them. "
-            "Take a longer history, fewer search.folds, or set search.trials to 0."
+            "Use a longer history, fewer search.folds, or set search.trials to 0."
         )
     return found
 
 
 def parameters_of(number: int, settings: SearchSettings, base: Mapping[str, Any]) -> dict[str, Any]:
-    """What trial `number` tries; trial 0: `base` itself."""
+    """Return the parameters of a trial; trial 0 has those of `base`."""
     if number == 0:
         return dict(base)
     random = np.random.default_rng([settings.seed, number])
@@ -160,7 +157,8 @@ def parameters_of(number: int, settings: SearchSettings, base: Mapping[str, Any]
     }
 
 
-def _judged(fold: Prepared, training: TrainingSettings, parameters: Mapping[str, Any]) -> tuple[float, int]:
+def _evaluate(fold: TrainingData, training: TrainingSettings, parameters: Mapping[str, Any]) -> tuple[float, int]:
+    """Return score and number of rounds of parameters on a fold."""
     settings = training.with_parameters(**parameters)
     progress = last(
         boost(fold, settings.xgboost(), settings.rounds, settings.patience, TrainingProgress.none(), settings.report_every)
@@ -168,64 +166,68 @@ def _judged(fold: Prepared, training: TrainingSettings, parameters: Mapping[str,
     return progress.best_score, progress.best_iteration + 1
 
 
-def _tune(folds: Sequence[Prepared], settings: SearchSettings, training: TrainingSettings) -> list[Trial]:
-    # Tune's newer output prints tables whatever the verbosity
+def _tune(folds: Sequence[TrainingData], settings: SearchSettings, training: TrainingSettings) -> list[Trial]:
+    """Run the trials on Ray Tune; return the completed ones, by number."""
+    # Tune's newer output prints tables at any verbosity
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    storage = storage_of(training) / f"search-{uuid.uuid4().hex[:12]}"
+    storage.create()
+    try:
+        grid = _tuner(folds, settings, training, storage).fit()
+        results = [grid[place] for place in range(len(grid))]
+    finally:
+        storage.remove()
+    completed = [result for result in results if result.error is None and result.metrics and "score" in result.metrics]
+    trials = [_trial(result, settings, training) for result in completed if result.config]
+    return sorted(trials, key=lambda trial: trial.number)
+
+
+def _tuner(folds: Sequence[TrainingData], settings: SearchSettings, training: TrainingSettings, storage: Storage) -> Any:
     import ray
     from ray import tune
 
-    def attempt(config: dict[str, Any], *, folds: Sequence[Any]) -> None:
-        begun = time.monotonic()
+    def run_trial(config: dict[str, Any], *, folds: Sequence[Any]) -> None:
+        started = time.monotonic()
         parameters = parameters_of(config["number"], settings, training.parameters)
-        results = [_judged(ray.get(fold), training, parameters) for fold in folds]
+        results = [_evaluate(ray.get(fold), training, parameters) for fold in folds]
         scores, rounds = [score for score, _ in results], [count for _, count in results]
         tune.report(
             {
                 "score": float(np.mean(scores)),
                 "fold_scores": scores,
                 "rounds": int(np.median(rounds)),
-                "seconds": time.monotonic() - begun,
+                "seconds": time.monotonic() - started,
             }
         )
 
-    storage = storage_of(training) / f"search-{uuid.uuid4().hex[:12]}"
-    storage.create()
     filesystem, path = storage.filesystem()
-    try:
-        grid = tune.Tuner(
-            tune.with_resources(
-                tune.with_parameters(attempt, folds=[ray.put(fold) for fold in folds]), {"cpu": training.threads}
-            ),
-            param_space={"number": tune.grid_search(list(range(settings.trials)))},
-            tune_config=tune.TuneConfig(
-                metric="score",
-                mode="max",
-                max_concurrent_trials=settings.concurrent,
-                time_budget_s=settings.seconds,
-                reuse_actors=True,
-            ),
-            run_config=tune.RunConfig(
-                name="trials",
-                storage_path=path,
-                storage_filesystem=filesystem,
-                verbose=0,
-                failure_config=tune.FailureConfig(max_failures=2),
-            ),
-        ).fit()
-        return sorted(
-            (
-                Trial(
-                    number=result.config["number"],
-                    parameters=parameters_of(result.config["number"], settings, training.parameters),
-                    score=float(result.metrics["score"]),
-                    fold_scores=tuple(float(score) for score in result.metrics["fold_scores"]),
-                    rounds=int(result.metrics["rounds"]),
-                    seconds=float(result.metrics["seconds"]),
-                )
-                for result in (grid[place] for place in range(len(grid)))
-                if result.error is None and result.metrics and "score" in result.metrics and result.config
-            ),
-            key=lambda trial: trial.number,
-        )
-    finally:
-        storage.remove()
+    return tune.Tuner(
+        tune.with_resources(tune.with_parameters(run_trial, folds=[ray.put(fold) for fold in folds]), {"cpu": training.threads}),
+        param_space={"number": tune.grid_search(list(range(settings.trials)))},
+        tune_config=tune.TuneConfig(
+            metric="score",
+            mode="max",
+            max_concurrent_trials=settings.concurrent,
+            time_budget_s=settings.seconds,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name="trials",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=2),
+        ),
+    )
+
+
+def _trial(result: Any, settings: SearchSettings, training: TrainingSettings) -> Trial:
+    number = result.config["number"]
+    return Trial(
+        number=number,
+        parameters=parameters_of(number, settings, training.parameters),
+        score=float(result.metrics["score"]),
+        fold_scores=tuple(float(score) for score in result.metrics["fold_scores"]),
+        rounds=int(result.metrics["rounds"]),
+        seconds=float(result.metrics["seconds"]),
+    )

@@ -26,9 +26,12 @@ from ml.registry import Registry, TrainingRecord, Version
 from ml.stages import StageCallback, ignore_progress, stage
 from ml.tables import user_fraud_scores
 from ml.tables.feature_tables import refresh
+from ml.training.boosting import fit_in_process
+from ml.training.fit import discard, fit
 from ml.training.lineage import lineage
+from ml.training.model import FittedModel
 from ml.training.search import SearchResult, SearchSettings, search
-from ml.training.training import FittedModel, TrainingSettings, discard, fit, fit_here
+from ml.training.settings import TrainingSettings
 from ml.training.training_set import SplitSettings, TrainingSet, training_set
 from pipelines.runner import open_engine, recorded
 from pipelines.settings import Settings
@@ -169,7 +172,7 @@ def fit_with_threshold(
     without a search, the number of rounds. The model itself is then trained on all orders whose labels were known when the
     test window began."""
     settings = replace(options.training, parameters=found.best, keep=True)
-    first = fit_here(data.train, data.validation, FEATURES, settings)
+    first = fit_in_process(data.train, data.validation, FEATURES, settings)
     threshold = choose_threshold(data.validation, first.score(data.validation), options.thresholds)
     rounds = found.rounds or first.best_iteration + 1
     return threshold, fit(data.known, None, FEATURES, replace(settings, rounds=max(rounds, 1), patience=0), pool=engine.pool)

@@ -24,7 +24,7 @@ from ml.features.online.online_features import OnlineFeatures
 from ml.features.online.orders import FeatureRequest
 from ml.registry import CHALLENGER, CHAMPION
 from ml.tables.order_features import EVENT_READS, account_events
-from ml.training.training import TrainingError
+from ml.training.settings import TrainingError
 from pipelines.settings import BusinessSettings
 from serve.http.bounded_pool import BoundedThreadPool, call_catching_panic
 from serve.http.endpoints import ApiRequest, Endpoint, json_response

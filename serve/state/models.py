@@ -17,7 +17,8 @@ from ml.features.groups import FEATURE_NAMES
 from ml.features.online.arithmetic import Value
 from ml.forest import Floats, Forest, forest_of
 from ml.registry import CHALLENGER, CHAMPION, LoadedModel, Registry
-from ml.training.training import FittedModel, TrainingError
+from ml.training.model import FittedModel
+from ml.training.settings import TrainingError
 
 logger = logging.getLogger("shopsphere.serve")
 

@@ -30,7 +30,8 @@ from ml.evaluation.metrics import (
     roc_auc,
 )
 from ml.evaluation.plots import pictures
-from ml.training.training import TrainingSettings, fit_here
+from ml.training.boosting import fit_in_process
+from ml.training.settings import TrainingSettings
 
 # few distinct scores, so that ties are common
 SCORED = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 8)), min_size=2, max_size=60).filter(
@@ -177,7 +178,7 @@ def test_a_channel_without_frauds_leaves_out_what_needs_them() -> None:
 
 def test_pictures_are_pngs() -> None:
     train, validation, test = split(orders(1500))
-    model = fit_here(train, validation, FEATURES, TrainingSettings(rounds=10))
+    model = fit_in_process(train, validation, FEATURES, TrainingSettings(rounds=10))
     drawn = pictures(test, model.score(test), 0.2, model)
     assert sorted(drawn) == ["calibration.png", "confusion.png", "gain.png", "pr_curve.png", "roc_curve.png", "shap_summary.png"]
     assert all(content.startswith(b"\x89PNG") for content in drawn.values())

@@ -10,7 +10,9 @@ import pytest
 import xgboost
 
 from ml.forest import forest_of
-from ml.training.training import FittedModel, TrainingError, TrainingSettings, fit_here
+from ml.training.boosting import fit_in_process
+from ml.training.model import FittedModel
+from ml.training.settings import TrainingError, TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def orders(count: int, seed: int) -> pl.DataFrame:
 )
 def model(request: pytest.FixtureRequest) -> FittedModel:
     settings = TrainingSettings(rounds=60, patience=0).with_parameters(**request.param)
-    return fit_here(orders(4000, 1), None, FEATURES, settings)
+    return fit_in_process(orders(4000, 1), None, FEATURES, settings)
 
 
 def test_scores_are_those_of_xgboost(model: FittedModel) -> None:
@@ -84,4 +86,4 @@ def test_another_kind_of_model_is_refused() -> None:
     data = orders(500, 4)
     settings = TrainingSettings(rounds=5, patience=0).with_parameters(objective="reg:squarederror")
     with pytest.raises(TrainingError, match="reg:squarederror"):
-        forest_of(fit_here(data, None, FEATURES, settings))
+        forest_of(fit_in_process(data, None, FEATURES, settings))

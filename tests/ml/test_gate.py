@@ -27,7 +27,9 @@ from ml.evaluation.gate import (
 )
 from ml.evaluation.metrics import ThresholdSettings, choose_threshold, evaluate
 from ml.registry import Registry, TrainingRecord
-from ml.training.training import FittedModel, TrainingSettings, fit_here
+from ml.training.boosting import fit_in_process
+from ml.training.model import FittedModel
+from ml.training.settings import TrainingSettings
 
 SETTINGS = GateSettings(bootstrap_rounds=200, latency_ms=1000)
 TRAIN, VALIDATION, WINDOW = split(orders(9000, seed=3))
@@ -39,13 +41,13 @@ def no_leak() -> list[str]:
 
 @pytest.fixture(scope="module")
 def good() -> FittedModel:
-    return fit_here(TRAIN, VALIDATION, FEATURES, TrainingSettings(rounds=200))
+    return fit_in_process(TRAIN, VALIDATION, FEATURES, TrainingSettings(rounds=200))
 
 
 @pytest.fixture(scope="module")
 def weak() -> FittedModel:
     """Knows one feature only."""
-    return fit_here(TRAIN, VALIDATION, FEATURES[1:2], TrainingSettings(rounds=100))
+    return fit_in_process(TRAIN, VALIDATION, FEATURES[1:2], TrainingSettings(rounds=100))
 
 
 def failed(verdict: Verdict) -> list[str]:
@@ -73,7 +75,7 @@ def test_a_worse_and_an_equal_model_do_not(good: FittedModel, weak: FittedModel)
 
 def test_a_first_model_has_to_be_better_than_luck(good: FittedModel) -> None:
     assert judge(WINDOW, good, None, SETTINGS, leak=no_leak).passed
-    luck = fit_here(TRAIN, VALIDATION, FEATURES[4:], TrainingSettings(rounds=5))
+    luck = fit_in_process(TRAIN, VALIDATION, FEATURES[4:], TrainingSettings(rounds=5))
     assert "first model" in failed(judge(WINDOW, luck, None, SETTINGS, leak=no_leak))
 
 
@@ -87,7 +89,7 @@ def test_a_leak_is_named(good: FittedModel) -> None:
 def test_scores_that_are_no_probabilities_are_refused() -> None:
     # ten honest orders left out for each one kept: scores are far too high
     frauds, honest = TRAIN.filter(pl.col("label") == 1), TRAIN.filter(pl.col("label") == 0)
-    boastful = fit_here(pl.concat([frauds, honest.gather_every(10)]), VALIDATION, FEATURES, TrainingSettings(rounds=100))
+    boastful = fit_in_process(pl.concat([frauds, honest.gather_every(10)]), VALIDATION, FEATURES, TrainingSettings(rounds=100))
     verdict = judge(WINDOW, boastful, None, SETTINGS, leak=no_leak)
     assert failed(verdict) == ["calibration"]
     assert "mean score 0." in verdict.refusal

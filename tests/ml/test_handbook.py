@@ -24,7 +24,9 @@ from ml.evaluation.handbook import (
 )
 from ml.features.compute import with_ratios
 from ml.features.declarations import Feature
-from ml.training.training import FittedModel, TrainingSettings, fit_here
+from ml.training.boosting import fit_in_process
+from ml.training.model import FittedModel
+from ml.training.settings import TrainingSettings
 
 START = date(2018, 8, 8)
 
@@ -99,7 +101,7 @@ def test_the_protocol_from_end_to_end(tmp_path):
     transactions().write_parquet(tmp_path / "handbook.parquet")
 
     def fit(train: pl.DataFrame, features: tuple[Feature, ...]) -> FittedModel:
-        return fit_here(train, None, features, TrainingSettings(rounds=5, patience=0, report_every=5))
+        return fit_in_process(train, None, features, TrainingSettings(rounds=5, patience=0, report_every=5))
 
     seen: list[HandbookWeek] = []
     outcome = handbook.run(tmp_path, starts=(START,), fit=fit, seen=seen.append)

@@ -19,12 +19,12 @@ from support.mlflow_server import mlflow_server
 from support.waiting import free_port
 
 from lakehouse.code_version import code_version
-from ml import registry as registry_module
 from ml.evaluation.metrics import ThresholdSettings, choose_threshold, evaluate
 from ml.evaluation.plots import pictures
 from ml.registry import Registry, RegistryError, TrainingRecord
+from ml.training.boosting import fit_in_process
 from ml.training.search import Trial
-from ml.training.training import TrainingSettings, fit_here
+from ml.training.settings import TrainingSettings
 
 TEST = split(orders(2500))[2]
 
@@ -52,7 +52,7 @@ def registry(home: Path, request: pytest.FixtureRequest) -> Registry:
 @pytest.fixture(scope="module")
 def training() -> TrainingRecord:
     train, validation, test = split(orders(2500))
-    model = fit_here(train, validation, FEATURES, TrainingSettings(rounds=30))
+    model = fit_in_process(train, validation, FEATURES, TrainingSettings(rounds=30))
     asked = ThresholdSettings()
     threshold = choose_threshold(validation, model.score(validation), asked)
     return TrainingRecord(
@@ -65,7 +65,10 @@ def training() -> TrainingRecord:
         code_version=code_version(),
         rows={"train": len(train), "validation": len(validation), "test": len(test)},
         pictures=pictures(test, model.score(test), threshold, model),
-        trials=(Trial(0, model.parameters, 0.4, (0.3, 0.5), 20, 1.0), Trial(1, model.parameters, 0.3, (0.3, 0.3), 20, 1.0)),
+        trials=tuple(
+            Trial(number=number, parameters=model.parameters, score=score, fold_scores=folds, rounds=20, seconds=1.0)
+            for number, (score, folds) in enumerate([(0.4, (0.3, 0.5)), (0.3, (0.3, 0.3))])
+        ),
         parameters={"label_delay_days": 45},
         metrics={"baseline_amount_average_precision": 0.1, "unknown": float("nan")},
         tables={"baselines.txt": "amount only .1"},
@@ -196,7 +199,7 @@ def test_stored_bytes_are_checked(registry: Registry, training: TrainingRecord, 
 
 
 def test_a_server_that_is_down_is_told_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry_module.time, "sleep", lambda _: None)
+    monkeypatch.setattr("ml.registry.connection.time.sleep", lambda _: None)
     begun = time.monotonic()
     with pytest.raises(RegistryError, match=r"http://someone@127.0.0.1:\d+ cannot be reached.*Nothing was trained") as told:
         Registry(f"http://someone:secret@127.0.0.1:{free_port()}").check()

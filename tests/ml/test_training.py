@@ -16,26 +16,19 @@ import numpy as np
 import polars as pl
 import psutil
 import pytest
-from support.fraud_world import FEATURES, PlainFeature, orders, split
+from support.fraud_world import FEATURES, orders, split
 
 from lakehouse.errors import SettingsError
 from lakehouse.parallel import TaskPool
 from lakehouse.settings import RaySettings
 from lakehouse.storage import Storage
 from ml.evaluation.metrics import average_precision, calibration_error
+from ml.training.boosting import TrainingProgress, boost, fit_in_process, last
+from ml.training.fit import discard, fit
+from ml.training.model import encode
 from ml.training.search import SearchSettings, parameters_of, search, time_folds
-from ml.training.training import (
-    TrainingError,
-    TrainingProgress,
-    TrainingSettings,
-    boost,
-    discard,
-    fit,
-    fit_here,
-    last,
-    matrix,
-    prepare,
-)
+from ml.training.settings import TrainingError, TrainingSettings
+from ml.training.training_data import encode_data
 
 QUICK = TrainingSettings(rounds=60, patience=0, report_every=20)
 
@@ -47,17 +40,17 @@ def parts() -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
 
 def test_the_same_orders_in_any_order_give_the_same_bytes(parts: tuple[pl.DataFrame, ...]) -> None:
     train, validation, test = parts
-    model = fit_here(train, validation, FEATURES, QUICK)
-    again = fit_here(train.sample(fraction=1, shuffle=True, seed=5), validation.reverse(), FEATURES, QUICK)
+    model = fit_in_process(train, validation, FEATURES, QUICK)
+    again = fit_in_process(train.sample(fraction=1, shuffle=True, seed=5), validation.reverse(), FEATURES, QUICK)
     assert again.booster == model.booster
-    assert fit_here(train, validation, FEATURES, replace(QUICK, seed=8)).booster != model.booster
+    assert fit_in_process(train, validation, FEATURES, replace(QUICK, seed=8)).booster != model.booster
     assert average_precision(test["label"].to_numpy(), model.score(test)) > 0.3
 
 
 @pytest.mark.parametrize("stopped_after", [0, 1])
 def test_a_resumed_training_ends_with_the_same_bytes(parts: tuple[pl.DataFrame, ...], stopped_after: int, tmp_path: Path) -> None:
     train, validation, _ = parts
-    data = prepare(train, validation, FEATURES)
+    data = encode_data(train, validation, FEATURES)
     steps = list(boost(data, QUICK.xgboost(), 60, 0, TrainingProgress.none(), 20))
     assert [step.rounds for step in steps] == [20, 40, 60]
     steps[stopped_after].write(tmp_path)
@@ -65,14 +58,14 @@ def test_a_resumed_training_ends_with_the_same_bytes(parts: tuple[pl.DataFrame, 
 
 
 def test_a_finished_training_is_not_trained_on(parts: tuple[pl.DataFrame, ...]) -> None:
-    data = prepare(parts[0], parts[1], FEATURES)
+    data = encode_data(parts[0], parts[1], FEATURES)
     done = last(boost(data, QUICK.xgboost(), 20, 0, TrainingProgress.none(), 20))
     assert list(boost(data, QUICK.xgboost(), 60, 0, done, 20)) == [done]
 
 
 def test_training_stops_at_the_best_round_and_keeps_no_more(parts: tuple[pl.DataFrame, ...]) -> None:
     train, validation, _ = parts
-    model = fit_here(train, validation, FEATURES, replace(QUICK, rounds=300, patience=15).with_parameters(eta=0.3))
+    model = fit_in_process(train, validation, FEATURES, replace(QUICK, rounds=300, patience=15).with_parameters(eta=0.3))
     assert model.rounds == model.best_iteration + 1 + 15
     label, score = validation["label"].to_numpy(), model.score(validation)
     assert average_precision(label, score) == pytest.approx(model.validation_score, abs=1e-6)
@@ -80,13 +73,13 @@ def test_training_stops_at_the_best_round_and_keeps_no_more(parts: tuple[pl.Data
 
 
 def test_without_validation_orders_all_rounds_count(parts: tuple[pl.DataFrame, ...]) -> None:
-    model = fit_here(parts[0], None, FEATURES, replace(QUICK, rounds=15))
+    model = fit_in_process(parts[0], None, FEATURES, replace(QUICK, rounds=15))
     assert (model.rounds, model.best_iteration, model.validation_score) == (15, 14, None)
 
 
 def test_one_order_scores_as_it_does_among_many(parts: tuple[pl.DataFrame, ...]) -> None:
     train, validation, test = parts
-    model = pickle.loads(pickle.dumps(fit_here(train, validation, FEATURES, QUICK)))
+    model = pickle.loads(pickle.dumps(fit_in_process(train, validation, FEATURES, QUICK)))
     together = model.score(test)
     alone = [model.score(test[place : place + 1])[0] for place in range(50)]
     assert alone == together[:50].tolist()
@@ -95,7 +88,7 @@ def test_one_order_scores_as_it_does_among_many(parts: tuple[pl.DataFrame, ...])
 
 def test_contributions_add_up_to_the_score(parts: tuple[pl.DataFrame, ...]) -> None:
     train, validation, test = parts
-    model = fit_here(train, validation, FEATURES, QUICK)
+    model = fit_in_process(train, validation, FEATURES, QUICK)
     effects = model.contributions(test)
     assert effects.shape == (len(test), len(FEATURES) + 1)
     assert 1 / (1 + np.exp(-effects.sum(axis=1))) == pytest.approx(model.score(test), abs=1e-4)
@@ -103,8 +96,7 @@ def test_contributions_add_up_to_the_score(parts: tuple[pl.DataFrame, ...]) -> N
 
 def test_columns_are_made_as_declared() -> None:
     frame = pl.DataFrame({"n": [1, None], "f": [True, False], "c": ["b", None]})
-    features = (PlainFeature("c", "category", ("a", "b")), PlainFeature("n", "count"), PlainFeature("f", "flag"))
-    made = matrix(frame, features)
+    made = encode(frame, ("c", "n", "f"), ("c", "q", "q"), {"c": ("a", "b")})
     assert made.dtype == np.float32
     assert made[0].tolist() == [1.0, 1.0, 1.0]
     assert np.isnan(made[1]).tolist() == [True, True, False]
@@ -113,17 +105,17 @@ def test_columns_are_made_as_declared() -> None:
 def test_wrong_data_is_named(parts: tuple[pl.DataFrame, ...]) -> None:
     train, validation, _ = parts
     with pytest.raises(TrainingError, match="the features amount_ratio, noise, which the orders lack"):
-        fit_here(train.drop("amount_ratio", "noise"), None, FEATURES, QUICK)
+        fit_in_process(train.drop("amount_ratio", "noise"), None, FEATURES, QUICK)
     with pytest.raises(TrainingError, match=r"'payment' has the value 'shells'.*card, wallet, other"):
-        fit_here(train.with_columns(payment=pl.lit("shells")), None, FEATURES, QUICK)
+        fit_in_process(train.with_columns(payment=pl.lit("shells")), None, FEATURES, QUICK)
     with pytest.raises(
         TrainingError, match=r"training orders need both frauds and honest orders, but every one of 2400 is honest"
     ):
-        fit_here(train.with_columns(label=pl.lit(0)), None, FEATURES, QUICK)
+        fit_in_process(train.with_columns(label=pl.lit(0)), None, FEATURES, QUICK)
     with pytest.raises(TrainingError, match="validation orders is neither 0 nor 1"):
-        fit_here(train, validation.with_columns(label=pl.lit(None, pl.Int8)), FEATURES, QUICK)
+        fit_in_process(train, validation.with_columns(label=pl.lit(None, pl.Int8)), FEATURES, QUICK)
     with pytest.raises(TrainingError, match="there are none"):
-        fit_here(train[:0], None, FEATURES, QUICK)
+        fit_in_process(train[:0], None, FEATURES, QUICK)
     with pytest.raises(SettingsError, match=r"training\.rounds is 0"):
         TrainingSettings(rounds=0)
 
@@ -135,23 +127,23 @@ def test_an_order_that_counts_twice_is_two_orders(parts: tuple[pl.DataFrame, ...
     plain = parts[0].drop("placed_at", "order_id", strict=False)
     frauds = plain.filter(pl.col("label") == 1)
     weighted = plain.with_columns(weight=1.0 + pl.col("label"))
-    twice, heavy = (fit_here(data, None, FEATURES, settings) for data in (pl.concat([plain, frauds]), weighted))
-    once = fit_here(plain, None, FEATURES, settings)
+    twice, heavy = (fit_in_process(data, None, FEATURES, settings) for data in (pl.concat([plain, frauds]), weighted))
+    once = fit_in_process(plain, None, FEATURES, settings)
     assert np.allclose(twice.score(plain), heavy.score(plain), atol=1e-4)
     assert not np.allclose(once.score(plain), heavy.score(plain), atol=1e-2)
-    assert fit_here(weighted, None, FEATURES, settings).digest == heavy.digest
-    assert prepare(weighted, None, FEATURES).digest() != prepare(plain, None, FEATURES).digest()
+    assert fit_in_process(weighted, None, FEATURES, settings).digest == heavy.digest
+    assert encode_data(weighted, None, FEATURES).digest() != encode_data(plain, None, FEATURES).digest()
 
 
 def test_weights_are_positive(parts: tuple[pl.DataFrame, ...]) -> None:
     for wrong in (0.0, -1.0, None, float("nan"), float("inf")):
         frame = parts[0].with_columns(weight=pl.Series([wrong] + [1.0] * (len(parts[0]) - 1), dtype=pl.Float64))
         with pytest.raises(TrainingError, match="weight"):
-            prepare(frame, None, FEATURES)
+            encode_data(frame, None, FEATURES)
 
 
 def test_stripes_hold_every_order_once(parts: tuple[pl.DataFrame, ...]) -> None:
-    data = prepare(parts[0], parts[1], FEATURES)
+    data = encode_data(parts[0], parts[1], FEATURES)
     stripes = [data.stripe(number, 3) for number in range(3)]
     assert sum(len(stripe.label) for stripe in stripes) == len(data.label)
     assert sum(int(stripe.label.sum()) for stripe in stripes) == int(data.label.sum())
@@ -203,7 +195,7 @@ def pool() -> Iterator[TaskPool]:
 def test_ray_train_gives_the_bytes_of_this_process(parts: tuple[pl.DataFrame, ...], pool: TaskPool, tmp_path: Path) -> None:
     train, validation, _ = parts
     model = fit(train, validation, FEATURES, replace(QUICK, storage=Storage.on_disk(tmp_path)), pool=pool)
-    assert model == fit_here(train, validation, FEATURES, QUICK)
+    assert model == fit_in_process(train, validation, FEATURES, QUICK)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(TrainingError, match=r"needs 64 CPUs, but Ray has 2"):
         fit(train, validation, FEATURES, replace(QUICK, workers=64, storage=Storage.on_disk(tmp_path)), pool=pool)

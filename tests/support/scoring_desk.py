@@ -20,7 +20,8 @@ from ml.features.declarations import OrderHistory
 from ml.features.groups import FEATURES
 from ml.registry import TrainingRecord
 from ml.tables.order_features import account_events
-from ml.training.training import TrainingSettings, fit_here
+from ml.training.boosting import fit_in_process
+from ml.training.settings import TrainingSettings
 from pipelines.settings import Settings, business_settings
 from pipelines.silver.events_clean import EVENTS_CLEAN
 from serve.application import Application
@@ -73,7 +74,7 @@ def train_model(settings: Settings, seed: int) -> TrainingRecord:
         reference.entities.select("order_id", "customer"), on="order_id"
     )
     train, test = frame.head(frame.height // 2), frame.tail(frame.height // 2)
-    model = fit_here(train, None, FEATURES, TrainingSettings(rounds=15, seed=seed))
+    model = fit_in_process(train, None, FEATURES, TrainingSettings(rounds=15, seed=seed))
     thresholds = ThresholdSettings()
     threshold = choose_threshold(test, model.score(test), thresholds)
     return TrainingRecord(
