@@ -12,7 +12,7 @@ from ml.evaluation import handbook
 FILE = "handbook.parquet"
 
 
-def run_handbook(output: Output, data: Path) -> handbook.Outcome:
+def run_handbook(output: Output, data: Path) -> handbook.HandbookResult:
     """Run the protocol on `data` (the file, or its directory) and print the results."""
     started = time.monotonic()
     path = data / FILE if data.is_dir() else data
@@ -25,7 +25,7 @@ def run_handbook(output: Output, data: Path) -> handbook.Outcome:
             show("test weeks", len(done), total)
 
         show("test weeks", 0, total)
-        outcome = handbook.run(path, seen=seen)
+        outcome = handbook.run(path, on_week=seen)
     if output.as_json:
         summary = {"mean": asdict(outcome.mean), "short_of_target": outcome.short_of_target, "gate": outcome.verdict.summary()}
         output.json({**asdict(outcome), **summary, "seconds": time.monotonic() - started})
@@ -40,7 +40,7 @@ def run_handbook(output: Output, data: Path) -> handbook.Outcome:
     else:
         gaps = ", ".join(f"{name} by {gap:.3f}" for name, gap in outcome.short_of_target.items())
         output.say(f"The target is NOT reached: short in {gaps}.")
-    if outcome.smells_of_a_leak:
+    if outcome.suggests_leak:
         output.say("Average precision is above that of an oracle that knows the simulator: look for a leak.")
     output.table(
         ("check", "passed", "measured"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from app.cli.output import Output
-from ml.evaluation.drift import Distance, Drift
+from ml.evaluation.drift import STATE_WORDS, Distance, Drift
 from ml.evaluation.monitor import MonitorResult, MonitorSettings, monitor
 from pipelines.settings import Settings
 
@@ -35,13 +35,16 @@ def print_drift(output: Output, result: MonitorResult) -> None:
     output.say(f"{result.model}: {drift.orders:,} orders from {drift.since:%Y-%m-%d} to {drift.until:%Y-%m-%d}.")
     output.table(
         ("score or feature", "PSI", "largest by chance", "state"),
-        [(one.name, f"{one.psi:.3f}", f"{one.chance:.3f}", one.state) for one in (drift.score, *drift.features[:MAX_FEATURES])],
+        [
+            (one.name, f"{one.psi:.3f}", f"{one.chance:.3f}", STATE_WORDS[one.state])
+            for one in (drift.score, *drift.features[:MAX_FEATURES])
+        ],
     )
     realised = drift.realised
     if realised is not None and realised.reviewed:
         output.say(
             f"Precision of {realised.reviewed:,} reviewed orders with a mature label: {realised.precision:.3f} "
-            f"({realised.low:.3f} to {realised.high:.3f}), expected {realised.promised:.3f}: {realised.state}."
+            f"({realised.low:.3f} to {realised.high:.3f}), expected {realised.promised:.3f}: {STATE_WORDS[realised.state]}."
         )
     output.say(served.in_words)
     if served.features:

@@ -20,29 +20,29 @@ from pipelines.gold.user_risk_scores import RULES
 
 Floats = npt.NDArray[np.float64]
 STRENGTHS = (3.0, 30.0, 300.0)
-"""L2 penalties that are tried on the validation orders."""
+"""L2 penalties to try on the validation orders."""
 
-STEPS, CLOSE = 15, 1e-4
-"""Newton steps at most, and the relative gain of one below which the fit is done."""
+MAX_STEPS, MIN_GAIN = 15, 1e-4
+"""Maximum number of Newton steps, and the relative gain below which the fit has converged."""
 
-FARTHEST = 5.0
-"""Deviations from the mean beyond which a value of the logistic regression is cut off."""
+MAX_DEVIATIONS = 5.0
+"""Values of the logistic regression are clipped to this many standard deviations from the mean."""
 
 
 @dataclass(frozen=True)
 class LeaderboardEntry:
-    """One scoring on the newest labelled window."""
+    """A scoring of the newest labelled window, with its metrics."""
 
     name: str
     average_precision: Interval
     roc_auc: float
     recall_at_capacity: float
     against_truth: float | None = None
-    """Average precision where every fraud counts, reported or not; None: the truth is not known."""
+    """Average precision over all frauds, reported or not; None: the true frauds are unknown."""
 
 
 def leaderboard_entry(name: str, label: Array, score: Array, capacity: float, fraud: Array | None = None) -> LeaderboardEntry:
-    """How a scoring ranks the orders. fraud: the truth, where it is known."""
+    """Return the metrics of a scoring. fraud: 1 for every true fraud, if known."""
     within = score >= capacity_threshold(score, capacity)
     recall = float(label[within].sum() / max(int(label.sum()), 1))
     truth = average_precision(fraud, score) if fraud is not None else None
@@ -50,8 +50,9 @@ def leaderboard_entry(name: str, label: Array, score: Array, capacity: float, fr
 
 
 def baselines(train: pl.DataFrame, validation: pl.DataFrame, known: pl.DataFrame, test: pl.DataFrame) -> dict[str, Floats]:
-    """The scores of `test` by each baseline. Frames have FEATURES and `label`; the logistic regression takes its penalty
-    from train and validation, its weights from all orders that are `known`."""
+    """Return the scores of `test` by each baseline. Frames have FEATURES and `label`.
+
+    The penalty of the logistic regression is chosen on `train` and `validation`; its weights are fitted to `known`."""
     return {
         "amount only": test["amount"].cast(pl.Float64).fill_null(0.0).to_numpy(),
         "hand-weighted risk score": risk_score(test),
@@ -72,12 +73,12 @@ SIGNALS: Mapping[str, pl.Expr] = {
     "most_failed_payments_24h": pl.col("account_failed_payments_24h"),
     "most_failed_logins_1h": pl.col("account_failed_logins_1h"),
 }
-"""The rules' signals as they stood when the order was placed; counts within an hour or a day are those up to the order.
-The share of cancelled orders and chargebacks for other reasons are no features, so their rules are silent."""
+"""The rules' signals as of the order; counts within an hour or a day end with the order. Cancellations and chargebacks for
+other reasons are not features, so their rules never fire."""
 
 
 def risk_score(frame: pl.DataFrame) -> Floats:
-    """The hand-weighted score of each order, 0 to 100."""
+    """Return the hand-weighted score of each order, 0 to 100."""
     signals = frame.select(
         (SIGNALS[rule.signal].fill_null(0).cast(pl.Int64) if rule.signal in SIGNALS else pl.lit(0, pl.Int64)).alias(rule.signal)
         for rule in RULES
@@ -97,27 +98,27 @@ class Regression:
     mean: Floats
     deviation: Floats
     weights: Floats
-    """The intercept first."""
+    """Intercept first."""
 
     def score(self, frame: pl.DataFrame) -> Floats:
-        """The probability of fraud of each order."""
+        """Return the probability of fraud of each order."""
         return _sigmoid(self.weights[0] + _scaled(columns_of(frame, self.features), self.mean, self.deviation) @ self.weights[1:])
 
 
 def regression(
     train: pl.DataFrame, validation: pl.DataFrame, known: pl.DataFrame, features: Sequence[Feature] = FEATURES
 ) -> Regression:
-    """The regression with the penalty that ranks the validation orders best, fitted to all known orders."""
+    """Choose the penalty that ranks the validation orders best; return the regression fitted to all known orders."""
     label = validation["label"].to_numpy()
-    reached = {}
+    precision = {}
     for strength in STRENGTHS:
         found = average_precision(label, fit_regression(train, features, strength).score(validation))
-        reached[strength] = -1.0 if np.isnan(found) else found
-    return fit_regression(known, features, max(STRENGTHS, key=lambda strength: (reached[strength], strength)))
+        precision[strength] = -1.0 if np.isnan(found) else found
+    return fit_regression(known, features, max(STRENGTHS, key=lambda strength: (precision[strength], strength)))
 
 
 def fit_regression(frame: pl.DataFrame, features: Sequence[Feature], strength: float) -> Regression:
-    """Newton's method on the log loss with `strength` / 2 times the squared weights (the intercept's is free)."""
+    """Fit by Newton's method: minimise the log loss plus `strength` / 2 times the squared weights, without the intercept."""
     raw = columns_of(frame, features)
     mean = raw.mean(axis=0)
     deviation = raw.std(axis=0)
@@ -128,7 +129,7 @@ def fit_regression(frame: pl.DataFrame, features: Sequence[Feature], strength: f
     weights = np.zeros(columns.shape[1])
     weights[0] = _log_odds(float(label.mean()))
     loss = _loss(columns, label, weights, penalty)
-    for _ in range(STEPS):
+    for _ in range(MAX_STEPS):
         chance = _sigmoid(columns @ weights)
         slope = columns.T @ (chance - label) + penalty * weights
         curve = (columns * (chance * (1 - chance))[:, None]).T @ columns + np.diag(penalty)
@@ -137,34 +138,34 @@ def fit_regression(frame: pl.DataFrame, features: Sequence[Feature], strength: f
         while (lower := _loss(columns, label, weights - size * step, penalty)) > loss and size > 1e-4:
             size /= 2
         weights = weights - size * step
-        if loss - lower < CLOSE * loss:
+        if loss - lower < MIN_GAIN * loss:
             break
         loss = lower
     return Regression(tuple(features), mean, deviation, weights)
 
 
 def columns_of(frame: pl.DataFrame, features: Sequence[Feature]) -> Floats:
-    """Features as a regression can take them: logarithms of what has a long tail, a column per category, and a column that
-    says where a value is missing."""
-    made: list[Floats] = []
+    """Return features as columns of a regression: logarithms of long-tailed values, one column per category, and flags for
+    missing values."""
+    columns: list[Floats] = []
     for feature in features:
         column = frame[feature.name]
         if feature.type == "category":
-            made += [(column == category).fill_null(False).cast(pl.Float64).to_numpy() for category in feature.categories]
+            columns += [(column == category).fill_null(False).cast(pl.Float64).to_numpy() for category in feature.categories]
             continue
         values = column.cast(pl.Float64).fill_null(float("nan")).to_numpy()
         missing = np.isnan(values)
         values = np.where(missing, 0.0, values)
         if feature.type != "flag" and feature.name != "hour":
             values = np.sign(values) * np.log1p(np.abs(values))
-        made += [values, missing.astype(np.float64)]
-    return np.column_stack(made)
+        columns += [values, missing.astype(np.float64)]
+    return np.column_stack(columns)
 
 
 def _scaled(raw: Floats, mean: Floats, deviation: Floats) -> Floats:
     known = deviation > 1e-12
     scaled = np.where(known, (raw - mean) / np.where(known, deviation, 1.0), 0.0)
-    return np.clip(scaled, -FARTHEST, FARTHEST)
+    return np.clip(scaled, -MAX_DEVIATIONS, MAX_DEVIATIONS)
 
 
 def _sigmoid(odds: Floats) -> Floats:
@@ -204,21 +205,22 @@ def upper_bound(label: Array, fraud: Array) -> UpperBound:
 
 
 def as_text(leaderboard: Sequence[LeaderboardEntry], bound: UpperBound | None) -> str:
-    """A table for people, as Markdown."""
+    """Return the leaderboard as a Markdown table."""
     lines = [
         "| scoring | average precision | 95% interval | ROC AUC | recall at capacity | against the truth |",
         "|---|---|---|---|---|---|",
     ]
-    for one in leaderboard:
-        ap = one.average_precision
+    for entry in leaderboard:
+        precision = entry.average_precision
         lines.append(
-            f"| {one.name} | {ap.value:.3f} | {ap.low:.3f} to {ap.high:.3f} | {one.roc_auc:.3f} | {one.recall_at_capacity:.3f} "
-            f"| {_told(one.against_truth)} |"
+            f"| {entry.name} | {precision.value:.3f} | {precision.low:.3f} to {precision.high:.3f} "
+            f"| {entry.roc_auc:.3f} | {entry.recall_at_capacity:.3f} "
+            f"| {_formatted(entry.against_truth)} |"
         )
     if bound is not None:
         lines.append(f"| upper bound (knows every fraud, not which are reported) | {bound.average_precision:.3f} | | | | 1.000 |")
     return "\n".join(lines) + "\n"
 
 
-def _told(figure: float | None) -> str:
+def _formatted(figure: float | None) -> str:
     return "" if figure is None else f"{figure:.3f}"

@@ -1,8 +1,8 @@
-"""Whether live orders still look like those that a model was judged on, and whether its scores keep their promise.
+"""Drift: whether live orders are distributed as the orders that a model was evaluated on, and whether its precision holds.
 
-The reference is taken when a model is trained and stays with it in the registry: per feature, and for the score, the
-limits of up to ten bins and the share of orders in each. Live orders are put into the same bins; the distance is the
-population stability index (PSI): below .1 nothing moved, from .25 on the population is another one.
+The reference is computed when a model is trained and stored with it in the registry: per feature, and for the score, the
+edges of up to ten bins and the share of orders in each. Live orders are counted in the same bins. The distance is the
+population stability index (PSI): below 0.1 the distribution is stable, from 0.25 on it has drifted.
 """
 
 from __future__ import annotations
@@ -22,27 +22,33 @@ from ml.features.declarations import Feature
 Array = npt.NDArray[Any]
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SCORE_SHARES = (0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995)
-"""Shares of orders below the limits of the bins. What is done about an order depends on the highest scores."""
-HALF = 0.5
-"""Orders added to each bin, so that an empty one has a finite distance."""
+"""Quantiles that are the edges of the bins. The highest scores have narrower bins: they decide which orders are reviewed."""
+SMOOTHING = 0.5
+"""Orders added to each bin, so that an empty bin has a finite distance."""
 
 State = Literal["steady", "moved", "drifted"]
+STATE_WORDS: Mapping[State, str] = {"steady": "stable", "moved": "shifted", "drifted": "drifted"}
+"""States as users read them."""
 
 
 class MonitorError(ShopSphereError):
-    """There is nothing to compare."""
+    """Live orders cannot be compared with a reference."""
 
 
 @dataclass(frozen=True)
 class DriftSettings:
-    """When a distance is worth telling, and when it is an alarm."""
+    """Thresholds of the PSI, and the minimum numbers of orders for a comparison.
+
+    moved    PSI from which on a distribution has shifted
+    drifted  PSI from which on it raises an alarm
+    """
 
     moved: float = 0.1
     drifted: float = 0.25
     min_orders: int = 200
-    """Live orders below which nothing can be said."""
+    """Minimum number of live orders."""
     min_reviewed: int = 20
-    """Reviewed orders with a known label below which precision is not judged."""
+    """Minimum number of reviewed orders with a mature label for judging the precision."""
 
     def __post_init__(self) -> None:
         if not 0 < self.moved <= self.drifted:
@@ -54,38 +60,38 @@ class DriftSettings:
 
 @dataclass(frozen=True)
 class Distance:
-    """How far a feature, or the score, is from its reference."""
+    """Distance of a feature, or of the score, from its reference."""
 
     name: str
     psi: float
     chance: float
-    """The PSI that this many orders stay below in 99.9 of 100 cases if nothing moved."""
+    """99.9th percentile of the PSI between samples of this size from one population."""
     state: State
     labels: tuple[str, ...]
     reference: tuple[float, ...]
     live: tuple[float, ...]
-    """Shares of orders per bin."""
+    """Share of orders per bin."""
 
 
 @dataclass(frozen=True)
 class DriftWeek:
-    """What became of one week's orders."""
+    """The orders placed in one week."""
 
     begin: date
     orders: int
     reviewed: int
     """Scored at or above the threshold."""
     frauds: int
-    """Reported so far."""
+    """Frauds reported so far."""
     caught: int
-    """Of them, reviewed."""
+    """Reported frauds that were reviewed."""
     settled: bool
-    """Old enough that all reports have come in."""
+    """Whether the labels of all its orders are mature."""
 
 
 @dataclass(frozen=True)
-class Realised:
-    """Precision among reviewed orders whose labels are known, against what the model's training measured."""
+class RealisedPrecision:
+    """Precision among reviewed orders with mature labels, compared with the precision measured in training (`promised`)."""
 
     weeks: tuple[DriftWeek, ...]
     reviewed: int
@@ -98,49 +104,49 @@ class Realised:
 
     @property
     def precision(self) -> float:
-        """Caught per reviewed; NaN when none was."""
+        """Share of the reviewed orders that were reported; NaN if none was reviewed."""
         return self.caught / self.reviewed if self.reviewed else float("nan")
 
 
 @dataclass(frozen=True)
 class Drift:
-    """Everything that monitoring found."""
+    """Result of a comparison of live orders with a reference."""
 
     since: datetime
     until: datetime
     orders: int
     score: Distance
     features: tuple[Distance, ...]
-    """The farthest first."""
-    realised: Realised | None
+    """Largest distance first."""
+    realised: RealisedPrecision | None
 
     @property
     def alarms(self) -> tuple[str, ...]:
-        """What drifted, in words; none: all is well."""
+        """Descriptions of everything that has drifted."""
         found = [f"score (PSI {self.score.psi:.3f})"] if self.score.state == "drifted" else []
         found += [f"{one.name} (PSI {one.psi:.3f})" for one in self.features if one.state == "drifted"]
         if self.realised is not None and self.realised.state == "drifted":
-            found.append(f"precision {self.realised.precision:.3f} where {self.realised.promised:.3f} was promised")
+            found.append(f"precision {self.realised.precision:.3f} where {self.realised.promised:.3f} was expected")
         return tuple(found)
 
 
 # --- the reference -------------------------------------------------------------------------------------------------
 
 
-def reference_of(frame: pl.DataFrame, score: Array, features: Sequence[Feature], figures: Mapping[str, float]) -> dict[str, Any]:
-    """What to keep with a model: the bins of the orders it was judged on, and its figures. Plain JSON."""
+def reference_of(frame: pl.DataFrame, score: Array, features: Sequence[Feature], metrics: Mapping[str, float]) -> dict[str, Any]:
+    """Return the reference of a model as JSON values: the bins of the orders it was evaluated on, and its metrics."""
     return {
         "orders": frame.height,
         "since": frame["placed_at"].min().isoformat() if frame.height else None,  # type: ignore[union-attr]
         "until": frame["placed_at"].max().isoformat() if frame.height else None,  # type: ignore[union-attr]
         "features": {feature.name: binned(frame[feature.name], feature) for feature in features},
-        "score": _numbers(score),
-        "figures": {name: float(value) for name, value in figures.items() if np.isfinite(value)},
+        "score": _score_bins(score),
+        "figures": {name: float(value) for name, value in metrics.items() if np.isfinite(value)},
     }
 
 
 def binned(column: pl.Series, feature: Feature) -> dict[str, Any]:
-    """The bins of a feature and the share of orders in each."""
+    """Return the bins of a feature and the share of orders in each."""
     if feature.type == "category":
         bins: dict[str, Any] = {"categories": list(feature.categories)}
     else:
@@ -148,23 +154,22 @@ def binned(column: pl.Series, feature: Feature) -> dict[str, Any]:
     return {**bins, "shares": _shares(counts(column, bins)), "orders": len(column)}
 
 
-def _numbers(score: Array) -> dict[str, Any]:
+def _score_bins(score: Array) -> dict[str, Any]:
     bins = {"edges": _edges(score, SCORE_SHARES)}
     return {**bins, "shares": _shares(counts(pl.Series(score), bins)), "orders": len(score)}
 
 
 def _edges(values: Array, shares: Sequence[float] = SHARES) -> list[float]:
-    """Upper limits of all bins but the last, below which about these shares of orders lie; a value that many share ends a
-    bin."""
+    """Return the upper edges of all bins but the last, at the quantiles `shares`. A frequent value is the edge of one bin."""
     known = values[~np.isnan(values)]
     if not len(known):
         return []
-    limits = np.unique(np.quantile(known, shares, method="lower"))
-    return [float(limit) for limit in limits if limit < known.max()]
+    quantiles = np.unique(np.quantile(known, shares, method="lower"))
+    return [float(edge) for edge in quantiles if edge < known.max()]
 
 
 def counts(column: pl.Series, bins: Mapping[str, Any]) -> Array:
-    """Orders per bin; the last bin counts missing values, and categories that were not declared."""
+    """Return the orders per bin. The last bin counts missing values, or undeclared categories."""
     if "categories" in bins:
         found = dict(column.cast(pl.String).value_counts().iter_rows())
         named = [int(found.pop(category, 0)) for category in bins["categories"]]
@@ -176,7 +181,7 @@ def counts(column: pl.Series, bins: Mapping[str, Any]) -> Array:
 
 
 def bin_labels(bins: Mapping[str, Any]) -> tuple[str, ...]:
-    """The bins in words."""
+    """Return a label for each bin."""
     if "categories" in bins:
         return (*bins["categories"], "undeclared")
     edges = [float(edge) for edge in bins["edges"]]
@@ -202,7 +207,7 @@ def _shares(count: Array) -> list[float]:
 
 
 def distance(name: str, column: pl.Series, bins: Mapping[str, Any], settings: DriftSettings) -> Distance:
-    """How far live values are from their reference."""
+    """Return the distance of live values from their reference."""
     count, total = counts(column, bins), int(bins["orders"])
     before = np.array(bins["shares"]) * total
     used = (before + count) > 0
@@ -215,37 +220,42 @@ def distance(name: str, column: pl.Series, bins: Mapping[str, Any], settings: Dr
 
 
 def psi_of(before: Array, now: Array) -> float:
-    """The population stability index of two counts over the same bins."""
-    first, second = (before + HALF) / (before + HALF).sum(), (now + HALF) / (now + HALF).sum()
+    """Return the population stability index of two counts over the same bins."""
+    first, second = (before + SMOOTHING) / (before + SMOOTHING).sum(), (now + SMOOTHING) / (now + SMOOTHING).sum()
     return float(np.sum((second - first) * np.log(second / first)))
 
 
 def expected_by_chance(bins: int, before: int, now: int) -> float:
-    """The PSI that two samples of one population stay below in 99.9 of 100 cases: it is spread like chi-square with
-    `bins` - 1 degrees of freedom, times (1 / before + 1 / now)."""
+    """Return the 99.9th percentile of the PSI between two samples of one population, of the sizes `before` and `now`.
+
+    The PSI is distributed like chi-square with `bins` - 1 degrees of freedom, times (1 / before + 1 / now)."""
     freedom = bins - 1
     if freedom < 1 or not before or not now:
         return 0.0
     spread = 2 / (9 * freedom)
-    # Wilson and Hilferty's approximation of the chi-square quantile; 3.09: the normal one
+    # Wilson and Hilferty's approximation of the chi-square quantile; 3.09 is the normal quantile
     quantile = freedom * (1 - spread + 3.09 * spread**0.5) ** 3
     return float(quantile * (1 / before + 1 / now))
 
 
 def compare(
-    live: pl.DataFrame, score: Array, reference: Mapping[str, Any], settings: DriftSettings, realised: Realised | None = None
+    live: pl.DataFrame,
+    score: Array,
+    reference: Mapping[str, Any],
+    settings: DriftSettings,
+    realised: RealisedPrecision | None = None,
 ) -> Drift:
     """Compare live orders (features, `placed_at`) and their scores with a model's reference. Raises MonitorError."""
     if not reference.get("features") or not reference.get("score"):
         raise MonitorError("The champion was recorded without a reference to compare with. Train again: python -m app train.")
     if live.height < settings.min_orders:
         raise MonitorError(
-            f"There are {live.height} live orders, {settings.min_orders} are needed to compare. Take more days (--days)."
+            f"There are {live.height} live orders, {settings.min_orders} are needed to compare. Use more days (--days)."
         )
-    lacking = sorted(reference["features"].keys() - set(live.columns))
-    if lacking:
+    missing = sorted(reference["features"].keys() - set(live.columns))
+    if missing:
         raise MonitorError(
-            f"The champion knows the feature {lacking[0]}, which live orders lack. Train again: python -m app train."
+            f"The champion needs the feature {missing[0]}, which live orders do not have. Train again: python -m app train."
         )
     found = [distance(name, live[name], bins, settings) for name, bins in reference["features"].items()]
     since, until = live["placed_at"].min(), live["placed_at"].max()
@@ -261,7 +271,7 @@ def compare(
     )
 
 
-def realise(
+def realised_precision(
     orders: pl.DataFrame,
     score: Array,
     threshold: float,
@@ -270,9 +280,11 @@ def realise(
     now: datetime,
     delay: timedelta,
     settings: DriftSettings,
-) -> Realised:
-    """Precision as frauds come to be known. orders: `placed_at`, `label` (1: reported until now), placed after those that
-    the model was judged on. Only weeks that are wholly older than the delay are judged; younger ones are shown."""
+) -> RealisedPrecision:
+    """Return the precision per week and over all weeks with mature labels.
+
+    orders: `placed_at` and `label` (1: reported until now), of orders placed after those that the model was evaluated on.
+    A week counts once all its orders are older than the delay."""
     weekly = (
         orders.select(pl.col("placed_at").dt.truncate("1w").dt.date().alias("begin"), pl.col("label").cast(pl.Int64))
         .with_columns(reviewed=pl.Series(score >= threshold).cast(pl.Int64))
@@ -285,19 +297,21 @@ def realise(
         )
         .sort("begin")
     )
-    limit = (now - delay).date()
-    weeks = tuple(DriftWeek(**row, settled=row["begin"] + timedelta(days=7) <= limit) for row in weekly.iter_rows(named=True))
+    mature_before = (now - delay).date()
+    weeks = tuple(
+        DriftWeek(**row, settled=row["begin"] + timedelta(days=7) <= mature_before) for row in weekly.iter_rows(named=True)
+    )
     reviewed = sum(week.reviewed for week in weeks if week.settled)
     caught = sum(week.caught for week in weeks if week.settled)
     low, high = wilson(caught, reviewed)
     state: State = "steady"
     if reviewed >= settings.min_reviewed and high < promised:
         state = "drifted"
-    return Realised(weeks, reviewed, caught, promised, low, high, state)
+    return RealisedPrecision(weeks, reviewed, caught, promised, low, high, state)
 
 
 def wilson(found: int, of: int) -> tuple[float, float]:
-    """95% interval of a share; 0 to 1 when nothing was drawn."""
+    """Return the 95% interval (Wilson) of the share found / of; 0 to 1 if `of` is 0."""
     if not of:
         return 0.0, 1.0
     z, share = 1.96, found / of

@@ -1,8 +1,8 @@
-"""The gate between a challenger and the orders it would judge, and what people do with models.
+"""The promotion gate, and operations on recorded models: list, compare, promote, roll back.
 
 A challenger becomes champion only if, on the newest labelled window, its average precision beats the champion's with a
-bootstrap interval that excludes no gain, and if it passes every other check. Each check says by how much it passed or
-failed; the refusal names the ones that failed.
+bootstrap interval that lies above zero, and if it passes every other check. Each check has a text with the measured and the
+required value; the refusal lists the failed checks.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ from ml.registry import Registry, Version
 from ml.training.model import FittedModel, encode
 
 LeakCheck = Callable[[], Sequence[str]]
-"""Recomputes features after shuffling the future; gives the names of those that moved."""
+"""Recomputes features after shuffling the future; returns the names of those that changed."""
 
 
 class GateRefused(ShopSphereError):
-    """A model did not pass the gate and stays what it is."""
+    """A model did not pass the gate and was not promoted."""
 
 
 @dataclass(frozen=True)
 class GateSettings:
-    """What a challenger has to reach."""
+    """Requirements for a challenger."""
 
     confidence: float = 0.95
-    """Of the bootstrap interval of the gain."""
+    """Confidence of the bootstrap interval of the gain."""
     bootstrap_rounds: int = 1000
     min_frauds: int = 30
-    """Frauds in the window below which nothing can be said."""
+    """Minimum number of frauds in the window."""
     min_roc_auc: float = 0.6
-    """What a first model has to reach, since there is no champion to beat."""
+    """Required of a first model, which has no champion to beat."""
     max_calibration_error: float = 0.02
     """Expected calibration error: the mean distance between a score and the share of frauds."""
     calibration_ratio: float = 2.0
-    """How many times the share of frauds the mean score may be, or the other way round."""
+    """Maximum ratio between the mean score and the share of frauds, in either direction."""
     channel_loss: float = 0.05
-    """Average precision that a channel may lose against the champion."""
+    """Maximum loss of average precision in any channel, compared with the champion."""
     channel_frauds: int = 20
-    """Frauds below which a channel is not judged."""
+    """Minimum number of frauds for judging a channel."""
     latency_ms: float = 20.0
-    """95th percentile of scoring one order whose features are there."""
+    """Maximum 95th percentile of the time to score one order, without computing its features."""
     require_leak_check: bool = True
     seed: int = 7
 
@@ -71,7 +71,7 @@ class GateSettings:
 
 @dataclass(frozen=True)
 class Check:
-    """One check: `text` says what was measured and what was asked."""
+    """Result of one check; `text` has the measured and the required value."""
 
     name: str
     passed: bool
@@ -80,24 +80,24 @@ class Check:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate says of a challenger."""
+    """Results of all checks of a challenger."""
 
     checks: tuple[Check, ...]
     gain: Interval | None
-    """Average precision over the champion's; None: there is no champion."""
+    """Gain of average precision over the champion; None: there is no champion."""
 
     @property
     def passed(self) -> bool:
-        """Whether every check did."""
+        """Whether every check passed."""
         return all(check.passed for check in self.checks)
 
     @property
     def refusal(self) -> str:
-        """Which checks failed and by how much; empty when none did."""
+        """The failed checks with their texts; empty if all passed."""
         return "; ".join(f"{check.name}: {check.text}" for check in self.checks if not check.passed)
 
     def summary(self) -> str:
-        """One line for the run's tags."""
+        """Return one line for the version's tags."""
         return "passed" if self.passed else f"refused: {self.refusal}"
 
 
@@ -109,22 +109,24 @@ def judge(
     *,
     leak: LeakCheck | None = None,
 ) -> Verdict:
-    """Judge a challenger on the newest labelled window: the orders' features, `label`, `channel`, `customer`, none of
-    them used in its training. `leak` is the check that no feature knows the future."""
+    """Run the checks on the newest labelled window.
+
+    window: features, `label`, `channel` and `customer` of orders that were not used in training; leak: checks that no
+    feature uses the future."""
     settings = settings or GateSettings()
     label = window.get_column("label").cast(pl.Int64).to_numpy()
     score = challenger.score(window)
-    rival = champion.score(window) if champion is not None else None
+    champion_score = champion.score(window) if champion is not None else None
     gain = None
-    checks = [_enough(label, settings)]
+    checks = [_enough_frauds(label, settings)]
     if checks[0].passed:
-        if rival is None:
+        if champion_score is None:
             checks.append(_first(label, score, settings))
         else:
             gain = bootstrap_gain(
                 label,
                 score,
-                rival,
+                champion_score,
                 groups=_groups(window),
                 rounds=settings.bootstrap_rounds,
                 confidence=settings.confidence,
@@ -132,13 +134,13 @@ def judge(
             )
             checks.append(_gain(gain, settings))
         checks.append(_calibration(label, score, settings))
-        checks.append(_channels(window, label, score, rival, settings))
+        checks.append(_channels(window, label, score, champion_score, settings))
     checks.append(_leak(leak, settings))
     checks.append(_latency(challenger, window, settings))
     return Verdict(tuple(checks), gain)
 
 
-def _enough(label: Array, settings: GateSettings) -> Check:
+def _enough_frauds(label: Array, settings: GateSettings) -> Check:
     frauds = int(label.sum())
     enough = frauds >= settings.min_frauds and frauds < len(label)
     return Check("window", enough, f"{frauds} frauds among {len(label)} orders, at least {settings.min_frauds} are needed")
@@ -146,32 +148,32 @@ def _enough(label: Array, settings: GateSettings) -> Check:
 
 def _first(label: Array, score: Array, settings: GateSettings) -> Check:
     area = roc_auc(label, score)
-    told = f"ROC AUC {area:.3f}, at least {settings.min_roc_auc:.3f} is needed"
-    return Check("first model", area >= settings.min_roc_auc, told)
+    text = f"ROC AUC {area:.3f}, at least {settings.min_roc_auc:.3f} is needed"
+    return Check("first model", area >= settings.min_roc_auc, text)
 
 
 def _gain(gain: Interval, settings: GateSettings) -> Check:
-    told = (
+    text = (
         f"average precision {gain.value:+.4f} against the champion "
         f"({settings.confidence:.0%} interval {gain.low:+.4f} to {gain.high:+.4f}), the interval must lie above 0"
     )
-    return Check("gain", bool(gain.low > 0), told)
+    return Check("gain", bool(gain.low > 0), text)
 
 
 def _calibration(label: Array, score: Array, settings: GateSettings) -> Check:
     error, mean, rate = calibration_error(label, score), float(score.mean()), float(label.mean())
     # the share of frauds in a window is itself uncertain
-    unsure = 3 * float(np.sqrt(rate * (1 - rate) / len(label)))
-    low, high = max(0.0, rate - unsure) / settings.calibration_ratio, (rate + unsure) * settings.calibration_ratio
-    told = (
+    margin = 3 * float(np.sqrt(rate * (1 - rate) / len(label)))
+    low, high = max(0.0, rate - margin) / settings.calibration_ratio, (rate + margin) * settings.calibration_ratio
+    text = (
         f"calibration error {error:.4f}, at most {settings.max_calibration_error:.4f} is allowed; "
         f"mean score {mean:.4f}, between {low:.4f} and {high:.4f} is allowed"
     )
-    return Check("calibration", error <= settings.max_calibration_error and low <= mean <= high, told)
+    return Check("calibration", error <= settings.max_calibration_error and low <= mean <= high, text)
 
 
-def _channels(window: pl.DataFrame, label: Array, score: Array, rival: Array | None, settings: GateSettings) -> Check:
-    if rival is None:
+def _channels(window: pl.DataFrame, label: Array, score: Array, champion_score: Array | None, settings: GateSettings) -> Check:
+    if champion_score is None:
         return Check("channels", True, "no champion to compare with")
     worst, judged = ("", 0.0), 0
     channel = window.get_column("channel")
@@ -180,21 +182,21 @@ def _channels(window: pl.DataFrame, label: Array, score: Array, rival: Array | N
         if label[rows].sum() < settings.channel_frauds:
             continue
         judged += 1
-        loss = average_precision(label[rows], rival[rows]) - average_precision(label[rows], score[rows])
+        loss = average_precision(label[rows], champion_score[rows]) - average_precision(label[rows], score[rows])
         worst = max(worst, (str(name), loss), key=lambda entry: entry[1])
     if not judged:
         return Check("channels", True, f"no channel has {settings.channel_frauds} frauds to compare by")
     if not worst[0]:
         return Check("channels", True, f"no channel of {judged} loses average precision")
-    told = f"channel {worst[0]} loses {worst[1]:.4f} of average precision, at most {settings.channel_loss:.4f} is allowed"
-    return Check("channels", worst[1] <= settings.channel_loss, told)
+    text = f"channel {worst[0]} loses {worst[1]:.4f} of average precision, at most {settings.channel_loss:.4f} is allowed"
+    return Check("channels", worst[1] <= settings.channel_loss, text)
 
 
 def _leak(leak: LeakCheck | None, settings: GateSettings) -> Check:
     if leak is None:
         if settings.require_leak_check:
-            return Check("future", False, "the leak check was not run; give it, or set gate.require_leak_check to false")
-        return Check("future", True, "the leak check was not asked for")
+            return Check("future", False, "the leak check was not run; pass one, or set gate.require_leak_check to false")
+        return Check("future", True, "the leak check was not requested")
     moved = sorted(leak())
     if not moved:
         return Check("future", True, "no feature changes when the future is shuffled")
@@ -203,14 +205,15 @@ def _leak(leak: LeakCheck | None, settings: GateSettings) -> Check:
 
 
 def _latency(model: FittedModel, window: pl.DataFrame, settings: GateSettings) -> Check:
-    took = latency(model, window)
-    told = f"one order takes {took:.2f} ms (95th percentile), at most {settings.latency_ms:g} ms is allowed"
-    return Check("latency", took <= settings.latency_ms, told)
+    duration = latency(model, window)
+    text = f"one order takes {duration:.2f} ms (95th percentile), at most {settings.latency_ms:g} ms is allowed"
+    return Check("latency", duration <= settings.latency_ms, text)
 
 
 def latency(model: FittedModel, frame: pl.DataFrame, *, rows: int = 100, turns: int = 3) -> float:
-    """95th percentile in milliseconds of scoring one order whose features are there. The best of some turns: a busy
-    machine can only make it look slower."""
+    """Return the 95th percentile, in milliseconds, of the time to score one order with computed features.
+
+    The best of several turns counts, since other load can only slow it down."""
     if not len(frame):
         return 0.0
     columns = encode(frame.head(rows), model.features, model.feature_types, model.categories)
@@ -218,38 +221,38 @@ def latency(model: FittedModel, frame: pl.DataFrame, *, rows: int = 100, turns: 
     model.score_matrix(single[0])
     best = float("inf")
     for _ in range(turns):
-        took = []
+        durations = []
         for row in single:
-            begun = time.perf_counter()
+            started = time.perf_counter()
             model.score_matrix(row)
-            took.append(time.perf_counter() - begun)
-        best = min(best, float(np.quantile(took, 0.95)) * 1000)
+            durations.append(time.perf_counter() - started)
+        best = min(best, float(np.quantile(durations, 0.95)) * 1000)
     return best
 
 
 def _groups(window: pl.DataFrame) -> Array:
-    """Customers; an order without one stands alone."""
+    """Return the customer of each order; an order without one is a group of its own."""
     customer = window.get_column("customer").cast(pl.String)
-    alone = pl.Series([f"\0{place}" for place in range(len(window))], dtype=pl.String)
-    return customer.fill_null(alone).to_numpy()
+    singles = pl.Series([f"\0{place}" for place in range(len(window))], dtype=pl.String)
+    return customer.fill_null(singles).to_numpy()
 
 
-# --- what people do with models -----------------------------------------------------------------------------------
+# --- operations on recorded models -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two versions on the same orders."""
+    """Metrics of two versions on the same orders."""
 
     first: Version
     second: Version
     figures: dict[str, tuple[float | None, float | None]]
     gain: Interval
-    """Average precision of the second over the first."""
+    """Gain of average precision of the second over the first."""
 
 
 def list_models(registry: Registry) -> list[dict[str, Any]]:
-    """One entry a version, the newest first, with the figures of its training."""
+    """Return one entry per version, newest first, with the metrics of its training."""
     return [
         {
             "version": version.number,
@@ -267,7 +270,7 @@ def list_models(registry: Registry) -> list[dict[str, Any]]:
 
 
 def compare_recorded(registry: Registry, first: str | int, second: str | int) -> dict[str, tuple[float | None, float | None]]:
-    """The figures that two versions' trainings recorded, by name. They may be over different windows."""
+    """Return the metrics that two versions recorded in training, by name. Their windows may differ."""
     one, two = registry.version(first), registry.version(second)
     names = [name for name in one.metrics if not name.startswith("channel.")]
     names += [name for name in two.metrics if not name.startswith("channel.") and name not in one.metrics]
@@ -282,14 +285,14 @@ def compare_models(
     thresholds: ThresholdSettings | None = None,
     settings: GateSettings | None = None,
 ) -> Comparison:
-    """Two versions, each with its own threshold, on the same labelled orders."""
+    """Evaluate two versions, each with its own threshold, on the same labelled orders."""
     thresholds, settings = thresholds or ThresholdSettings(), settings or GateSettings()
     one, two = registry.load(first), registry.load(second)
     scores = [loaded.model.score(window) for loaded in (one, two)]
-    told: list[Evaluation] = [
+    evaluations: list[Evaluation] = [
         evaluate(window, score, thresholds, loaded.threshold) for loaded, score in zip((one, two), scores, strict=True)
     ]
-    flat = [evaluation.metrics() for evaluation in told]
+    flat = [evaluation.metrics() for evaluation in evaluations]
     names = sorted({*flat[0], *flat[1]})
     gain = bootstrap_gain(
         window.get_column("label").cast(pl.Int64).to_numpy(),
@@ -311,14 +314,14 @@ def admit(
     *,
     leak: LeakCheck | None = None,
 ) -> Verdict:
-    """Judge a recorded version against the champion and promote it if it passes; what was said stays with the version."""
+    """Judge a recorded version against the champion and promote it if it passes. The verdict is stored in its tag `gate`."""
     champion = registry.champion()
-    rival = registry.load(champion.number).model if champion is not None and champion.number != version.number else None
-    lost = [name for name in rival.features if name not in window.columns] if rival is not None else []
-    verdict = judge(window, registry.load(version.number).model, None if lost else rival, settings, leak=leak)
-    if lost and champion is not None:
-        told = f"version {champion.number} needs {', '.join(lost[:3])}, which no order has any more: judged as a first model"
-        verdict = replace(verdict, checks=(Check("champion", True, told), *verdict.checks))
+    champion_model = registry.load(champion.number).model if champion is not None and champion.number != version.number else None
+    missing = [name for name in champion_model.features if name not in window.columns] if champion_model is not None else []
+    verdict = judge(window, registry.load(version.number).model, None if missing else champion_model, settings, leak=leak)
+    if missing and champion is not None:
+        text = f"version {champion.number} needs {', '.join(missing[:3])}, which orders no longer have: judged as a first model"
+        verdict = replace(verdict, checks=(Check("champion", True, text), *verdict.checks))
     registry.annotate(version.number, gate=verdict.summary()[:4000])
     if verdict.passed:
         registry.promote(version.number)
@@ -326,16 +329,16 @@ def admit(
 
 
 def promote_model(registry: Registry, which: str | int, *, force: bool = False) -> Version:
-    """Promote a version that the gate has passed; with `force`, any. Raises GateRefused telling what the gate said."""
+    """Promote a version that passed the gate; with `force`, any version. Raises GateRefused with the gate's verdict."""
     version = registry.version(which)
-    said = version.tags.get("gate", "")
-    if said != "passed" and not force:
+    verdict = version.tags.get("gate", "")
+    if verdict != "passed" and not force:
         raise GateRefused(
             f"Version {version.number} of model '{registry.name}' was not promoted, the gate "
-            + (f"{said}. " if said else "has not judged it. ")
-            + "Train a better one (python -m app train), or promote it all the same with --force."
+            + (f"{verdict}. " if verdict else "has not judged it. ")
+            + "Train a better one (python -m app train), or override the promotion gate with --force."
         )
-    if force and said != "passed":
+    if force and verdict != "passed":
         registry.annotate(version.number, gate_overruled="yes")
     return registry.promote(version.number)
 

@@ -1,9 +1,9 @@
-"""The fraud model on public data: the simulated card transactions of the Fraud Detection Handbook (Le Borgne et al.).
+"""Benchmark on public data: the simulated card transactions of the Fraud Detection Handbook (Le Borgne et al.).
 
-The data go through the features, the training and the figures of the shop: a card holder is a customer, a terminal a
-device, and a label is known seven days after its transaction. The protocol is the book's (chapter 5, model selection):
-four test weeks; training ends seven days before its week; from a week go the transactions of customers whose fraud
-is already known. Parameters and features were chosen on eight weeks before the test weeks (docs/concepts/fraud-model.md).
+The data use the same features, training and metrics as orders: a card holder is a customer, a terminal is a device, and a
+label is known seven days after its transaction. The protocol is the book's (chapter 5, model selection): four test weeks;
+training ends seven days before each week; customers whose fraud is already known are excluded from a week. Parameters and
+features were chosen on eight weeks before the test weeks (docs/concepts/fraud-model.md).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import polars as pl
 
 from lakehouse.errors import ShopSphereError
 from ml.evaluation.gate import Verdict, judge
-from ml.evaluation.leak_check import moved
+from ml.evaluation.leak_check import changed_features
 from ml.evaluation.metrics import Array, average_precision, card_precision, roc_auc
 from ml.features.compute import compute, with_ratios
 from ml.features.declarations import TIME, Feature, OrderHistory
@@ -33,9 +33,9 @@ from ml.training.settings import DEFAULT_PARAMETERS, TrainingSettings
 DELAY = timedelta(days=7)
 WEEK = timedelta(days=7)
 HISTORY = timedelta(days=120)
-"""How much is trained on, at most."""
+"""Maximum period of the training data."""
 BOOK_TRAINING = timedelta(days=7)
-"""The book trains on a week; customers with a fraud in that week are known, whatever we train on."""
+"""The book trains on one week; customers with a fraud in that week count as known, whatever the period of HISTORY."""
 CARDS = 100
 LEAK_ORDERS = 300
 
@@ -50,11 +50,11 @@ PARAMETERS: Mapping[str, Any] = {
     "lambda": 10.0,
     "gamma": 3.0,
 }
-"""Chosen on VALIDATION_WEEKS: frauds that nothing tells of are many here, and trees must not learn them by heart."""
+"""Chosen on VALIDATION_WEEKS: many frauds in this data are unpredictable, and trees must not memorise them."""
 ROUNDS = 80
 SETTINGS = TrainingSettings(rounds=ROUNDS, patience=0, report_every=ROUNDS, threads=2, parameters=PARAMETERS)
 
-KEPT = frozenset(
+SELECTED_FEATURES = frozenset(
     {
         "amount",
         *("customer_ratio", "customer_z", "customer_usual_ratio", "customer_minutes_since_unusual_began", "customer_frauds_7d"),
@@ -65,12 +65,12 @@ KEPT = frozenset(
         *("device_minutes_since_genuine", "device_minutes_since_unexplained_began"),
     }
 )
-"""Names of the features that are looked at: what either kind of fraud shows. The others add noise: VALIDATION_WEEKS
-came out with the same average precision without them."""
+"""Names of the features in use: those that either kind of fraud affects. The others add noise only: without them the
+average precision on VALIDATION_WEEKS is the same."""
 
 QUIET_WEIGHT = 0.1
-"""How much a training order counts of which nothing tells (`weighed`): frauds among them come by chance, and what trees
-make of them is noise."""
+"""Weight of a training order without any sign of fraud (`with_weights`): frauds among them are random, and trees that fit
+them learn noise."""
 QUIET_AMOUNT, QUIET_RATIO = 220.0, 2.0
 
 COLUMNS = ("TRANSACTION_ID", "TX_DATETIME", "CUSTOMER_ID", "TERMINAL_ID", "TX_AMOUNT", "TX_FRAUD")
@@ -82,7 +82,7 @@ class HandbookError(ShopSphereError):
 
 @dataclass(frozen=True)
 class HandbookMetrics:
-    """What a model reaches: ROC AUC, average precision, card precision at 100."""
+    """Metrics of a model: ROC AUC, average precision, card precision at 100."""
 
     roc_auc: float
     average_precision: float
@@ -90,7 +90,7 @@ class HandbookMetrics:
 
     @property
     def rounded(self) -> dict[str, float]:
-        """By name, to three digits: as the published ones are told, and as they are compared."""
+        """The metrics by name, rounded to three digits like the published ones, for comparison."""
         return {
             "ROC AUC": round(self.roc_auc, 3),
             "average precision": round(self.average_precision, 3),
@@ -100,7 +100,7 @@ class HandbookMetrics:
 
 @dataclass(frozen=True)
 class HandbookWeek:
-    """The figures of one week."""
+    """Metrics of one week."""
 
     start: date
     trained_on: int
@@ -110,19 +110,19 @@ class HandbookWeek:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """The figures of all weeks."""
+class HandbookResult:
+    """Metrics of all weeks."""
 
     weeks: tuple[HandbookWeek, ...]
     feature_seconds: float
     spread: Mapping[str, tuple[float, float]]
-    """95% bootstrap interval over transactions, of the mean over the weeks, by name; not of card precision."""
+    """95% bootstrap interval over transactions of the mean over the weeks, by metric; without card precision."""
     verdict: Verdict
-    """What the gate says of the last week's model, as a first model."""
+    """Verdict of the gate on the last week's model, as a first model."""
 
     @property
     def mean(self) -> HandbookMetrics:
-        """The mean over the weeks: the protocol's figure."""
+        """The mean over the weeks: the result of the protocol."""
         figures = [week.figures for week in self.weeks]
         return HandbookMetrics(
             fmean(f.roc_auc for f in figures),
@@ -132,23 +132,23 @@ class Outcome:
 
     @property
     def beats_published(self) -> bool:
-        """Whether all three figures are above the published ones of the book's XGBoost."""
-        return all(self.mean.rounded[name] > theirs for name, theirs in PUBLISHED[BOOK].rounded.items())
+        """Whether all three metrics are above the published ones of the book's XGBoost."""
+        return all(self.mean.rounded[name] > published for name, published in PUBLISHED[BOOK].rounded.items())
 
     @property
     def reaches_target(self) -> bool:
-        """Whether all three figures reach those of TARGET."""
+        """Whether all three metrics reach those of TARGET."""
         return not self.short_of_target
 
     @property
     def short_of_target(self) -> dict[str, float]:
-        """By how much each figure falls short of TARGET; empty: the target is reached."""
+        """The gap of each metric that is below TARGET; empty if the target is reached."""
         short = {name: goal - self.mean.rounded[name] for name, goal in PUBLISHED[TARGET].rounded.items()}
         return {name: round(gap, 3) for name, gap in short.items() if gap > 0}
 
     @property
-    def smells_of_a_leak(self) -> bool:
-        """Whether average precision is above what one who knows the simulator reaches."""
+    def suggests_leak(self) -> bool:
+        """Whether the average precision is above that of an oracle that knows the simulator."""
         return self.mean.average_precision > PUBLISHED[ORACLE].average_precision
 
 
@@ -162,20 +162,20 @@ PUBLISHED: Mapping[str, HandbookMetrics] = {
 
 
 def read_transactions(path: Path) -> pl.DataFrame:
-    """The data as orders (`features.ORDER_COLUMNS`), with `label`. Raises HandbookError."""
+    """Read the data as orders (ORDER_COLUMNS) with `label`. Raises HandbookError."""
     file = path / "handbook.parquet" if path.is_dir() else path
     try:
         raw = pl.read_parquet(file, columns=list(COLUMNS))
     except (OSError, pl.exceptions.PolarsError) as error:
         raise HandbookError(
             f"{file} cannot be read as the handbook's transactions ({type(error).__name__}): expected Parquet with the columns "
-            f"{', '.join(COLUMNS)}. Give the directory that has handbook.parquet with --data."
+            f"{', '.join(COLUMNS)}. Pass the directory with handbook.parquet to --data."
         ) from None
     return as_orders(raw)
 
 
 def as_orders(raw: pl.DataFrame) -> pl.DataFrame:
-    """Transactions as orders: card holder = customer, terminal = device, a fraud is known DELAY after."""
+    """Return transactions as orders: card holder = customer, terminal = device; a fraud is known DELAY later."""
     placed = pl.col("TX_DATETIME").cast(pl.Datetime("us")).dt.replace_time_zone("UTC").cast(TIME)
     return raw.select(
         pl.col("TRANSACTION_ID").cast(pl.String).str.zfill(10).alias("order_id"),
@@ -188,23 +188,24 @@ def as_orders(raw: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def featured(orders: pl.DataFrame) -> tuple[pl.DataFrame, tuple[Feature, ...]]:
-    """The orders (`with_ratios`) with the features KEPT, and these."""
+def with_features(orders: pl.DataFrame) -> tuple[pl.DataFrame, tuple[Feature, ...]]:
+    """Return the orders (`with_ratios`) with SELECTED_FEATURES, and the declarations of these features."""
     features = compute(orders, OrderHistory(delay=DELAY))
-    chosen = tuple(f for f in FEATURES if f.name in KEPT)
+    chosen = tuple(f for f in FEATURES if f.name in SELECTED_FEATURES)
     narrow = features.select("order_id", "placed_at", pl.col([f.name for f in chosen]).cast(pl.Float32))
     return narrow.join(orders.select("order_id", "customer", "label"), on="order_id", how="left", maintain_order="left"), chosen
 
 
 def training_rows(frame: pl.DataFrame, start: date) -> pl.DataFrame:
-    """What may be learned from for a week: HISTORY, ending a delay before it."""
+    """Return the training rows of a test week: HISTORY, ending DELAY before the week."""
     end = _midnight(start) - DELAY
     return frame.filter((pl.col("placed_at") >= end - HISTORY) & (pl.col("placed_at") < end))
 
 
-def weighed(train: pl.DataFrame) -> pl.DataFrame:
-    """The rows with `weight`: QUIET_WEIGHT for an ordinary amount on a device without known frauds that the amount does
-    not explain, else 1. It is decided by features alone, so frauds and honest orders lose alike and scores stay probabilities."""
+def with_weights(train: pl.DataFrame) -> pl.DataFrame:
+    """Return the rows with `weight`: QUIET_WEIGHT for an ordinary amount on a device without unexplained frauds, else 1.
+
+    The weight depends on features alone, equally for frauds and honest orders, so scores stay probabilities."""
     quiet = (
         (pl.col("amount") <= QUIET_AMOUNT)
         & (pl.col("customer_ratio").fill_null(0.0) < QUIET_RATIO)
@@ -214,9 +215,9 @@ def weighed(train: pl.DataFrame) -> pl.DataFrame:
 
 
 def test_rows(frame: pl.DataFrame, start: date) -> pl.DataFrame:
-    """The transactions of a week, without those of customers whose fraud is known by then.
+    """Return the transactions of a week, without those of customers whose fraud is already known.
 
-    Known are the frauds of the book's training week, and on each test day those of the days until a delay before it.
+    Known are the frauds of the book's training week and, on each test day, the frauds up to DELAY before it.
     """
     begin = _midnight(start)
     day = pl.col("placed_at").dt.truncate("1d")
@@ -241,12 +242,12 @@ Fit = Callable[[pl.DataFrame, tuple[Feature, ...]], FittedModel]
 
 
 def fit_week(train: pl.DataFrame, features: tuple[Feature, ...]) -> FittedModel:
-    """Train on a week's rows, in this process."""
-    return fit_in_process(weighed(train), None, features, SETTINGS)
+    """Train on the training rows of a week, in this process."""
+    return fit_in_process(with_weights(train), None, features, SETTINGS)
 
 
-def figures(test: pl.DataFrame, model: FittedModel) -> HandbookMetrics:
-    """The three figures of a model on a week."""
+def week_metrics(test: pl.DataFrame, model: FittedModel) -> HandbookMetrics:
+    """Return the three metrics of a model on a week."""
     label, score = test["label"].to_numpy(), model.score(test)
     day = test["placed_at"].dt.date().to_numpy()
     return HandbookMetrics(
@@ -261,10 +262,10 @@ def weeks(
 ) -> Iterator[HandbookWeek]:
     """Train and test, week by week."""
     for start in starts:
-        begun = time.monotonic()
+        started = time.monotonic()
         train, test = training_rows(frame, start), test_rows(frame, start)
-        found = figures(test, fit(train, features))
-        yield HandbookWeek(start, train.height, test.height, found, time.monotonic() - begun)
+        found = week_metrics(test, fit(train, features))
+        yield HandbookWeek(start, train.height, test.height, found, time.monotonic() - started)
 
 
 def run(
@@ -272,52 +273,57 @@ def run(
     *,
     starts: tuple[date, ...] = TEST_WEEKS,
     fit: Fit = fit_week,
-    seen: Callable[[HandbookWeek], None] = lambda week: None,
-) -> Outcome:
-    """The protocol on the data at `path`; `seen` is told of every week. Raises HandbookError."""
+    on_week: Callable[[HandbookWeek], None] = lambda week: None,
+) -> HandbookResult:
+    """Run the protocol on the data at `path`. on_week: called after every week. Raises HandbookError."""
     orders = read_transactions(path)
-    begun = time.monotonic()
+    started = time.monotonic()
     orders = with_ratios(orders)
-    frame, features = featured(orders)
-    seconds = time.monotonic() - begun
+    frame, features = with_features(orders)
+    seconds = time.monotonic() - started
     done: list[HandbookWeek] = []
     models: list[FittedModel] = []
 
-    def kept(train: pl.DataFrame, chosen: tuple[Feature, ...]) -> FittedModel:
+    def fit_and_keep(train: pl.DataFrame, chosen: tuple[Feature, ...]) -> FittedModel:
         models.append(fit(train, chosen))
         return models[-1]
 
-    for week in weeks(frame, features, starts, kept):
-        seen(week)
+    for week in weeks(frame, features, starts, fit_and_keep):
+        on_week(week)
         done.append(week)
     windows = [test_rows(frame, start) for start in starts]
     spread = spread_of([(window["label"].to_numpy(), model.score(window)) for window, model in zip(windows, models, strict=True)])
-    return Outcome(tuple(done), seconds, spread, judged(orders, windows[-1], models[-1], starts[-1]))
+    return HandbookResult(tuple(done), seconds, spread, judge_week(orders, windows[-1], models[-1], starts[-1]))
 
 
 def spread_of(scored: Sequence[tuple[Array, Array]], rounds: int = 200, seed: int = 7) -> dict[str, tuple[float, float]]:
-    """How far the means over weeks, (label, score) each, move when the weeks' transactions are drawn anew."""
+    """Return the 95% bootstrap interval of the mean of each metric over weeks, (label, score) each."""
     random = np.random.default_rng(seed)
     means: dict[str, list[float]] = {"ROC AUC": [], "average precision": []}
     for _ in range(rounds):
         drawn = [random.integers(0, len(label), len(label)) for label, _ in scored]
-        for name, figure in (("ROC AUC", roc_auc), ("average precision", average_precision)):
-            again = [figure(label[rows], score[rows]) for (label, score), rows in zip(scored, drawn, strict=True)]
-            means[name].append(fmean(again))
-    return {name: (float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))) for name, values in means.items()}
+        for name, metric in (("ROC AUC", roc_auc), ("average precision", average_precision)):
+            values = [metric(label[rows], score[rows]) for (label, score), rows in zip(scored, drawn, strict=True)]
+            means[name].append(fmean(values))
+    return {name: (float(np.quantile(draws, 0.025)), float(np.quantile(draws, 0.975))) for name, draws in means.items()}
 
 
-def judged(orders: pl.DataFrame, window: pl.DataFrame, model: FittedModel, start: date) -> Verdict:
-    """The gate on a week's model and rows; the leak check looks at the orders up to the middle of the week."""
+def judge_week(orders: pl.DataFrame, window: pl.DataFrame, model: FittedModel, start: date) -> Verdict:
+    """Run the gate on the model and the rows of a week; the leak check covers the orders up to the middle of the week."""
     moment = _midnight(start) + WEEK / 2
-    asked = orders.filter(pl.col("placed_at") <= moment).tail(LEAK_ORDERS)
-    near = pl.any_horizontal(pl.col(kind).is_in(asked[kind].implode()) for kind in ("customer", "device"))
+    requested = orders.filter(pl.col("placed_at") <= moment).tail(LEAK_ORDERS)
+    near = pl.any_horizontal(pl.col(kind).is_in(requested[kind].implode()) for kind in ("customer", "device"))
     history = OrderHistory(orders.filter(near), delay=DELAY)
-    return judge(window.with_columns(channel=pl.lit(None, pl.String)), model, None, leak=lambda: moved(asked, history, moment))
+    return judge(
+        window.with_columns(channel=pl.lit(None, pl.String)),
+        model,
+        None,
+        leak=lambda: changed_features(requested, history, moment),
+    )
 
 
-def table(outcome: Outcome) -> list[tuple[str, str, str, str]]:
-    """Rows to print: ours by week and on average, beside the published ones."""
+def table(outcome: HandbookResult) -> list[tuple[str, str, str, str]]:
+    """Return the rows of a table: this model by week and on average, and the published models."""
 
     def row(name: str, found: HandbookMetrics) -> tuple[str, str, str, str]:
         return name, f"{found.roc_auc:.3f}", f"{found.average_precision:.3f}", f"{found.card_precision:.3f}"
@@ -331,4 +337,4 @@ def table(outcome: Outcome) -> list[tuple[str, str, str, str]]:
 
 HEADINGS = ("", "ROC AUC", "average precision", f"card precision@{CARDS}")
 
-__all__ = ["HEADINGS", "HandbookError", "HandbookMetrics", "HandbookWeek", "Outcome", "read_transactions", "run", "table"]
+__all__ = ["HEADINGS", "HandbookError", "HandbookMetrics", "HandbookResult", "HandbookWeek", "read_transactions", "run", "table"]

@@ -1,5 +1,6 @@
-"""The check that no feature knows the future, on the shop's own orders: change everything after a moment, and look
-whether a feature of the orders up to it moves."""
+"""The leak check: change everything after a point in time and compare the features of the orders before it.
+
+A feature that differs uses the future."""
 
 from __future__ import annotations
 
@@ -17,67 +18,68 @@ from ml.tables.order_features import history_of, read_orders
 ORDERS = 300
 
 
-def moved_features(
+def leaking_features(
     lake: Lake, moment: datetime, *, orders: int = ORDERS, delay: timedelta = LABEL_DELAY, seed: int = 7
 ) -> list[str]:
-    """The features of the last `orders` up to a moment that change when the future does; none: there is no leak.
+    """Return the features of the last `orders` up to a moment that depend on the future; empty if there is no leak.
 
-    The orders are computed with everything that shares an entity with them, before the moment and after."""
-    return moved(*around(lake, moment, orders, delay), moment, seed)
+    The orders are computed with the whole history of their entities, before and after the moment."""
+    return changed_features(*with_history(lake, moment, orders, delay), moment, seed)
 
 
-def moved(asked: pl.DataFrame, history: OrderHistory, moment: datetime, seed: int = 7) -> list[str]:
-    """The same for orders up to a moment with all that concerns them (ORDER_COLUMNS, `ratio` included)."""
-    if asked.is_empty():
+def changed_features(orders: pl.DataFrame, history: OrderHistory, moment: datetime, seed: int = 7) -> list[str]:
+    """Return the leaking features of orders up to a moment (ORDER_COLUMNS with `ratio`) with the history of their entities."""
+    if orders.is_empty():
         return []
-    return differing(compute(asked, history), compute(asked_then(asked, moment, seed), changed(history, moment, seed)))
+    other_orders = with_other_reports(orders, moment, seed)
+    return differing(compute(orders, history), compute(other_orders, with_other_future(history, moment, seed)))
 
 
-def around(lake: Lake, moment: datetime, count: int, delay: timedelta) -> tuple[pl.DataFrame, OrderHistory]:
-    """The last orders up to a moment, and all that concerns them, the future included."""
+def with_history(lake: Lake, moment: datetime, count: int, delay: timedelta) -> tuple[pl.DataFrame, OrderHistory]:
+    """Return the last orders up to a moment, and the whole history of their entities, the future included."""
     entities = lake.load(ORDER_ENTITIES, create=False)
-    places = entities.read(["order_id", "placed_at"], pl.col("placed_at") <= moment).sort("placed_at", "order_id").tail(count)
-    asked = read_orders(lake, pl.col("order_id").is_in(places["order_id"].implode())).sort("placed_at", "order_id")
-    return asked, history_of(lake, asked, delay)
+    newest = entities.read(["order_id", "placed_at"], pl.col("placed_at") <= moment).sort("placed_at", "order_id").tail(count)
+    orders = read_orders(lake, pl.col("order_id").is_in(newest["order_id"].implode())).sort("placed_at", "order_id")
+    return orders, history_of(lake, orders, delay)
 
 
-def asked_then(asked: pl.DataFrame, moment: datetime, seed: int) -> pl.DataFrame:
-    """The orders asked about, with other reports after the moment."""
-    return _reported_otherwise(asked, moment, seed)
+def with_other_future(history: OrderHistory, moment: datetime, seed: int) -> OrderHistory:
+    """Return the same past with another future.
 
-
-def changed(history: OrderHistory, moment: datetime, seed: int) -> OrderHistory:
-    """The same past with another future: later orders have their values shuffled among each other, every order that was
-    not reported until the moment is reported at some time after it or not at all, later events happen to others and are
-    of another kind, and the month's own figures are others."""
-    past, future = _parts(history.orders, pl.col("placed_at") <= moment)
-    loose = [name for name in future.columns if name not in ("order_id", "placed_at")]
-    future = future.with_columns(pl.col(name).shuffle(seed + place) for place, name in enumerate(loose))
-    gone, coming = _parts(history.events, pl.col("occurred_at") < moment)
-    coming = coming.with_columns(pl.col(name).shuffle(seed + place) for place, name in enumerate(("account", "device", "kind")))
-    settled, running = _parts(history.categories, pl.col("month") < moment.date().replace(day=1))
+    Values of later orders are shuffled among them; orders not reported up to the moment are reported at some later time or
+    never; later events have shuffled accounts, devices and kinds, and half of them are dropped; totals of the current month
+    and later ones are changed."""
+    past, future = _split(history.orders, pl.col("placed_at") <= moment)
+    shuffled = [name for name in future.columns if name not in ("order_id", "placed_at")]
+    future = future.with_columns(pl.col(name).shuffle(seed + place) for place, name in enumerate(shuffled))
+    past_events, future_events = _split(history.events, pl.col("occurred_at") < moment)
+    future_events = future_events.with_columns(
+        pl.col(name).shuffle(seed + place) for place, name in enumerate(("account", "device", "kind"))
+    )
+    past_months, other_months = _split(history.categories, pl.col("month") < moment.date().replace(day=1))
     return OrderHistory(
-        _reported_otherwise(pl.concat([past, future]), moment, seed),
-        pl.concat([gone, coming.head(coming.height // 2)]),
-        pl.concat([settled, running.with_columns(pl.col("amount") * 3 + 1, pl.col("orders") + 1)]),
+        with_other_reports(pl.concat([past, future]), moment, seed),
+        pl.concat([past_events, future_events.head(future_events.height // 2)]),
+        pl.concat([past_months, other_months.with_columns(pl.col("amount") * 3 + 1, pl.col("orders") + 1)]),
         history.delay,
     )
 
 
-def _parts(frame: pl.DataFrame, before: pl.Expr) -> tuple[pl.DataFrame, pl.DataFrame]:
+def _split(frame: pl.DataFrame, before: pl.Expr) -> tuple[pl.DataFrame, pl.DataFrame]:
     marked = frame.with_columns(before.fill_null(True).alias("_before"))
     return marked.filter("_before").drop("_before"), marked.filter(~pl.col("_before")).drop("_before")
 
 
-def _reported_otherwise(orders: pl.DataFrame, moment: datetime, seed: int) -> pl.DataFrame:
+def with_other_reports(orders: pl.DataFrame, moment: datetime, seed: int) -> pl.DataFrame:
+    """Return the orders with other fraud reports after a moment."""
     draw = pl.col("order_id").hash(seed)
     later = pl.lit(moment, TIME) + pl.duration(seconds=1 + draw % 5_000_000)
-    open_ = pl.col("known_at").is_null() | (pl.col("known_at") > moment)
+    unreported = pl.col("known_at").is_null() | (pl.col("known_at") > moment)
     return orders.with_columns(
-        known_at=pl.when(~open_).then("known_at").when(draw % 3 > 0).then(later.cast(TIME)).otherwise(None).cast(TIME)
+        known_at=pl.when(~unreported).then("known_at").when(draw % 3 > 0).then(later.cast(TIME)).otherwise(None).cast(TIME)
     )
 
 
 def differing(first: pl.DataFrame, second: pl.DataFrame) -> list[str]:
-    """The features that are not bit-equal in two frames of the same orders."""
+    """Return the features that are not bit-equal in two frames of the same orders."""
     return [f.name for f in FEATURES if not first[f.name].eq_missing(second[f.name]).all()]

@@ -1,7 +1,7 @@
-"""How good a scoring is: ranking, review, money, calibration; over all orders and over each channel.
+"""Metrics of a scoring: ranking, review, costs, calibration; over all orders and per channel.
 
-Arrays in, plain numbers out. A label is 1 for a fraudulent order, a score is its probability. Orders of equal score
-are always taken or left together, so that no figure depends on the order of rows.
+Functions take arrays and return numbers. A label is 1 for a fraudulent order, a score is its probability. Orders of equal
+score are always selected together, so no metric depends on the order of rows.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from lakehouse.errors import SettingsError
 
 Array = npt.NDArray[Any]
 CARDS = 100
-"""Customers that are looked at a day in card precision."""
+"""Customers reviewed per day in card precision."""
 BINS = 10
 
 
 @dataclass(frozen=True)
 class ThresholdSettings:
-    """How the score is found from which on an order is reviewed.
+    """How the review threshold is chosen.
 
-    `capacity`: that share of the orders can be reviewed, and the threshold is the one that fills it. `costs`: the
-    threshold that saves most, where a review costs `review_cost` (in the base currency) and a fraudulent order that
-    is not reviewed loses `loss_share` of its amount."""
+    `capacity`: the share `capacity` of the orders can be reviewed, and the threshold selects as many. `costs`: the threshold
+    that saves most, where a review costs `review_cost` (in the base currency) and a fraudulent order that is not reviewed
+    loses `loss_share` of its amount."""
 
     by: Literal["capacity", "costs"] = "capacity"
     capacity: float = 0.02
@@ -48,22 +48,22 @@ class ThresholdSettings:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of one model over one window. A figure that needs both frauds and honest orders is left out of a
-    channel that has only one kind."""
+    """The metrics of one model over one window. A metric that is undefined, such as ROC AUC for a channel without frauds, is
+    left out."""
 
     threshold: float
     overall: dict[str, float]
     channels: dict[str, dict[str, float]]
 
     def metrics(self) -> dict[str, float]:
-        """All figures by flat names: `average_precision`, `channel.web.average_precision`, ..."""
-        named = {f"channel.{channel}.{name}": value for channel, of in self.channels.items() for name, value in of.items()}
+        """Return all metrics by flat names: `average_precision`, `channel.web.average_precision`, ..."""
+        named = {f"channel.{channel}.{name}": value for channel, own in self.channels.items() for name, value in own.items()}
         return {**self.overall, "threshold": self.threshold, **named}
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with its bootstrap interval."""
+    """A metric with its bootstrap interval."""
 
     value: float
     low: float
@@ -71,7 +71,7 @@ class Interval:
 
 
 def roc_auc(label: Array, score: Array) -> float:
-    """The chance that a fraud scores above an honest order, ties counted half. NaN with only one kind of order."""
+    """Return the probability that a fraud scores above an honest order, ties counted half. NaN with only one class."""
     frauds = int(np.count_nonzero(label))
     honest = len(label) - frauds
     if not frauds or not honest:
@@ -82,12 +82,12 @@ def roc_auc(label: Array, score: Array) -> float:
 
 
 def average_precision(label: Array, score: Array) -> float:
-    """The mean of precision over the recall gained at each distinct score. NaN without frauds."""
+    """Return the mean of the precision at each distinct score, weighted by the gain in recall. NaN without frauds."""
     return Ranking(label, score).average_precision(np.ones(len(label)))
 
 
 class Ranking:
-    """A scoring sorted once, so that its average precision under many weightings of the rows is cheap."""
+    """A scoring, sorted once: its average precision is cheap to compute for many weightings of the rows."""
 
     def __init__(self, label: Array, score: Array) -> None:
         self._order = np.argsort(-score, kind="stable")
@@ -96,7 +96,7 @@ class Ranking:
         self._label = (label[self._order] == 1).astype(np.float64)
 
     def average_precision(self, weight: Array) -> float:
-        """Average precision when row i counts `weight[i]` times. NaN when no fraud counts."""
+        """Return the average precision when row i counts `weight[i]` times. NaN when no fraud counts."""
         weights = weight[self._order]
         found = np.cumsum(weights * self._label)[self._ends]
         taken = np.cumsum(weights)[self._ends]
@@ -107,7 +107,7 @@ class Ranking:
 
 
 def precision_recall(label: Array, score: Array) -> tuple[Array, Array, Array]:
-    """(precision, recall, score) at each distinct score, from the highest down."""
+    """Return precision, recall and score at each distinct score, highest first."""
     order = np.argsort(-score, kind="stable")
     ordered = score[order]
     ends = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))
@@ -116,15 +116,15 @@ def precision_recall(label: Array, score: Array) -> tuple[Array, Array, Array]:
 
 
 def log_loss(label: Array, score: Array) -> float:
-    """The mean surprise of the labels under the scores, in nats: lowest for true probabilities."""
-    sure = np.clip(score.astype(np.float64), 1e-12, 1 - 1e-12)
-    return float(-np.mean(np.where(label == 1, np.log(sure), np.log1p(-sure))))
+    """Return the mean negative log likelihood of the labels, in nats."""
+    clipped = np.clip(score.astype(np.float64), 1e-12, 1 - 1e-12)
+    return float(-np.mean(np.where(label == 1, np.log(clipped), np.log1p(-clipped))))
 
 
 def card_precision(label: Array, score: Array, customer: Array | pl.Series, day: Array | pl.Series, k: int = CARDS) -> float:
-    """Card precision@k: each day, of the k customers with the highest score of the day, the share with a fraud that
-    day; customers found on an earlier day are not looked at again; mean over days. On a day with fewer than k
-    customers the share is of those there are. Orders without a customer are left out; NaN when none has one."""
+    """Return card precision@k: the share of the k customers with the highest scores of a day that have a fraud that day,
+    averaged over days. Customers detected on an earlier day are excluded. A day with fewer than k customers uses all of
+    them. Orders without a customer are ignored; NaN if none has one."""
     frame = pl.DataFrame({"customer": customer, "day": day, "label": label, "score": score}).drop_nulls("customer")
     found: set[Any] = set()
     precisions = []
@@ -144,8 +144,8 @@ def card_precision(label: Array, score: Array, customer: Array | pl.Series, day:
 
 
 def capacity_threshold(score: Array, capacity: float) -> float:
-    """The lowest score from which on no more than `capacity` (a share) of the orders lie; above every score when
-    even the highest is shared by more."""
+    """Return the lowest score that at most the share `capacity` of the orders reaches; above every score if too many orders
+    share the highest."""
     allowed = int(capacity * len(score))
     values, counts = np.unique(score, return_counts=True)
     at_least = np.cumsum(counts[::-1])[::-1]
@@ -156,7 +156,7 @@ def capacity_threshold(score: Array, capacity: float) -> float:
 
 
 def cost_threshold(label: Array, amount: Array, score: Array, settings: ThresholdSettings) -> float:
-    """The score from which on reviewing saves most; above every score when no review pays."""
+    """Return the threshold that saves most; above every score if no review pays off."""
     if not len(score):
         return 1.0
     order = np.argsort(-score, kind="stable")
@@ -168,20 +168,20 @@ def cost_threshold(label: Array, amount: Array, score: Array, settings: Threshol
 
 
 def choose_threshold(frame: pl.DataFrame, score: Array, settings: ThresholdSettings) -> float:
-    """The threshold for orders with `label` and `amount`. To be called with validation orders, never with test ones."""
+    """Return the threshold for orders with `label` and `amount`. Call it with validation orders, never with test orders."""
     if settings.by == "capacity":
         return capacity_threshold(score, settings.capacity)
     return cost_threshold(_labels(frame), _amounts(frame), score, settings)
 
 
 def cost_saved(label: Array, amount: Array, flagged: Array, settings: ThresholdSettings) -> float:
-    """What reviewing the flagged orders saves over reviewing none, in the base currency."""
+    """Return the savings of reviewing the flagged orders over reviewing none, in the base currency."""
     return float(settings.loss_share * amount[flagged & (label == 1)].sum() - settings.review_cost * np.count_nonzero(flagged))
 
 
 def reliability(label: Array, score: Array, bins: int = BINS, *, weight: Array | None = None) -> tuple[Array, Array, Array]:
-    """(mean score, share of frauds, orders) of bins that hold about the same number of orders, or the same sum of `weight`,
-    by rising score."""
+    """Return mean score, share of frauds and number of orders per bin, by increasing score. Bins have about the same number
+    of orders, or the same sum of `weight`."""
     order = np.lexsort((label, score))
     count = min(bins, max(len(order), 1))
     if weight is None:
@@ -198,28 +198,28 @@ def reliability(label: Array, score: Array, bins: int = BINS, *, weight: Array |
 
 
 def calibration_error(label: Array, score: Array, bins: int = BINS) -> float:
-    """Expected calibration error: the mean distance between score and share of frauds over bins of equal size."""
+    """Return the expected calibration error: the mean distance between score and share of frauds over bins of equal size."""
     predicted, observed, count = reliability(label, score, bins)
     return float(np.sum(np.abs(predicted - observed) * count) / max(int(count.sum()), 1))
 
 
 def evaluate(frame: pl.DataFrame, score: Array, settings: ThresholdSettings, threshold: float) -> Evaluation:
-    """The figures of scores over orders (`label`, `amount`, `channel`, `customer`, `placed_at`).
+    """Return the metrics of scores over orders (`label`, `amount`, `channel`, `customer`, `placed_at`).
 
-    `*_at_capacity` takes the highest-scored orders that the review capacity allows in this very window; `*_at_threshold`
-    and `cost_saved` take those from `threshold` on, as serving does."""
-    everything = _figures(frame, score, settings, threshold)
+    `*_at_capacity` selects the highest-scored orders that the review capacity allows in this window; `*_at_threshold` and
+    `cost_saved` select the orders from `threshold` on, as serving does."""
+    overall = _metrics(frame, score, settings, threshold)
     days = frame.get_column("placed_at").dt.date().to_physical().to_numpy()
     customers = frame.get_column("customer")
-    everything[f"card_precision_at_{CARDS}"] = card_precision(_labels(frame), score, customers, days)
+    overall[f"card_precision_at_{CARDS}"] = card_precision(_labels(frame), score, customers, days)
     channels = {}
     for channel in sorted(frame.get_column("channel").drop_nulls().unique().to_list()):
         mask = (frame.get_column("channel") == channel).fill_null(False)
-        channels[str(channel)] = _known(_figures(frame.filter(mask), score[mask.to_numpy()], settings, threshold))
-    return Evaluation(threshold, _known(everything), channels)
+        channels[str(channel)] = _defined(_metrics(frame.filter(mask), score[mask.to_numpy()], settings, threshold))
+    return Evaluation(threshold, _defined(overall), channels)
 
 
-def _figures(frame: pl.DataFrame, score: Array, settings: ThresholdSettings, threshold: float) -> dict[str, float]:
+def _metrics(frame: pl.DataFrame, score: Array, settings: ThresholdSettings, threshold: float) -> dict[str, float]:
     label, amount = _labels(frame), _amounts(frame)
     frauds = int(label.sum())
     within = score >= capacity_threshold(score, settings.capacity)
@@ -255,13 +255,13 @@ def bootstrap_gain(
     confidence: float = 0.95,
     seed: int = 7,
 ) -> Interval:
-    """How much average precision `challenger` gains over `champion` on the same orders, with a bootstrap interval.
+    """Return the gain of average precision of `challenger` over `champion` on the same orders, with a bootstrap interval.
 
-    Whole `groups` (customers) are drawn, since one customer's frauds come together; without `groups`, single orders.
-    NaN bounds when there are no frauds."""
-    ours, theirs = Ranking(label, challenger), Ranking(label, champion)
+    Whole `groups` (customers) are resampled, since one customer's frauds are correlated; without `groups`, single orders.
+    The bounds are NaN without frauds."""
+    first, second = Ranking(label, challenger), Ranking(label, champion)
     ones = np.ones(len(label))
-    gain = ours.average_precision(ones) - theirs.average_precision(ones)
+    gain = first.average_precision(ones) - second.average_precision(ones)
     group = np.unique(groups, return_inverse=True)[1] if groups is not None else np.arange(len(label))
     number = int(group.max()) + 1 if len(group) else 0
     random = np.random.default_rng(seed)
@@ -269,7 +269,7 @@ def bootstrap_gain(
     if number and not np.isnan(gain):
         for turn in range(rounds):
             weight = np.bincount(random.integers(0, number, number), minlength=number)[group].astype(np.float64)
-            gains[turn] = ours.average_precision(weight) - theirs.average_precision(weight)
+            gains[turn] = first.average_precision(weight) - second.average_precision(weight)
     gains = gains[~np.isnan(gains)]
     if not len(gains):
         return Interval(gain, float("nan"), float("nan"))
@@ -279,16 +279,16 @@ def bootstrap_gain(
 
 
 def interval(
-    label: Array, score: Array, figure: Callable[[Array, Array], float], *, rounds: int = 200, seed: int = 7
+    label: Array, score: Array, metric: Callable[[Array, Array], float], *, rounds: int = 200, seed: int = 7
 ) -> Interval:
-    """A figure of one scoring with its 95% bootstrap interval over orders."""
+    """Return a metric of one scoring with its 95% bootstrap interval over orders."""
     random = np.random.default_rng(seed)
     values = []
     for _ in range(rounds):
         drawn = random.integers(0, len(label), len(label))
-        values.append(figure(label[drawn], score[drawn]))
+        values.append(metric(label[drawn], score[drawn]))
     low, high = np.nanquantile(values, [0.025, 0.975])
-    return Interval(figure(label, score), float(low), float(high))
+    return Interval(metric(label, score), float(low), float(high))
 
 
 def _labels(frame: pl.DataFrame) -> Array:
@@ -303,5 +303,5 @@ def _share(part: int, whole: int) -> float:
     return part / whole if whole else float("nan")
 
 
-def _known(figures: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in figures.items() if not np.isnan(value)}
+def _defined(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not np.isnan(value)}

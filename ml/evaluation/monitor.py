@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from lakehouse.engine.engine import Engine
-from ml.evaluation.drift import Drift, DriftSettings, MonitorError, compare, realise
+from ml.evaluation.drift import Drift, DriftSettings, MonitorError, compare, realised_precision
 from ml.evaluation.monitor_report import page
 from ml.evaluation.served_scores import ServedScores, served_scores
 from ml.features.declarations import LABEL_DELAY
@@ -87,15 +87,15 @@ def measure_drift(engine: Engine, champion: LoadedModel, options: MonitorSetting
     since = min(begin, datetime.fromisoformat(evaluated_until)) if evaluated_until else begin
     orders = labelled_orders(features, entities, engine.pool, until=now, cutoff=now, since=since)
     score = champion.model.score(orders)
-    promised = champion.reference.get("figures", {}).get("precision_at_threshold")
+    expected = champion.reference.get("figures", {}).get("precision_at_threshold")
     realised = None
-    if evaluated_until and promised is not None:
+    if evaluated_until and expected is not None:
         newer = orders["placed_at"] > datetime.fromisoformat(evaluated_until)
-        realised = realise(
+        realised = realised_precision(
             orders.filter(newer),
             score[newer.to_numpy()],
             champion.threshold,
-            promised,
+            expected,
             now=now,
             delay=options.delay,
             settings=options.drift,

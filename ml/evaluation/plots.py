@@ -1,4 +1,4 @@
-"""Pictures of a model over one window: ranking, review, calibration, what its features do. PNG bytes, by file name."""
+"""Pictures of a model over one window: ranking, review, calibration, effects of its features. PNG bytes, by file name."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ SHAP_ORDERS = 2000
 
 
 def pictures(frame: pl.DataFrame, score: Array, threshold: float, model: FittedModel | None = None) -> dict[str, bytes]:
-    """The pictures of scores over orders with `label`; with the model (and its features in the frame) also what the
-    features do. A window without frauds, or with nothing else, has no curves to draw: only the confusion."""
+    """Return the pictures of scores over orders with `label`; with the model, also the effects of its features.
+
+    A window without frauds, or without honest orders, has no curves: only the confusion matrix."""
     label = frame.get_column("label").cast(pl.Int64).to_numpy()
     drawn = {"confusion.png": _drawn(lambda axes: _confusion(axes, label, score >= threshold), (4.6, 4.2))}
     if 0 < label.sum() < len(label):
@@ -38,7 +39,7 @@ def pictures(frame: pl.DataFrame, score: Array, threshold: float, model: FittedM
 
 
 def shap_summary(model: FittedModel, frame: pl.DataFrame) -> bytes:
-    """The features that move scores most: each order a dot, right of the middle where the feature raises its odds."""
+    """Return a picture of the features with the largest effects: one dot per order, to the right if it raises the odds."""
     sample = frame
     if len(frame) > SHAP_ORDERS:
         sample = frame.gather(np.sort(np.random.default_rng(0).choice(len(frame), SHAP_ORDERS, replace=False)).tolist())
@@ -64,7 +65,7 @@ def shap_summary(model: FittedModel, frame: pl.DataFrame) -> bytes:
         axes.axvline(0, color=FAINT, linewidth=0.8, zorder=0)
         axes.set_yticks(range(len(shown)), [model.features[place] for place in reversed(shown)], fontsize=8)
         axes.set_ylim(-0.7, len(shown) - 0.3)
-        axes.set(xlabel="effect on the log-odds of fraud", title="What moves the score (strongest first)")
+        axes.set(xlabel="effect on the log-odds of fraud", title="Effects of features on the score (strongest first)")
         if shown and axes.figure is not None:
             bar = axes.figure.colorbar(dots, ax=axes, ticks=[0, 1], fraction=0.03, pad=0.02)
             bar.ax.set_yticklabels(["low", "high"])
@@ -75,7 +76,7 @@ def shap_summary(model: FittedModel, frame: pl.DataFrame) -> bytes:
 
 def _precision_recall(axes: Axes, label: Array, score: Array, threshold: float) -> None:
     precision, recall, at = precision_recall(label, score)
-    # precision before the first fraud is found has no meaning to join from
+    # precision is undefined before the first fraud: start from the first value
     axes.step(np.insert(recall, 0, 0.0), np.insert(precision, 0, precision[0]), where="pre", color=HUE)
     rate = label.mean()
     axes.axhline(rate, color=FAINT, linestyle="--", linewidth=1, label=f"chance ({rate:.3f})")
@@ -94,7 +95,7 @@ def _roc(axes: Axes, label: Array, score: Array) -> None:
     found = np.cumsum(label[order])[ends]
     wrong = ends + 1 - found
     axes.plot(np.insert(wrong / max(wrong[-1], 1), 0, 0), np.insert(found / max(found[-1], 1), 0, 0), color=HUE)
-    # frauds are rare: what matters happens in the first hundredth of the honest orders
+    # frauds are rare: only the first hundredth of the honest orders matters, hence the log scale
     axes.plot(shares := np.geomspace(1 / max(wrong[-1], 1), 1, 200), shares, color=FAINT, linestyle="--", linewidth=1)
     axes.set(xlabel="honest orders flagged (log)", ylabel="frauds flagged", xscale="log", xlim=(shares[0], 1), ylim=(0, 1.02))
     axes.set_title(f"ROC (area {roc_auc(label, score):.3f})")
@@ -108,11 +109,11 @@ def _calibration(axes: Axes, label: Array, score: Array) -> None:
     axes.plot([floor, 1], [floor, 1], color=FAINT, linestyle="--", linewidth=1)
     low = np.minimum(error, observed - floor).clip(min=0)
     axes.errorbar(predicted[known], observed[known], yerr=[low[known], error[known]], fmt="o", color=HUE, capsize=2)
-    never = ~known
-    axes.plot(np.maximum(predicted[never], floor), np.full(never.sum(), floor), "v", color=FAINT, label="no fraud seen")
+    empty = ~known
+    axes.plot(np.maximum(predicted[empty], floor), np.full(empty.sum(), floor), "v", color=FAINT, label="no frauds")
     axes.set(xscale="log", yscale="log", xlabel="mean score", ylabel="share of frauds")
-    axes.set_title(f"Calibration, each bin with as many expected frauds (error {calibration_error(label, score):.4f})")
-    if never.any():
+    axes.set_title(f"Calibration, bins with equally many expected frauds (error {calibration_error(label, score):.4f})")
+    if empty.any():
         axes.legend(frameon=False)
 
 
@@ -133,7 +134,9 @@ def _gain(axes: Axes, label: Array, score: Array, threshold: float) -> None:
 
 
 def _confusion(axes: Axes, label: Array, flagged: Array) -> None:
-    cells = np.array([[np.count_nonzero((label == truth) & (flagged == told)) for told in (False, True)] for truth in (0, 1)])
+    cells = np.array(
+        [[np.count_nonzero((label == truth) & (flagged == predicted)) for predicted in (False, True)] for truth in (0, 1)]
+    )
     shares = cells / np.maximum(cells.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for row in (0, 1):
@@ -146,7 +149,7 @@ def _confusion(axes: Axes, label: Array, flagged: Array) -> None:
 
 
 def _drawn(draw: Callable[[Axes], None], size: tuple[float, float] = (6.4, 4.4)) -> bytes:
-    # not pyplot: it keeps figures in global state and picks a window system
+    # not pyplot, which keeps figures in global state and selects a window system
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,7 +1,7 @@
-"""Scores as they were served beside what the lakehouse says of the same orders now.
+"""Compare served scores and features with those that the lakehouse has for the same orders now.
 
-A served score is an event of type `ORDER_SCORED` in silver.events_clean, once its topic is among `kafka.topics`. Its metadata
-holds the order, the features and the answer as they were.
+A served score is an event of type `ORDER_SCORED` in silver.events_clean, provided that its topic is among `kafka.topics`. Its
+metadata contains the order, the features and the response as they were served.
 """
 
 from __future__ import annotations
@@ -21,25 +21,37 @@ from ml.tables.order_features import ORDER_FEATURES
 from pipelines.silver.events_clean import EVENTS_CLEAN
 
 ORDER_SCORED = "order_scored"
-"""Type of the events."""
+"""Type of the events of served scores."""
 TOLERANCE = 1e-6
-"""Of what counts as equal: relative to the larger of 1 and the value."""
-TOLD = ("amount", "customer", "card", "device", "address", "ip", "person", "account", "channel", "payment_method", "category")
-"""What an order itself says; where that changed, features follow."""
+"""Maximum difference of equal values, relative to the larger of 1 and the value."""
+ORDER_VALUES = (
+    "amount",
+    "customer",
+    "card",
+    "device",
+    "address",
+    "ip",
+    "person",
+    "account",
+    "channel",
+    "payment_method",
+    "category",
+)
+"""Columns of the order itself; a change of them changes features."""
 CAUSES: Mapping[str, str] = {
-    "amount": "the order's amount is another: that day's exchange rate came later, or the order was placed otherwise",
-    "person": "the identity graph counts the account to another person now",
+    "amount": "the order's amount changed: that day's exchange rate arrived later, or the order was placed with another amount",
+    "person": "the identity graph now assigns the account to another person",
 }
-LATE = "the order itself is the same: others (of marketplaces), events or frauds before it were told later"
+LATE = "the order itself is unchanged: earlier (marketplace) orders, events or fraud reports arrived later"
 
 
 @dataclass(frozen=True)
 class ScoreDifference:
-    """A feature that was served otherwise than the lakehouse has it now.
+    """A feature that was served with another value than the lakehouse has now.
 
-    orders   how many
-    largest  the largest difference; None: of a category, or only unknown on one side
-    cause    what most of these orders have in common
+    orders   number of orders with a difference
+    largest  largest difference; None for a category, or if the value is unknown on one side
+    cause    most frequent cause
     """
 
     name: str
@@ -50,16 +62,16 @@ class ScoreDifference:
 
 @dataclass(frozen=True)
 class ServedScores:
-    """ServedScores scores against offline ones.
+    """Result of comparing served scores with offline ones.
 
-    scored      orders scored
-    unread      events of scores that cannot be read
-    known       of the scored, those that the lakehouse has features of
-    equal       of these, with all features equal
-    rescored    of the known, scored by the model that is asked now, so that scores compare
-    same_score  of these, with an equal score
-    largest     the largest difference of a score; None: nothing to compare
-    features    those that differ, most often first
+    scored      orders with a served score
+    unread      score events that cannot be read
+    known       scored orders that the lakehouse has features of
+    equal       of these, orders with all features equal
+    rescored    known orders that were scored by the present champion, so that scores are comparable
+    same_score  of these, orders with an equal score
+    largest     largest difference of a score; None: no score is comparable
+    features    features that differ, most frequent first
     """
 
     scored: int = 0
@@ -73,13 +85,13 @@ class ServedScores:
 
     @property
     def in_words(self) -> str:
-        """In a line or two."""
+        """The result as one or two sentences."""
         if not self.scored and not self.unread:
             return (
-                "No served score is in the lakehouse: none was asked for, or the topic fraud_scores is not among kafka.topics "
+                "No served score is in the lakehouse: none was requested, or the topic fraud_scores is not among kafka.topics "
                 "(SHOPSPHERE_KAFKA__TOPICS=events,fraud_scores)."
             )
-        unread = f" {self.unread:,} events of scores cannot be read." if self.unread else ""
+        unread = f" {self.unread:,} score events cannot be read." if self.unread else ""
         scores = (
             f"; of {self.rescored:,} scored by this version {self.same_score:,} have an equal score "
             f"(largest difference {self.largest:.3g})"
@@ -93,7 +105,7 @@ class ServedScores:
 
 
 def served_scores(lake: Lake, champion: LoadedModel) -> ServedScores:
-    """What was served, compared with what the lakehouse has now."""
+    """Compare all served scores in the lakehouse with its present features."""
     events = lake.load(EVENTS_CLEAN).read(["event_id", "occurred_at", "metadata"], pl.col("event_type") == ORDER_SCORED)
     if events.is_empty():
         return ServedScores()
@@ -101,31 +113,34 @@ def served_scores(lake: Lake, champion: LoadedModel) -> ServedScores:
     ids = pl.col("order_id").is_in(list(scores))
     names = list(champion.model.features)
     offline = lake.load(ORDER_FEATURES).read(["order_id", *names], ids)
-    entities = lake.load(ORDER_ENTITIES).read(["order_id", *TOLD], ids)
+    entities = lake.load(ORDER_ENTITIES).read(["order_id", *ORDER_VALUES], ids)
     return compare_served(scores, unread, offline, entities, champion)
 
 
 def compare_served(
     scores: Mapping[str, Mapping[str, Any]], unread: int, offline: pl.DataFrame, entities: pl.DataFrame, champion: LoadedModel
 ) -> ServedScores:
-    """scores: by order_id the metadata of its newest score; offline: order_id and the champion's features."""
+    """Compare served scores with offline features.
+
+    scores: metadata of the newest score by order_id; unread: score events that cannot be read; offline: order_id and the
+    champion's features; entities: order_id and ORDER_VALUES."""
     now = {row["order_id"]: row for row in entities.to_dicts()}
     known = offline.sort("order_id")
     differing: dict[str, list[tuple[float | None, str]]] = {}
     equal = rescored = same = 0
     largest: float | None = None
-    again = champion.model.score(known) if known.height else ()
-    for row, score in zip(known.to_dicts(), again, strict=True):
-        told = scores[row["order_id"]]
+    rescores = champion.model.score(known) if known.height else ()
+    for row, score in zip(known.to_dicts(), rescores, strict=True):
+        served = scores[row["order_id"]]
         changed = {
-            name: distance(value, row.get(name)) for name, value in told["features"].items() if not _same(value, row.get(name))
+            name: distance(value, row.get(name)) for name, value in served["features"].items() if not _equal(value, row.get(name))
         }
         equal += not changed
-        cause = _cause(told["order"], now.get(row["order_id"]), bool(changed))
+        cause = _cause(served["order"], now.get(row["order_id"]), bool(changed))
         for name, apart in changed.items():
             differing.setdefault(name, []).append((apart, cause))
-        if told["answer"]["model"]["version"] == champion.version.number:
-            apart = abs(float(score) - float(told["answer"]["score"]))
+        if served["answer"]["model"]["version"] == champion.version.number:
+            apart = abs(float(score) - float(served["answer"]["score"]))
             rescored, same = rescored + 1, same + (apart <= TOLERANCE)
             largest = max(largest or 0.0, apart)
     found = [
@@ -142,13 +157,13 @@ def compare_served(
 
 
 def distance(one: Any, other: Any) -> float | None:
-    """How far two values of a feature are apart; None where that is no number."""
+    """Return the difference between two values of a feature; None unless both are numbers."""
     if isinstance(one, int | float) and isinstance(other, int | float):
         return abs(float(one) - float(other))
     return None
 
 
-def _same(one: Any, other: Any) -> bool:
+def _equal(one: Any, other: Any) -> bool:
     apart = distance(one, other)
     if apart is not None:
         return apart <= TOLERANCE * max(1.0, abs(float(other)))
@@ -158,25 +173,25 @@ def _same(one: Any, other: Any) -> bool:
 def _cause(then: Mapping[str, Any], now: Mapping[str, Any] | None, changed: bool) -> str:
     if not changed or now is None:
         return LATE
-    other = [name for name in TOLD if then.get(name) != now.get(name)]
+    other = [name for name in ORDER_VALUES if then.get(name) != now.get(name)]
     if not other:
         return LATE
     return next((CAUSES[name] for name in CAUSES if name in other), f"the order was placed with another {other[0]}")
 
 
 def _read(events: pl.DataFrame) -> tuple[dict[str, Mapping[str, Any]], int]:
-    """By order_id the newest score, and how many cannot be read."""
+    """Return the newest score by order_id, and the number of events that cannot be read."""
     found: dict[str, Mapping[str, Any]] = {}
     unread = 0
     for text in events.sort("occurred_at", "event_id")["metadata"]:
         try:
-            told = msgspec.json.decode(text or "")
-            found[told["order_ref"]] = {
-                "order": dict(told["order"]),
-                "features": dict(told["features"]),
+            payload = msgspec.json.decode(text or "")
+            found[payload["order_ref"]] = {
+                "order": dict(payload["order"]),
+                "features": dict(payload["features"]),
                 "answer": {
-                    "score": float(told["answer"]["score"]),
-                    "model": {"version": int(told["answer"]["model"]["version"])},
+                    "score": float(payload["answer"]["score"]),
+                    "model": {"version": int(payload["answer"]["model"]["version"])},
                 },
             }
         except (msgspec.DecodeError, KeyError, TypeError, ValueError):

@@ -18,7 +18,7 @@ from lakehouse.storage import Storage
 from ml.evaluation.baselines import LeaderboardEntry, UpperBound, as_text, baselines, leaderboard_entry, upper_bound
 from ml.evaluation.drift import reference_of
 from ml.evaluation.gate import GateSettings, Verdict, admit
-from ml.evaluation.leak_check import moved_features
+from ml.evaluation.leak_check import leaking_features
 from ml.evaluation.metrics import Evaluation, ThresholdSettings, choose_threshold, evaluate
 from ml.evaluation.plots import pictures
 from ml.features.groups import FEATURES
@@ -197,7 +197,7 @@ def judge_version(engine: Engine, registry: Registry, version: Version, data: Tr
     moment: Any = data.test["placed_at"].median()
 
     def leaks() -> list[str]:
-        return moved_features(engine.lake, moment, delay=options.split.delay, seed=options.training.seed)
+        return leaking_features(engine.lake, moment, delay=options.split.delay, seed=options.training.seed)
 
     return admit(registry, version, data.test, options.gate, leak=leaks)
 

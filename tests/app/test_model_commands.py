@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from app.cli.model_commands import register
 from lakehouse.errors import ShopSphereError
 from ml.evaluation.drift import MonitorError
-from ml.evaluation.leak_check import changed, differing
+from ml.evaluation.leak_check import differing, with_other_future
 from ml.features.compute import compute
 from ml.features.declarations import ORDER_COLUMNS, OrderHistory
 from ml.features.groups import FEATURES
@@ -76,11 +76,11 @@ def test_the_leak_check_sees_a_leak_and_only_a_leak() -> None:
     moment = begin + timedelta(days=59, hours=1)
     history = OrderHistory(orders=compute_ready(rows))
     asked = rows.filter(pl.col("placed_at") <= moment).tail(20)
-    now, then = compute(asked, history), compute(asked, changed(history, moment, 7))
+    now, then = compute(asked, history), compute(asked, with_other_future(history, moment, 7))
     assert differing(now, then) == []
     # a feature that looks at what is reported later
     later = dict(zip(history.orders["order_id"], history.orders["known_at"].is_not_null(), strict=True))
-    other = changed(history, moment, 7).orders
+    other = with_other_future(history, moment, 7).orders
     told = dict(zip(other["order_id"], other["known_at"].is_not_null(), strict=True))
     leaky = [
         frame.with_columns(amount=frame["order_id"].replace_strict(known, return_dtype=pl.Float64))

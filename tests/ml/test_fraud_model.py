@@ -23,7 +23,7 @@ from app.cli.train_output import train_and_print, training_json
 from app.project import PROJECT
 from lakehouse.engine.engine import Engine
 from ml.evaluation import leak_check
-from ml.evaluation.leak_check import moved_features
+from ml.evaluation.leak_check import leaking_features
 from ml.features.compute import compute
 from ml.features.declarations import ENTITIES, OrderHistory
 from ml.features.groups import FEATURE_NAMES, FEATURES
@@ -174,7 +174,7 @@ def test_a_thousand_training_rows_are_the_same_through_the_serving_path(engine: 
 
 def test_a_shuffled_future_moves_no_feature_of_the_past(engine: Engine) -> None:
     for moment in moments(engine):
-        assert moved_features(engine.lake, moment, orders=400) == []
+        assert leaking_features(engine.lake, moment, orders=400) == []
 
 
 def test_a_future_that_is_looked_at_is_found_out(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +184,7 @@ def test_a_future_that_is_looked_at_is_found_out(engine: Engine, monkeypatch: py
         return found.with_columns(customer_frauds_ever=found["order_id"].is_in(later.implode()).cast(pl.Float64))
 
     monkeypatch.setattr(leak_check, "compute", peeking)
-    assert moved_features(engine.lake, moments(engine)[1], orders=400) == ["customer_frauds_ever"]
+    assert leaking_features(engine.lake, moments(engine)[1], orders=400) == ["customer_frauds_ever"]
 
 
 def moments(engine: Engine) -> list[datetime]:

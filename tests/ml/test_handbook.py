@@ -12,15 +12,15 @@ from ml.evaluation import handbook
 from ml.evaluation.gate import Verdict
 from ml.evaluation.handbook import (
     DELAY,
-    KEPT,
     PUBLISHED,
+    SELECTED_FEATURES,
     HandbookError,
     HandbookMetrics,
+    HandbookResult,
     HandbookWeek,
-    Outcome,
     as_orders,
-    featured,
     training_rows,
+    with_features,
 )
 from ml.features.compute import with_ratios
 from ml.features.declarations import Feature
@@ -93,7 +93,7 @@ def test_orders_of_which_nothing_tells_count_less_whatever_they_were():
     quiet = {"amount": 200.0, "customer_ratio": 1.9, "device_unexplained_28d": 0.0}
     told = ({"amount": 221.0}, {"customer_ratio": 2.0}, {"device_unexplained_28d": 1.0})
     rows = [{**quiet, **change, "label": label} for change in ({}, {"customer_ratio": None}, *told) for label in (0, 1)]
-    weight = handbook.weighed(pl.DataFrame(rows))["weight"].to_list()
+    weight = handbook.with_weights(pl.DataFrame(rows))["weight"].to_list()
     assert weight == [handbook.QUIET_WEIGHT] * 4 + [1.0] * 6
 
 
@@ -104,7 +104,7 @@ def test_the_protocol_from_end_to_end(tmp_path):
         return fit_in_process(train, None, features, TrainingSettings(rounds=5, patience=0, report_every=5))
 
     seen: list[HandbookWeek] = []
-    outcome = handbook.run(tmp_path, starts=(START,), fit=fit, seen=seen.append)
+    outcome = handbook.run(tmp_path, starts=(START,), fit=fit, on_week=seen.append)
     assert seen == list(outcome.weeks)
     assert outcome.mean.roc_auc > 0.99
     names = [name for name, *_ in handbook.table(outcome)]
@@ -116,23 +116,23 @@ def test_the_protocol_from_end_to_end(tmp_path):
 
 
 def test_no_feature_is_the_label(tmp_path):
-    frame, features = featured(with_ratios(as_orders(transactions())))
+    frame, features = with_features(with_ratios(as_orders(transactions())))
     assert "label" not in {f.name for f in features}
     assert {"amount", "customer_ratio", "device_risk_28d"} <= {f.name for f in features}
-    assert {f.name for f in features} == KEPT
+    assert {f.name for f in features} == SELECTED_FEATURES
     assert frame.height == 2400
 
 
 def test_figures_are_judged_on_all_three():
-    def outcome(*figures: float) -> Outcome:
-        return Outcome((HandbookWeek(START, 1, 1, HandbookMetrics(*figures), 0.0),), 0.0, {}, Verdict((), None))
+    def outcome(*figures: float) -> HandbookResult:
+        return HandbookResult((HandbookWeek(START, 1, 1, HandbookMetrics(*figures), 0.0),), 0.0, {}, Verdict((), None))
 
     assert outcome(0.885, 0.7616, 0.311).reaches_target
     assert outcome(0.8834, 0.77, 0.309).short_of_target == {"ROC AUC": 0.001, "card precision@100": 0.001}
     assert outcome(0.875, 0.70, 0.304).beats_published
     assert not outcome(0.875, 0.70, 0.304).reaches_target
     assert not outcome(0.89, 0.70, 0.30).beats_published
-    assert outcome(0.89, 0.85, 0.31).smells_of_a_leak
+    assert outcome(0.89, 0.85, 0.31).suggests_leak
 
 
 def test_the_spread_of_a_mean_shrinks_with_the_weeks():

@@ -15,14 +15,14 @@ from lakehouse.errors import SettingsError
 from ml.evaluation.drift import (
     DriftSettings,
     MonitorError,
-    Realised,
+    RealisedPrecision,
     binned,
     compare,
     counts,
     distance,
     expected_by_chance,
     psi_of,
-    realise,
+    realised_precision,
     reference_of,
     wilson,
 )
@@ -118,13 +118,13 @@ def test_chance_stays_below_what_is_expected_of_it() -> None:
     assert beyond <= 10
 
 
-def settled(precision: float, rows: int = 600) -> Realised:
+def settled(precision: float, rows: int = 600) -> RealisedPrecision:
     random = np.random.default_rng(1)
     score = np.where(np.arange(rows) % 3 == 0, 0.9, 0.1)
     label = ((score > 0.5) & (random.random(rows) < precision)).astype(np.int8)
     frame = pl.DataFrame({"placed_at": [START + timedelta(hours=n) for n in range(rows)], "label": label})
     now = START + timedelta(days=45 + 14)
-    return realise(frame, score, 0.5, 0.6, now=now, delay=timedelta(days=45), settings=SETTINGS)
+    return realised_precision(frame, score, 0.5, 0.6, now=now, delay=timedelta(days=45), settings=SETTINGS)
 
 
 def test_precision_that_is_kept_and_precision_that_is_not() -> None:
