@@ -9,27 +9,27 @@ help: ## Show this help
 
 $(READY): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info[:2] < (3, 14)))' || \
-		{ echo "error: $(PYTHON) is not Python 3.11 to 3.13. Give one: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+		{ echo "error: $(PYTHON) is not Python 3.11 to 3.13. Name one that is: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip sync --quiet --compile-bytecode --python $(BIN)/python requirements.lock
 	@$(BIN)/python -m pip --version > /dev/null
 	@touch $@
 
-setup: $(READY) ## Make the virtual environment with the pinned packages
+setup: $(READY) ## Create the virtual environment with the pinned packages
 
-demo: $(READY) ## Real source servers, a seeded shop, all layers, answers
+demo: $(READY) ## End-to-end demo on generated data: servers, lakehouse, model, answers over HTTP
 	@$(BIN)/python -m app demo
 
-test: $(READY) ## The fast tests, two at a time
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+# Two processes for two cores. Tests that share a module fixture stay in one process, all others are spread (tests/conftest.py).
+test: $(READY) ## Fast tests, in two processes
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-test-slow: $(READY) ## The slow tests: kills, Ray, servers under load, the model from shop to rollback, serving under fire
-	@$(BIN)/python -m pytest -m slow -n 2 --dist load tests/pipelines/test_kill.py tests/pipelines/test_rebuild.py tests/lakehouse/test_engine.py \
-		tests/pipelines/test_laws.py tests/lakehouse/test_ray_tasks.py tests/lakehouse/test_object_store.py tests/pipelines/test_online_retail_lakehouse.py tests/pipelines/test_erasure.py tests/pipelines/test_erasure_kill.py
-	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile tests/ml/test_fraud_model.py tests/ml/test_training.py \
-		tests/ml/test_registry.py tests/ml/test_order_features.py
-	@$(BIN)/python -m pytest -m slow tests/serve/test_serve_on_ray.py tests/serve/test_http.py tests/serve/test_openapi.py tests/app/test_demo.py
+# Two runs: first the slow tests that can share the machine, in two processes; then, one at a time, those marked `serial`, which
+# measure response times or need all cores for Ray Serve.
+test-slow: $(READY) ## Slow tests: kills, Ray, servers under load, the model from training to rollback, serving
+	@$(BIN)/python -m pytest -m "slow and not serial" -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -m "slow and serial"
 
 build/iceberg-rest/.ready: tests/servers/iceberg-pom.xml
 	@mvn -q -B -f $< dependency:copy-dependencies -DoutputDirectory=$(CURDIR)/build/iceberg-rest
@@ -44,39 +44,40 @@ build/engines/.ready: pyproject.toml
 	@$(BIN)/uv pip install --quiet --python build/engines/bin/python --group pyproject.toml:engines
 	@touch $@
 
-test-servers: $(READY) build/iceberg-rest/.ready build/iceberg-spark/.ready build/engines/.ready ## Genuine servers, catalogs and engines; needs Java 17, Maven and Go
+test-servers: $(READY) build/iceberg-rest/.ready build/iceberg-spark/.ready build/engines/.ready ## Tests against genuine servers, catalogs and engines; needs Java 17, Maven and Go
 	@$(BIN)/python -m pytest -m servers -n 2 --dist loadfile --durations 10 tests/servers
 
-test-cluster: $(READY) ## Ray jobs on several nodes, nodes killed; 200 faults over a run of 200,000 orders; needs root, Go and Java 17
+test-cluster: $(READY) ## Ray jobs on several nodes, nodes killed; 200 faults in a run of 200,000 orders; needs root, Go and Java 17
 	@$(BIN)/python -m pytest -m "cluster or faults" --durations 10 tests/cluster tests/app/test_deploy.py
 
-test-faults: $(READY) ## Of these the faults alone: processes killed, store and disk failing
+test-faults: $(READY) ## Only the faults: processes killed, store and disk failing
 	@$(BIN)/python -m pytest -m faults tests/cluster/test_faults.py
 
-test-all: $(READY) ## All tests, the slow ones too
+test-all: $(READY) ## All tests, one at a time
 	@$(BIN)/python -m pytest -m ""
 
-lint: $(READY) ## Style, types, import direction, generated docs
+lint: $(READY) ## Style, types, import direction and cycles, layout, generated docs
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_layout.py
 	@$(BIN)/python -m app docs --check
 
 docs: $(READY) ## Generate docs/reference/ from the declarations
 	@$(BIN)/python -m app docs
 
-bench: $(READY) ## What a change costs against the full build; the training set against a plain script
+bench: $(READY) ## Cost of an incremental change against a full build; training set against a plain script
 	@$(BIN)/python bench/incremental.py
 	@$(BIN)/python bench/training_set.py
 
-bench-serve: $(READY) ## Serving beside a bare server and MLflow's; needs wrk
+bench-serve: $(READY) ## Serving compared with a bare server and MLflow's server; needs wrk
 	@$(BIN)/python bench/serving.py
 
-lock: ## Pin the packages anew (universal, no addresses)
+lock: ## Update the pinned packages in requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --no-header --no-emit-index-url --no-annotate --group dev pyproject.toml -o requirements.lock
 
-clean: ## Remove the virtual environment and everything local
+clean: ## Remove the virtual environment and all local state
 	rm -rf $(VENV) .shopsphere build
 
 .PHONY: help setup demo test test-slow test-servers test-cluster test-faults test-all lint docs bench bench-serve lock clean

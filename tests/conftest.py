@@ -1,4 +1,4 @@
-"""What several tests share: the sandbox's servers, started once per session in a home of their own."""
+"""Fixtures that several packages' tests share, and the distribution of tests over processes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,18 @@ from pipelines.runner import open_engine, run_once
 from pipelines.settings import Settings, load_settings
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests that share a module fixture in one process of `pytest -n 2 --dist loadgroup`; all others are spread."""
+    for item in items:
+        fixtures = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
+        if any(fixture.scope in ("class", "module") for found in fixtures.values() for fixture in found):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Addresses]:
-    """Real servers, empty: no table, collection or topic is made yet, and a test cleans up what it makes."""
+    """Yield the addresses of empty source servers. A test drops the tables, collections and topics that it creates."""
     home: Path = tmp_path_factory.mktemp("servers")
     addresses = start_servers(home)
     yield addresses
@@ -25,7 +34,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Addresses]:
 
 @pytest.fixture(scope="session")
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
-    """The settings of a sandbox with a small shop and a lakehouse filled from it."""
+    """Yield the settings of a sandbox with 500 orders and a lakehouse that contains them."""
     home: Path = tmp_path_factory.mktemp("filled")
     sandbox.start(home, orders=500, seed=5)
     try:

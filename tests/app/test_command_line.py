@@ -483,6 +483,8 @@ def test_a_new_source_column_arrives_and_a_changed_type_is_named(cli, home, monk
     ],
 )
 def test_wrong_settings_and_unreachable_sources_are_one_line(cli, monkeypatch, name, value, expected):
+    monkeypatch.setattr("pipelines.sources.mongo.connection.SERVER_SECONDS", 1)
+    monkeypatch.setattr("pipelines.sources.kafka.source.REQUEST_TIMEOUT_SECONDS", 1.0)
     monkeypatch.setenv(name, value)
     code, _, err = cli("run")
     assert code == 1
@@ -612,6 +614,7 @@ def test_run_every_keeps_going_and_stops_cleanly(home):
     assert len(seen) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare (util-linux) to mount a small file system")
 def test_a_full_disk_is_said_and_loses_nothing(home, tmp_path):
     keep = tmp_path / "keep"

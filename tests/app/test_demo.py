@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.serial
 @pytest.mark.timeout(600)
 def test_the_demo_scores_orders_and_returns_stock_over_http(tmp_path: Path) -> None:
     environment = {**os.environ, "SHOPSPHERE_HOME": str(tmp_path)}

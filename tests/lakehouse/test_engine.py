@@ -13,10 +13,11 @@ import cloudpickle
 import polars as pl
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from pyiceberg.table.metadata import TableMetadataV2
 from sqlalchemy import event
+from support.property_tests import property_test
 
 from lakehouse.digest import digest
 from lakehouse.engine.engine import Engine
@@ -238,8 +239,7 @@ histories = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-@given(histories, st.data())
+@property_test(histories, st.data(), fast=6, slow=25, suppress_health_check=list(HealthCheck))
 def test_any_order_duplication_and_split_gives_the_tables_of_one_run(history, data):
     rows = [(number, *item) for number, item in enumerate(history)]
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as many:
@@ -672,10 +672,11 @@ def test_expiry_counts_from_when_a_snapshot_was_replaced(tmp_path):
     assert engine.lake.load(BRONZE).read(["id"]).height == 2
 
 
-def test_other_readers_see_the_same_rows(tmp_path):
+@pytest.mark.parametrize("commits", [10, pytest.param(30, marks=pytest.mark.slow)])
+def test_other_readers_see_the_same_rows(tmp_path, commits):
     """PyIceberg's own reader understands the position deletes and the manifests written here."""
     engine = make_engine(tmp_path)
-    for number in range(30):
+    for number in range(commits):
         append(engine, bronze_rows([(number, number % 5, "xyz"[number % 3], number, number, "u")]))
         run(engine)
     for table in (ACCOUNTS, CITIES, LEDGER):

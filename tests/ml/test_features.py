@@ -37,10 +37,11 @@ def slice_of(order: pl.DataFrame, orders: pl.DataFrame, events: pl.DataFrame, ca
     return OrderHistory(orders.filter(shared), events.filter(about), categories)
 
 
-def test_a_thousand_training_rows_are_the_same_through_the_serving_path():
+@pytest.mark.parametrize("rows", [250, pytest.param(1000, marks=pytest.mark.slow)])
+def test_training_rows_are_the_same_through_the_serving_path(rows):
     orders, events, categories = plain_history(4000, seed=5)
     trained = compute(orders, OrderHistory(events=events, categories=categories))
-    chosen = np.random.default_rng(3).choice(orders.height, 1000, replace=False)
+    chosen = np.random.default_rng(3).choice(orders.height, rows, replace=False)
     for number in chosen:
         order = orders[int(number)]
         past = orders.filter((pl.col("placed_at") <= order["placed_at"][0]) & (pl.col("order_id") != order["order_id"][0]))

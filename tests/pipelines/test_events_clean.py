@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
+from support.property_tests import property_test
 
 from lakehouse.step import Parsed
 from pipelines.settings import BusinessSettings
@@ -252,8 +253,11 @@ metadatas = json_values | st.dictionaries(st.sampled_from(META), json_values, ma
 objects = st.fixed_dictionaries({}, optional={name: metadatas if name == "metadata" else json_values for name in TOP})
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.lists(st.binary(max_size=20) | objects | objects.map(lambda fields: event() | fields) | st.none(), max_size=8))
+@property_test(
+    st.lists(st.binary(max_size=20) | objects | objects.map(lambda fields: event() | fields) | st.none(), max_size=8),
+    fast=100,
+    slow=300,
+)
 def test_every_message_is_a_row_or_a_rejection_and_nothing_in_a_row_is_lost(values: list[Any]) -> None:
     together = parse(*values)
     assert together.rejected is not None

@@ -228,7 +228,7 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
     return Engine(Lake(settings), TaskPool(settings.ray), BusinessSettings(), QUARANTINE)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_refresh_gives_what_a_rebuild_gives(engine: Engine, seed: int) -> None:
     dice, shop = random.Random(seed), new_shop()
     for kind in dice.sample(range(KINDS), KINDS):

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
+from support.property_tests import property_test
 
 from lakehouse.digest import digest
 from lakehouse.engine.engine import Engine
@@ -480,8 +481,12 @@ copies = st.builds(
 )
 
 
-@settings(max_examples=8, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # shrinking takes minutes
-@given(st.lists(copies, min_size=1, max_size=14), st.randoms(use_true_random=False))
+@property_test(
+    *(st.lists(copies, min_size=1, max_size=14), st.randoms(use_true_random=False)),
+    fast=3,
+    slow=8,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking takes minutes
+)
 def test_any_order_duplication_and_split_into_runs_gives_the_tables_of_one_run(events: list[dict[str, Any]], random: Any) -> None:
     events = [row | {"offset": n, "_source_position": f"events/00000/{n:019d}"} for n, row in enumerate(events)]
     rates = [row | {"_source_position": str(n)} for n, row in enumerate(RATES.rows(named=True))]

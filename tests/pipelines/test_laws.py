@@ -123,7 +123,8 @@ def test_a_rebuild_from_nothing_gives_the_same_tables(shop, fresh):
     assert digests(fresh) == expected
 
 
-def test_maintenance_beside_a_running_writer_loses_nothing(shop, fresh):
+@pytest.mark.parametrize("runs", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_maintenance_beside_a_running_writer_loses_nothing(shop, fresh, runs):
     bronze, expected = shop
     stop = threading.Event()
     done: list[str] = []
@@ -141,7 +142,7 @@ def test_maintenance_beside_a_running_writer_loses_nothing(shop, fresh):
     tidier = threading.Thread(target=keep_tidy)
     tidier.start()
     try:
-        for part in arrivals(bronze, random.Random(9), runs=3):
+        for part in arrivals(bronze, random.Random(9), runs=runs):
             for name, rows in part.items():
                 if rows.height:
                     patiently(lambda name=name, rows=rows: append(fresh, name, rows))

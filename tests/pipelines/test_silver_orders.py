@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.property_tests import property_test
 
 from lakehouse.digest import digest
 from lakehouse.engine.engine import Engine
@@ -701,10 +702,9 @@ HISTORIES = st.lists(
 )
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
-@given(history=HISTORIES, data=st.data())
+@property_test(HISTORIES, st.data(), fast=3, slow=8, suppress_health_check=list(HealthCheck))
 def test_any_order_duplication_and_split_gives_the_tables_of_one_run(
-    history: list[tuple[Table, Row]], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+    tmp_path_factory: pytest.TempPathFactory, history: list[tuple[Table, Row]], data: st.DataObject
 ) -> None:
     rows = [(table, {**row, **position(at)}) for at, (table, row) in enumerate(history)]
 

@@ -7,9 +7,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import polars as pl
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
+from support.property_tests import property_test
 
 from pipelines.settings import BusinessSettings
 from pipelines.silver.users_scd import ATTRIBUTES, STEP, USERS_SCD
@@ -308,8 +308,7 @@ def oracle(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     return result
 
 
-@settings(max_examples=300, deadline=None)
-@given(histories(), st.randoms(use_true_random=False))
+@property_test(histories(), st.randoms(use_true_random=False), fast=100, slow=300)
 def test_any_order_any_duplication_equals_the_slow_oracle(rows: list[dict[str, Any]], random: Any) -> None:
     delivered = rows + random.sample(rows, random.randint(0, len(rows)))
     random.shuffle(delivered)
@@ -318,8 +317,7 @@ def test_any_order_any_duplication_equals_the_slow_oracle(rows: list[dict[str, A
     assert filled.select("user_id", "valid_from", "valid_to", "is_current", "name", "address", "closed_by").rows() == oracle(rows)
 
 
-@settings(max_examples=200, deadline=None)
-@given(histories())
+@property_test(histories(), fast=70, slow=200)
 def test_intervals_neither_overlap_nor_leave_gaps(rows: list[dict[str, Any]]) -> None:
     filled = transform(rows)
     for user in (1, 2):

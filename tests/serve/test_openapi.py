@@ -19,7 +19,7 @@ from support.waiting import wait_for
 from ml.registry import Registry
 from pipelines.settings import Settings
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.serial, pytest.mark.timeout(600)]
 STREAM = "/v1/inventory/stream"
 """Never ends; tested elsewhere."""
 REJECTED = ["4xx", "5xx"]

@@ -18,6 +18,7 @@ import pytest
 from starlette.testclient import TestClient
 from support.page_client import PAGES
 from support.scoring_desk import replica
+from support.waiting import skip_or_fail
 
 from pipelines.settings import Settings
 
@@ -61,7 +62,7 @@ class Tab:
 @pytest.fixture(scope="module")
 def tab(filled: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
     if CHROMIUM is None or DRIVER is None:
-        pytest.skip("Chromium and its driver are not installed (apt-get install chromium chromium-driver)")
+        skip_or_fail("Chromium and its driver are not installed (apt-get install chromium chromium-driver)")
     from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 
     options = ChromeOptions()

@@ -28,7 +28,7 @@ from app.sandbox.servers import sandbox_directory
 from ml.registry import Registry
 from pipelines.settings import Settings
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.serial, pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.property_tests import property_test
 
 from lakehouse.iceberg.schema import polars_schema
 from lakehouse.table import Table
@@ -224,8 +225,7 @@ def silver_tables(draw: Any) -> SilverTables:
     )
 
 
-@settings(max_examples=300, deadline=None)
-@given(orders, silver_tables(), st.sampled_from(["USD", "EUR"]))
+@property_test(orders, silver_tables(), st.sampled_from(["USD", "EUR"]), fast=75, slow=300)
 def test_order_row_equals_silver(order: Order, tables: SilverTables, base: str) -> None:
     context = BusinessSettings(base_currency=base, default_region="ID")
     row = order_row(order, tables.reference, context, NOW)

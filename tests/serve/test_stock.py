@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from support.property_tests import property_test
 from support.serve_world import KINDS, bronze, figures_of, figures_online, ingest, message
 from support.shop_history import make_engine
 
@@ -80,8 +81,9 @@ def filled_lakehouse(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, 
     return engine, rows
 
 
-@given(st.lists(SENT_EVENTS, min_size=1, max_size=12), st.data())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@property_test(
+    st.lists(SENT_EVENTS, min_size=1, max_size=12), st.data(), fast=50, slow=150, suppress_health_check=[HealthCheck.too_slow]
+)
 def test_messages_after_the_snapshot_update_figures_like_silver(
     filled_lakehouse: tuple[Engine, list[dict[str, Any]]], sent: list[SentEvent], data: st.DataObject
 ) -> None:
