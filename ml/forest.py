@@ -1,9 +1,9 @@
-"""A gradient-boosted forest as flat arrays: score and reasons of one row in tens of microseconds.
+"""A gradient-boosted forest as flat arrays: score and contributions of one row within tens of microseconds.
 
-XGBoost's own calls are made for many rows: one row costs more in crossing over than in computing, and its exact
-contributions (TreeSHAP) cost more than all the rest of a request. Here all trees go down one level at a time, as NumPy
-arrays. Contributions are those of Saabas (http://blog.datadive.net/interpreting-random-forests/), XGBoost's
-`approx_contribs`: what each split on the row's way changed in the expected log-odds; they add up to the row's own.
+XGBoost's own functions are made for many rows: for a single row the call overhead dominates, and exact contributions
+(TreeSHAP) cost more than the rest of a request. Here all trees are traversed together, one level at a time, as NumPy arrays.
+Contributions are those of Saabas (http://blog.datadive.net/interpreting-random-forests/), XGBoost's `approx_contribs`: the
+change in the expected log-odds at each split on the row's path. They sum up to the row's log-odds.
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 TOLERANCE = 1e-6
-"""How far a score may be from XGBoost's own."""
-MOST_CATEGORIES = 63
+"""Maximum difference of a score from XGBoost's own."""
+MAX_CATEGORIES = 63
 PROBES = 128
-"""Made-up rows that a forest is compared with XGBoost on."""
+"""Number of synthetic rows on which a forest is compared with XGBoost."""
 
 
 @dataclass(frozen=True)
 class Forest:
-    """All nodes of all trees in one row of arrays; a leaf leads to itself.
+    """All nodes of all trees in common arrays. A leaf is its own child.
 
-    children   of node n: where a row goes from it: at 2n when not less than the threshold, at 2n + 1 when less
-    column     which value decides: a feature, or one of the values that are made for splits on categories
-    threshold  of a split
-    missing    whether a row without the value goes to the 'less' side
-    expected   log-odds that a row in this node has on average, by training's weights; of a leaf: its value
-    roots      the first node of each tree
-    depth      splits on the longest way
-    feature    which feature a column is of
-    masks, of  for the values made for splits on categories: the categories of the one side as bits, and their feature
-    base       log-odds before the first tree
+    children        next node from node n: at 2n if the value is not less than the threshold, at 2n + 1 if it is less
+    column          column of the value that decides: a feature, or a derived column of a split on categories
+    threshold       threshold of a split
+    missing         whether a row without the value takes the 'less' side
+    expected        mean log-odds of the rows in a node, by the weights of training; of a leaf: its value
+    roots           first node of each tree
+    depth           number of splits on the longest path
+    feature         feature of each column
+    masks, mask_of  of the derived columns: the categories of the 'not less' side as bits, and their feature
+    base            log-odds before the first tree
+    features        number of features
     """
 
     children: Ints
@@ -54,46 +55,46 @@ class Forest:
     depth: int
     feature: Ints
     masks: Ints
-    of: Ints
+    mask_of: Ints
     base: float
     features: int
 
     def score(self, row: Floats) -> float:
-        """The probability of fraud. row: the model's columns (`FittedModel.matrix`), one row."""
+        """Return the probability of fraud. row: one row of the model's columns (`FittedModel.matrix`)."""
         return _probability(self.base + float(self.expected[self._leaves(row)].sum()))
 
     def explain(self, row: Floats) -> tuple[float, npt.NDArray[np.float64]]:
-        """The probability, and what each feature adds to the log-odds of the average order."""
-        ways = np.empty((self.depth + 1, len(self.roots)), dtype=np.int64)
-        leaves = self._leaves(row, ways)
-        expected = self.expected[ways]
+        """Return the probability, and the contribution of each feature to the log-odds."""
+        paths = np.empty((self.depth + 1, len(self.roots)), dtype=np.int64)
+        leaves = self._leaves(row, paths)
+        expected = self.expected[paths]
         steps = expected[1:] - expected[:-1]
-        columns = self.feature[self.column[ways[:-1]]].ravel()
+        columns = self.feature[self.column[paths[:-1]]].ravel()
         added = np.bincount(columns, weights=steps.ravel(), minlength=self.features).astype(np.float64)
         return _probability(self.base + float(self.expected[leaves].sum())), added
 
     @property
-    def level(self) -> float:
-        """The log-odds of the average order: where contributions start from."""
+    def bias(self) -> float:
+        """The bias: log-odds of the average order, which contributions are added to."""
         return self.base + float(self.expected[self.roots].sum())
 
-    def _leaves(self, row: Floats, ways: Ints | None = None) -> Ints:
+    def _leaves(self, row: Floats, paths: Ints | None = None) -> Ints:
         if len(self.masks):
-            # whether the row's category is on the other side; a missing one is not asked
-            category = row[self.of]
+            # derived columns: 1 if the row's category is on the 'not less' side, NaN if it is missing
+            category = row[self.mask_of]
             unknown = np.isnan(category)
             bits = (self.masks >> np.where(unknown, 0, category).astype(np.int64)) & 1
             row = np.concatenate([row, np.where(unknown, category, bits).astype(np.float32)])
-        absent = np.isnan(row)
+        missing = np.isnan(row)
         node = self.roots
         for level in range(self.depth):
-            if ways is not None:
-                ways[level] = node
+            if paths is not None:
+                paths[level] = node
             column = self.column[node]
-            less = np.where(absent[column], self.missing[node], row[column] < self.threshold[node])
+            less = np.where(missing[column], self.missing[node], row[column] < self.threshold[node])
             node = self.children[2 * node + less]
-        if ways is not None:
-            ways[self.depth] = node
+        if paths is not None:
+            paths[self.depth] = node
         return node
 
 
@@ -105,9 +106,9 @@ def _probability(log_odds: float) -> float:
 
 
 def forest_of(model: FittedModel, rows: Floats | None = None) -> Forest:
-    """The forest of a model, compared with XGBoost's own scores on rows around its thresholds, and on `rows`.
+    """Return the forest of a model, verified against XGBoost's scores on rows around its thresholds, and on `rows`.
 
-    Raises TrainingError for a model that is no such forest, or when a score differs by more than 1e-6.
+    Raises TrainingError for a model that is not such a forest, or when a score differs by more than TOLERANCE.
     """
     import xgboost
 
@@ -125,19 +126,19 @@ def forest_of(model: FittedModel, rows: Floats | None = None) -> Forest:
         if abs(forest.score(row) - own) > TOLERANCE:
             raise TrainingError(
                 f"Row {number} scores {forest.score(row):.9f} here and {own:.9f} in XGBoost. "
-                "This version of XGBoost stores its trees in another way: see requirements.lock for the one that is known."
+                "This version of XGBoost stores its trees in another format: install the version in requirements.lock."
             )
     return forest
 
 
 def _probes(forest: Forest, model: FittedModel) -> Floats:
-    """Rows of values at the thresholds and just below, of every category, and of missing ones."""
+    """Return rows with values at the thresholds and just below them, of every category, and missing."""
     random = np.random.default_rng(0)
     inner = forest.children[::2] != np.arange(len(forest.column))
     rows = np.empty((PROBES, forest.features), dtype=np.float32)
     for number, name in enumerate(model.features):
-        limits = forest.threshold[inner & (forest.column == number)]
-        choice: Floats = np.concatenate([limits, np.nextafter(limits, np.float32(-np.inf)), [np.nan]]).astype(np.float32)
+        thresholds = forest.threshold[inner & (forest.column == number)]
+        choice: Floats = np.concatenate([thresholds, np.nextafter(thresholds, np.float32(-np.inf)), [np.nan]]).astype(np.float32)
         if name in model.categories:
             choice = np.array([*range(len(model.categories[name])), np.nan], dtype=np.float32)
         rows[:, number] = random.choice(choice, PROBES)
@@ -155,7 +156,7 @@ class _FlatTree:
     categories: dict[int, list[int]]
 
     @property
-    def leaf(self) -> npt.NDArray[np.bool_]:
+    def leaves(self) -> npt.NDArray[np.bool_]:
         found: npt.NDArray[np.bool_] = self.left < 0
         return found
 
@@ -195,18 +196,18 @@ def _expected(left: Ints, right: Ints, value: Floats, weight: npt.NDArray[np.flo
 def _joined(trees: list[_FlatTree], features: int, base: float) -> Forest:
     starts = np.cumsum([0, *(len(tree.left) for tree in trees)])
     own = [np.arange(len(tree.left)) for tree in trees]
-    less = [np.where(t.leaf, n, t.left) + s for t, n, s in zip(trees, own, starts[:-1], strict=True)]
-    more = [np.where(t.leaf, n, t.right) + s for t, n, s in zip(trees, own, starts[:-1], strict=True)]
-    column = np.concatenate([np.where(tree.leaf, 0, tree.column) for tree in trees])
+    less = [np.where(t.leaves, n, t.left) + s for t, n, s in zip(trees, own, starts[:-1], strict=True)]
+    more = [np.where(t.leaves, n, t.right) + s for t, n, s in zip(trees, own, starts[:-1], strict=True)]
+    column = np.concatenate([np.where(tree.leaves, 0, tree.column) for tree in trees])
     threshold = np.concatenate([tree.threshold for tree in trees])
-    masks, of = [], []
+    masks, mask_of = [], []
     for tree, start in zip(trees, starts[:-1], strict=True):
         for node, categories in tree.categories.items():
-            if max(categories, default=0) > MOST_CATEGORIES - 1:
-                raise TrainingError(f"The model splits on more than {MOST_CATEGORIES} categories of a feature. Declare fewer.")
+            if max(categories, default=0) > MAX_CATEGORIES - 1:
+                raise TrainingError(f"The model splits on more than {MAX_CATEGORIES} categories of a feature. Declare fewer.")
             masks.append(sum(1 << category for category in categories))
-            of.append(int(tree.column[node]))
-            # categories of the set go to the 'not less' side
+            mask_of.append(int(tree.column[node]))
+            # categories in the set take the 'not less' side
             column[start + node], threshold[start + node] = features + len(masks) - 1, 0.5
     return Forest(
         children=np.stack([np.concatenate(more), np.concatenate(less)], axis=1).ravel(),
@@ -216,9 +217,9 @@ def _joined(trees: list[_FlatTree], features: int, base: float) -> Forest:
         expected=np.concatenate([tree.expected for tree in trees]),
         roots=starts[:-1],
         depth=max(tree.depth for tree in trees),
-        feature=np.array([*range(features), *of], dtype=np.int64),
+        feature=np.array([*range(features), *mask_of], dtype=np.int64),
         masks=np.array(masks, dtype=np.int64),
-        of=np.array(of, dtype=np.int64),
+        mask_of=np.array(mask_of, dtype=np.int64),
         base=base,
         features=features,
     )

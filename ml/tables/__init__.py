@@ -12,7 +12,7 @@ from ml.registry import Registry
 from ml.tables import feature_tables, user_fraud_scores
 
 MODEL_STEPS: tuple[Step, ...] = (*feature_tables.STEPS, user_fraud_scores.DECLARED)
-"""The steps of the fraud model: `train` and `monitor` refresh them, `run` leaves them alone."""
+"""The steps of the fraud model: refreshed by `train` and `monitor`, not by `run`."""
 
 
 def _rebuild_user_fraud_scores(engine: Engine) -> StepResult:
@@ -23,4 +23,4 @@ REBUILD: dict[str, Rebuild] = {
     **{step.target.name: partial(feature_tables.rebuild, table=step.target) for step in feature_tables.STEPS},
     user_fraud_scores.USER_FRAUD_SCORES.name: _rebuild_user_fraud_scores,
 }
-"""How each table of the fraud model is rebuilt."""
+"""The rebuild of each table of the fraud model."""

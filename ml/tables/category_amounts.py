@@ -1,4 +1,4 @@
-"""silver.category_amounts: how many orders of what amount a category had in a month."""
+"""silver.category_amounts: number and amount of the orders per category and month."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pipelines.settings import BusinessSettings
 
 CATEGORY_AMOUNTS = Table(
     "silver.category_amounts",
-    doc="Orders and amounts per main category and calendar month (UTC): what an order of the month after is measured against. "
-    "Whole months, so that an order that arrives late moves others only when it is late by a month's end.",
+    doc="Orders and amounts per main category and calendar month (UTC), which orders of the following month are compared with. "
+    "With whole months, a late order affects the features of others only if it arrives after the end of its month.",
     columns=(
         column("category", pa.string(), "Main category of the orders.", required=True),
         column("month", pa.date32(), "First day of the month in which they were placed.", required=True),
         column("orders", pa.int64(), "Orders with a known amount.", required=True),
-        column("amount", pa.int64(), "Their amounts, cents of the base currency.", required=True),
+        column("amount", pa.int64(), "Total amount of these orders, in cents of the base currency.", required=True),
     ),
     key=("category", "month"),
     owner="risk",
@@ -32,12 +32,12 @@ MONTH = pl.col("placed_at").dt.month_start().dt.date()
 
 
 def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
-    """Totals of the touched categories and months."""
+    """Return the totals of the affected categories and months."""
     return totals(frames["orders"].unique("order_id"))
 
 
 def totals(orders: pl.DataFrame) -> pl.DataFrame:
-    """Totals per category and month of orders (each once)."""
+    """Return the totals per category and month of distinct orders."""
     priced = orders.filter(pl.col("amount").is_not_null() & pl.col("category").is_not_null())
     return priced.group_by("category", MONTH.alias("month")).agg(
         pl.len().cast(pl.Int64).alias("orders"), pl.col("amount").sum().alias("amount")

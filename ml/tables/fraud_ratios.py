@@ -1,7 +1,7 @@
 """silver.fraud_ratios: how unusual the amount of each reported fraud was for its customer.
 
-A fraud of an ordinary amount says more about the device or terminal than about the customer; whether it was ordinary
-takes the customer's history, which nobody wants to read for every order on the same device.
+A fraud of an ordinary amount points to the device or terminal rather than to the customer. Whether the amount is ordinary
+depends on the customer's history, which would be expensive to read for every order on the same device.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pipelines.settings import BusinessSettings
 
 FRAUD_RATIOS = Table(
     "silver.fraud_ratios",
-    doc="Reported frauds of orders with a customer: their amount against the mean of the customer's earlier ones.",
+    doc="Reported frauds of orders with a customer: their amount relative to the mean of the customer's earlier amounts.",
     columns=(
         column("customer", pa.string(), "Customer of the order.", required=True, personal="identifier"),
         column("order_id", pa.string(), "Order, as in silver.orders_unified.", required=True),
         column("device", pa.string(), "Device of the order.", personal="device"),
         column("known_at", TIMESTAMP, "When it was reported as fraud.", required=True),
-        column("ratio", pa.float64(), "Amount against the mean of the customer's earlier orders; null for the first of them."),
+        column("ratio", pa.float64(), "Amount relative to the mean of the customer's earlier orders; null for the first order."),
     ),
     key=("customer", "order_id"),
     group=("customer",),
@@ -38,7 +38,7 @@ FRAUD_RATIOS = Table(
 
 
 def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
-    """The reported orders of the touched customers."""
+    """Return the reported orders of the affected customers."""
     orders = with_ratios(frames["orders"].unique("order_id"))
     return orders.filter(pl.col("known_at").is_not_null()).select(FRAUD_RATIOS.schema.names)
 

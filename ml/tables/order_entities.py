@@ -1,4 +1,4 @@
-"""silver.order_entities: each order as the fraud features see it: whom and what it concerns, and when its fraud was known."""
+"""silver.order_entities: each order as the fraud features read it: its entities, and when it was reported as fraud."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from pipelines.silver.users_scd import USERS_SCD
 
 ORDER_ENTITIES = Table(
     "silver.order_entities",
-    doc="Orders as the fraud features see them: what was known when the order was placed, and the one thing that was not: "
-    "when it was reported as fraud.",
+    doc="Orders as the fraud features read them: values known when the order was placed, and one that was not: when it was "
+    "reported as fraud.",
     columns=(
         column("order_id", pa.string(), "Order, as in silver.orders_unified.", required=True),
         column("placed_at", TIMESTAMP, "When it was placed.", required=True),
@@ -31,23 +31,23 @@ ORDER_ENTITIES = Table(
         column(
             "customer",
             pa.string(),
-            "The account ('user:<user_id>'), or a marketplace buyer's e-mail or phone: what the order itself says.",
+            "The account ('user:<user_id>'), or a marketplace buyer's e-mail or phone, from the order itself.",
             personal="identifier",
         ),
         column("card", pa.string(), "Card fingerprint.", personal="card"),
         column("device", pa.string(), "Device.", personal="device"),
         column("address", pa.string(), "Shipping address in lower case, punctuation as single spaces.", personal="address"),
         column("ip", pa.string(), "Client address.", personal="ip"),
-        column("person", pa.string(), "master_user_id: the person as the identity graph has them now."),
+        column("person", pa.string(), "master_user_id: the person, as the identity graph resolves them now."),
         column("account", pa.int64(), "User account."),
         column("account_created_at", TIMESTAMP, "When the account was opened."),
         column("channel", pa.string(), "web, pos or marketplace."),
         column("payment_method", pa.string(), "How it was paid."),
-        column("category", pa.string(), "Category of the products that make up most of the amount; null when unknown."),
+        column("category", pa.string(), "Category with the largest share of the amount; null when unknown."),
         column("known_at", TIMESTAMP, "When it was first reported as fraud; null when it was not."),
     ),
     key=("order_id",),
-    # an order that leaves an entity, or a moment, changes the later orders of the entity it left
+    # an order whose entity or time changes affects the later orders of its former entity
     tracked=("placed_at", "customer", "card", "device", "address", "ip", "person", "account", "category", "known_at"),
     sort_by=("placed_at", "order_id"),
     owner="risk",
@@ -74,13 +74,13 @@ ORDER_COLUMNS = (
     "payment_method",
 )
 
-_SPELLED = comparable_address("shipping_address")
-ADDRESS = pl.when(_SPELLED != "").then(_SPELLED).alias("address")
-"""An address in one spelling."""
+_NORMALISED = comparable_address("shipping_address")
+ADDRESS = pl.when(_NORMALISED != "").then(_NORMALISED).alias("address")
+"""An address in normalised spelling."""
 
 
 def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
-    """The orders with a time, each with its category, account and first fraud report."""
+    """Return the orders with a time, each with its category, account and first fraud report."""
     orders = frames["orders"].filter(pl.col("placed_at").is_not_null())
     reported = (
         frames["chargebacks"]
@@ -118,7 +118,7 @@ def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> 
 
 
 def cents(amount: pl.Expr) -> pl.Expr:
-    """A decimal amount in whole cents, half-even; exact."""
+    """Return a decimal amount in cents, rounded half-even; exact."""
     tenths = (amount.cast(pl.Decimal(38, 4)) * pl.lit(10_000, pl.Decimal(38, 0))).cast(pl.Int64)
     whole, rest = tenths.floordiv(100), tenths.mod(100)
     up = (rest > 50) | ((rest == 50) & (whole.mod(2) == 1))
@@ -126,9 +126,9 @@ def cents(amount: pl.Expr) -> pl.Expr:
 
 
 def main_categories(items: pl.DataFrame, products: pl.DataFrame) -> pl.DataFrame:
-    """Per order: the category with the greatest share of what was ordered (the first by name of equals).
+    """Return per order the category with the largest share of the amount; of equal shares, the first by name.
 
-    Lines of a later return have a negative quantity and say nothing: nobody knew of them when the order was placed.
+    Lines of a later return are excluded: they were not known when the order was placed.
     """
     return (
         items.filter(is_ordered_line())

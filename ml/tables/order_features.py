@@ -1,9 +1,8 @@
-"""silver.order_features: the features of every order, kept, so that a training set is a read.
+"""silver.order_features: the features of every order, stored, so that a training set is a plain read.
 
-A run computes the orders that are new and those that a change concerns: a late order, a report of fraud, an event or
-a merge of identities moves the later orders of the entities it touches, and no others. They are computed exactly as a
-server computes a single order: by `features.compute` with the slice of history around them. The first build, and a
-rebuild, go entity by entity instead (`ml/tables/full_build.py`).
+A run computes the new orders and those that a change affects: a late order, a fraud report, an event or a merge of
+identities affects the later orders of its entities, and no others. They are computed by `compute` with the slice of history
+that affects them. The first build, and a rebuild, compute entity by entity instead (`ml/tables/full_build.py`).
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ from pipelines.silver.events_clean import EVENTS_CLEAN, STOCK_EVENTS
 
 ORDER_FEATURES = Table(
     "silver.order_features",
-    doc="What the fraud model knows of each order at the moment it was placed: see ml/features/groups.",
+    doc="Features of the fraud model for each order, as of the moment it was placed.",
     columns=(
         column("order_id", pa.string(), "Order, as in silver.orders_unified.", required=True),
-        column("placed_at", TIMESTAMP, "When it was placed: what the features know ends there.", required=True),
-        column("customer", pa.string(), "The account or contact that ordered.", personal="identifier"),
+        column("placed_at", TIMESTAMP, "When it was placed. Features use earlier data only.", required=True),
+        column("customer", pa.string(), "The account or contact that placed the order.", personal="identifier"),
         *(
             column(f.name, pa.string() if f.type == "category" else pa.float64(), f"{f.doc} ({f.type}, {f.window})")
             for f in FEATURES
@@ -51,7 +50,7 @@ EVENT_READS = ("event_type", "occurred_at", "user_id", "device_id", "outcome")
 
 
 def account_events(events: pl.DataFrame) -> pl.DataFrame:
-    """Rows of silver.events_clean as features take them; stock events are left out."""
+    """Return rows of silver.events_clean as features read them (EVENT_COLUMNS), without stock events."""
     kind = (
         pl.when(pl.col("event_type").is_in(["login_failed", "account_changed"]))
         .then("event_type")
@@ -67,7 +66,7 @@ def account_events(events: pl.DataFrame) -> pl.DataFrame:
 
 
 def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings, delay: timedelta = LABEL_DELAY) -> pl.DataFrame:
-    """The features of the gathered orders."""
+    """Return the features of the affected orders."""
     orders = frames["orders"].unique("order_id")
     around = pl.concat([frames[_of(kind)].select(orders.columns) for kind in ENTITIES]).unique("order_id")
     events = pl.concat([frames["account_events"], frames["device_events"]]).unique("event_id")
@@ -78,29 +77,29 @@ def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings, del
     return compute(orders, history).join(orders.select("order_id", "customer"), on="order_id").select(ORDER_FEATURES.schema.names)
 
 
-def read_orders(lake: Lake, wanted: pl.Expr) -> pl.DataFrame:
-    """The orders of silver.order_entities for which `wanted` holds, as features take them: with the ratios of reported frauds."""
-    orders = lake.load(ORDER_ENTITIES, create=False).read(ORDER_ENTITIES.schema.names, wanted)
+def read_orders(lake: Lake, selection: pl.Expr) -> pl.DataFrame:
+    """Return the selected orders of silver.order_entities as features read them: with the ratios of reported frauds."""
+    orders = lake.load(ORDER_ENTITIES, create=False).read(ORDER_ENTITIES.schema.names, selection)
     frauds = orders.filter(pl.col("known_at").is_not_null())["order_id"]
     ratios = lake.load(FRAUD_RATIOS).read(["order_id", "ratio"], pl.col("order_id").is_in(frauds.implode()))
     return orders.join(ratios, on="order_id", how="left")
 
 
-def history_of(lake: Lake, asked: pl.DataFrame, delay: timedelta = LABEL_DELAY) -> OrderHistory:
-    """All that concerns these orders (ORDER_COLUMNS): what one who scores them needs to look up, the future included."""
-    shared = pl.any_horizontal(pl.col(kind).is_in(asked[kind].drop_nulls().implode()) for kind in ENTITIES)
-    own = pl.col("user_id").is_in(asked["account"].drop_nulls().implode())
-    theirs = pl.col("device_id").is_in(asked["device"].drop_nulls().implode())
+def history_of(lake: Lake, orders: pl.DataFrame, delay: timedelta = LABEL_DELAY) -> OrderHistory:
+    """Return the history of all entities of these orders (ORDER_COLUMNS), the future included."""
+    shared = pl.any_horizontal(pl.col(kind).is_in(orders[kind].drop_nulls().implode()) for kind in ENTITIES)
+    same_account = pl.col("user_id").is_in(orders["account"].drop_nulls().implode())
+    same_device = pl.col("device_id").is_in(orders["device"].drop_nulls().implode())
     return OrderHistory(
         read_orders(lake, shared),
-        account_events(lake.load(EVENTS_CLEAN).read(EVENT_READS, own | theirs)),
+        account_events(lake.load(EVENTS_CLEAN).read(EVENT_READS, same_account | same_device)),
         lake.load(CATEGORY_AMOUNTS).read(CATEGORY_AMOUNTS.schema.names),
         delay,
     )
 
 
 def later(column: str, values: str, moments: str) -> Callable[[pl.DataFrame], pl.Expr]:
-    """For `affects`: the rows whose `column` is one of the changed `values`, from that value's first changed moment on."""
+    """Return an `affects` rule: rows whose `column` has a changed value, from the first changed time of this value on."""
 
     def affects(changed: pl.DataFrame) -> pl.Expr:
         firsts = changed.drop_nulls([values, moments]).group_by(values).agg(pl.col(moments).min())
@@ -113,13 +112,13 @@ def later(column: str, values: str, moments: str) -> Callable[[pl.DataFrame], pl
 
 
 def in_following_month(changed: pl.DataFrame) -> pl.Expr:
-    """For `affects`: the orders that are measured against a changed category's month."""
+    """Return, for `affects`, the orders that are compared with a changed month of their category."""
     months = (
-        changed.select("category", pl.col("month").dt.offset_by("1mo").alias("measured")).unique().sort("category", "measured")
+        changed.select("category", pl.col("month").dt.offset_by("1mo").alias("following")).unique().sort("category", "following")
     )
     month = pl.col("placed_at").dt.month_start().dt.date()
-    touched = [(pl.col("category") == category) & (month == measured) for category, measured in months.iter_rows()]
-    return pl.any_horizontal(touched)
+    affected = [(pl.col("category") == category) & (month == following) for category, following in months.iter_rows()]
+    return pl.any_horizontal(affected)
 
 
 def _of(kind: str) -> str:
@@ -131,7 +130,7 @@ def _values(kind: str) -> Callable[[Mapping[str, pl.DataFrame]], pl.Series]:
 
 
 def _neighbours(kind: str) -> Lookup:
-    """The orders that share an entity with the gathered ones."""
+    """Return the read of the orders that share an entity with the affected ones."""
     return Lookup(
         ORDER_ENTITIES,
         on=kind,
@@ -156,7 +155,7 @@ def _events(order_column: str, event_column: str) -> Lookup:
 
 
 def step(delay: timedelta = LABEL_DELAY) -> Step:
-    """The step that fills the table, for a label delay."""
+    """Return the step of the table for a label delay."""
     return Step(
         target=ORDER_FEATURES,
         reads={

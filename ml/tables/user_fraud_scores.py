@@ -1,6 +1,6 @@
-"""gold.user_fraud_scores: what the champion says of each person, beside the hand-weighted gold.user_risk_scores.
+"""gold.user_fraud_scores: the champion's fraud scores per person, beside the hand-weighted gold.user_risk_scores.
 
-A new champion scores everybody again; until then only those whom new orders, or changed features, concern.
+A new champion re-scores all persons. Otherwise only persons with new orders or changed features are scored.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ RECENT = timedelta(days=30)
 
 USER_FRAUD_SCORES = Table(
     "gold.user_fraud_scores",
-    doc="Fraud risk per person with an order, by the champion of the fraud model: the chance that an order is fraudulent, "
-    "from what was known when it was placed.",
+    doc="Fraud risk per person with an order, by the champion of the fraud model: the probability that an order is "
+    "fraudulent, from data known when it was placed.",
     columns=(
         column("master_user_id", pa.string(), "The person.", required=True),
-        column("fraud_score", pa.float64(), "Of the newest order, 0 to 1.", required=True),
+        column("fraud_score", pa.float64(), "Score of the newest order, 0 to 1.", required=True),
         column(
             "highest_score",
             pa.float64(),
-            f"The highest of the orders in the {RECENT.days} days up to the newest.",
+            f"Highest score among the orders in the {RECENT.days} days up to the newest.",
             required=True,
         ),
-        column("orders", pa.int32(), "Orders that were scored.", required=True),
-        column("orders_over_threshold", pa.int32(), "Of them, at or above the model's threshold.", required=True),
+        column("orders", pa.int32(), "Number of scored orders.", required=True),
+        column("orders_over_threshold", pa.int32(), "Number of orders at or above the model's threshold.", required=True),
         column("last_order_id", pa.string(), "The newest order, as in silver.orders_unified.", required=True),
         column("last_order_at", TIMESTAMP, "When it was placed.", required=True),
         column("model_version", pa.int32(), "Version of the registered model.", required=True),
@@ -59,7 +59,7 @@ USER_FRAUD_SCORES = Table(
 
 
 def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings, champion: LoadedModel) -> pl.DataFrame:
-    """The touched persons."""
+    """Return the rows of the affected persons."""
     orders = frames["orders"].unique("order_id").join(frames["features"].unique("order_id"), on="order_id")
     scored = orders.select(
         "order_id",
@@ -94,9 +94,9 @@ READS: Mapping[str, Grouped | Lookup] = {
 
 
 def step(champion: LoadedModel) -> Step:
-    """The step that fills the table with a champion's scores."""
-    shape = ("champion", f"{champion.version.number} {champion.model.digest} {champion.threshold!r}")
-    return Step(target=USER_FRAUD_SCORES, reads=READS, transform=partial(transform, champion=champion), parameters=(shape,))
+    """Return the step that fills the table with a champion's scores."""
+    parameter = ("champion", f"{champion.version.number} {champion.model.digest} {champion.threshold!r}")
+    return Step(target=USER_FRAUD_SCORES, reads=READS, transform=partial(transform, champion=champion), parameters=(parameter,))
 
 
 def refresh(engine: Engine, champion: LoadedModel, *, rebuild: bool = False) -> StepResult:
@@ -109,4 +109,4 @@ def _without_champion(frames: Mapping[str, pl.DataFrame], context: BusinessSetti
 
 
 DECLARED = Step(target=USER_FRAUD_SCORES, reads=READS, transform=_without_champion)
-"""What the table is made from; `step` fills it."""
+"""The table's reads, for lineage and documentation; `step` fills it."""

@@ -1,4 +1,4 @@
-"""Which snapshot of which table a training set was made from, directly or through other tables."""
+"""The snapshots of all tables that a training set is derived from, directly or through other tables."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SOURCES: dict[str, Table] = {
     for table in (read.table, getattr(read, "through", None))
     if table is not None
 }
-"""The tables that the features' tables are made from."""
+"""The tables that the feature tables read."""
 
 
 def lineage(lake: Lake) -> dict[str, int]:
-    """The snapshot of each table of the features, and of each table that these were made from, as far as they have read it."""
+    """Return the snapshot of each feature table, and of each table upstream at the position that was read."""
     handles = {table.name: lake.load(table) for table in (step.target for step in STEPS)}
     found = {name: handle.snapshot.snapshot_id for name, handle in handles.items() if handle.snapshot}
     for handle in handles.values():
@@ -31,9 +31,9 @@ def lineage(lake: Lake) -> dict[str, int]:
 
 
 def _snapshot_at(lake: Lake, name: str, position: Any) -> int | None:
-    """The snapshot of a table that a position tells of; None when it has been expired."""
+    """Return the snapshot of a table at a position; None if it has been expired."""
     table = SOURCES.get(name)
     if table is None or not isinstance(position, Mapping) or not lake.exists(table):
         return None
-    every = lake.load(table, create=False).iceberg_table.metadata.snapshots
-    return next((one.snapshot_id for one in every if one.sequence_number == position.get("sequence")), None)
+    snapshots = lake.load(table, create=False).iceberg_table.metadata.snapshots
+    return next((one.snapshot_id for one in snapshots if one.sequence_number == position.get("sequence")), None)

@@ -3,9 +3,9 @@
     |-- train --|<- delay ->|-- validation --|<- delay ->|-- test --|<- delay ->| cut-off
     |----------------- known ----------------|
 
-An order's label is what was known at the cut-off. Orders younger than the label delay have none yet, and are left
-out. Between two splits lies the delay too: whatever a model learned from was known when the split began on which it is
-tried. `known` is all that may be learned from before the test window begins.
+The label of an order is whether it was reported as fraud at the cut-off. Orders younger than the label delay are left out:
+their labels are not yet mature. Splits are separated by the delay too, so everything that a model learns from was known when
+the split that evaluates it began. `known` has all orders that can be learned from before the test window begins.
 """
 
 from __future__ import annotations
@@ -31,41 +31,41 @@ from ml.tables.order_features import ORDER_FEATURES
 from pipelines.silver.events_clean import EVENTS_CLEAN
 
 COLUMNS = ("order_id", "placed_at", "customer", *FEATURE_NAMES)
-"""What a training frame has, besides `label`."""
+"""Columns of a training frame besides `label`."""
 
 NARROW = tuple(f.name for f in FEATURES if f.type != "category" and f.name != "amount")
-"""Features that a training frame holds as the 32-bit floats that XGBoost sees."""
+"""Features that a training frame has as 32-bit floats, as XGBoost reads them."""
 
 
 class TrainingSetError(ShopSphereError):
-    """There are not enough labelled orders to train on."""
+    """There are not enough labelled orders for a training."""
 
 
 @dataclass(frozen=True)
 class SplitSettings:
-    """How labelled orders are split."""
+    """Shares of the splits, and the delay between them."""
 
     test: float = 0.25
-    """Share of the labelled orders, the newest, on which models are judged."""
+    """Share of the labelled orders, the newest, that models are evaluated on."""
     validation: float = 0.15
-    """Share of the labelled orders, before those, from which threshold and rounds are chosen."""
+    """Share of the labelled orders, before the test orders, that determine threshold and rounds."""
     delay: timedelta = LABEL_DELAY
-    """How long after an order its fraud is reported, at most."""
+    """Maximum time between an order and its fraud report."""
 
     def __post_init__(self) -> None:
         if self.test <= 0 or self.validation <= 0 or self.test + self.validation >= 1 or self.delay < timedelta(0):
             raise SettingsError(
                 f"split.test is {self.test:g}, split.validation {self.validation:g}, split.delay {self.delay.days} days: "
-                "expected shares over 0 that leave something to train on, and a delay of 0 or more."
+                "expected shares over 0 with a sum below 1, and a delay of 0 or more."
             )
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Frames in the order of time (COLUMNS and `label`, 1 for fraud), and where they come from.
+    """Frames sorted by time (COLUMNS and `label`, 1 for fraud), and their origin.
 
-    known       all orders whose label was due when the test window began: train, validation and the gap between them
-    unlabelled  orders that are too young to have a label at the cut-off
+    known       all orders whose label was mature when the test window began: train, validation and the gap between them
+    unlabelled  number of orders whose label is not yet mature at the cut-off
     snapshots   Iceberg snapshot of each table that was read
     """
 
@@ -79,28 +79,30 @@ class TrainingSet:
 
     @property
     def rows(self) -> dict[str, int]:
-        """How many orders each frame has."""
+        """Number of orders in each frame."""
         return {name: getattr(self, name).height for name in ("train", "validation", "known", "test")}
 
 
 @dataclass(frozen=True)
-class Portion:
-    """One task: some files of silver.order_features, and which of their orders are wanted."""
+class ReadLabelledTask:
+    """A task: some files of silver.order_features, and the selection of their orders.
+
+    reports: order_id and known_at of the orders reported up to `cutoff`."""
 
     upstream: UpstreamTable
     since: datetime | None
     until: datetime
-    known: pl.DataFrame
+    reports: pl.DataFrame
     cutoff: datetime
 
 
 def training_set(
     lake: Lake, pool: TaskPool, cutoff: datetime | None = None, settings: SplitSettings | None = None
 ) -> TrainingSet:
-    """The training set known at `cutoff` (None: the newest moment that the tables tell of), from silver.order_features,
-    which must be up to date (`order_features.refresh`).
+    """Return the training set as of `cutoff` (None: the newest order or report) from silver.order_features, which must be
+    up to date (`feature_tables.refresh`).
 
-    Raises TrainingSetError when there is too little history, or a frame without fraud.
+    Raises TrainingSetError when there is too little history, or a frame has no frauds.
     """
     settings = settings or SplitSettings()
     features, entities = lake.load(ORDER_FEATURES), lake.load(ORDER_ENTITIES)
@@ -116,23 +118,23 @@ def training_set(
 def split(
     labelled: pl.DataFrame, reports: pl.DataFrame, settings: SplitSettings
 ) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    """train, validation, known, test of labelled orders in the order of time.
+    """Return train, validation, known and test of labelled orders that are sorted by time.
 
-    reports: order_id and known_at. What is learned from has the labels known when it was learned from.
+    reports: order_id and known_at. Training orders have the labels that were known at the time of training.
     """
-    nothing = labelled.clear()
+    empty = labelled.clear()
     test = labelled.tail(round(labelled.height * settings.test))
     if test.is_empty():
-        return nothing, nothing, nothing, test
+        return empty, empty, empty, test
     known = _learned(labelled, reports, test["placed_at"][0], settings.delay)
     validation = known.tail(min(round(labelled.height * settings.validation), known.height))
     if validation.is_empty():
-        return nothing, validation, known, test
+        return empty, validation, known, test
     return _learned(labelled, reports, validation["placed_at"][0], settings.delay), validation, known, test
 
 
 def _learned(labelled: pl.DataFrame, reports: pl.DataFrame, moment: datetime, delay: timedelta) -> pl.DataFrame:
-    """The orders whose label was due at a moment, with the label known then."""
+    """Return the orders whose label was mature at a moment, with the label known then."""
     return _with_labels(labelled.filter(pl.col("placed_at") < moment - delay), reports, moment)
 
 
@@ -147,14 +149,14 @@ def _check(labelled: pl.DataFrame, frames: Mapping[str, pl.DataFrame], cutoff: d
         if frauds == 0 or frauds == frame.height:
             since = f", the first of {labelled['placed_at'][0]:%Y-%m-%d}" if labelled.height else ""
             raise TrainingSetError(
-                f"The {name} orders are {frame.height}, with {frauds} known frauds: both frauds and others are needed. "
-                f"{labelled.height} orders{since}, have a label at {cutoff:%Y-%m-%d}, and a delay of {settings.delay.days} days "
-                "lies between the splits. Wait for more orders, or change the cut-off, the shares or the delay."
+                f"The {frame.height} {name} orders have {frauds} known frauds: both frauds and honest orders are needed. "
+                f"{labelled.height} orders{since}, have a label at {cutoff:%Y-%m-%d}, and the splits are separated by a delay of "
+                f"{settings.delay.days} days. Wait for more orders, or change the cut-off, the shares or the delay."
             )
 
 
 def newest_moment(entities: TableHandle) -> datetime:
-    """The newest order or report that silver.order_entities tells of. Raises TrainingSetError when it has none."""
+    """Return the time of the newest order or report in silver.order_entities. Raises TrainingSetError when it has none."""
     moments = entities.read(["placed_at", "known_at"])
     newest = [moment for name in ("placed_at", "known_at") if isinstance(moment := moments[name].max(), datetime)]
     if not newest:
@@ -171,28 +173,28 @@ def labelled_orders(
     cutoff: datetime,
     since: datetime | None = None,
 ) -> pl.DataFrame:
-    """The orders placed after `since` and not after `until`, in the order of time, with the labels known at `cutoff`."""
-    known = entities.read(["order_id", "known_at"], pl.col("known_at") <= cutoff)
+    """Return the orders placed after `since`, up to `until`, sorted by time, with the labels known at `cutoff`."""
+    reports = entities.read(["order_id", "known_at"], pl.col("known_at") <= cutoff)
     files = features.files()
-    portions = [
-        Portion(UpstreamTable(ORDER_FEATURES, features.reader, group), since, until, known, cutoff)
+    tasks = [
+        ReadLabelledTask(UpstreamTable(ORDER_FEATURES, features.reader, group), since, until, reports, cutoff)
         for group in batch_files(files, pool.settings.rows_per_task)
     ]
-    pieces = pool.extract(read_portion, portions, parallel=sum(file.rows for file in files) >= 4 * pool.settings.inline_rows)
-    return _gathered(pieces).sort("placed_at", "order_id")
+    blocks = pool.extract(read_labelled, tasks, parallel=sum(file.rows for file in files) >= 4 * pool.settings.inline_rows)
+    return _concatenated(blocks).sort("placed_at", "order_id")
 
 
-def read_portion(portion: Portion) -> list[Block]:
-    """The wanted orders of some files, with labels."""
-    wanted = pl.col("placed_at") <= portion.until
-    if portion.since is not None:
-        wanted &= pl.col("placed_at") > portion.since
-    rows = portion.upstream.read(COLUMNS, wanted).with_columns(pl.col(NARROW).cast(pl.Float32))
-    return [Block("orders", -1, _with_labels(rows, portion.known, portion.cutoff).to_arrow())]
+def read_labelled(task: ReadLabelledTask) -> list[Block]:
+    """Return the selected orders of some files, with labels."""
+    selected = pl.col("placed_at") <= task.until
+    if task.since is not None:
+        selected &= pl.col("placed_at") > task.since
+    rows = task.upstream.read(COLUMNS, selected).with_columns(pl.col(NARROW).cast(pl.Float32))
+    return [Block("orders", -1, _with_labels(rows, task.reports, task.cutoff).to_arrow())]
 
 
-def _gathered(pieces: Blocks) -> pl.DataFrame:
-    tables: list[pa.Table] = list(pieces.of("orders"))
+def _concatenated(blocks: Blocks) -> pl.DataFrame:
+    tables: list[pa.Table] = list(blocks.of("orders"))
     if not tables:
         own = {"order_id": pl.String(), "placed_at": TIME, "customer": pl.String()}
         types = {f.name: pl.Float32() if f.name in NARROW else f.dtype for f in FEATURES}
@@ -203,7 +205,7 @@ def _gathered(pieces: Blocks) -> pl.DataFrame:
 
 
 def snapshots(lake: Lake) -> dict[str, int]:
-    """The snapshot of every table that features and labels come from."""
+    """Return the snapshot of each table that features and labels are read from."""
     handles = {
         table.name: lake.load(table) for table in (ORDER_FEATURES, ORDER_ENTITIES, CATEGORY_AMOUNTS, FRAUD_RATIOS, EVENTS_CLEAN)
     }

@@ -73,8 +73,8 @@ def test_contributions_are_those_of_xgboost_and_add_up(model: FittedModel) -> No
     for row, want in zip(rows, theirs, strict=True):
         score, added = forest.explain(row)
         assert np.abs(added - want[:-1]).max() < 1e-3
-        assert forest.level == pytest.approx(want[-1], abs=1e-3)
-        assert np.log(score / (1 - score)) == pytest.approx(forest.level + added.sum(), abs=1e-9)
+        assert forest.bias == pytest.approx(want[-1], abs=1e-3)
+        assert np.log(score / (1 - score)) == pytest.approx(forest.bias + added.sum(), abs=1e-9)
 
 
 def test_a_row_of_nothing_but_missing_values(model: FittedModel) -> None:
