@@ -222,9 +222,8 @@ class Customers:
     def find_by_master(self, master: str, limit: int) -> Customer:
         """Return the person with a master_user_id, also one from before a merge. Raises Problem 404."""
         # a master user is named after one of its records, which after a merge belongs to the merged person
-        masters = (
-            self._masters(pl.col("record_id") == master.removeprefix(MASTER_PREFIX)) if master.startswith(MASTER_PREFIX) else []
-        )
+        record = master.removeprefix(MASTER_PREFIX)
+        masters = self._masters(pl.col("record_id") == record) if master.startswith(MASTER_PREFIX) else []
         return self._only_customer(masters, limit)
 
     def find_by_identifiers(self, identifiers: Mapping[str, str], limit: int) -> Customer:

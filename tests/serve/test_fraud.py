@@ -334,41 +334,48 @@ def test_order_is_removed_once_the_lakehouse_has_it_or_should_have_it() -> None:
     assert list(recent.scored) == ["young"]
 
 
-def test_served_scores_are_reproduced_from_the_lakehouse(desk: Desk) -> None:
-    """New orders are scored one by one, `run` ingests them, and their features are computed offline."""
+def new_order_bodies(desk: Desk) -> list[dict[str, Any]]:
+    """Simulate 60 more orders in the sandbox and return the scoring requests of the new orders, oldest first."""
     dsn = desk.settings.postgres.dsn.get_secret_value()
     with psycopg.connect(dsn, autocommit=True) as connection:
-        (last,) = connection.execute("SELECT max(order_id) FROM orders").fetchone() or (0,)
-        (newest,) = connection.execute("SELECT max(user_id) FROM users").fetchone() or (0,)
+        (last_order,) = connection.execute("SELECT max(order_id) FROM orders").fetchone() or (0,)
+        (last_user,) = connection.execute("SELECT max(user_id) FROM users").fetchone() or (0,)
         sandbox.step(desk.settings.home, 60)
         names = (
             "order_id, user_id, source, store_id, currency, total_amount, payment_method, card_fingerprint, ip_address, "
             "device_id, shipping_address, created_at"
         )
-        rows = connection.execute(f"SELECT {names} FROM orders WHERE order_id > %s ORDER BY created_at, order_id", (last,))
+        rows = connection.execute(f"SELECT {names} FROM orders WHERE order_id > %s ORDER BY created_at, order_id", (last_order,))
         columns = [one.name for one in rows.description or ()]
         orders = [dict(zip(columns, row, strict=True)) for row in rows]
         lines = connection.execute(
-            "SELECT order_id, product_id, quantity, unit_price FROM order_items WHERE order_id > %s", (last,)
+            "SELECT order_id, product_id, quantity, unit_price FROM order_items WHERE order_id > %s", (last_order,)
         )
         items: dict[int, list[dict[str, Any]]] = {}
         for order_id, product, quantity, price in lines:
             if quantity > 0:
                 items.setdefault(order_id, []).append({"product_id": product, "quantity": quantity, "unit_price": str(price)})
-        created = dict(connection.execute("SELECT user_id, created_at FROM users WHERE user_id > %s", (newest,)).fetchall())
-    wait_for(lambda: caught_up(desk))
-    served: dict[str, float] = {}
+        opened = dict(connection.execute("SELECT user_id, created_at FROM users WHERE user_id > %s", (last_user,)).fetchall())
     bodies = []
     for order in orders:
         body = {name: str(value) if isinstance(value, Decimal) else value for name, value in order.items() if value is not None}
         body |= {"order_id": str(order["order_id"]), "created_at": order["created_at"].astimezone(UTC).isoformat()}
         body["items"] = items.get(order["order_id"], [])
-        if (moment := created.get(order["user_id"])) is not None:
+        if (moment := opened.get(order["user_id"])) is not None:
             body["account_created_at"] = moment.astimezone(UTC).isoformat()
         bodies.append(body)
+    return bodies
+
+
+def test_served_scores_are_reproduced_from_the_lakehouse(desk: Desk) -> None:
+    """New orders are scored one by one, `run` ingests them, and their features are computed offline."""
+    bodies = new_order_bodies(desk)
+    wait_for(lambda: caught_up(desk))
+    served: dict[str, float] = {}
+    for body in bodies:
         response = desk.client.post("/v1/fraud/score", json=body)
         assert response.status_code == 200, response.text
-        served[str(order["order_id"])] = response.json()["score"]
+        served[body["order_id"]] = response.json()["score"]
     assert desk.application.scores.flush(10) == 0
     kafka = desk.settings.kafka.model_copy(update={"topics": ("events", TOPIC)})
     settings = desk.settings.model_copy(update={"kafka": kafka})

@@ -82,8 +82,8 @@ def shop(broker: Broker, tmp_path: Path) -> Iterator[Shop]:
         postgres=PostgresSettings(enabled=False),  # type: ignore[call-arg]
         mongo=MongoSettings(enabled=False),  # type: ignore[call-arg]
     )
-    made = settings.model_copy(update={"ray": RaySettings(inline_rows=10**9)})  # type: ignore[call-arg]
-    yield Shop(topic, Engine(Lake(made), TaskPool(made.ray), business_settings(made), QUARANTINE), made)
+    inline = settings.model_copy(update={"ray": RaySettings(inline_rows=10**9)})  # type: ignore[call-arg]
+    yield Shop(topic, Engine(Lake(inline), TaskPool(inline.ray), business_settings(inline), QUARANTINE), inline)
     with suppress(KafkaException):
         topic.admin.delete_topics([topic.name])[topic.name].result(10)
 
