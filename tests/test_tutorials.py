@@ -1,4 +1,4 @@
-"""The tutorial "add a table", followed in a copy of the repository."""
+"""The tutorials "add a table" and "add a feature", followed in a copy of the repository."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TUTORIAL = ROOT / "docs" / "tutorials" / "add-a-table.md"
+TUTORIALS = ROOT / "docs" / "tutorials"
 BLOCK = re.compile(r'^```(python|diff) title="([^"]+)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -48,17 +48,14 @@ def apply_hunk(file: Path, hunk: str) -> None:
     file.write_text(text.replace(before, after), encoding="utf-8")
 
 
-def follow(directory: Path) -> list[str]:
-    """Do what the tutorial's titled code blocks say; return the files they name."""
-    named = []
-    for kind, name, code in BLOCK.findall(TUTORIAL.read_text(encoding="utf-8")):
-        named.append(name)
+def follow(directory: Path, tutorial: str) -> None:
+    """Do what the titled code blocks of a tutorial say."""
+    for kind, name, code in BLOCK.findall((TUTORIALS / tutorial).read_text(encoding="utf-8")):
         if kind == "python":
             assert not (directory / name).exists()
             (directory / name).write_text(code, encoding="utf-8")
         else:
             apply_hunk(directory / name, code)
-    return named
 
 
 def run(directory: Path, *arguments: str) -> str:
@@ -73,16 +70,19 @@ def query(directory: Path, statement: str) -> list[dict[str, Any]]:
     return rows if isinstance(rows, list) else rows["rows"]
 
 
+def changed_files(directory: Path) -> set[str]:
+    return {line[3:] for line in git(directory, "status", "--porcelain").splitlines()}
+
+
 def test_add_a_table(copy: Path) -> None:
-    follow(copy)
+    follow(copy, "add-a-table.md")
     run(copy, "app", "docs")
     run(copy, "app", "docs", "--check")
     tests = ("tests/pipelines/test_payment_success_daily.py", "tests/pipelines/test_personal_columns.py")
     run(copy, "pytest", "-q", "-p", "no:cacheprovider", *tests)
     run(copy, "ruff", "check", ".")
     run(copy, "ruff", "format", "--check", ".")
-    changed = {line[3:] for line in git(copy, "status", "--porcelain").splitlines()}
-    assert changed == {
+    assert changed_files(copy) == {
         "pipelines/silver/payment_attempts.py",
         "pipelines/gold/payment_success_daily.py",
         "pipelines/__init__.py",
@@ -93,7 +93,7 @@ def test_add_a_table(copy: Path) -> None:
 
 
 def test_the_added_tables_are_maintained(copy: Path) -> None:
-    follow(copy)
+    follow(copy, "add-a-table.md")
     run(copy, "app", "sandbox", "start", "--orders", "300")
     try:
         run(copy, "app", "run")
@@ -105,3 +105,18 @@ def test_the_added_tables_are_maintained(copy: Path) -> None:
         assert counted[0]["n"] > 0
     finally:
         run(copy, "app", "sandbox", "stop")
+
+
+def test_add_a_feature(copy: Path) -> None:
+    follow(copy, "add-a-feature.md")
+    run(copy, "app", "docs")
+    run(copy, "pytest", "-q", "-p", "no:cacheprovider", "tests/ml/test_online_features.py")
+    run(copy, "ruff", "check", ".")
+    run(copy, "ruff", "format", "--check", ".")
+    assert changed_files(copy) == {
+        "ml/features/groups/order.py",
+        "ml/features/compute.py",
+        "ml/features/online/online_features.py",
+        "CHANGELOG.md",
+        "docs/reference/features.md",
+    }
