@@ -23,13 +23,12 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from lakehouse.engine.engine import Engine
-from lakehouse.engine.frames import root_names
 from lakehouse.engine.step_result import StepResult
 from lakehouse.errors import ShopSphereError
 from lakehouse.expectations import ExpectationResult, ExpectationsFailed
 from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.run_history import RunRecord
-from lakehouse.step import Grouped, Lookup, Step, upstream_tables
+from lakehouse.step import Grouped, Lookup, Step, root_names, upstream_tables
 from lakehouse.table import Table
 
 if TYPE_CHECKING:

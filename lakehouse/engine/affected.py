@@ -15,7 +15,6 @@ from lakehouse.engine.frames import (
     from_the_beginning,
     group_keys,
     no_groups,
-    root_names,
     unique_names,
 )
 from lakehouse.engine.plan import RefreshPlan
@@ -25,7 +24,7 @@ from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.reader import live_rows
 from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.parallel import Blocks
-from lakehouse.step import Broadcast, Context, Grouped, Lookup, ReadRows
+from lakehouse.step import Broadcast, Context, Grouped, Lookup, ReadRows, root_names
 from lakehouse.table import BOOKKEEPING, DELETED, Table
 
 

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 import polars as pl
 import pyarrow as pa
 
-from lakehouse.engine.frames import SINCE, TIME, from_the_beginning, group_keys, root_names, to_blocks, to_buckets, unique_names
+from lakehouse.engine.frames import SINCE, TIME, from_the_beginning, group_keys, to_blocks, to_buckets, unique_names
 from lakehouse.engine.upstream_table import UpstreamTable, newer_than
 from lakehouse.iceberg.group_hash import group_hash
 from lakehouse.iceberg.reader import live_rows
 from lakehouse.parallel import Block
-from lakehouse.step import Delta, Grouped, Parsed, Read, Step
+from lakehouse.step import Delta, Grouped, Parsed, Read, Step, root_names
 
 
 @dataclass(frozen=True, kw_only=True)

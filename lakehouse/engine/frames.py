@@ -14,11 +14,6 @@ SINCE = "since"
 TIME = pl.Datetime("us", "UTC")
 
 
-def root_names(*expressions: pl.Expr | None) -> list[str]:
-    """Return the columns that the expressions read."""
-    return list(dict.fromkeys(name for e in expressions if e is not None for name in e.meta.root_names()))
-
-
 def unique_names(*names: str) -> list[str]:
     """Return the names without repetitions, in order."""
     return list(dict.fromkeys(names))

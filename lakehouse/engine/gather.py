@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import polars as pl
 
-from lakehouse.engine.frames import SINCE, group_keys, group_schema, root_names, unique_names
+from lakehouse.engine.frames import SINCE, group_keys, group_schema, unique_names
 from lakehouse.engine.upstream_table import UpstreamTable
 from lakehouse.iceberg.reader import FILE, POS
-from lakehouse.step import Grouped
+from lakehouse.step import Grouped, root_names
 from lakehouse.table import Table
 
 

@@ -10,13 +10,13 @@ from lakehouse.engine.engine import Engine
 from lakehouse.engine.frames import conform, stamp
 from lakehouse.engine.row_diff import with_deleted_flag
 from lakehouse.iceberg.rewrite import RewriteResult, find_rewrite, replace_rows, rewrite
+from lakehouse.project import Project
 from lakehouse.retry import retry_commit
+from lakehouse.step import Delta
 from lakehouse.table import SEQUENCE, Table
-from pipelines.bronze.tables import EVENTS, TABLES
+from pipelines.bronze.tables import TABLES
 from pipelines.privacy.anonymise import Anonymiser
 from pipelines.privacy.suppression import Erasure, load_suppression
-from pipelines.silver import events_clean
-from pipelines.silver.events_clean import EVENTS_CLEAN, parse_events
 
 
 def rewrite_bronze(engine: Engine, erasure: Erasure) -> tuple[RewriteResult, ...]:
@@ -32,21 +32,26 @@ def rewrite_bronze(engine: Engine, erasure: Erasure) -> tuple[RewriteResult, ...
     return tuple(retry_commit(partial(rewrite, engine.lake, table, partial(edit, table), erasure.id)) for table in TABLES)
 
 
-def replace_delta_rows(engine: Engine, erasure: Erasure) -> None:
-    """Replace the rows of silver.events_clean that were built from rewritten messages.
+def replace_delta_rows(engine: Engine, project: Project, erasure: Erasure) -> None:
+    """Replace the rows that steps with a `Delta` read built from rewritten bronze rows, as the steps declare it.
 
-    The table merges new rows with its own, so rows built from the former messages would remain otherwise.
+    These steps merge new rows with the table's own, so rows built from the former bronze rows would remain otherwise.
     """
+    for step in project.all_steps:
+        for read in step.reads.values():
+            if isinstance(read, Delta) and read.table.layer == "bronze":
+                retry_commit(partial(_replace_rows, engine, step.target, read, erasure))
 
-    def attempt() -> None:
-        target, bronze = engine.lake.load(EVENTS_CLEAN), engine.lake.load(EVENTS)
-        snapshot = find_rewrite(bronze, erasure.id)
-        sequence = snapshot.sequence_number if snapshot is not None else None
-        messages = bronze.read(["topic", "value", "_op", "_source_position", "_source_time"], pl.col(SEQUENCE) == sequence)
-        rows = conform(events_clean.transform({"events": parse_events(messages).rows}, engine.context), EVENTS_CLEAN)
-        if rows.is_empty():
-            return
-        new = stamp(EVENTS_CLEAN, with_deleted_flag(EVENTS_CLEAN, rows, False), target.next_sequence)
-        replace_rows(target, pl.col("event_id").is_in(rows["event_id"].implode()), new)
 
-    retry_commit(attempt)
+def _replace_rows(engine: Engine, table: Table, read: Delta, erasure: Erasure) -> None:
+    assert read.erase is not None
+    target, bronze = engine.lake.load(table), engine.lake.load(read.table)
+    snapshot = find_rewrite(bronze, erasure.id)
+    sequence = snapshot.sequence_number if snapshot is not None else None
+    rewritten = bronze.read(list(read.columns) or read.table.schema.names, pl.col(SEQUENCE) == sequence)
+    rows = conform(read.erase(read.parse(rewritten).rows, engine.context), table)
+    if rows.is_empty():
+        return
+    new = stamp(table, with_deleted_flag(table, rows, False), target.next_sequence)
+    same_key = pl.struct(table.key).is_in(rows.select(table.key).to_struct().implode())
+    replace_rows(target, same_key, new)

@@ -131,7 +131,7 @@ def _run_stages(context: ErasureContext, erasure: Erasure, search_list: SearchLi
     lake, timer = context.lake, _StageTimer(context.on_progress)
     context.on_progress("rewrite", 0, STAGES)
     rewritten = rewrite_bronze(context.engine, erasure)
-    replace_delta_rows(context.engine, erasure)
+    replace_delta_rows(context.engine, context.project, erasure)
     timer.complete("rewrite")
     refresh_all(context)
     timer.complete("follow")

@@ -317,8 +317,20 @@ def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> 
     return pl.concat([events.filter(~twice), winners])
 
 
+def replace_erased(rows: pl.DataFrame, context: BusinessSettings) -> pl.DataFrame:
+    """Return the events of rewritten messages; they replace the stored events with the same ids."""
+    return transform({"events": rows}, context)
+
+
 STEP = Step(
     target=EVENTS_CLEAN,
-    reads={"events": Delta(EVENTS, parse=parse_events, columns=("topic", "value", "_op", "_source_position", "_source_time"))},
+    reads={
+        "events": Delta(
+            EVENTS,
+            parse=parse_events,
+            columns=("topic", "value", "_op", "_source_position", "_source_time"),
+            erase=replace_erased,
+        )
+    },
     transform=transform,
 )

@@ -142,6 +142,10 @@ def fill_events(frames, context):
     return rows.sort("at", "city", "amount").unique("id", keep="first", maintain_order=True)
 
 
+def replace_erased(rows, context):
+    return rows
+
+
 def fill_ledger(frames, context):
     opening = frames["opening"].select("city", pl.col("balance").alias("start"))
     rows = frames["events"].sort("at", "id").join(opening, on="city", how="left")
@@ -160,7 +164,7 @@ STEPS = (
         fill_accounts,
     ),
     Step(CITIES, {"accounts": Grouped(ACCOUNTS, ((pl.col("city"),),))}, fill_cities),
-    Step(EVENTS, {"new": Delta(BRONZE, parse_events)}, fill_events),
+    Step(EVENTS, {"new": Delta(BRONZE, parse_events, erase=replace_erased)}, fill_events),
     Step(
         LEDGER,
         {"events": Grouped(EVENTS, ((pl.col("city"),),), columns=("city", "at", "id", "amount"))},
@@ -332,7 +336,7 @@ def test_a_rejected_row_is_judged_with_its_position_alone(tmp_path):
         return parse_events(rows)
 
     append(engine, bronze_rows([(n, n, "x", n % 2, 0, "c") for n in range(200)]))
-    engine.refresh(replace(STEPS[2], reads={"new": Delta(BRONZE, counting)}))
+    engine.refresh(replace(STEPS[2], reads={"new": Delta(BRONZE, counting, erase=replace_erased)}))
     assert engine.lake.load(QUARANTINE).read(["source_position"]).height == 100
     assert len(calls) <= 4
 
@@ -380,7 +384,7 @@ def test_a_rebuild_keeps_nothing_of_what_was_there(tmp_path):
     def stricter(rows: pl.DataFrame) -> Parsed:
         return parse_events(rows.filter(pl.col("city") != "y"))
 
-    engine.refresh(replace(STEPS[2], reads={"new": Delta(BRONZE, stricter)}), rebuild=True)
+    engine.refresh(replace(STEPS[2], reads={"new": Delta(BRONZE, stricter, erase=replace_erased)}), rebuild=True)
     assert engine.lake.load(EVENTS).read(["id"]).rows() == [(1,)]
 
 
