@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.engines import make_engine
 
 from app import sandbox
 from app.project import PROJECT
 from app.sandbox.servers import Addresses, start_servers, stop_servers
+from lakehouse.engine.engine import Engine
 from pipelines.runner import open_engine, run_once
 from pipelines.settings import Settings, load_settings
 
@@ -21,6 +23,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         fixtures = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
         if any(fixture.scope in ("class", "module") for found in fixtures.values() for fixture in found):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Engine:
+    """Return an engine on an empty lake, with default settings, that runs everything in this process."""
+    return make_engine(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 from pyiceberg.exceptions import CommitFailedException, ForbiddenError, ServerError
 from requests.exceptions import ConnectionError as NoConnection
-from support.shop_history import make_engine
+from support.engines import make_engine
 
 from app.project import PROJECT
 from lakehouse.errors import CatalogUnreachable, CommitConflict, ShopSphereError

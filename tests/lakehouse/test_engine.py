@@ -17,22 +17,21 @@ from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from pyiceberg.table.metadata import TableMetadataV2
 from sqlalchemy import event
+from support import engines
 from support.property_tests import property_test
 
 from lakehouse.digest import digest
 from lakehouse.engine.engine import Engine
+from lakehouse.engine.quarantine import update_quarantine
 from lakehouse.errors import CommitConflict, QueryError, ShopSphereError
-from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.group_hash import group_hash
 from lakehouse.iceberg.maintenance import compact, delete_orphans, expire
 from lakehouse.iceberg.schema import as_arrow
 from lakehouse.iceberg.table_handle import TableHandle
-from lakehouse.parallel import TaskPool
 from lakehouse.query import query
-from lakehouse.settings import RaySettings
 from lakehouse.step import Broadcast, Delta, Grouped, Parsed, Step
 from lakehouse.table import TIMESTAMP, Table, column, year
-from pipelines.settings import BusinessSettings, Settings
+from pipelines.settings import BusinessSettings
 
 BRONZE = Table(
     "bronze.accounts",
@@ -176,9 +175,8 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def make_engine(home: Path, **ray) -> Engine:
-    options = {"inline_rows": 10**9, **ray}
-    configured = Settings(home=home, ray=RaySettings(**options))
-    return Engine(Lake(configured), TaskPool(configured.ray), BusinessSettings(), QUARANTINE)
+    """Return an engine with the quarantine table of this module."""
+    return engines.make_engine(home, quarantine=QUARANTINE, **ray)
 
 
 def bronze_rows(rows: list[tuple]) -> pl.DataFrame:
@@ -361,16 +359,16 @@ def test_a_slow_copy_of_the_job_cannot_bring_back_a_released_row(tmp_path, monke
     slow, quick = make_engine(tmp_path), make_engine(tmp_path)
     append(slow, bronze_rows([(0, 1, "x", 5, 0, "c"), (1, 2, "x", 0, 0, "c")]))
     step, meanwhile = STEPS[2], []
-    settle = slow._quarantine
 
     def late(*arguments, **options):
         if not meanwhile:
-            meanwhile.append(quick.refresh(step))
+            meanwhile.append("the quick copy runs")
+            quick.refresh(step)
             append(quick, bronze_rows([(1, 2, "x", 9, 0, "fix")]))
             quick.refresh(step)
-        return settle(*arguments, **options)
+        return update_quarantine(*arguments, **options)
 
-    monkeypatch.setattr(slow, "_quarantine", late)
+    monkeypatch.setattr("lakehouse.engine.engine.update_quarantine", late)
     slow.refresh(step)
     assert slow.lake.load(QUARANTINE).read(["source_position"]).height == 0
     assert sorted(slow.lake.load(EVENTS).read(["id", "amount"]).rows()) == [(1, 5), (2, 9)]

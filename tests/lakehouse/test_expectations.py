@@ -25,8 +25,8 @@ from support.sales_lake import (
     TOTALS,
     TOTALS_STEP,
     fill_sales,
-    make_engine,
     receive,
+    sales_engine,
 )
 
 from lakehouse.digest import digest
@@ -56,7 +56,7 @@ from pipelines.silver.quarantine import QUARANTINE
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Engine:
-    return make_engine(tmp_path)
+    return sales_engine(tmp_path)
 
 
 def run(engine: Engine) -> tuple[StepResult, StepResult]:
@@ -195,7 +195,7 @@ def test_any_split_counts_the_same_rows_that_break_an_expectation(tmp_path):
     sales = [(chance.randrange(9), chance.choice(["north", "moon", "mars"]), 1, f"{n:03}") for n in range(24)]
     counted = set()
     for number, size in enumerate((5, 24)):
-        engine = make_engine(tmp_path / str(number))
+        engine = sales_engine(tmp_path / str(number))
         for start in range(0, 24, size):
             for id_, shop, amount, position in sales[start : start + size]:
                 receive(engine, (id_, shop, amount), position=position)
@@ -258,7 +258,7 @@ def test_any_order_and_split_gives_the_same_tables_and_the_same_quarantine(tmp_p
     sales = [(chance.randrange(12), "north", chance.choice([5, 70, 2_000_000]), str(n)) for n in range(60)]
     found = []
     for number in range(orders):
-        engine = make_engine(tmp_path / str(number))
+        engine = sales_engine(tmp_path / str(number))
         chance.shuffle(sales)
         for start in range(0, 60, 60 // (number + 1)):
             for id_, shop, amount, position in sales[start : start + 60 // (number + 1)]:
@@ -448,7 +448,7 @@ def test_maintenance_leaves_a_young_build_and_takes_an_old_one_with_its_files(en
 
 
 def test_readers_never_see_a_bad_build(tmp_path):
-    engine, reader = make_engine(tmp_path), make_engine(tmp_path)
+    engine, reader = sales_engine(tmp_path), sales_engine(tmp_path)
     receive(engine, (1, "north", 10))
     run(engine)
     stop, seen = threading.Event(), []
@@ -484,7 +484,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from support import sales_lake as here
 from lakehouse.iceberg.table_handle import TableHandle
-engine = here.make_engine(Path({home!r}))
+engine = here.sales_engine(Path({home!r}))
 if {before}:
     TableHandle.publish = lambda self: os.kill(os.getpid(), signal.SIGKILL)
 else:
@@ -496,7 +496,7 @@ engine.refresh(here.TOTALS_STEP)
 
 @pytest.mark.parametrize("before", [True, False])
 def test_a_kill_around_the_publication_loses_and_shows_nothing(tmp_path, before):
-    engine = make_engine(tmp_path)
+    engine = sales_engine(tmp_path)
     receive(engine, (1, "north", 10))
     run(engine)
     receive(engine, (2, "north", 5), position="2")

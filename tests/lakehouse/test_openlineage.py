@@ -14,7 +14,7 @@ from uuid import UUID
 
 import pytest
 from openlineage.client.event_v2 import RunState
-from support.sales_lake import SALES, SALES_STEP, TOTALS, TOTALS_STEP, make_engine, receive
+from support.sales_lake import SALES, SALES_STEP, TOTALS, TOTALS_STEP, receive, sales_engine
 
 from app.project import PROJECT
 from lakehouse import openlineage as lineage
@@ -37,7 +37,7 @@ def unconfigured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Engine:
-    return make_engine(tmp_path / "lake")
+    return sales_engine(tmp_path / "lake")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from support.sales_lake import NOW, SALES, SALES_STEP, TOTALS, TOTALS_STEP, make_engine, receive
+from support.sales_lake import NOW, SALES, SALES_STEP, TOTALS, TOTALS_STEP, receive, sales_engine
 
 from lakehouse.engine.engine import Engine
 from lakehouse.engine.step_result import StepResult
@@ -27,7 +27,7 @@ from lakehouse.table import Table
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Engine:
-    return make_engine(tmp_path)
+    return sales_engine(tmp_path)
 
 
 def noted(engine: Engine, history: RunHistory | None = None, *more: ShopSphereError, kind: str = "run") -> RunRecord:
@@ -94,7 +94,7 @@ def test_two_runs_at_once_are_both_noted(engine, tmp_path):
     noted(engine)
     report = StepResult(SALES.name, "changed", rows_written=1)
     with ThreadPoolExecutor(2) as pool:
-        engines = [make_engine(tmp_path) for _ in range(2)]
+        engines = [sales_engine(tmp_path) for _ in range(2)]
         list(pool.map(lambda one: RunHistory(one.lake).note(one, RunRecord("run"), [report]), engines))
     assert len(past_runs(engine.lake, 10)) == 3
 
@@ -129,7 +129,7 @@ def test_a_run_that_ends_early_is_noted_with_what_it_had_done(tmp_path, monkeypa
     for source in ("POSTGRES", "MONGO", "KAFKA"):
         monkeypatch.setenv(f"SHOPSPHERE_{source}__ENABLED", "false")
     monkeypatch.setattr(pipelines, "STEPS", (SALES_STEP, replace(TOTALS_STEP, transform=transform)))
-    receive(make_engine(tmp_path), (1, "north", 10))
+    receive(sales_engine(tmp_path), (1, "north", 10))
     assert main(["run"]) == code
     capsys.readouterr()
     assert main(["status", "--runs", "3", "--json"]) == 0
@@ -175,7 +175,7 @@ def test_a_run_and_its_history_count_the_same_tables(tmp_path, monkeypatch, caps
     for source in ("POSTGRES", "MONGO", "KAFKA"):
         monkeypatch.setenv(f"SHOPSPHERE_{source}__ENABLED", "false")
     monkeypatch.setattr(pipelines, "STEPS", (SALES_STEP, TOTALS_STEP))
-    engine = make_engine(tmp_path)
+    engine = sales_engine(tmp_path)
     receive(engine, (1, "north", 10))
     assert main(["run"]) == 0
     assert "2 of 2 tables changed" in capsys.readouterr().out
@@ -212,9 +212,9 @@ def test_a_build_published_by_hand_is_noted_as_what_readers_have(tmp_path, monke
         monkeypatch.setenv(f"SHOPSPHERE_{source}__ENABLED", "false")
     monkeypatch.setattr(pipelines, "STEPS", (SALES_STEP, TOTALS_STEP))
     monkeypatch.setattr("pipelines.runner.TABLES", {TOTALS.name: TOTALS})
-    receive(make_engine(tmp_path), (1, "north", -10))
+    receive(sales_engine(tmp_path), (1, "north", -10))
     assert main(["run"]) == 1
-    lake = make_engine(tmp_path).lake
+    lake = sales_engine(tmp_path).lake
 
     def shown() -> tuple[str, str]:
         results = [result for result in last_results(lake) if result.table == TOTALS.name]

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 from support import shop_history
-from support.shop_history import made_event, made_order, make_engine, put_shop
+from support.engines import make_engine
+from support.shop_history import made_event, made_order, put_shop
 
 from lakehouse.digest import digest
 from lakehouse.engine.engine import Engine

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from support.shop_history import START, made_order, make_engine, put_shop
+from support.engines import make_engine
+from support.shop_history import START, made_order, put_shop
 
 from lakehouse.engine.engine import Engine
 from lakehouse.errors import SettingsError

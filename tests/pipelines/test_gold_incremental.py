@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -18,7 +16,6 @@ from lakehouse.engine.frames import stamp
 from lakehouse.engine.row_diff import row_diff
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.schema import polars_schema
-from lakehouse.parallel import TaskPool
 from lakehouse.step import Grouped, Step
 from lakehouse.table import DELETED, Table
 from pipelines.gold import (
@@ -32,14 +29,13 @@ from pipelines.gold import (
     sales_daily,
     user_risk_scores,
 )
-from pipelines.settings import BusinessSettings, Settings
+from pipelines.settings import BusinessSettings
 from pipelines.silver.chargebacks import CHARGEBACKS
 from pipelines.silver.events_clean import EVENTS_CLEAN
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
 from pipelines.silver.order_items_unified import ORDER_ITEMS_UNIFIED
 from pipelines.silver.orders_unified import ORDERS_UNIFIED
 from pipelines.silver.products import PRODUCTS
-from pipelines.silver.quarantine import QUARANTINE
 from pipelines.silver.stores import STORES
 from pipelines.silver.users_scd import USERS_SCD
 
@@ -220,12 +216,6 @@ def rebuilt(step: Step, shop: Shop) -> pl.DataFrame:
         .select(pl.col(name).cast(dtype) for name, dtype in types.items())
         .sort(step.target.key)
     )
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> Iterator[Engine]:
-    settings = Settings(home=tmp_path)
-    return Engine(Lake(settings), TaskPool(settings.ray), BusinessSettings(), QUARANTINE)
 
 
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])

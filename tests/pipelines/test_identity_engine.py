@@ -5,22 +5,13 @@ from __future__ import annotations
 import random
 
 import polars as pl
+from support.engines import make_engine
 from support.identity_world import BRONZE, Memory, document, emptied, masters, schema, shop, sorted_rows, user, web_order
 
 from lakehouse.digest import digest
 from lakehouse.engine.engine import Engine
-from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.schema import as_arrow
-from lakehouse.parallel import TaskPool
-from lakehouse.settings import RaySettings
-from pipelines.settings import BusinessSettings, Settings
 from pipelines.silver.identity_graph import IDENTITY_GRAPH, STEP
-from pipelines.silver.quarantine import QUARANTINE
-
-
-def make_engine(home) -> Engine:
-    configured = Settings(home=home, ray=RaySettings(inline_rows=10**9))
-    return Engine(Lake(configured), TaskPool(configured.ray), BusinessSettings(), QUARANTINE)
 
 
 def append(engine: Engine, rows) -> None:

@@ -16,22 +16,19 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
+from support.engines import make_engine
 from support.property_tests import property_test
 
 from lakehouse.digest import digest
 from lakehouse.engine.engine import Engine
-from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.schema import as_arrow
-from lakehouse.parallel import TaskPool
-from lakehouse.settings import RaySettings
 from lakehouse.table import Table
 from pipelines.bronze import tables as bronze
 from pipelines.gold import inventory_health, inventory_shrinkage
-from pipelines.settings import BusinessSettings, Settings
+from pipelines.settings import BusinessSettings
 from pipelines.silver import events_clean, exchange_rates, inventory_snapshots, products
 from pipelines.silver.events_clean import EVENTS_CLEAN, STOCK_EVENTS
 from pipelines.silver.inventory_snapshots import EVENT_COLUMNS, INVENTORY_SNAPSHOTS, STEP, STOCK_LEVELS, STORE_PRODUCT, as_of
-from pipelines.silver.quarantine import QUARANTINE
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 TS = pl.Datetime("us", "UTC")
@@ -404,8 +401,7 @@ STEPS = (
 
 
 def lakehouse(home: str) -> Engine:
-    configured = Settings(home=Path(home), ray=RaySettings(inline_rows=10**9))
-    return Engine(Lake(configured), TaskPool(configured.ray), BusinessSettings(), QUARANTINE)
+    return make_engine(Path(home))
 
 
 def append(engine: Engine, table: Table, rows: list[dict[str, Any]]) -> None:

@@ -13,20 +13,18 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.engines import make_engine
 from support.property_tests import property_test
 
 from lakehouse.digest import digest
 from lakehouse.engine.engine import Engine
-from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.schema import polars_schema
-from lakehouse.parallel import TaskPool
-from lakehouse.settings import RaySettings
 from lakehouse.step import Broadcast, Grouped, Lookup, Step
 from lakehouse.table import Table, column
 from pipelines.bronze import tables as bronze
 from pipelines.bronze.current_rows import current_rows, row_versions, unreadable_rows
 from pipelines.parsing.marketplace_documents import find_unreadable_documents, parse_documents
-from pipelines.settings import BusinessSettings, Settings
+from pipelines.settings import BusinessSettings
 from pipelines.silver import exchange_rates, order_items_unified, orders_unified, products, stores
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
 from pipelines.silver.quarantine import QUARANTINE
@@ -709,8 +707,7 @@ def test_any_order_duplication_and_split_gives_the_tables_of_one_run(
     rows = [(table, {**row, **position(at)}) for at, (table, row) in enumerate(history)]
 
     def engine() -> Engine:
-        made = Settings(home=tmp_path_factory.mktemp("lake"), ray=RaySettings(inline_rows=10**9))
-        return Engine(Lake(made), TaskPool(made.ray), BusinessSettings(), QUARANTINE)
+        return make_engine(tmp_path_factory.mktemp("lake"))
 
     def run(lake: Engine, part: Sequence[tuple[Table, Row]], **options: Any) -> list[str]:
         for table in {table.name: table for table, _ in part}.values():

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import polars as pl
 import pytest
-from support.shop_history import make_engine
+from support.engines import make_engine
 
 from app.project import PROJECT
 from lakehouse.iceberg.catalog import Lake

@@ -15,8 +15,8 @@ import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 from starlette.testclient import TestClient
+from support.engines import make_engine
 from support.serve_world import T0, figures_of, ingest
-from support.shop_history import make_engine
 
 from app.project import PROJECT
 from lakehouse.engine.engine import Engine

@@ -6,8 +6,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from support.engines import make_engine
 from support.serve_world import STEPS, figures_of, figures_online, ingest, message
-from support.shop_history import make_engine
 
 from lakehouse.engine.engine import Engine
 from lakehouse.iceberg.catalog import Lake

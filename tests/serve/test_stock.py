@@ -11,9 +11,9 @@ import polars as pl
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from support.engines import make_engine
 from support.property_tests import property_test
 from support.serve_world import KINDS, bronze, figures_of, figures_online, ingest, message
-from support.shop_history import make_engine
 
 from lakehouse.engine.engine import Engine
 from pipelines.silver import events_clean, inventory_snapshots

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import polars as pl
 import pyarrow as pa
+from support.engines import make_engine
 
 from lakehouse.engine.engine import Engine
 from lakehouse.expectations import (
@@ -15,14 +16,9 @@ from lakehouse.expectations import (
     row_count_drift,
     within,
 )
-from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.schema import as_arrow
-from lakehouse.parallel import TaskPool
-from lakehouse.settings import RaySettings
 from lakehouse.step import Grouped, Step
 from lakehouse.table import TIMESTAMP, Table, column
-from pipelines.settings import BusinessSettings, Settings
-from pipelines.silver.quarantine import QUARANTINE
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 
@@ -94,9 +90,9 @@ SALES_STEP = Step(SALES, {"rows": Grouped(SALES_RECEIVED, keys=((pl.col("id"),),
 TOTALS_STEP = Step(TOTALS, {"sales": Grouped(SALES, keys=((pl.col("shop"),),))}, fill_totals)
 
 
-def make_engine(home: Path) -> Engine:
-    settings = Settings(home=home)
-    return Engine(Lake(settings), TaskPool(RaySettings(inline_rows=10**9)), BusinessSettings(), QUARANTINE, clock=lambda: NOW)
+def sales_engine(home: Path) -> Engine:
+    """Return an engine whose clock stands at NOW."""
+    return make_engine(home, clock=lambda: NOW)
 
 
 def receive(engine: Engine, *sales: tuple[int, str | None, int], position: str = "1", op: str = "i", at: datetime = NOW) -> None:

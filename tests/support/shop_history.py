@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -14,27 +13,17 @@ import polars as pl
 from lakehouse.engine.engine import Engine
 from lakehouse.engine.frames import conform, stamp
 from lakehouse.engine.row_diff import row_diff
-from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.schema import polars_schema
-from lakehouse.parallel import TaskPool
-from lakehouse.settings import RaySettings
 from lakehouse.table import DELETED, Table
 from ml.features.declarations import EVENT_KINDS, ORDER_COLUMNS
-from pipelines.settings import BusinessSettings, Settings
 from pipelines.silver.chargebacks import CHARGEBACKS
 from pipelines.silver.events_clean import EVENTS_CLEAN
 from pipelines.silver.order_items_unified import ORDER_ITEMS_UNIFIED
 from pipelines.silver.orders_unified import ORDERS_UNIFIED
 from pipelines.silver.products import PRODUCTS
-from pipelines.silver.quarantine import QUARANTINE
 from pipelines.silver.users_scd import USERS_SCD
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
-
-
-def make_engine(home: Path, **ray: Any) -> Engine:
-    configured = Settings(home=home, ray=RaySettings(**{"inline_rows": 10**9, **ray}))
-    return Engine(Lake(configured), TaskPool(configured.ray), BusinessSettings(), QUARANTINE)
 
 
 def put(engine: Engine, table: Table, rows: Sequence[dict[str, Any]]) -> None:
