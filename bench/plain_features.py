@@ -1,7 +1,7 @@
 """The features of ml/features/groups as a plain polars script would compute them: everything in memory, one process.
 
-What the training-set build is measured against (bench/training_set.py), and a second opinion on its results. Orders
-of one moment are not told apart here, so the data must have none.
+The reference of bench/training_set.py, for the cost and for the values. Simultaneous orders are not ordered here, so the data
+must not have any.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", 
 
 
 def counted_until(rows: pl.DataFrame, counts: pl.DataFrame, kind: str, at: str, offset: str, name: str) -> pl.Series:
-    """Per row: the running count `name` of the entity just before (moment - offset); 0 for none."""
-    asked = rows.select("n", kind, pl.col("placed_at").dt.offset_by(f"-{offset}").alias("moment"))
+    """Return per row the running count `name` of the entity just before (placed_at - offset); 0 if there is none."""
+    requested = rows.select("n", kind, pl.col("placed_at").dt.offset_by(f"-{offset}").alias("moment"))
     found = (
-        asked.filter(pl.col(kind).is_not_null())
+        requested.filter(pl.col(kind).is_not_null())
         .sort("moment")
         .join_asof(
             counts.select(kind, pl.col(at).alias("moment"), name).sort("moment"),
@@ -49,7 +49,7 @@ def minutes(later: pl.Expr, earlier: pl.Expr) -> pl.Expr:
 
 
 def velocities(rows: pl.DataFrame, kind: str, windows: tuple[str, ...]) -> pl.DataFrame:
-    """Orders and amounts in the windows before."""
+    """Return the orders and amounts in the windows before."""
     there = pl.col(kind).is_not_null()
     expressions = []
     for window in windows:
@@ -67,7 +67,7 @@ def velocities(rows: pl.DataFrame, kind: str, windows: tuple[str, ...]) -> pl.Da
 def entity(
     rows: pl.DataFrame, kind: str, windows: tuple[str, ...], others: tuple[str, ...], frauds: tuple[str, ...]
 ) -> pl.DataFrame:
-    """Velocities, age, distinct others and known frauds of an entity kind."""
+    """Return velocities, age, distinct others and reported frauds of an entity kind."""
     there, now = pl.col(kind).is_not_null(), pl.col("placed_at")
     columns = [velocities(rows, kind, windows)] if windows else []
     expressions = [
@@ -109,10 +109,10 @@ def entity(
     return pl.concat(columns, how="horizontal")
 
 
-def settled(
+def mature_labels(
     rows: pl.DataFrame, kind: str, frauds: pl.DataFrame, windows: tuple[str, ...], labels: tuple[int, ...]
 ) -> pl.DataFrame:
-    """Labels that came due."""
+    """Return the features of mature labels."""
     counts = rows.filter(pl.col(kind).is_not_null()).select(
         kind,
         "placed_at",
@@ -138,10 +138,10 @@ def settled(
         pl.when("fraud").then(pl.col("cents").cum_min().over(kind, "run")).alias("least"),
         pl.when(~pl.col("fraud")).then("placed_at").forward_fill().over(kind).alias("genuine"),
     )
-    asked = rows.select("n", kind, "placed_at").with_columns(due.alias("due"))
+    requested = rows.select("n", kind, "placed_at").with_columns(due.alias("due"))
 
     def lookup(at: pl.Expr) -> pl.DataFrame:
-        wanted = asked.with_columns(at.alias("orders"))
+        wanted = requested.with_columns(at.alias("orders"))
         return wanted.join(history.drop("placed_at"), on=[kind, "orders"], how="left", maintain_order="left")
 
     newest = lookup(pl.col("due"))
@@ -161,7 +161,7 @@ def settled(
 
 
 def own_history(rows: pl.DataFrame) -> pl.DataFrame:
-    """Amounts against the customer's own."""
+    """Return the amounts relative to the customer's own history."""
     who, cents, priced = "customer", pl.col("cents"), pl.col("priced")
     there = pl.col(who).is_not_null()
     n = (priced.cum_sum() - priced).over(who)
@@ -208,7 +208,7 @@ def own_history(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def outliers(rows: pl.DataFrame, ratio: pl.Series) -> pl.DataFrame:
-    """Amounts against the customer's usual ones, from which outliers are left out."""
+    """Return the amounts relative to the customer's mean without outliers."""
     who = "customer"
     there, amount = pl.col(who).is_not_null(), pl.col("amount")
     usual = pl.when((pl.col("ratio") < 2.5).fill_null(True)).then(pl.col("priced")).otherwise(0)
@@ -237,7 +237,7 @@ def outliers(rows: pl.DataFrame, ratio: pl.Series) -> pl.DataFrame:
 
 
 def unexplained(rows: pl.DataFrame, ratio: pl.Series, kind: str, windows: tuple[str, ...]) -> pl.DataFrame:
-    """Known frauds whose amount was nothing unusual for the customer."""
+    """Return the features of frauds whose amount was not unusual for the customer."""
     frauds = rows.with_columns(
         known_at=pl.when((ratio.is_null() | (ratio < 2.5)) & pl.col("known_at").is_not_null()).then("known_at")
     )
@@ -263,7 +263,7 @@ def unexplained(rows: pl.DataFrame, ratio: pl.Series, kind: str, windows: tuple[
 def of_events(
     rows: pl.DataFrame, events: pl.DataFrame, key: str, nouns: dict[str, tuple[str | None, tuple[str, ...]]]
 ) -> pl.DataFrame:
-    """Account events in the windows before."""
+    """Return the counts of account events in the windows before."""
     columns = {}
     mine = events.filter(pl.col(key).is_not_null()).sort("occurred_at")
     for noun, (kind, windows) in nouns.items():
@@ -296,7 +296,7 @@ def of_events(
 
 
 def own(rows: pl.DataFrame) -> pl.DataFrame:
-    """What the order itself says."""
+    """Return the features of the order itself."""
     now = pl.col("placed_at")
     month = now.dt.month_start().dt.date()
     usual = (
@@ -326,7 +326,7 @@ def own(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def features(orders: pl.DataFrame, events: pl.DataFrame) -> pl.DataFrame:
-    """order_id and all features."""
+    """Return order_id and all features."""
     rows = (
         orders.sort("placed_at", "order_id")
         .with_row_index("n")
@@ -352,9 +352,9 @@ def features(orders: pl.DataFrame, events: pl.DataFrame) -> pl.DataFrame:
             device,
             mean,
             unexplained(rows, history["customer_ratio"], "device", ("7d", "14d", "28d")),
-            settled(rows, "device", device, RISK, (1, 2, 3, 5, 10)),
+            mature_labels(rows, "device", device, RISK, (1, 2, 3, 5, 10)),
             address,
-            settled(rows, "address", address, ("28d",), ()),
+            mature_labels(rows, "address", address, ("28d",), ()),
             entity(rows, "ip", USUAL, ("customer", "card"), ("28d",)),
             entity(rows, "person", ("24h", "30d"), ("customer",), ("28d",)),
             of_events(

@@ -1,9 +1,9 @@
-"""The training set of N orders: our build against a plain polars script that computes the same features in memory.
+"""Cost of the training set of N orders, compared with a plain polars script that computes the same features in memory.
 
-Prints CPU seconds of both (the script's whole process; ours: the steps and their Ray tasks, and beside it everything,
-Ray's own processes too), checks that every feature of every order is the same, and prints how much memory a worker and
-the driver took while building, at N orders and at a quarter of N: it must follow the block, not N. The finished training
-set is read into the driver's memory afterwards, where XGBoost wants it whole; that is printed beside it.
+Prints the CPU seconds of both: of the script's whole process; of this build the steps with their Ray tasks and, separately,
+all processes including Ray's own. Verifies that every feature of every order is equal. Prints the memory that a worker and the
+driver use for the build, at N orders and at N / 4: it must depend on the block size, not on N. The complete training set is
+then read into the driver's memory, where XGBoost needs it; its memory is printed separately.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ EVENTS_PER_ORDER = 3
 BLOCK = 100_000
 
 
-def made_orders(count: int, seed: int = 7) -> pl.DataFrame:
-    """Orders as silver.order_entities has them: a customer has about ten, one in a hundred is reported as fraud."""
+def generate_orders(count: int, seed: int = 7) -> pl.DataFrame:
+    """Return orders like those of silver.order_entities: about ten per customer, one in a hundred reported as fraud."""
     random = np.random.default_rng(seed)
-    # whole microseconds, all different: the plain script does not tell orders of one moment apart
+    # distinct times: the plain script does not order simultaneous orders
     moment = np.sort(random.choice(DAYS * 86_400_000, count, replace=False)) * 1000
     who = (random.beta(1, 3, count) * max(count // 6, 2)).astype(np.int64)
     other = random.random((5, count))
@@ -86,8 +86,8 @@ def made_orders(count: int, seed: int = 7) -> pl.DataFrame:
     )
 
 
-def made_events(orders: pl.DataFrame, seed: int = 8) -> pl.DataFrame:
-    """Events as silver.events_clean has them: sessions of the orders' accounts on their devices."""
+def generate_events(orders: pl.DataFrame, seed: int = 8) -> pl.DataFrame:
+    """Return events like those of silver.events_clean: sessions of the orders' accounts on their devices."""
     random = np.random.default_rng(seed)
     count = orders.height * EVENTS_PER_ORDER
     source = orders[random.integers(0, orders.height, count)]
@@ -107,7 +107,7 @@ def made_events(orders: pl.DataFrame, seed: int = 8) -> pl.DataFrame:
 
 
 def write(engine: Engine, table: Table, rows: pl.DataFrame) -> None:
-    """Write rows as a table's first commit, in files of a block."""
+    """Write rows as the first commit of a table, one file per block."""
     handle = engine.lake.load(table)
     missing = [pl.lit(None).alias(name) for name in table.schema.names if name not in rows.columns]
     files = []
@@ -117,9 +117,10 @@ def write(engine: Engine, table: Table, rows: pl.DataFrame) -> None:
     handle.commit(files, positions={})
 
 
-class Watch:
-    """Watches this process and its children: CPU seconds, and the largest memory that a worker, and this process, had of
-    its own (without what is shared: the object store is mapped into every process)."""
+class ProcessWatch:
+    """Measures this process and its children: CPU seconds, and the peak private memory of a worker and of this process.
+
+    Shared memory is excluded, since the object store is mapped into every process."""
 
     def __init__(self) -> None:
         self.cpu: dict[int, float] = {}
@@ -127,7 +128,7 @@ class Watch:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> ProcessWatch:
         self._sample()
         self.before = sum(self.cpu.values())
         self._thread.start()
@@ -158,24 +159,24 @@ class Watch:
                 continue
 
 
-def ours(home: Path, count: int, check: Path | None) -> dict[str, float]:
-    """Build the features of `count` orders and read the training set; writes the features to `check`."""
+def measure_build(home: Path, count: int, check: Path | None) -> dict[str, float]:
+    """Build the features of `count` orders and read the training set; return its cost. Write the features to `check`."""
     settings = Settings(home=home / f"lake-{count}", ray=RaySettings(rows_per_task=BLOCK))
     engine = Engine(Lake(settings), TaskPool(settings.ray), BusinessSettings(), QUARANTINE)
     try:
-        orders = made_orders(count)
+        orders = generate_orders(count)
         write(engine, ORDER_ENTITIES, orders)
-        write(engine, EVENTS_CLEAN, made_events(orders))
+        write(engine, EVENTS_CLEAN, generate_events(orders))
         del orders
         engine.pool.start()
         started, cpu = time.monotonic(), time.process_time()
-        with Watch() as building:
+        with ProcessWatch() as building:
             reports = [
                 engine.refresh(category_amounts.STEP),
                 engine.refresh(fraud_ratios.STEP),
                 build(engine, order_features.STEP, LABEL_DELAY),
             ]
-        with Watch() as reading:
+        with ProcessWatch() as reading:
             features = engine.lake.load(order_features.ORDER_FEATURES)
             entities = engine.lake.load(ORDER_ENTITIES)
             moment = START + timedelta(days=DAYS)
@@ -197,11 +198,11 @@ def ours(home: Path, count: int, check: Path | None) -> dict[str, float]:
         engine.pool.close()
 
 
-def plain(home: Path, count: int) -> dict[str, float]:
-    """The same features by the plain script, in a process of its own."""
-    orders = made_orders(count)
+def measure_script(home: Path, count: int) -> dict[str, float]:
+    """Compute the same features with the plain script in a process of its own; return its cost."""
+    orders = generate_orders(count)
     orders.write_parquet(home / "orders.parquet")
-    order_features.account_events(made_events(orders)).write_parquet(home / "events.parquet")
+    order_features.account_events(generate_events(orders)).write_parquet(home / "events.parquet")
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     names = [str(home / name) for name in ("orders.parquet", "events.parquet", "plain.parquet")]
     subprocess.run([sys.executable, str(ROOT / "bench" / "plain_features.py"), *names], check=True, capture_output=True)
@@ -215,11 +216,11 @@ def plain(home: Path, count: int) -> dict[str, float]:
 
 
 def differences(left: Path, right: Path) -> list[str]:
-    """Features that are not the same in both, up to the last digits of a floating division."""
-    ours_, theirs = (pl.read_parquet(path).sort("order_id") for path in (left, right))
+    """Return the features that differ, beyond the last digits of a floating-point division."""
+    built, plain = (pl.read_parquet(path).sort("order_id") for path in (left, right))
     found = []
     for feature in FEATURES:
-        a, b = ours_[feature.name], theirs[feature.name]
+        a, b = built[feature.name], plain[feature.name]
         if feature.type == "category":
             same = bool((a == b).all())
         else:
@@ -231,28 +232,28 @@ def differences(left: Path, right: Path) -> list[str]:
 
 
 def main() -> int:
-    """Measure, print, and fail when a promise is broken."""
+    """Measure and print; return 1 when values differ or a limit is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--orders", type=int, default=1_000_000)
     parser.add_argument("--check", type=int, default=50_000, help="orders of which every feature is compared")
     options = parser.parse_args()
     home = Path(tempfile.mkdtemp(prefix="shopsphere-bench-"))
     try:
-        ours(home, options.check, home / "ours.parquet")
-        plain(home, options.check)
+        measure_build(home, options.check, home / "ours.parquet")
+        measure_script(home, options.check)
         different = differences(home / "ours.parquet", home / "plain.parquet")
         print(f"features that differ, of {len(FEATURES)} on {options.check:,} orders: {different or 'none'}", flush=True)
-        quarter, whole = ours(home, options.orders // 4, None), ours(home, options.orders, None)
-        script = plain(home, options.orders)
+        quarter, whole = measure_build(home, options.orders // 4, None), measure_build(home, options.orders, None)
+        script = measure_script(home, options.orders)
     finally:
         shutil.rmtree(home, ignore_errors=True)
-    for name, cost in (("ours, a quarter", quarter), ("ours", whole), ("plain script", script)):
+    for name, cost in (("build, a quarter", quarter), ("build", whole), ("plain script", script)):
         print(json.dumps({"what": name, **cost}), flush=True)
     ratio = whole["cpu_seconds"] / script["cpu_seconds"]
     growth = max(whole[name] / max(quarter[name], 1) for name in ("building_worker_mb", "building_driver_mb"))
     with_ray = whole["cpu_seconds_with_ray"] / script["cpu_seconds"]
-    print(f"CPU of ours over the plain script's: {ratio:.2f} (with Ray's own processes {with_ray:.2f})")
-    print(f"largest process while building, at four times the orders: {growth:.2f} times the memory (blocks of {BLOCK:,} orders)")
+    print(f"CPU of the build relative to the plain script: {ratio:.2f} (with Ray's own processes {with_ray:.2f})")
+    print(f"memory of the largest process at four times the orders: {growth:.2f} times (blocks of {BLOCK:,} orders)")
     return 0 if not different and ratio <= 2 and growth < 1.5 else 1
 
 

@@ -35,7 +35,7 @@ def frame(rows: int, seed: int = 1) -> pl.DataFrame:
     )
 
 
-def test_the_regression_finds_what_was_put_in() -> None:
+def test_regression_recovers_the_simulated_effects() -> None:
     known, test = frame(4000), frame(3000, 2)
     label = test["label"].to_numpy()
     found = fit_regression(known, FEATURES, 3.0)
@@ -48,13 +48,13 @@ def test_the_regression_finds_what_was_put_in() -> None:
     ) or np.allclose(score, fit_regression(known.sample(fraction=1, shuffle=True, seed=1), FEATURES, 3.0).score(test))
 
 
-def test_a_missing_value_and_an_undeclared_category_have_a_score() -> None:
+def test_missing_values_and_undeclared_categories_are_scored() -> None:
     rows = frame(50).with_columns(pl.lit(None, pl.Float64).alias("amount"), pl.lit("smoke signal").alias("channel"))
     assert not np.isnan(columns_of(rows, FEATURES)).any()
     assert not np.isnan(fit_regression(frame(2000), FEATURES, 30.0).score(rows)).any()
 
 
-def test_the_risk_score_is_the_sum_of_the_rules() -> None:
+def test_risk_score_is_the_sum_of_the_rules() -> None:
     quiet = frame(1).with_columns(pl.lit(0.0).alias("card_customers_ever"), pl.lit(0.0).alias("new_card"))
     assert risk_score(quiet).tolist() == [0.0]
     loud = quiet.with_columns(
@@ -70,7 +70,7 @@ def test_the_risk_score_is_the_sum_of_the_rules() -> None:
     assert risk_score(alone).tolist() == risk_score(loud).tolist()
 
 
-def test_a_signal_that_is_missing_gives_no_points() -> None:
+def test_a_missing_signal_adds_no_points() -> None:
     rows = frame(20).with_columns(pl.lit(None, f.dtype).alias(f.name) for f in FEATURES)
     assert risk_score(rows).tolist() == [0.0] * 20
 
@@ -82,7 +82,7 @@ def test_every_baseline_scores_every_order() -> None:
     assert all(len(score) == test.height and not np.isnan(score).any() for score in found.values())
 
 
-def test_the_upper_bound_is_the_share_of_frauds_that_is_reported() -> None:
+def test_upper_bound_is_the_reported_share_of_frauds() -> None:
     fraud = np.zeros(1000, dtype=np.int8)
     fraud[:50] = 1
     label = fraud.copy()
@@ -95,7 +95,7 @@ def test_the_upper_bound_is_the_share_of_frauds_that_is_reported() -> None:
     assert np.mean(lots) == pytest.approx(bound.average_precision, abs=0.02)
 
 
-def test_the_table_has_a_line_a_scoring_and_the_upper_bound() -> None:
+def test_table_has_a_row_per_scoring_and_the_upper_bound() -> None:
     fraud = np.array([1, 1, 0, 0] * 20, dtype=np.int8)
     label = np.array([1, 0, 0, 0] * 20, dtype=np.int8)
     one = leaderboard_entry("amount only", label, fraud.astype(float), 0.5, fraud)

@@ -1,4 +1,4 @@
-"""Figures, against scikit-learn's where it has them, and against examples worked by hand."""
+"""Metrics, compared with scikit-learn where it has them, and with worked examples."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SCORED = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 8)), min_size=2, m
 
 
 @given(SCORED)
-def test_ranking_figures_are_those_of_scikit_learn(rows: list[tuple[int, int]]) -> None:
+def test_ranking_metrics_equal_those_of_scikit_learn(rows: list[tuple[int, int]]) -> None:
     label, score = (np.array(column) for column in zip(*rows, strict=True))
     assert roc_auc(label, score / 8) == pytest.approx(roc_auc_score(label, score / 8))
     assert average_precision(label, score / 8) == pytest.approx(average_precision_score(label, score / 8))
@@ -53,7 +53,7 @@ def test_ranking_figures_are_those_of_scikit_learn(rows: list[tuple[int, int]]) 
 
 
 @given(SCORED, st.randoms(use_true_random=False))
-def test_the_order_of_rows_does_not_matter(rows: list[tuple[int, int]], random: object) -> None:
+def test_metrics_do_not_depend_on_the_order_of_rows(rows: list[tuple[int, int]], random: object) -> None:
     shuffled = list(rows)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
     figures = [
@@ -64,7 +64,7 @@ def test_the_order_of_rows_does_not_matter(rows: list[tuple[int, int]], random: 
 
 
 @given(SCORED, st.integers(1, 4))
-def test_a_weight_is_a_repetition(rows: list[tuple[int, int]], times: int) -> None:
+def test_a_weight_equals_repeated_rows(rows: list[tuple[int, int]], times: int) -> None:
     label, score = (np.array(column) for column in zip(*rows, strict=True))
     weight = np.arange(len(label)) % (times + 1)
     if label[weight > 0].sum() == 0:
@@ -73,14 +73,14 @@ def test_a_weight_is_a_repetition(rows: list[tuple[int, int]], times: int) -> No
     assert Ranking(label, score).average_precision(weight.astype(float)) == pytest.approx(repeated)
 
 
-def test_only_one_kind_of_order_has_no_ranking() -> None:
+def test_ranking_metrics_are_nan_with_a_single_class() -> None:
     nothing = np.zeros(5, dtype=int)
     assert np.isnan(roc_auc(nothing, np.arange(5.0)))
     assert np.isnan(average_precision(nothing, np.arange(5.0)))
     assert np.isnan(average_precision(np.zeros(0), np.zeros(0)))
 
 
-def test_card_precision_by_hand() -> None:
+def test_card_precision_of_a_worked_example() -> None:
     # day 1: a .9 fraud, b .8 honest, c .7 fraud; day 2: a .9 (found on day 1), b .5 fraud, c .4 honest
     customer = np.array(["a", "b", "c", "a", "b", "c", "a"])
     day = np.array([1, 1, 1, 2, 2, 2, 1])
@@ -94,7 +94,7 @@ def test_card_precision_by_hand() -> None:
     assert card_precision(label, score, customer, day, k=100) == pytest.approx((2 / 3 + 1 / 1) / 2)
 
 
-def test_orders_without_a_customer_are_left_out_of_card_precision() -> None:
+def test_card_precision_ignores_orders_without_customer() -> None:
     customer = pl.Series([None, "a"], dtype=pl.String)
     assert card_precision(np.array([1, 0]), np.array([0.9, 0.1]), customer, np.array([1, 1])) == 0.0
 
@@ -113,20 +113,20 @@ def test_the_capacity_is_never_exceeded(scores: list[int], capacity: float) -> N
 def test_no_threshold_saves_more_than_the_chosen_one(rows: list[tuple[int, int]], cost: float) -> None:
     label, score = np.array([row[0] for row in rows]), np.array([row[1] / 8 for row in rows])
     amount = np.arange(1.0, len(rows) + 1)
-    asked = ThresholdSettings(by="costs", review_cost=cost)
-    chosen = cost_saved(label, amount, score >= cost_threshold(label, amount, score, asked), asked)
-    every = [cost_saved(label, amount, score >= at, asked) for at in [*np.unique(score), 2.0]]
+    thresholds = ThresholdSettings(by="costs", review_cost=cost)
+    chosen = cost_saved(label, amount, score >= cost_threshold(label, amount, score, thresholds), thresholds)
+    every = [cost_saved(label, amount, score >= at, thresholds) for at in [*np.unique(score), 2.0]]
     assert chosen == pytest.approx(max(every))
 
 
-def test_wrong_settings_say_what_is_expected() -> None:
+def test_invalid_settings_name_the_expected_values() -> None:
     with pytest.raises(SettingsError, match="share of orders"):
         ThresholdSettings(capacity=2)
     with pytest.raises(SettingsError, match="'capacity' or 'costs'"):
         ThresholdSettings(by="luck")  # type: ignore[arg-type]
 
 
-def test_calibration_error_knows_a_shifted_score() -> None:
+def test_calibration_error_detects_a_shifted_score() -> None:
     random = np.random.default_rng(1)
     truth = random.uniform(0, 0.4, 40_000)
     label = (random.random(40_000) < truth).astype(int)
@@ -134,7 +134,7 @@ def test_calibration_error_knows_a_shifted_score() -> None:
     assert calibration_error(label, truth + 0.1) == pytest.approx(0.1, abs=0.01)
 
 
-def test_bootstrap_tells_a_gain_from_none() -> None:
+def test_bootstrap_separates_a_gain_from_none() -> None:
     random = np.random.default_rng(2)
     label = (random.random(4000) < 0.05).astype(int)
     good, bad = label + random.normal(0, 0.7, 4000), label + random.normal(0, 1.5, 4000)
@@ -150,11 +150,11 @@ def test_bootstrap_tells_a_gain_from_none() -> None:
     assert np.isnan(none.low)
 
 
-def test_an_evaluation_has_every_figure_overall_and_by_channel() -> None:
+def test_evaluation_has_all_metrics_overall_and_by_channel() -> None:
     frame = orders(3000)
     score = 1 / (1 + np.exp(-frame["amount_ratio"].to_numpy() + 4))
-    asked = ThresholdSettings(capacity=0.05)
-    found = evaluate(frame, score, asked, choose_threshold(frame, score, asked))
+    thresholds = ThresholdSettings(capacity=0.05)
+    found = evaluate(frame, score, thresholds, choose_threshold(frame, score, thresholds))
     metrics = found.metrics()
     label = frame["label"].to_numpy()
     assert metrics["brier"] == pytest.approx(brier_score_loss(label, score))
@@ -169,14 +169,14 @@ def test_an_evaluation_has_every_figure_overall_and_by_channel() -> None:
     assert bounds.low < bounds.value < bounds.high
 
 
-def test_a_channel_without_frauds_leaves_out_what_needs_them() -> None:
+def test_a_channel_without_frauds_has_no_undefined_metrics() -> None:
     frame = orders(500).with_columns(label=pl.when(pl.col("channel") == "pos").then(0).otherwise(pl.col("label")))
     found = evaluate(frame, np.full(500, 0.1), ThresholdSettings(), 0.5)
     assert "roc_auc" not in found.channels["pos"]
     assert found.channels["pos"]["frauds"] == 0
 
 
-def test_pictures_are_pngs() -> None:
+def test_pictures_are_png_files() -> None:
     train, validation, test = split(orders(1500))
     model = fit_in_process(train, validation, FEATURES, TrainingSettings(rounds=10))
     drawn = pictures(test, model.score(test), 0.2, model)

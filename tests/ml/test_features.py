@@ -1,4 +1,4 @@
-"""Features know the past only, and are the same bits however they are asked for."""
+"""Features use the past only, and are bit-identical however they are computed."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from ml.features.windows import NEVER, Timeline, first_below, occurrences, range
 
 
 def same(left: pl.DataFrame, right: pl.DataFrame) -> None:
-    """Bit by bit, nulls included."""
+    """Assert bit equality, nulls included."""
     assert_frame_equal(left, right, check_exact=True)
 
 
 def slice_of(order: pl.DataFrame, orders: pl.DataFrame, events: pl.DataFrame, categories: pl.DataFrame) -> OrderHistory:
-    """What serving looks up for one order: the rows that share an entity with it."""
+    """Return the history that serving reads for one order: the rows that share an entity with it."""
     shared = pl.any_horizontal(*(pl.col(kind).is_in(order[kind].drop_nulls().implode()) for kind in ENTITIES)).fill_null(False)
     about = (
         pl.col("account").is_in(order["account"].drop_nulls().implode())
@@ -38,7 +38,7 @@ def slice_of(order: pl.DataFrame, orders: pl.DataFrame, events: pl.DataFrame, ca
 
 
 @pytest.mark.parametrize("rows", [250, pytest.param(1000, marks=pytest.mark.slow)])
-def test_training_rows_are_the_same_through_the_serving_path(rows):
+def test_training_rows_equal_features_computed_alone(rows):
     orders, events, categories = plain_history(4000, seed=5)
     trained = compute(orders, OrderHistory(events=events, categories=categories))
     chosen = np.random.default_rng(3).choice(orders.height, rows, replace=False)
@@ -49,7 +49,7 @@ def test_training_rows_are_the_same_through_the_serving_path(rows):
         same(served, trained[int(number)])
 
 
-def test_a_shuffled_future_moves_nothing():
+def test_a_shuffled_future_changes_no_past_feature():
     orders, events, categories = plain_history(1500, seed=6)
     now = START + timedelta(days=70)
     past, future = orders.filter(pl.col("placed_at") < now), orders.filter(pl.col("placed_at") >= now)
@@ -67,26 +67,26 @@ def test_a_shuffled_future_moves_nothing():
     same(past.select("order_id").join(everything, on="order_id", maintain_order="left"), before)
 
 
-def test_a_fraud_reported_tomorrow_moves_nothing_today():
+def test_a_fraud_reported_tomorrow_changes_no_feature_today():
     orders, events, categories = plain_history(1500, seed=7)
     today = START + timedelta(days=60)
-    asked = orders.filter(pl.col("placed_at") < today)
+    requested = orders.filter(pl.col("placed_at") < today)
     known = pl.when(pl.col("known_at") < today).then("known_at")
-    before = compute(asked.with_columns(known_at=known), OrderHistory(events=events, categories=categories))
+    before = compute(requested.with_columns(known_at=known), OrderHistory(events=events, categories=categories))
     # every order that ever was is now reported, tomorrow
-    injected = asked.with_columns(known_at=pl.coalesce(known, pl.lit(today)))
+    injected = requested.with_columns(known_at=pl.coalesce(known, pl.lit(today)))
     same(compute(injected, OrderHistory(events=events, categories=categories)), before)
     # and from then on it shows
     later = orders.filter(pl.col("placed_at") > today)
     frauds = [name for name in FEATURE_NAMES if "frauds" in name]
-    quiet = compute(later, OrderHistory(asked.with_columns(known_at=known), events, categories)).select(frauds)
+    quiet = compute(later, OrderHistory(requested.with_columns(known_at=known), events, categories)).select(frauds)
     loud = compute(later, OrderHistory(injected, events, categories)).select(frauds)
     assert loud.sum().sum_horizontal()[0] > quiet.sum().sum_horizontal()[0]
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.integers(0, 10_000), st.data())
-def test_any_batch_in_any_order_gives_the_same_rows(seed, data):
+def test_rows_do_not_depend_on_batch_or_order(seed, data):
     orders, events, categories = plain_history(60, seed, days=40)
     history = OrderHistory(orders, events, categories)
     whole = compute(orders, history)
@@ -101,7 +101,7 @@ def test_any_batch_in_any_order_gives_the_same_rows(seed, data):
 
 
 def slow_features(orders: pl.DataFrame, number: int) -> dict[str, float | None]:
-    """Some features of one order, by looking at every other order."""
+    """Return some features of one order, computed from all other orders."""
     rows = orders.sort("placed_at", "order_id").to_dicts()
     place = next(n for n, row in enumerate(rows) if row["order_id"] == orders["order_id"][number])
     order, past = rows[place], rows[:place]
@@ -151,7 +151,7 @@ def slow_features(orders: pl.DataFrame, number: int) -> dict[str, float | None]:
 
 
 def slow_outliers(rows: list[dict[str, Any]]) -> dict[str, float | None]:
-    """The features of unusual amounts, of the last of a customer's orders."""
+    """Return the features of unusual amounts of the last of a customer's orders."""
     seen: list[int] = []
     usual: list[int] = []
     unusual: list[datetime] = []
@@ -183,7 +183,7 @@ def filled(values: dict[str, float | None]) -> dict[str, float]:
 
 @settings(max_examples=12, deadline=None)
 @given(st.integers(0, 10_000))
-def test_features_are_what_a_plain_loop_counts(seed):
+def test_features_equal_a_naive_loop(seed):
     orders, events, categories = plain_history(120, seed, days=150)
     features = compute(orders, OrderHistory(events=events, categories=categories)).to_dicts()
     for number in range(0, 120, 7):
@@ -192,7 +192,7 @@ def test_features_are_what_a_plain_loop_counts(seed):
         assert filled(got) == pytest.approx(filled(expected), rel=1e-12, nan_ok=True), orders["order_id"][number]
 
 
-def test_events_count_until_the_moment_of_the_order():
+def test_only_events_before_the_order_count():
     orders, _, _ = plain_history(1, seed=1)
     at = orders["placed_at"][0]
     moments = {"login_failed": [1, 20, 70], "account_changed": [180], "visit": [0, 5, 600], "payment_failed": [2]}
@@ -215,7 +215,7 @@ def test_events_count_until_the_moment_of_the_order():
     assert (row["account_minutes_since_failed_login"], row["account_minutes_since_change"]) == (1, 180)
 
 
-def test_an_unknown_category_is_a_category():
+def test_unknown_categories_become_declared_categories():
     orders, _, _ = plain_history(400, seed=2)
     row = compute(orders, OrderHistory())
     assert set(row["channel"]) == {"web", "pos", "marketplace", OTHER, MISSING}
@@ -224,7 +224,7 @@ def test_an_unknown_category_is_a_category():
     assert all(not feature.categories for feature in FEATURES if feature.type != "category")
 
 
-def test_every_feature_is_declared_once_and_explains_itself():
+def test_every_feature_is_declared_once_with_doc_and_reason():
     assert len(set(FEATURE_NAMES)) == len(FEATURES)
     for feature in FEATURES:
         assert feature.doc.endswith(".")
@@ -237,7 +237,7 @@ def test_every_feature_is_declared_once_and_explains_itself():
     assert {name: empty.schema[name] for name in FEATURE_NAMES} == {feature.name: feature.dtype for feature in FEATURES}
 
 
-def test_an_order_without_a_time_or_asked_about_twice_is_refused():
+def test_orders_without_time_and_duplicates_are_rejected():
     orders, _, _ = plain_history(2, seed=1)
     with pytest.raises(FeatureError, match="twice"):
         compute(pl.concat([orders, orders]), OrderHistory())
@@ -249,9 +249,9 @@ def test_an_order_without_a_time_or_asked_about_twice_is_refused():
 def test_first_below(values, data):
     numbers = np.array(values, dtype=np.int64)
     places = st.integers(0, len(values))
-    asked = data.draw(st.lists(st.tuples(places, places, st.integers(0, 6)).map(lambda a: (*sorted(a[:2]), a[2])), max_size=10))
-    columns = [np.array([row[n] for row in asked], dtype=np.int64) for n in range(3)]
-    expected = [next((n for n in range(start, stop) if values[n] < limit), stop) for start, stop, limit in asked]
+    cases = data.draw(st.lists(st.tuples(places, places, st.integers(0, 6)).map(lambda a: (*sorted(a[:2]), a[2])), max_size=10))
+    columns = [np.array([row[n] for row in cases], dtype=np.int64) for n in range(3)]
+    expected = [next((n for n in range(start, stop) if values[n] < limit), stop) for start, stop, limit in cases]
     assert first_below(numbers, *columns).tolist() == expected
 
 

@@ -1,4 +1,4 @@
-"""A forest as arrays gives XGBoost's own scores and contributions."""
+"""The array forest has the same scores and contributions as XGBoost."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def model(request: pytest.FixtureRequest) -> FittedModel:
     return fit_in_process(orders(4000, 1), None, FEATURES, settings)
 
 
-def test_scores_are_those_of_xgboost(model: FittedModel) -> None:
+def test_scores_equal_those_of_xgboost(model: FittedModel) -> None:
     rows = model.matrix(orders(500, 2))
     forest = forest_of(model, rows)
     assert np.abs(np.array([forest.score(row) for row in rows]) - model.score_matrix(rows)).max() < 1e-6
 
 
-def test_contributions_are_those_of_xgboost_and_add_up(model: FittedModel) -> None:
+def test_contributions_equal_those_of_xgboost_and_add_up(model: FittedModel) -> None:
     rows = model.matrix(orders(300, 3))
     forest = forest_of(model)
     booster = xgboost.Booster(model_file=bytearray(model.booster))
@@ -77,12 +77,12 @@ def test_contributions_are_those_of_xgboost_and_add_up(model: FittedModel) -> No
         assert np.log(score / (1 - score)) == pytest.approx(forest.bias + added.sum(), abs=1e-9)
 
 
-def test_a_row_of_nothing_but_missing_values(model: FittedModel) -> None:
+def test_a_row_with_only_missing_values(model: FittedModel) -> None:
     row = np.full((1, len(FEATURES)), np.nan, dtype=np.float32)
     assert forest_of(model).score(row[0]) == pytest.approx(float(model.score_matrix(row)[0]), abs=1e-6)
 
 
-def test_another_kind_of_model_is_refused() -> None:
+def test_other_kinds_of_models_are_rejected() -> None:
     data = orders(500, 4)
     settings = TrainingSettings(rounds=5, patience=0).with_parameters(objective="reg:squarederror")
     with pytest.raises(TrainingError, match="reg:squarederror"):

@@ -1,4 +1,4 @@
-"""The fraud model on a real small shop: its servers, the lakehouse, `train`, `models`, `monitor`, and the laws of time."""
+"""The fraud model on a sandbox with real servers: `train`, `models`, `monitor`, and point-in-time correctness."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from pipelines.settings import load_settings
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ORDERS = 20_000
-"""The demo's shop: a smaller one has too few frauds for the gate."""
+"""As many as in the demo: fewer orders have too few frauds for the gate."""
 
 
 @dataclass(frozen=True)
 class Shop:
-    """A shop with a lakehouse and a first model, and what its training printed."""
+    """A sandbox with a lakehouse and a first model, and the output of its training."""
 
     home: Path
     trained: TrainingResult
@@ -88,7 +88,7 @@ def cli(shop: Shop, capsys: pytest.CaptureFixture[str]) -> Any:
     return call
 
 
-def test_train_trains_records_and_promotes(shop: Shop, engine: Engine) -> None:
+def test_train_records_and_promotes_a_model(shop: Shop, engine: Engine) -> None:
     done = shop.trained
     assert done.verdict.passed, done.verdict.refusal
     assert {check.name for check in done.verdict.checks} >= {"window", "first model", "calibration", "future", "latency"}
@@ -112,7 +112,7 @@ def test_train_trains_records_and_promotes(shop: Shop, engine: Engine) -> None:
     assert json.loads(json.dumps(training_json(done), default=str))["promoted"] is True
 
 
-def test_every_person_has_the_champions_score(shop: Shop, engine: Engine) -> None:
+def test_every_person_has_a_score_of_the_champion(shop: Shop, engine: Engine) -> None:
     found = engine.lake.load(USER_FRAUD_SCORES).read(USER_FRAUD_SCORES.schema.names)
     orders = read_orders(engine.lake, pl.lit(True)).drop_nulls("person").sort("placed_at", "order_id")
     assert found.height == orders["person"].n_unique()
@@ -124,7 +124,7 @@ def test_every_person_has_the_champions_score(shop: Shop, engine: Engine) -> Non
     expected = dict(zip(scored["person"].to_list(), champion.model.score(scored).tolist(), strict=True))
     assert dict(found.select("master_user_id", "fraud_score").iter_rows()) == expected
     assert (found["highest_score"] >= found["fraud_score"]).all()
-    # whom the truth calls fraudsters stand out
+    # true fraudsters have much higher scores
     truth = sandbox.truth(shop.home)["fraud"]["order_id"]
     culprits = orders.filter(pl.col("order_id").is_in(truth.implode()))["person"].unique()
     risk = found.with_columns(culprit=pl.col("master_user_id").is_in(culprits.implode()))
@@ -137,11 +137,11 @@ def run_tags(shop: Shop) -> dict[str, str]:
     return dict(registry.client.get_run(registry.version("champion").run_id).data.tags)
 
 
-# --- the laws of time, on the shop's own orders ---------------------------------------------------------------------
+# --- point-in-time correctness, on the sandbox's orders ---------------------------------------------------------
 
 
-def test_a_thousand_training_rows_are_the_same_through_the_serving_path(engine: Engine) -> None:
-    """Each order computed alone, from what one who serves it would look up."""
+def test_a_thousand_training_rows_equal_features_computed_alone(engine: Engine) -> None:
+    """Each order is computed alone, from the history that a server would read."""
     stored = engine.lake.load(ORDER_FEATURES).read(["order_id", "placed_at", *FEATURE_NAMES]).sort("placed_at", "order_id")
     whole = read_orders(engine.lake, pl.lit(True))
     about = history_of(engine.lake, whole)
@@ -150,7 +150,7 @@ def test_a_thousand_training_rows_are_the_same_through_the_serving_path(engine: 
     for number in chosen:
         row = stored[int(number)]
         order = whole.filter(pl.col("order_id") == row["order_id"][0])
-        # known then: earlier orders that share an entity, reports and events until now
+        # known at the time: earlier orders that share an entity, and earlier reports and events
         known = about.orders.filter(
             pl.any_horizontal(pl.col(kind).is_in(order[kind].drop_nulls().implode()) for kind in ENTITIES)
             & (pl.col("placed_at") <= order["placed_at"][0])
@@ -167,17 +167,17 @@ def test_a_thousand_training_rows_are_the_same_through_the_serving_path(engine: 
         served = compute(order.with_columns(known_at=None), OrderHistory(known, events, about.categories))
         differing |= {name for name in FEATURE_NAMES if not served[name].eq_missing(row[name]).all()}
     assert differing == set()
-    # the comparison had something to compare
+    # most features vary, so the comparison is meaningful
     says = [f.name for f in FEATURES if stored[f.name].n_unique() > 1]
     assert len(says) > 0.8 * len(FEATURES), set(FEATURE_NAMES) - set(says)
 
 
-def test_a_shuffled_future_moves_no_feature_of_the_past(engine: Engine) -> None:
+def test_a_shuffled_future_changes_no_feature_of_the_past(engine: Engine) -> None:
     for moment in moments(engine):
         assert leaking_features(engine.lake, moment, orders=400) == []
 
 
-def test_a_future_that_is_looked_at_is_found_out(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leak_check_finds_a_feature_that_uses_the_future(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     def peeking(orders: pl.DataFrame, history: OrderHistory) -> pl.DataFrame:
         found = compute(orders, history)
         later = history.orders.filter(pl.col("known_at").is_not_null())["order_id"]
@@ -195,7 +195,7 @@ def moments(engine: Engine) -> list[datetime]:
 # --- models and monitoring ------------------------------------------------------------------------------------------
 
 
-def test_models_from_a_refusal_to_a_rollback(shop: Shop, cli: Any) -> None:
+def test_refusal_forced_promotion_and_rollback(shop: Shop, cli: Any) -> None:
     again = train_and_print(Output(), load_settings(), DEMO)
     assert not again.verdict.passed
     assert again.verdict.refusal.startswith("gain: average precision +0.0000 against the champion")
@@ -203,7 +203,7 @@ def test_models_from_a_refusal_to_a_rollback(shop: Shop, cli: Any) -> None:
     assert [(one["version"], one["aliases"]) for one in listed] == [(2, ["challenger"]), (1, ["champion"])]
     assert listed[0]["gate"].startswith("refused: gain")
     registry = Registry(home=shop.home)
-    # the same data, the same seed: the same bytes
+    # equal data and seed have equal bytes
     assert registry.load("champion").model.digest == registry.load("challenger").model.digest
     code, out, _ = cli("models", "compare")
     assert code == 0
@@ -218,17 +218,17 @@ def test_models_from_a_refusal_to_a_rollback(shop: Shop, cli: Any) -> None:
     assert "there is none before it" in err
 
 
-def test_monitor_tells_drift_from_none(shop: Shop, cli: Any) -> None:
-    """Last, since it changes the shop: its newest orders cost forty times as much."""
+def test_monitor_detects_drift_and_only_drift(shop: Shop, cli: Any) -> None:
+    """Runs last, since it changes the data: the newest orders cost forty times as much."""
     judged = pl.Series([datetime.fromisoformat(Registry(home=shop.home).load().reference["until"])])[0]
     code, out, _ = cli("monitor", "--json")
     assert code == 0
-    calm = json.loads(out)
-    assert {one["name"] for one in calm["features"]} == set(FEATURE_NAMES)
-    assert calm["alarms"] == []
-    page = Path(calm["report"]).read_text(encoding="utf-8")
+    baseline = json.loads(out)
+    assert {one["name"] for one in baseline["features"]} == set(FEATURE_NAMES)
+    assert baseline["alarms"] == []
+    page = Path(baseline["report"]).read_text(encoding="utf-8")
     assert "data:image/png;base64," in page
-    before = {one["name"]: one["psi"] for one in calm["features"]}
+    before = {one["name"]: one["psi"] for one in baseline["features"]}
     with psycopg.connect(load_settings().postgres.dsn.get_secret_value()) as connection:
         connection.execute(
             "UPDATE orders SET total_amount = total_amount * 40 WHERE created_at > %s", (judged + timedelta(days=20),)
@@ -244,7 +244,7 @@ def test_monitor_tells_drift_from_none(shop: Shop, cli: Any) -> None:
     assert any(alarm.startswith("amount (PSI") for alarm in drifted["alarms"])
 
 
-def test_the_feature_tables_are_tables_like_others(shop: Shop, cli: Any) -> None:
+def test_feature_tables_support_status_sql_digest_and_rebuild(shop: Shop, cli: Any) -> None:
     found = {one["table"]: one for one in json.loads(cli("status", "--json")[1])}
     for step in MODEL_STEPS:
         assert found[step.target.name]["rows"] > 0

@@ -1,4 +1,4 @@
-"""The gate: who passes, who does not, and what the refusal says."""
+"""The promotion gate: which models pass, which are refused, and the text of a refusal."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def good() -> FittedModel:
 
 @pytest.fixture(scope="module")
 def weak() -> FittedModel:
-    """Knows one feature only."""
+    """A model with a single feature."""
     return fit_in_process(TRAIN, VALIDATION, FEATURES[1:2], TrainingSettings(rounds=100))
 
 
@@ -63,7 +63,7 @@ def test_a_better_model_passes(good: FittedModel, weak: FittedModel) -> None:
     assert [check.name for check in verdict.checks] == ["window", "gain", "calibration", "channels", "future", "latency"]
 
 
-def test_a_worse_and_an_equal_model_do_not(good: FittedModel, weak: FittedModel) -> None:
+def test_worse_and_equal_models_are_refused(good: FittedModel, weak: FittedModel) -> None:
     worse = judge(WINDOW, weak, good, SETTINGS, leak=no_leak)
     assert "gain" in failed(worse)
     assert "channels" in failed(worse)
@@ -73,10 +73,10 @@ def test_a_worse_and_an_equal_model_do_not(good: FittedModel, weak: FittedModel)
     assert failed(judge(WINDOW, good, good, SETTINGS, leak=no_leak)) == ["gain"]
 
 
-def test_a_first_model_has_to_be_better_than_luck(good: FittedModel) -> None:
+def test_a_first_model_must_beat_chance(good: FittedModel) -> None:
     assert judge(WINDOW, good, None, SETTINGS, leak=no_leak).passed
-    luck = fit_in_process(TRAIN, VALIDATION, FEATURES[4:], TrainingSettings(rounds=5))
-    assert "first model" in failed(judge(WINDOW, luck, None, SETTINGS, leak=no_leak))
+    chance = fit_in_process(TRAIN, VALIDATION, FEATURES[4:], TrainingSettings(rounds=5))
+    assert "first model" in failed(judge(WINDOW, chance, None, SETTINGS, leak=no_leak))
 
 
 def test_a_leak_is_named(good: FittedModel) -> None:
@@ -86,16 +86,18 @@ def test_a_leak_is_named(good: FittedModel) -> None:
     assert judge(WINDOW, good, None, replace(SETTINGS, require_leak_check=False)).passed
 
 
-def test_scores_that_are_no_probabilities_are_refused() -> None:
-    # ten honest orders left out for each one kept: scores are far too high
+def test_uncalibrated_scores_are_refused() -> None:
+    # only every tenth honest order is kept, so scores are far too high
     frauds, honest = TRAIN.filter(pl.col("label") == 1), TRAIN.filter(pl.col("label") == 0)
-    boastful = fit_in_process(pl.concat([frauds, honest.gather_every(10)]), VALIDATION, FEATURES, TrainingSettings(rounds=100))
-    verdict = judge(WINDOW, boastful, None, SETTINGS, leak=no_leak)
+    overconfident = fit_in_process(
+        pl.concat([frauds, honest.gather_every(10)]), VALIDATION, FEATURES, TrainingSettings(rounds=100)
+    )
+    verdict = judge(WINDOW, overconfident, None, SETTINGS, leak=no_leak)
     assert failed(verdict) == ["calibration"]
     assert "mean score 0." in verdict.refusal
 
 
-def test_a_window_with_too_few_frauds_decides_nothing(good: FittedModel, weak: FittedModel) -> None:
+def test_a_window_with_too_few_frauds_is_refused(good: FittedModel, weak: FittedModel) -> None:
     few = WINDOW.filter((pl.col("label") == 0) | (pl.col("label").cum_sum() <= 5))
     verdict = judge(few, good, weak, SETTINGS, leak=no_leak)
     assert failed(verdict) == ["window"]
@@ -103,7 +105,7 @@ def test_a_window_with_too_few_frauds_decides_nothing(good: FittedModel, weak: F
     assert failed(judge(WINDOW[:0], good, weak, SETTINGS, leak=no_leak)) == ["window"]
 
 
-def test_a_channel_that_loses_is_named(good: FittedModel) -> None:
+def test_a_channel_with_a_loss_is_named(good: FittedModel) -> None:
     # the challenger is blind in one channel and perfect in the others
     blind = _Fake(np.where(WINDOW["channel"] == "pos", 0.0, WINDOW["label"].cast(pl.Float64)), good)
     verdict = judge(WINDOW, blind, good, replace(SETTINGS, channel_frauds=5), leak=no_leak)  # type: ignore[arg-type]
@@ -122,7 +124,7 @@ def test_settings_are_checked() -> None:
 
 
 class _Fake:
-    """Scores as told, costs what a real model costs."""
+    """Returns given scores, with the latency of a real model."""
 
     def __init__(self, scores: Any, model: FittedModel) -> None:
         self._scores, self._model = scores, model
@@ -138,12 +140,12 @@ class _Fake:
 
 
 def _training(model: FittedModel) -> TrainingRecord:
-    asked = ThresholdSettings()
-    threshold = choose_threshold(VALIDATION, model.score(VALIDATION), asked)
+    thresholds = ThresholdSettings()
+    threshold = choose_threshold(VALIDATION, model.score(VALIDATION), thresholds)
     return TrainingRecord(
         model=model,
         features=[feature for feature in FEATURES if feature.name in model.features],
-        evaluation=evaluate(WINDOW, model.score(WINDOW), asked, threshold),
+        evaluation=evaluate(WINDOW, model.score(WINDOW), thresholds, threshold),
         example=WINDOW.head(3),
         snapshots={"silver.orders_unified": 1},
         seed=7,
@@ -151,7 +153,7 @@ def _training(model: FittedModel) -> TrainingRecord:
     )
 
 
-def test_models_from_training_to_rollback(
+def test_registered_models_from_training_to_rollback(
     good: FittedModel, weak: FittedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
@@ -176,11 +178,11 @@ def test_models_from_training_to_rollback(
     with pytest.raises(GateRefused, match=r"the gate refused: gain: average precision -.*--force"):
         promote_model(registry, "challenger")
 
-    told = list_models(registry)
-    assert [(entry["version"], entry["aliases"]) for entry in told] == [(3, ["challenger"]), (2, ["champion"]), (1, [])]
-    assert told[0]["gate"].startswith("refused: gain")
+    listed = list_models(registry)
+    assert [(entry["version"], entry["aliases"]) for entry in listed] == [(3, ["challenger"]), (2, ["champion"]), (1, [])]
+    assert listed[0]["gate"].startswith("refused: gain")
     recorded = compare_recorded(registry, 1, 2)
-    assert recorded["average_precision"] == (told[2]["average_precision"], told[1]["average_precision"])
+    assert recorded["average_precision"] == (listed[2]["average_precision"], listed[1]["average_precision"])
     compared = compare_models(registry, 1, 2, WINDOW, settings=SETTINGS)
     assert compared.gain.low > 0
     assert compared.figures["average_precision"] == pytest.approx(recorded["average_precision"])
@@ -190,7 +192,7 @@ def test_models_from_training_to_rollback(
     assert registry.champion_number() == 2
 
 
-def test_a_champion_whose_features_are_gone_is_no_rival(
+def test_a_champion_with_removed_features_is_not_compared(
     good: FittedModel, weak: FittedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):

@@ -1,4 +1,4 @@
-"""The handbook's protocol, on made-up transactions."""
+"""The handbook's protocol, on synthetic transactions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ START = date(2018, 8, 8)
 
 
 def transactions(days: int = 40, per_day: int = 60, seed: int = 1) -> pl.DataFrame:
-    """Transactions around START, of which those over 200 are frauds."""
+    """Return transactions around START; those over 200 are frauds."""
     random = np.random.default_rng(seed)
     count = days * per_day
     seconds = np.sort(random.integers(0, days * 86_400, count))
@@ -55,7 +55,7 @@ def row(number: int, day: int, customer: str, label: int) -> dict[str, object]:
     return {"order_id": str(number), "placed_at": placed, "customer": customer, "label": label}
 
 
-def test_customers_with_a_known_fraud_leave_the_test_week():
+def test_customers_with_a_known_fraud_are_excluded_from_the_test_week():
     frame = pl.DataFrame(
         [
             *(row(n, n, "honest", 0) for n in range(7)),
@@ -74,13 +74,13 @@ def test_customers_with_a_known_fraud_leave_the_test_week():
     assert days == {"honest": 7, "long ago": 1, "later": 6}
 
 
-def test_training_ends_a_delay_before_the_week():
+def test_training_ends_one_delay_before_the_week():
     frame = pl.DataFrame([row(n, -n, "x", 0) for n in range(200)])
     days = training_rows(frame, START)["order_id"].cast(pl.Int64)
     assert (days.min(), days.max()) == (8, 127)
 
 
-def test_a_fraud_is_known_a_delay_after_it_happened():
+def test_a_fraud_is_reported_one_delay_after_the_order():
     orders = as_orders(transactions())
     frauds = orders.filter(pl.col("label") == 1)
     assert frauds.height > 50
@@ -89,10 +89,10 @@ def test_a_fraud_is_known_a_delay_after_it_happened():
     assert orders["amount"].min() >= 2000
 
 
-def test_orders_of_which_nothing_tells_count_less_whatever_they_were():
+def test_unsuspicious_orders_have_a_low_weight_whatever_their_label():
     quiet = {"amount": 200.0, "customer_ratio": 1.9, "device_unexplained_28d": 0.0}
-    told = ({"amount": 221.0}, {"customer_ratio": 2.0}, {"device_unexplained_28d": 1.0})
-    rows = [{**quiet, **change, "label": label} for change in ({}, {"customer_ratio": None}, *told) for label in (0, 1)]
+    suspicious = ({"amount": 221.0}, {"customer_ratio": 2.0}, {"device_unexplained_28d": 1.0})
+    rows = [{**quiet, **change, "label": label} for change in ({}, {"customer_ratio": None}, *suspicious) for label in (0, 1)]
     weight = handbook.with_weights(pl.DataFrame(rows))["weight"].to_list()
     assert weight == [handbook.QUIET_WEIGHT] * 4 + [1.0] * 6
 
@@ -123,7 +123,7 @@ def test_no_feature_is_the_label(tmp_path):
     assert frame.height == 2400
 
 
-def test_figures_are_judged_on_all_three():
+def test_results_are_compared_on_all_three_metrics():
     def outcome(*figures: float) -> HandbookResult:
         return HandbookResult((HandbookWeek(START, 1, 1, HandbookMetrics(*figures), 0.0),), 0.0, {}, Verdict((), None))
 
@@ -135,7 +135,7 @@ def test_figures_are_judged_on_all_three():
     assert outcome(0.89, 0.85, 0.31).suggests_leak
 
 
-def test_the_spread_of_a_mean_shrinks_with_the_weeks():
+def test_the_interval_of_a_mean_shrinks_with_the_number_of_weeks():
     random = np.random.default_rng(3)
     label = (random.random(3000) < 0.05).astype(np.int64)
     week = (label, label + random.normal(0, 1.5, 3000))
@@ -144,6 +144,6 @@ def test_the_spread_of_a_mean_shrinks_with_the_weeks():
     assert (four[1] - four[0]) / (one[1] - one[0]) == pytest.approx(0.5, abs=0.12)
 
 
-def test_data_that_are_not_there_are_an_error_with_a_way_out(tmp_path):
+def test_missing_data_is_an_error_that_names_the_option(tmp_path):
     with pytest.raises(HandbookError, match="--data"):
         handbook.run(tmp_path)

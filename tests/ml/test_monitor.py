@@ -1,4 +1,4 @@
-"""Monitoring: what drifts is told, what does not is not, and the page says it."""
+"""Monitoring: drift is detected, chance is not, and the page reports both."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def reference() -> dict[str, Any]:
     return reference_of(frame, score, FEATURES, {"precision_at_threshold": 0.5, "roc_auc": float("nan")})
 
 
-def test_the_same_population_is_steady() -> None:
+def test_samples_of_one_population_are_stable() -> None:
     drift = compare(*orders(3000, 2), reference(), SETTINGS)
     assert drift.alarms == ()
     assert {one.state for one in (drift.score, *drift.features)} == {"steady"}
@@ -73,19 +73,19 @@ def test_the_same_population_is_steady() -> None:
     ("changes", "alarms"),
     [({"larger": 3.0}, ["score", "amount"]), ({"marketplace": True}, ["channel"]), ({"missing": 0.05}, ["sometimes"])],
 )
-def test_another_population_drifts(changes: dict[str, Any], alarms: list[str]) -> None:
+def test_a_changed_population_drifts(changes: dict[str, Any], alarms: list[str]) -> None:
     drift = compare(*orders(3000, 2, **changes), reference(), SETTINGS)
     assert sorted(alarm.split(" ")[0] for alarm in drift.alarms) == sorted(alarms)
     assert drift.features[0].psi >= drift.features[-1].psi
 
 
-def test_few_orders_are_no_alarm_by_themselves() -> None:
-    """A distance that chance explains is steady, however large."""
+def test_small_samples_raise_no_alarm() -> None:
+    """A distance within the range of chance is stable, however large."""
     states = [compare(*orders(200, seed), reference(), SETTINGS).alarms for seed in range(10, 30)]
     assert states == [()] * 20
 
 
-def test_the_reference_is_plain_json() -> None:
+def test_reference_is_json_serialisable() -> None:
     import json
 
     made = reference()
@@ -94,7 +94,7 @@ def test_the_reference_is_plain_json() -> None:
 
 
 @given(st.lists(st.one_of(st.none(), st.floats(-1e6, 1e6)), min_size=1, max_size=200))
-def test_every_order_is_in_one_bin_and_a_sample_is_no_distance_from_itself(values: list[float | None]) -> None:
+def test_every_order_is_in_one_bin_and_a_sample_has_distance_zero_to_itself(values: list[float | None]) -> None:
     column = pl.Series("amount", values, dtype=pl.Float64)
     bins = binned(column, AMOUNT)
     assert counts(column, bins).sum() == len(values)
@@ -109,7 +109,7 @@ def test_psi_is_never_negative_and_symmetric(pairs: list[tuple[int, int]]) -> No
     assert psi_of(before, now) == pytest.approx(psi_of(now, before))
 
 
-def test_chance_stays_below_what_is_expected_of_it() -> None:
+def test_psi_of_equal_distributions_stays_within_the_expected_range() -> None:
     random = np.random.default_rng(1)
     shares, beyond = np.full(10, 0.1), 0
     for _ in range(2000):
@@ -127,7 +127,7 @@ def settled(precision: float, rows: int = 600) -> RealisedPrecision:
     return realised_precision(frame, score, 0.5, 0.6, now=now, delay=timedelta(days=45), settings=SETTINGS)
 
 
-def test_precision_that_is_kept_and_precision_that_is_not() -> None:
+def test_stable_and_fallen_precision() -> None:
     assert settled(0.6).state == "steady"
     fallen = settled(0.2)
     assert fallen.state == "drifted"
@@ -135,7 +135,7 @@ def test_precision_that_is_kept_and_precision_that_is_not() -> None:
     assert fallen.low <= fallen.precision <= fallen.high
 
 
-def test_only_weeks_whose_reports_have_all_come_in_are_judged() -> None:
+def test_only_weeks_with_mature_labels_are_judged() -> None:
     found = settled(0.6)
     # orders of 25 days from Thursday 1 January on; labels are whole for those up to 15 January
     assert [(str(week.begin), week.settled) for week in found.weeks] == [
@@ -154,7 +154,7 @@ def test_wilson() -> None:
     assert (low, high) == (pytest.approx(0.2366, abs=1e-3), pytest.approx(0.7634, abs=1e-3))
 
 
-def test_the_page_stands_alone_and_escapes() -> None:
+def test_page_is_self_contained_and_escaped() -> None:
     frame, score = orders(1000, 3, larger=3.0)
     drift = compare(frame, score, reference(), SETTINGS, settled(0.2))
     html = page(drift, SETTINGS, "fraud <version> 2", "the 5,000 orders")
@@ -166,7 +166,7 @@ def test_the_page_stands_alone_and_escapes() -> None:
     assert "precision 0." in html
 
 
-def test_what_cannot_be_compared_says_so() -> None:
+def test_impossible_comparisons_are_errors() -> None:
     frame, score = orders(1000, 3)
     with pytest.raises(MonitorError, match="200 are needed"):
         compare(frame.head(10), score[:10], reference(), SETTINGS)

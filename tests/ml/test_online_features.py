@@ -1,4 +1,4 @@
-"""Features from memory are those of `features.compute`, bit for bit, whatever was observed in which order."""
+"""Online features equal those of `compute`, bit for bit, whatever the order of arrival."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ml.features.windows import microseconds
 
 
 def bits(values: list[Value]) -> list[bytes | str]:
-    """Values to the bit; every NaN is one."""
+    """Return the bits of values; all NaNs are equal."""
     return [
         value if isinstance(value, str) else b"nan" if value is None or math.isnan(value) else struct.pack("<d", value)
         for value in values
@@ -44,7 +44,7 @@ def named(row: list[bytes | str], other: list[bytes | str]) -> dict[str, tuple[b
     return {f.name: (a, b) for f, a, b in zip(FEATURES, row, other, strict=True) if a != b}
 
 
-def test_every_row_of_a_long_history():
+def test_online_features_of_a_long_history():
     orders, events, categories = plain_history(3000, seed=11)
     history = OrderHistory(orders, events, categories)
     online = OnlineFeatures(history)
@@ -55,7 +55,7 @@ def test_every_row_of_a_long_history():
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.integers(0, 10_000), st.data())
-def test_whatever_is_known_at_first_and_whatever_order_the_rest_comes_in(seed, data):
+def test_online_features_do_not_depend_on_the_order_of_arrival(seed, data):
     orders, events, categories = plain_history(80, seed, days=60)
     orders = orders.sort("placed_at", "order_id")
     cut = data.draw(st.integers(0, orders.height))
@@ -66,16 +66,16 @@ def test_whatever_is_known_at_first_and_whatever_order_the_rest_comes_in(seed, d
     rest = orders[cut:].sample(fraction=1, shuffle=True, seed=seed)
     for row in rest.iter_rows(named=True):
         if data.draw(st.booleans()):
-            online.features(FeatureRequest.of(row))  # being asked changes nothing
+            online.features(FeatureRequest.of(row))  # reading changes nothing
         online.observe(FeatureRequest.of(row).order)
     for row in rest.head(5).iter_rows(named=True):
-        online.observe(FeatureRequest.of(row).order)  # twice is once
+        online.observe(FeatureRequest.of(row).order)  # observing twice has no effect
     wanted = expected(orders, OrderHistory(events=events, categories=categories))
     for row, want in zip(orders.iter_rows(named=True), wanted, strict=True):
         assert named(bits(online.features(FeatureRequest.of(row))), want) == {}
 
 
-def test_a_later_version_of_an_order_takes_its_place():
+def test_a_later_version_of_an_order_replaces_it():
     orders, events, categories = plain_history(200, seed=3)
     online = OnlineFeatures(OrderHistory(orders, events, categories))
     changed = orders.with_columns(amount=pl.col("amount") + 500, known_at=pl.col("placed_at") + timedelta(days=2))
@@ -89,15 +89,15 @@ def test_a_later_version_of_an_order_takes_its_place():
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.integers(0, 10_000), st.data())
-def test_what_is_forgotten_never_was(seed, data):
-    """Orders of the history and observed ones; others' versions of them, under other entities; events too."""
+def test_forgotten_orders_and_events_have_no_effect(seed, data):
+    """Orders of the history and observed ones, versions with other entities, and events."""
     orders, events, categories = plain_history(80, seed, days=60)
     events = events.unique(maintain_order=True)
     cut = data.draw(st.integers(0, orders.height))
     online = OnlineFeatures(OrderHistory(orders[:cut], events, categories))
     if data.draw(st.booleans()):
         for row in orders.iter_rows(named=True):
-            online.features(FeatureRequest.of(row))  # the lists are there already
+            online.features(FeatureRequest.of(row))  # build the lists first
     for row in orders[cut:].iter_rows(named=True):
         online.observe(FeatureRequest.of(row).order)
     other = dict(zip(orders["order_id"], orders.sample(fraction=1, shuffle=True, seed=seed).iter_rows(named=True), strict=True))
@@ -122,8 +122,8 @@ def test_what_is_forgotten_never_was(seed, data):
         assert named(bits(online.features(FeatureRequest.of(row))), want) == {}
 
 
-def test_a_customer_of_a_thousand_orders():
-    """The greatest ratios of long stretches, also after orders that came late or were forgotten."""
+def test_a_customer_with_a_thousand_orders():
+    """Greatest ratios over long ranges, also after orders that arrived late or were forgotten."""
     rows = [
         {"order_id": f"{n}", "placed_at": START + timedelta(minutes=7 * n), "amount": (n * 7919) % 5000, "customer": "user:1"}
         for n in range(1000)
@@ -139,14 +139,14 @@ def test_a_customer_of_a_thousand_orders():
         assert named(bits(online.features(FeatureRequest.of(row))), want) == {}
 
 
-def test_an_order_without_id_or_time_is_refused():
+def test_an_order_without_id_or_time_is_rejected():
     with pytest.raises(FeatureError, match="order_id"):
         FeatureRequest.of({"placed_at": START})
     with pytest.raises(FeatureError, match="placed_at"):
         FeatureRequest.of({"order_id": "1"})
 
 
-def test_moments_are_whole_microseconds():
+def test_times_are_integer_microseconds():
     late = START + timedelta(days=9000, microseconds=123_457)
     assert to_microseconds(late) == microseconds(pl.Series([late]))[0]
     row = FeatureRequest.of({"order_id": "1", "placed_at": late})

@@ -1,4 +1,4 @@
-"""silver.order_features follows its sources: any way of arriving gives the rows of a rebuild, at the cost of what moved."""
+"""silver.order_features: incremental runs equal a rebuild, and write only affected rows."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ ON_TABLES = {
 
 @settings(max_examples=2, **ON_TABLES)
 @given(st.lists(shops, min_size=2, max_size=2))
-def test_a_change_gives_the_rows_of_one_build(versions):
+def test_an_incremental_change_equals_a_single_build(versions):
     check_changes(versions)
 
 
@@ -80,12 +80,12 @@ def test_a_change_gives_the_rows_of_one_build(versions):
 @pytest.mark.timeout(1200)
 @settings(max_examples=15, **ON_TABLES)
 @given(st.lists(shops, min_size=1, max_size=3))
-def test_any_history_of_changes_gives_the_rows_of_one_build(versions):
+def test_any_history_of_changes_equals_a_single_build(versions):
     check_changes(versions)
 
 
 def check_changes(versions: list[Any]) -> None:
-    """Late orders, orders that change entity, person, amount or time, that vanish; late and withdrawn reports; events."""
+    """Late orders, changed entities, persons, amounts and times, deleted orders, late and withdrawn reports, events."""
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as many:
         whole, changing = make_engine(Path(one)), make_engine(Path(many))
         write(whole, *versions[-1])
@@ -97,12 +97,12 @@ def check_changes(versions: list[Any]) -> None:
         assert {report.status for report in refresh(changing)} == {"unchanged"}
         refresh(changing, rebuild=True)
         assert digests(changing) == digests(whole)
-        # the engine's own rebuild knows nothing of the build by entity
+        # the engine's own rebuild does not use the full build
         changing.refresh(STEP, rebuild=True)
         assert digests(changing) == digests(whole)
 
 
-def test_the_table_holds_what_compute_gives(tmp_path):
+def test_table_equals_compute(tmp_path):
     engine = make_engine(tmp_path)
     orders = {
         n: {
@@ -129,7 +129,7 @@ def test_the_table_holds_what_compute_gives(tmp_path):
     assert expected["category_ratio"].null_count() < 59
 
 
-def test_work_follows_what_moved(tmp_path):
+def test_only_affected_rows_are_written(tmp_path):
     engine = make_engine(tmp_path)
     orders = {
         n: {
@@ -153,9 +153,9 @@ def test_work_follows_what_moved(tmp_path):
     changed = [order | {"reported_at": shop_history.START} if order["number"] == 250 else order for order in kept]
     put_shop(engine, changed)
     reports = {report.table: report for report in refresh(engine)}
-    assert reports["silver.order_entities"].rows_written == 2  # the row, and the tombstone of what it was
+    assert reports["silver.order_entities"].rows_written == 2  # the row, and the tombstone of its old version
     assert 0 < reports["silver.order_features"].rows_written <= 5
-    # a new order at the end moves no other
+    # a new order at the end affects no other
     put_shop(engine, [*changed, made_order(600, 40_000, user=3, card=3, device=3, amount="5.00", person=3, reported=None)])
     assert {report.table: report.rows_written for report in refresh(engine)}["silver.order_features"] == 1
 
@@ -166,7 +166,7 @@ def test_cents_are_rounded_half_even():
     assert got == [100, 102, 101, -100, -101, 1234567890124, None]
 
 
-def test_a_return_line_is_not_known_when_the_order_is_placed():
+def test_return_lines_do_not_affect_the_category():
     items = pl.DataFrame(
         {
             "order_id": ["1"] * 3,
@@ -181,7 +181,7 @@ def test_a_return_line_is_not_known_when_the_order_is_placed():
 
 
 @pytest.mark.slow
-def test_on_ray_the_build_is_the_same(tmp_path):
+def test_build_on_ray_equals_the_inline_build(tmp_path):
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     orders = {
         n: {

@@ -1,4 +1,4 @@
-"""The plain script that the build is measured against computes the same features: a second opinion on all of them."""
+"""The plain script of the benchmark computes the same features: an independent check of all of them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from plain_features import features as plain_features
 
 
 @pytest.mark.parametrize("seed", [4, 5])
-def test_every_feature_is_what_the_plain_script_computes(seed):
+def test_every_feature_equals_that_of_the_plain_script(seed):
     orders, events, _ = plain_history(2000, seed, days=200)
-    # the script does not tell orders of one moment apart, and takes reports as they are
+    # the script does not order simultaneous orders, and uses report times as they are
     orders = orders.sort("placed_at", "order_id").with_columns(
         placed_at=pl.col("placed_at") + pl.duration(microseconds=pl.int_range(pl.len())),
         known_at=pl.when(pl.col("known_at").is_not_null()).then(
@@ -41,5 +41,5 @@ def test_every_feature_is_what_the_plain_script_computes(seed):
 
 
 def close(left: pl.Series, right: pl.Series) -> bool:
-    """Equal up to the last digits, and null in the same places."""
+    """Return whether series are equal up to the last digits, with nulls in the same rows."""
     return bool((left.is_null() == right.is_null()).all()) and bool(((left - right).abs() <= 1e-9 * (1 + left.abs())).all())

@@ -31,7 +31,7 @@ TEST = split(orders(2500))[2]
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # where MLflow would put what we forgot to tell it to put elsewhere
+    # MLflow writes to the working directory by default
     monkeypatch.chdir(tmp_path)
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
         monkeypatch.delenv(name, raising=False)
@@ -39,7 +39,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("mlflow home")  # with a space, as people have them
+    return tmp_path_factory.mktemp("mlflow home")  # with a space, as in real home directories
 
 
 @pytest.fixture
@@ -53,12 +53,12 @@ def registry(home: Path, request: pytest.FixtureRequest) -> Registry:
 def training() -> TrainingRecord:
     train, validation, test = split(orders(2500))
     model = fit_in_process(train, validation, FEATURES, TrainingSettings(rounds=30))
-    asked = ThresholdSettings()
-    threshold = choose_threshold(validation, model.score(validation), asked)
+    thresholds = ThresholdSettings()
+    threshold = choose_threshold(validation, model.score(validation), thresholds)
     return TrainingRecord(
         model=model,
         features=FEATURES,
-        evaluation=evaluate(test, model.score(test), asked, threshold),
+        evaluation=evaluate(test, model.score(test), thresholds, threshold),
         example=test.head(5),
         snapshots={"silver.orders_unified": 7_001, "silver.chargebacks": 7_002},
         seed=7,
@@ -77,7 +77,7 @@ def training() -> TrainingRecord:
     )
 
 
-def test_a_training_is_remembered_whole(registry: Registry, training: TrainingRecord, tmp_path: Path) -> None:
+def test_a_training_is_recorded_completely(registry: Registry, training: TrainingRecord, tmp_path: Path) -> None:
     version = registry.record(training)
     assert (version.number, version.aliases) == (1, ("challenger",))
     assert version.threshold == training.evaluation.threshold
@@ -96,17 +96,17 @@ def test_a_training_is_remembered_whole(registry: Registry, training: TrainingRe
     )
     nested = registry.client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{version.run_id}'")
     assert {child.info.run_name for child in nested} == {"trial-0", "trial-1"}
-    assert list(tmp_path.iterdir()) == []  # nothing of MLflow's own default place
+    assert list(tmp_path.iterdir()) == []  # nothing in MLflow's default directory
 
 
-def test_a_model_comes_back_bit_by_bit(registry: Registry, training: TrainingRecord) -> None:
+def test_a_loaded_model_is_bit_identical(registry: Registry, training: TrainingRecord) -> None:
     registry.record(training)
     loaded = registry.load("challenger")
     assert loaded.model == training.model
     assert loaded.threshold == training.evaluation.threshold
     assert loaded.reference == training.reference
     assert loaded.label_delay == timedelta(days=12, hours=6)
-    assert loaded.features[0]["doc"] == "A made-up feature."
+    assert loaded.features[0]["doc"] == "A synthetic feature."
     assert loaded.model.score(TEST).tolist() == training.model.score(TEST).tolist()
 
 
@@ -124,7 +124,7 @@ def test_the_model_loads_without_this_project(registry: Registry, training: Trai
         "assert not any(name.split('.')[0] in ('ml', 'lakehouse') for name in sys.modules)\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    told = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", script],
         cwd=tmp_path,
         env={**environment, "MLFLOW_TRACKING_URI": registry.uri},
@@ -132,8 +132,8 @@ def test_the_model_loads_without_this_project(registry: Registry, training: Trai
         text=True,
         timeout=120,
     )
-    assert told.returncode == 0, told.stderr
-    scores = [float(score) for score in told.stdout.split()]
+    assert process.returncode == 0, process.stderr
+    scores = [float(score) for score in process.stdout.split()]
     assert scores == pytest.approx(training.model.score(training.example).tolist())
 
 
@@ -153,14 +153,14 @@ def test_promotion_and_rollback(registry: Registry, training: TrainingRecord) ->
     registry.promote("challenger")
     assert registry.challenger() is None
     assert registry.champion_number() == 3
-    registry.promote(3)  # again: still replaced version 1
+    registry.promote(3)  # promoting it again keeps the tag of the replaced version
     assert registry.rollback().number == 1
     assert [(version.number, version.aliases) for version in registry.versions()] == [(3, ()), (2, ()), (1, ("champion",))]
     with pytest.raises(RegistryError, match=r"no version '9'.*There are: 3, 2, 1 \(champion\)"):
         registry.promote(9)
 
 
-def test_the_environment_is_left_as_it_was(registry: Registry, training: TrainingRecord) -> None:
+def test_environment_variables_are_restored(registry: Registry, training: TrainingRecord) -> None:
     before = dict(os.environ)
     registry.record(training)
     registry.load(1)
@@ -169,7 +169,7 @@ def test_the_environment_is_left_as_it_was(registry: Registry, training: Trainin
 
 
 @pytest.mark.parametrize("failing", ["log_inputs", "log_artifacts", "create_model_version", "set_registered_model_alias"])
-def test_a_failure_leaves_no_version_and_moves_no_alias(
+def test_a_failure_leaves_versions_and_aliases_unchanged(
     registry: Registry, training: TrainingRecord, failing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = [(version.number, version.aliases) for version in registry.versions()]
@@ -189,7 +189,7 @@ def test_a_failure_leaves_no_version_and_moves_no_alias(
     assert newest.info.status == "FAILED"
 
 
-def test_stored_bytes_are_checked(registry: Registry, training: TrainingRecord, home: Path) -> None:
+def test_corrupted_bytes_are_detected(registry: Registry, training: TrainingRecord, home: Path) -> None:
     registry.record(training)
     source = registry.client.get_logged_model(registry.client.get_model_version(registry.name, "1").source.rpartition("/")[2])
     stored = Path(source.artifact_location.removeprefix("file://").replace("%20", " ")) / "model.ubj"
@@ -198,16 +198,16 @@ def test_stored_bytes_are_checked(registry: Registry, training: TrainingRecord, 
         registry.load(1)
 
 
-def test_a_server_that_is_down_is_told_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_server_is_reported_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ml.registry.connection.time.sleep", lambda _: None)
-    begun = time.monotonic()
-    with pytest.raises(RegistryError, match=r"http://someone@127.0.0.1:\d+ cannot be reached.*Nothing was trained") as told:
+    started = time.monotonic()
+    with pytest.raises(RegistryError, match=r"http://someone@127.0.0.1:\d+ cannot be reached.*Nothing was trained") as raised:
         Registry(f"http://someone:secret@127.0.0.1:{free_port()}").check()
-    assert time.monotonic() - begun < 20
-    assert "secret" not in str(told.value)
+    assert time.monotonic() - started < 20
+    assert "secret" not in str(raised.value)
 
 
-def test_the_environment_names_the_server(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+def test_server_address_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     assert Registry(home=home).command == f"mlflow ui --backend-store-uri 'sqlite:///{home}/mlflow/mlflow.db'"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
     assert Registry(home=home).uri == "http://mlflow.example:5000"
@@ -224,7 +224,7 @@ def test_code_version_follows_the_sources(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_tracking_server_that_goes_away(training: TrainingRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracking_server_that_stops(training: TrainingRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with mlflow_server(tmp_path) as server:
         registry = Registry(server.address)
         registry.check()
@@ -245,6 +245,6 @@ def test_a_tracking_server_that_goes_away(training: TrainingRecord, tmp_path: Pa
             registry.versions()
 
 
-def test_frames_of_the_world_have_what_training_needs() -> None:
+def test_synthetic_frames_have_the_columns_of_training() -> None:
     assert {"label", "placed_at", "order_id", "amount", "channel", "customer"} <= set(TEST.columns)
     assert TEST.schema["label"] == pl.Int8

@@ -1,4 +1,4 @@
-"""ServedScores scores beside the lakehouse's: what is equal, what is not, and why."""
+"""Served scores compared with the lakehouse: equal values, differences and their causes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ml.evaluation.served_scores import CAUSES, LATE, ServedScores, compare_serv
 
 
 class Model:
-    """Scores half of the first feature."""
+    """A model that scores half of its first feature."""
 
     features = ("amount", "channel")
 
@@ -27,7 +27,7 @@ class Champion:
         number = 3
 
 
-def told(amount: float | None, channel: str, *, version: int = 3, **order: Any) -> dict[str, Any]:
+def served(amount: float | None, channel: str, *, version: int = 3, **order: Any) -> dict[str, Any]:
     return {
         "order": {"amount": 1, "person": "p", **order},
         "features": {"amount": amount, "channel": channel},
@@ -48,8 +48,8 @@ def compared(scores: dict[str, Any], now: pl.DataFrame, of: pl.DataFrame) -> Ser
     return compare_served(scores, 0, now, of, Champion())  # type: ignore[arg-type]
 
 
-def test_equal_ones_are_equal_and_unknown_ones_are_not_compared() -> None:
-    scores = {"a": told(0.5, "web"), "b": told(None, "pos"), "gone": told(0.1, "web"), "old": told(0.2, "web", version=2)}
+def test_equal_features_are_counted_and_unknown_orders_skipped() -> None:
+    scores = {"a": served(0.5, "web"), "b": served(None, "pos"), "gone": served(0.1, "web"), "old": served(0.2, "web", version=2)}
     found = compared(scores, offline(a=(0.5 + 5e-7, "web"), b=(None, "pos"), old=(0.2, "web")), entities("a", "b", "old"))
     assert (found.scored, found.known, found.equal, found.rescored, found.same_score) == (4, 3, 3, 2, 2)
     assert found.largest == pytest.approx(2.5e-7)
@@ -59,8 +59,8 @@ def test_equal_ones_are_equal_and_unknown_ones_are_not_compared() -> None:
 @pytest.mark.parametrize(
     ("changed", "cause"), [({}, LATE), ({"amount": 2}, CAUSES["amount"]), ({"person": "q"}, CAUSES["person"])]
 )
-def test_a_difference_has_its_size_and_its_cause(changed: dict[str, Any], cause: str) -> None:
-    scores = {one: told(0.5, "web") for one in "abc"}
+def test_a_difference_has_size_and_cause(changed: dict[str, Any], cause: str) -> None:
+    scores = {one: served(0.5, "web") for one in "abc"}
     now = offline(a=(0.75, "web"), b=(0.5, "pos"), c=(None, "web"))
     found = compared(scores, now, entities(*"abc", **changed))
     assert found.equal == 0
@@ -71,5 +71,5 @@ def test_a_difference_has_its_size_and_its_cause(changed: dict[str, Any], cause:
     ]
 
 
-def test_nothing_served_is_said() -> None:
+def test_no_served_scores_are_explained() -> None:
     assert "SHOPSPHERE_KAFKA__TOPICS=events,fraud_scores" in ServedScores().in_words

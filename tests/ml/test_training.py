@@ -1,4 +1,4 @@
-"""Training: the same bytes for the same data, whatever happened on the way."""
+"""Training: equal data have equal bytes, whatever the interruptions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def parts() -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
     return split(orders(4000))
 
 
-def test_the_same_orders_in_any_order_give_the_same_bytes(parts: tuple[pl.DataFrame, ...]) -> None:
+def test_bytes_do_not_depend_on_the_order_of_rows(parts: tuple[pl.DataFrame, ...]) -> None:
     train, validation, test = parts
     model = fit_in_process(train, validation, FEATURES, QUICK)
     again = fit_in_process(train.sample(fraction=1, shuffle=True, seed=5), validation.reverse(), FEATURES, QUICK)
@@ -48,7 +48,7 @@ def test_the_same_orders_in_any_order_give_the_same_bytes(parts: tuple[pl.DataFr
 
 
 @pytest.mark.parametrize("stopped_after", [0, 1])
-def test_a_resumed_training_ends_with_the_same_bytes(parts: tuple[pl.DataFrame, ...], stopped_after: int, tmp_path: Path) -> None:
+def test_a_resumed_training_has_the_same_bytes(parts: tuple[pl.DataFrame, ...], stopped_after: int, tmp_path: Path) -> None:
     train, validation, _ = parts
     data = encode_data(train, validation, FEATURES)
     steps = list(boost(data, QUICK.xgboost(), 60, 0, TrainingProgress.none(), 20))
@@ -57,13 +57,13 @@ def test_a_resumed_training_ends_with_the_same_bytes(parts: tuple[pl.DataFrame, 
     assert last(boost(data, QUICK.xgboost(), 60, 0, TrainingProgress.read(tmp_path), 20)) == steps[-1]
 
 
-def test_a_finished_training_is_not_trained_on(parts: tuple[pl.DataFrame, ...]) -> None:
+def test_a_completed_training_is_not_continued(parts: tuple[pl.DataFrame, ...]) -> None:
     data = encode_data(parts[0], parts[1], FEATURES)
     done = last(boost(data, QUICK.xgboost(), 20, 0, TrainingProgress.none(), 20))
     assert list(boost(data, QUICK.xgboost(), 60, 0, done, 20)) == [done]
 
 
-def test_training_stops_at_the_best_round_and_keeps_no_more(parts: tuple[pl.DataFrame, ...]) -> None:
+def test_training_stops_early_and_keeps_the_best_rounds(parts: tuple[pl.DataFrame, ...]) -> None:
     train, validation, _ = parts
     model = fit_in_process(train, validation, FEATURES, replace(QUICK, rounds=300, patience=15).with_parameters(eta=0.3))
     assert model.rounds == model.best_iteration + 1 + 15
@@ -72,12 +72,12 @@ def test_training_stops_at_the_best_round_and_keeps_no_more(parts: tuple[pl.Data
     assert calibration_error(label, score) < 0.03
 
 
-def test_without_validation_orders_all_rounds_count(parts: tuple[pl.DataFrame, ...]) -> None:
+def test_without_validation_orders_all_rounds_are_used(parts: tuple[pl.DataFrame, ...]) -> None:
     model = fit_in_process(parts[0], None, FEATURES, replace(QUICK, rounds=15))
     assert (model.rounds, model.best_iteration, model.validation_score) == (15, 14, None)
 
 
-def test_one_order_scores_as_it_does_among_many(parts: tuple[pl.DataFrame, ...]) -> None:
+def test_a_single_order_scores_as_in_a_batch(parts: tuple[pl.DataFrame, ...]) -> None:
     train, validation, test = parts
     model = pickle.loads(pickle.dumps(fit_in_process(train, validation, FEATURES, QUICK)))
     together = model.score(test)
@@ -94,15 +94,15 @@ def test_contributions_add_up_to_the_score(parts: tuple[pl.DataFrame, ...]) -> N
     assert 1 / (1 + np.exp(-effects.sum(axis=1))) == pytest.approx(model.score(test), abs=1e-4)
 
 
-def test_columns_are_made_as_declared() -> None:
+def test_columns_are_encoded_as_declared() -> None:
     frame = pl.DataFrame({"n": [1, None], "f": [True, False], "c": ["b", None]})
-    made = encode(frame, ("c", "n", "f"), ("c", "q", "q"), {"c": ("a", "b")})
-    assert made.dtype == np.float32
-    assert made[0].tolist() == [1.0, 1.0, 1.0]
-    assert np.isnan(made[1]).tolist() == [True, True, False]
+    encoded = encode(frame, ("c", "n", "f"), ("c", "q", "q"), {"c": ("a", "b")})
+    assert encoded.dtype == np.float32
+    assert encoded[0].tolist() == [1.0, 1.0, 1.0]
+    assert np.isnan(encoded[1]).tolist() == [True, True, False]
 
 
-def test_wrong_data_is_named(parts: tuple[pl.DataFrame, ...]) -> None:
+def test_invalid_data_is_an_error(parts: tuple[pl.DataFrame, ...]) -> None:
     train, validation, _ = parts
     with pytest.raises(TrainingError, match="the features amount_ratio, noise, which the orders lack"):
         fit_in_process(train.drop("amount_ratio", "noise"), None, FEATURES, QUICK)
@@ -120,8 +120,8 @@ def test_wrong_data_is_named(parts: tuple[pl.DataFrame, ...]) -> None:
         TrainingSettings(rounds=0)
 
 
-def test_an_order_that_counts_twice_is_two_orders(parts: tuple[pl.DataFrame, ...]) -> None:
-    # no sampling, and bins that hold every value: only the sums of the histograms are left to differ
+def test_weight_two_equals_a_duplicated_order(parts: tuple[pl.DataFrame, ...]) -> None:
+    # no sampling, and one bin per value: only the sums of the histograms can differ
     exact = {"subsample": 1.0, "colsample_bytree": 1.0, "max_bin": 4096}
     settings = TrainingSettings(rounds=5, patience=0).with_parameters(**exact)
     plain = parts[0].drop("placed_at", "order_id", strict=False)
@@ -135,14 +135,14 @@ def test_an_order_that_counts_twice_is_two_orders(parts: tuple[pl.DataFrame, ...
     assert encode_data(weighted, None, FEATURES).digest() != encode_data(plain, None, FEATURES).digest()
 
 
-def test_weights_are_positive(parts: tuple[pl.DataFrame, ...]) -> None:
+def test_weights_must_be_positive(parts: tuple[pl.DataFrame, ...]) -> None:
     for wrong in (0.0, -1.0, None, float("nan"), float("inf")):
         frame = parts[0].with_columns(weight=pl.Series([wrong] + [1.0] * (len(parts[0]) - 1), dtype=pl.Float64))
         with pytest.raises(TrainingError, match="weight"):
             encode_data(frame, None, FEATURES)
 
 
-def test_stripes_hold_every_order_once(parts: tuple[pl.DataFrame, ...]) -> None:
+def test_stripes_contain_every_order_once(parts: tuple[pl.DataFrame, ...]) -> None:
     data = encode_data(parts[0], parts[1], FEATURES)
     stripes = [data.stripe(number, 3) for number in range(3)]
     assert sum(len(stripe.label) for stripe in stripes) == len(data.label)
@@ -176,7 +176,7 @@ def test_trials_depend_on_seed_and_number_only() -> None:
     assert parameters_of(3, SearchSettings(), base)["max_bin"] == 1024
 
 
-def test_no_trials_is_no_search(parts: tuple[pl.DataFrame, ...]) -> None:
+def test_zero_trials_disable_the_search(parts: tuple[pl.DataFrame, ...]) -> None:
     found = search(parts[0], FEATURES, SearchSettings(trials=0), QUICK)
     assert (dict(found.best), found.rounds, found.trials) == (dict(QUICK.parameters), 0, ())
 
@@ -192,7 +192,7 @@ def pool() -> Iterator[TaskPool]:
 
 
 @pytest.mark.slow
-def test_ray_train_gives_the_bytes_of_this_process(parts: tuple[pl.DataFrame, ...], pool: TaskPool, tmp_path: Path) -> None:
+def test_ray_train_has_the_same_bytes_as_this_process(parts: tuple[pl.DataFrame, ...], pool: TaskPool, tmp_path: Path) -> None:
     train, validation, _ = parts
     model = fit(train, validation, FEATURES, replace(QUICK, storage=Storage.on_disk(tmp_path)), pool=pool)
     assert model == fit_in_process(train, validation, FEATURES, QUICK)
@@ -203,10 +203,10 @@ def test_ray_train_gives_the_bytes_of_this_process(parts: tuple[pl.DataFrame, ..
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_worker_killed_half_way_changes_nothing(pool: TaskPool, tmp_path: Path) -> None:
+def test_a_killed_worker_does_not_change_the_model(pool: TaskPool, tmp_path: Path) -> None:
     train, validation, _ = split(orders(60_000))
-    asked = TrainingSettings(rounds=300, patience=0, report_every=30, workers=2, storage=Storage.on_disk(tmp_path), keep=True)
-    undisturbed = fit(train, validation, FEATURES, replace(asked, storage=Storage.on_disk(tmp_path / "one")), pool=pool)
+    settings = TrainingSettings(rounds=300, patience=0, report_every=30, workers=2, storage=Storage.on_disk(tmp_path), keep=True)
+    undisturbed = fit(train, validation, FEATURES, replace(settings, storage=Storage.on_disk(tmp_path / "one")), pool=pool)
     killed: list[int] = []
 
     def kill_one() -> None:
@@ -221,7 +221,7 @@ def test_a_worker_killed_half_way_changes_nothing(pool: TaskPool, tmp_path: Path
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    disturbed = fit(train, validation, FEATURES, replace(asked, storage=Storage.on_disk(tmp_path / "two")), pool=pool)
+    disturbed = fit(train, validation, FEATURES, replace(settings, storage=Storage.on_disk(tmp_path / "two")), pool=pool)
     killer.join()
     assert killed
     assert disturbed == undisturbed
@@ -237,10 +237,10 @@ def _is_trainer(process: psutil.Process) -> bool:
 
 
 @pytest.mark.slow
-def test_a_search_finds_the_same_again(parts: tuple[pl.DataFrame, ...], pool: TaskPool, tmp_path: Path) -> None:
-    asked = SearchSettings(trials=3, folds=2, delay=timedelta(days=2))
+def test_a_repeated_search_has_the_same_result(parts: tuple[pl.DataFrame, ...], pool: TaskPool, tmp_path: Path) -> None:
+    settings = SearchSettings(trials=3, folds=2, delay=timedelta(days=2))
     found = [
-        search(pl.concat(parts[:2]), FEATURES, asked, replace(QUICK, rounds=20, storage=Storage.on_disk(tmp_path)), pool=pool)
+        search(pl.concat(parts[:2]), FEATURES, settings, replace(QUICK, rounds=20, storage=Storage.on_disk(tmp_path)), pool=pool)
         for _ in range(2)
     ]
     assert [trial.number for trial in found[0].trials] == [0, 1, 2]

@@ -1,4 +1,4 @@
-"""Labels are those known at the cut-off, and time separates what is learned from what is judged."""
+"""Training sets: labels as of the cut-off, and splits separated in time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DELAY = timedelta(days=10)
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """300 orders, three a day; every tenth is reported after 2 days, every 25th after 30."""
+    """300 orders, three a day; every tenth is reported after 2 days, every 25th after 30 days."""
     made = make_engine(Path(tmp_path_factory.mktemp("shop")))
     orders = [
         made_order(
@@ -47,7 +47,7 @@ def moment(days: float) -> datetime:
     return START + timedelta(days=days)
 
 
-def test_a_delay_lies_between_all_splits(engine):
+def test_splits_are_separated_by_the_delay(engine):
     data = training_set(engine.lake, engine.pool, moment(100), SplitSettings(test=0.25, validation=0.15, delay=DELAY))
     assert data.test["placed_at"].max() <= moment(100) - DELAY
     assert data.known["placed_at"].max() < data.test["placed_at"].min() - DELAY
@@ -67,7 +67,7 @@ def test_a_delay_lies_between_all_splits(engine):
     assert data.train.columns == ["order_id", "placed_at", "customer", *FEATURE_NAMES, "label"]
 
 
-def test_a_label_is_what_was_known(engine):
+def test_labels_are_those_known_at_the_cutoff(engine):
     features, entities = engine.lake.load(ORDER_FEATURES), engine.lake.load(ORDER_ENTITIES)
 
     def labels(cutoff: datetime) -> dict[str, int]:
@@ -78,7 +78,7 @@ def test_a_label_is_what_was_known(engine):
     # order 90 was placed on day 30 and reported on day 32, order 76 on day 25.3 and reported on day 55.3
     assert [labels(moment(day))["90"] for day in (31, 32, 33)] == [0, 1, 1]
     assert [labels(moment(day))["76"] for day in (55, 56)] == [0, 1]
-    # what a model learned from when the test window began knows nothing of what was reported since
+    # training labels exclude frauds reported after the test window began
     data = training_set(engine.lake, engine.pool, moment(100), SplitSettings(test=0.25, validation=0.15, delay=DELAY))
     began = data.test["placed_at"].min()
     reports = entities.read(["order_id", "known_at"], pl.col("known_at") <= began)["order_id"]
@@ -86,11 +86,11 @@ def test_a_label_is_what_was_known(engine):
     assert set(frauds) == set(data.known["order_id"]) & set(reports)
 
 
-def test_the_newest_moment_is_that_of_a_report_or_an_order(engine):
+def test_newest_moment_is_a_report_or_an_order(engine):
     assert newest_moment(engine.lake.load(ORDER_ENTITIES)) == max(moment(290 / 3 + 2), moment(276 / 3 + 30), moment(299 / 3))
 
 
-def test_too_little_history_is_an_error_with_a_way_out(engine, tmp_path):
+def test_too_little_history_is_an_error_with_a_remedy(engine, tmp_path):
     with pytest.raises(TrainingSetError, match="Wait for more orders"):
         training_set(engine.lake, engine.pool, moment(100), SplitSettings(delay=timedelta(days=45)))
     with pytest.raises(TrainingSetError, match="app run"):

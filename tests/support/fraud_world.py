@@ -1,4 +1,4 @@
-"""Made-up orders with features of every kind and frauds that depend on them, for tests of training and the gate."""
+"""Synthetic orders with features of every type and frauds that depend on them, for tests of training and the gate."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ CHANNELS = ("web", "pos", "marketplace")
 
 @dataclass(frozen=True)
 class PlainFeature:
-    """The least that training needs of a feature."""
+    """The minimal feature that training accepts."""
 
     name: str
     type: str
     categories: tuple[str, ...] = ()
     window: str = ""
-    doc: str = "A made-up feature."
+    doc: str = "A synthetic feature."
 
 
 FEATURES = (
@@ -32,7 +32,7 @@ FEATURES = (
 
 
 def orders(count: int, *, seed: int = 1, start: datetime = datetime(2026, 1, 1, tzinfo=UTC), days: int = 30) -> pl.DataFrame:
-    """`count` orders spread over `days`; about 4% are frauds."""
+    """Return `count` orders spread over `days`; about 4% are frauds."""
     random = np.random.default_rng(seed)
     ratio = random.lognormal(0, 0.7, count)
     hourly = random.poisson(0.4, count)
@@ -60,7 +60,7 @@ def orders(count: int, *, seed: int = 1, start: datetime = datetime(2026, 1, 1, 
 
 
 def split(frame: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    """(train, validation, test) by time."""
+    """Return (train, validation, test), split by time."""
     ordered = frame.sort("placed_at", "order_id")
     first, second = int(len(ordered) * 0.6), int(len(ordered) * 0.8)
     return ordered[:first], ordered[first:second], ordered[second:]

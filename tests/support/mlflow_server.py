@@ -1,4 +1,4 @@
-"""An MLflow tracking server of a test's own."""
+"""A private MLflow tracking server for tests."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from support.waiting import free_port, wait_for
 
 @dataclass(frozen=True)
 class Server:
-    """A server that runs in a session of its own, so that its workers end with it."""
+    """A server that runs in a session of its own, so that its workers stop with it."""
 
     process: subprocess.Popen[bytes]
     address: str
 
     def stop(self) -> None:
-        """End it."""
+        """Stop the server."""
         for number in (15, 9):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
@@ -32,8 +32,8 @@ class Server:
                 return
 
     def answers(self, path: str) -> bool:
-        """Whether it answers, whatever it says. Raises AssertionError when it has ended."""
-        assert self.process.poll() is None, f"the server of {self.address} ended"
+        """Return whether it answers, with any status. Raises AssertionError when its process has exited."""
+        assert self.process.poll() is None, f"the server at {self.address} has exited"
         try:
             with urllib.request.urlopen(self.address + path, timeout=5):
                 return True
@@ -45,9 +45,9 @@ class Server:
 
 @contextlib.contextmanager
 def http_server(log: Path, address: str, path: str, *command: str) -> Iterator[Server]:
-    """A server that is started with a command, once it answers at a path."""
+    """Start a server with a command; yield it once it answers at a path."""
     with log.open("wb") as output:
-        # MLflow's own job queue is seven processes that nobody here has work for
+        # MLflow's job queue would start seven processes that the tests do not use
         environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         server = Server(subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, env=environment), address)
     try:
@@ -59,7 +59,7 @@ def http_server(log: Path, address: str, path: str, *command: str) -> Iterator[S
 
 @contextlib.contextmanager
 def mlflow_server(directory: Path, host: str = "127.0.0.1") -> Iterator[Server]:
-    """MLflow's server, its database and files in a directory."""
+    """Start MLflow's server with its database and files in a directory."""
     port, home = free_port(host), directory / "mlflow-server"
     home.mkdir()
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
