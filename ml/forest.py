@@ -145,7 +145,7 @@ def _probes(forest: Forest, model: FittedModel) -> Floats:
     return rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _FlatTree:
     left: Ints
     right: Ints
@@ -166,13 +166,13 @@ class _FlatTree:
         threshold = np.array(tree["split_conditions"], dtype=np.float32)
         sizes = zip(tree["categories_nodes"], tree["categories_segments"], tree["categories_sizes"], strict=True)
         return _FlatTree(
-            left,
-            right,
-            np.array(tree["split_indices"]),
-            threshold,
-            np.array(tree["default_left"], dtype=bool),
-            _expected(left, right, threshold, np.array(tree["sum_hessian"])),
-            {node: tree["categories"][start : start + size] for node, start, size in sizes},
+            left=left,
+            right=right,
+            column=np.array(tree["split_indices"]),
+            threshold=threshold,
+            missing=np.array(tree["default_left"], dtype=bool),
+            expected=_expected(left, right, threshold, np.array(tree["sum_hessian"])),
+            categories={node: tree["categories"][start : start + size] for node, start, size in sizes},
         )
 
     @property

@@ -29,7 +29,7 @@ MAX_DEVIATIONS = 5.0
 """Values of the logistic regression are clipped to this many standard deviations from the mean."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LeaderboardEntry:
     """A scoring of the newest labelled window, with its metrics."""
 
@@ -46,7 +46,13 @@ def leaderboard_entry(name: str, label: Array, score: Array, capacity: float, fr
     within = score >= capacity_threshold(score, capacity)
     recall = float(label[within].sum() / max(int(label.sum()), 1))
     truth = average_precision(fraud, score) if fraud is not None else None
-    return LeaderboardEntry(name, interval(label, score, average_precision), roc_auc(label, score), recall, truth)
+    return LeaderboardEntry(
+        name=name,
+        average_precision=interval(label, score, average_precision),
+        roc_auc=roc_auc(label, score),
+        recall_at_capacity=recall,
+        against_truth=truth,
+    )
 
 
 def baselines(train: pl.DataFrame, validation: pl.DataFrame, known: pl.DataFrame, test: pl.DataFrame) -> dict[str, Floats]:

@@ -58,7 +58,7 @@ class DriftSettings:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Distance:
     """Distance of a feature, or of the score, from its reference."""
 
@@ -89,7 +89,7 @@ class DriftWeek:
     """Whether the labels of all its orders are mature."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RealisedPrecision:
     """Precision among reviewed orders with mature labels, compared with the precision measured in training (`promised`)."""
 
@@ -108,7 +108,7 @@ class RealisedPrecision:
         return self.caught / self.reviewed if self.reviewed else float("nan")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Drift:
     """Result of a comparison of live orders with a reference."""
 
@@ -216,7 +216,15 @@ def distance(name: str, column: pl.Series, bins: Mapping[str, Any], settings: Dr
     state: State = "steady"
     if psi >= settings.moved and psi > chance:
         state = "drifted" if psi >= settings.drifted else "moved"
-    return Distance(name, psi, chance, state, bin_labels(bins), tuple(bins["shares"]), tuple(_shares(count)))
+    return Distance(
+        name=name,
+        psi=psi,
+        chance=chance,
+        state=state,
+        labels=bin_labels(bins),
+        reference=tuple(bins["shares"]),
+        live=tuple(_shares(count)),
+    )
 
 
 def psi_of(before: Array, now: Array) -> float:
@@ -262,12 +270,12 @@ def compare(
     assert isinstance(since, datetime)
     assert isinstance(until, datetime)
     return Drift(
-        since,
-        until,
-        live.height,
-        distance("score", pl.Series(score), reference["score"], settings),
-        tuple(sorted(found, key=lambda one: (-one.psi, one.name))),
-        realised,
+        since=since,
+        until=until,
+        orders=live.height,
+        score=distance("score", pl.Series(score), reference["score"], settings),
+        features=tuple(sorted(found, key=lambda one: (-one.psi, one.name))),
+        realised=realised,
     )
 
 
@@ -307,7 +315,7 @@ def realised_precision(
     state: State = "steady"
     if reviewed >= settings.min_reviewed and high < promised:
         state = "drifted"
-    return RealisedPrecision(weeks, reviewed, caught, promised, low, high, state)
+    return RealisedPrecision(weeks=weeks, reviewed=reviewed, caught=caught, promised=promised, low=low, high=high, state=state)
 
 
 def wilson(found: int, of: int) -> tuple[float, float]:

@@ -320,7 +320,9 @@ def admit(
     missing = [name for name in champion_model.features if name not in window.columns] if champion_model is not None else []
     verdict = judge(window, registry.load(version.number).model, None if missing else champion_model, settings, leak=leak)
     if missing and champion is not None:
-        text = f"version {champion.number} needs {', '.join(missing[:3])}, which orders no longer have: judged as a first model"
+        text = (
+            f"version {champion.number} needs {', '.join(missing[:3])}, which orders no longer have: evaluated as a first model"
+        )
         verdict = replace(verdict, checks=(Check("champion", True, text), *verdict.checks))
     registry.annotate(version.number, gate=verdict.summary()[:4000])
     if verdict.passed:

@@ -98,7 +98,7 @@ class HandbookMetrics:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HandbookWeek:
     """Metrics of one week."""
 
@@ -109,7 +109,7 @@ class HandbookWeek:
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HandbookResult:
     """Metrics of all weeks."""
 
@@ -265,7 +265,13 @@ def weeks(
         started = time.monotonic()
         train, test = training_rows(frame, start), test_rows(frame, start)
         found = week_metrics(test, fit(train, features))
-        yield HandbookWeek(start, train.height, test.height, found, time.monotonic() - started)
+        yield HandbookWeek(
+            start=start,
+            trained_on=train.height,
+            tested_on=test.height,
+            figures=found,
+            seconds=time.monotonic() - started,
+        )
 
 
 def run(
@@ -293,7 +299,8 @@ def run(
         done.append(week)
     windows = [test_rows(frame, start) for start in starts]
     spread = spread_of([(window["label"].to_numpy(), model.score(window)) for window, model in zip(windows, models, strict=True)])
-    return HandbookResult(tuple(done), seconds, spread, judge_week(orders, windows[-1], models[-1], starts[-1]))
+    verdict = judge_week(orders, windows[-1], models[-1], starts[-1])
+    return HandbookResult(weeks=tuple(done), feature_seconds=seconds, spread=spread, verdict=verdict)
 
 
 def spread_of(scored: Sequence[tuple[Array, Array]], rounds: int = 200, seed: int = 7) -> dict[str, tuple[float, float]]:

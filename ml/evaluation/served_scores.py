@@ -60,7 +60,7 @@ class ScoreDifference:
     cause: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ServedScores:
     """Result of comparing served scores with offline ones.
 
@@ -153,7 +153,16 @@ def compare_served(
         for name, ones in differing.items()
     ]
     found.sort(key=lambda one: (-one.orders, one.name))
-    return ServedScores(len(scores), unread, known.height, equal, rescored, same, largest, tuple(found))
+    return ServedScores(
+        scored=len(scores),
+        unread=unread,
+        known=known.height,
+        equal=equal,
+        rescored=rescored,
+        same_score=same,
+        largest=largest,
+        features=tuple(found),
+    )
 
 
 def distance(one: Any, other: Any) -> float | None:

@@ -58,7 +58,7 @@ DEMO = TrainSettings(search=SearchSettings(trials=2, seconds=600, folds=2), trai
 """A small search for a small dataset. It never reaches its time limit, so every run finds the same best trial."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingResult:
     """A recorded and judged model version, with its evaluation and cost."""
 
@@ -120,28 +120,9 @@ def train_on(
     with stage(progress, "training"):
         threshold, model = fit_with_threshold(data, found, options, engine)
     with stage(progress, "evaluation"):
-        score = model.score(data.test)
-        evaluation = evaluate(data.test, score, options.thresholds, threshold)
-        leaderboard, bound = compare_with_baselines(data, score, options, true_frauds)
+        candidate = evaluate_candidate(data, model, threshold, options, true_frauds)
     with stage(progress, "recording"):
-        record = TrainingRecord(
-            model=model,
-            features=FEATURES,
-            evaluation=evaluation,
-            example=data.test.head(EXAMPLE_ROWS),
-            snapshots=lineage(engine.lake),
-            seed=options.training.seed,
-            code_version=code_version(),
-            rows=data.rows,
-            pictures=pictures(data.test, score, threshold, model),
-            trials=found.trials,
-            parameters=recorded_parameters(data, options),
-            metrics=recorded_metrics(leaderboard, bound),
-            tables={"baselines.md": as_text(leaderboard, bound)},
-            reference=reference_of(data.test, score, FEATURES, evaluation.overall),
-            label_delay=delay,
-        )
-        version = registry.record(record)
+        version = registry.record(training_record(engine, data, found, candidate, options))
         discard(model)
     with stage(progress, "gate"):
         verdict = judge_version(engine, registry, version, data, options)
@@ -150,9 +131,9 @@ def train_on(
     worker_cpu = sum(result.worker_cpu_seconds for result in (*feature_results, *score_results))
     return TrainingResult(
         version=registry.version(version.number),
-        evaluation=evaluation,
-        leaderboard=leaderboard,
-        upper_bound=bound,
+        evaluation=candidate.evaluation,
+        leaderboard=candidate.leaderboard,
+        upper_bound=candidate.upper_bound,
         verdict=verdict,
         rows=data.rows,
         unlabelled=data.unlabelled,
@@ -178,6 +159,36 @@ def fit_with_threshold(
     return threshold, fit(data.known, None, FEATURES, replace(settings, rounds=max(rounds, 1), patience=0), pool=engine.pool)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A trained model, evaluated on the test window."""
+
+    model: FittedModel
+    threshold: float
+    score: np.ndarray[Any, Any]
+    """Scores of the test orders."""
+    evaluation: Evaluation
+    leaderboard: tuple[LeaderboardEntry, ...]
+    upper_bound: UpperBound | None
+
+
+def evaluate_candidate(
+    data: TrainingSet, model: FittedModel, threshold: float, options: TrainSettings, true_frauds: pl.Series | None
+) -> Candidate:
+    """Evaluate a model and the baselines on the test window."""
+    score = model.score(data.test)
+    evaluation = evaluate(data.test, score, options.thresholds, threshold)
+    leaderboard, bound = compare_with_baselines(data, score, options, true_frauds)
+    return Candidate(
+        model=model,
+        threshold=threshold,
+        score=score,
+        evaluation=evaluation,
+        leaderboard=leaderboard,
+        upper_bound=bound,
+    )
+
+
 def compare_with_baselines(
     data: TrainingSet, score: np.ndarray[Any, Any], options: TrainSettings, true_frauds: pl.Series | None
 ) -> tuple[tuple[LeaderboardEntry, ...], UpperBound | None]:
@@ -190,6 +201,30 @@ def compare_with_baselines(
     capacity = options.thresholds.capacity
     leaderboard = tuple(leaderboard_entry(name, label, values, capacity, fraud) for name, values in scores.items())
     return leaderboard, None if fraud is None else upper_bound(label, fraud)
+
+
+def training_record(
+    engine: Engine, data: TrainingSet, found: SearchResult, candidate: Candidate, options: TrainSettings
+) -> TrainingRecord:
+    """Return everything about a training that the registry records."""
+    model, score, evaluation = candidate.model, candidate.score, candidate.evaluation
+    return TrainingRecord(
+        model=model,
+        features=FEATURES,
+        evaluation=evaluation,
+        example=data.test.head(EXAMPLE_ROWS),
+        snapshots=lineage(engine.lake),
+        seed=options.training.seed,
+        code_version=code_version(),
+        rows=data.rows,
+        pictures=pictures(data.test, score, candidate.threshold, model),
+        trials=found.trials,
+        parameters=recorded_parameters(data, options),
+        metrics=recorded_metrics(candidate.leaderboard, candidate.upper_bound),
+        tables={"baselines.md": as_text(candidate.leaderboard, candidate.upper_bound)},
+        reference=reference_of(data.test, score, FEATURES, evaluation.overall),
+        label_delay=options.split.delay,
+    )
 
 
 def judge_version(engine: Engine, registry: Registry, version: Version, data: TrainingSet, options: TrainSettings) -> Verdict:

@@ -60,7 +60,7 @@ class SplitSettings:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingSet:
     """Frames sorted by time (COLUMNS and `label`, 1 for fraud), and their origin.
 
@@ -83,7 +83,7 @@ class TrainingSet:
         return {name: getattr(self, name).height for name in ("train", "validation", "known", "test")}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReadLabelledTask:
     """A task: some files of silver.order_features, and the selection of their orders.
 
@@ -112,7 +112,15 @@ def training_set(
     reports = entities.read(["order_id", "known_at"], pl.col("known_at") <= cutoff)
     train, validation, known, test = split(labelled, reports, settings)
     _check(labelled, {"training": train, "validation": validation, "test": test}, cutoff, settings)
-    return TrainingSet(train, validation, known, test, unlabelled.height, cutoff, snapshots(lake))
+    return TrainingSet(
+        train=train,
+        validation=validation,
+        known=known,
+        test=test,
+        unlabelled=unlabelled.height,
+        cutoff=cutoff,
+        snapshots=snapshots(lake),
+    )
 
 
 def split(
@@ -177,7 +185,13 @@ def labelled_orders(
     reports = entities.read(["order_id", "known_at"], pl.col("known_at") <= cutoff)
     files = features.files()
     tasks = [
-        ReadLabelledTask(UpstreamTable(ORDER_FEATURES, features.reader, group), since, until, reports, cutoff)
+        ReadLabelledTask(
+            upstream=UpstreamTable(ORDER_FEATURES, features.reader, group),
+            since=since,
+            until=until,
+            reports=reports,
+            cutoff=cutoff,
+        )
         for group in batch_files(files, pool.settings.rows_per_task)
     ]
     blocks = pool.extract(read_labelled, tasks, parallel=sum(file.rows for file in files) >= 4 * pool.settings.inline_rows)

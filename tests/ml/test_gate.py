@@ -202,5 +202,5 @@ def test_a_champion_with_removed_features_is_not_compared(
     without = WINDOW.drop(next(name for name in good.features if name not in weak.features))
     verdict = admit(registry, registry.record(_training(weak)), without, replace(SETTINGS, min_roc_auc=0.5), leak=no_leak)
     assert verdict.checks[0].name == "champion"
-    assert "version 1 needs amount_ratio, which orders no longer have: judged as a first model" in verdict.checks[0].text
+    assert "version 1 needs amount_ratio, which orders no longer have: evaluated as a first model" in verdict.checks[0].text
     assert "first model" in {check.name for check in verdict.checks}

@@ -125,7 +125,8 @@ def test_no_feature_is_the_label(tmp_path):
 
 def test_results_are_compared_on_all_three_metrics():
     def outcome(*figures: float) -> HandbookResult:
-        return HandbookResult((HandbookWeek(START, 1, 1, HandbookMetrics(*figures), 0.0),), 0.0, {}, Verdict((), None))
+        week = HandbookWeek(start=START, trained_on=1, tested_on=1, figures=HandbookMetrics(*figures), seconds=0.0)
+        return HandbookResult(weeks=(week,), feature_seconds=0.0, spread={}, verdict=Verdict((), None))
 
     assert outcome(0.885, 0.7616, 0.311).reaches_target
     assert outcome(0.8834, 0.77, 0.309).short_of_target == {"ROC AUC": 0.001, "card precision@100": 0.001}
