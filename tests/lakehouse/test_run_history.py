@@ -10,7 +10,8 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from support.sales_lake import NOW, SALES, SALES_STEP, TOTALS, TOTALS_STEP, receive, sales_engine
+from support.project import use_project
+from support.sales_lake import NOW, SALES, SALES_RECEIVED, SALES_STEP, TOTALS, TOTALS_STEP, receive, sales_engine
 
 from lakehouse.engine.engine import Engine
 from lakehouse.engine.step_result import StepResult
@@ -20,9 +21,12 @@ from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.maintenance import maintain
 from lakehouse.iceberg.reader import File, FileReader
 from lakehouse.iceberg.table_handle import TableHandle
+from lakehouse.project import Project
 from lakehouse.query import query
 from lakehouse.run_history import OPERATIONS, RESULTS, RUNS, RunHistory, RunRecord, delete_old_days, last_results, past_runs
+from lakehouse.step import Step
 from lakehouse.table import Table
+from pipelines.silver.quarantine import QUARANTINE
 
 
 @pytest.fixture
@@ -40,6 +44,11 @@ def noted(engine: Engine, history: RunHistory | None = None, *more: ShopSphereEr
             errors.append(error)
     (history or RunHistory(engine.lake)).note(engine, one, reports, errors)
     return one
+
+
+def sales_project(steps: tuple[Step, ...]) -> Project:
+    """Return a project of the sales tables, without sources."""
+    return Project(sources=lambda settings: (), source_tables=(SALES_RECEIVED,), steps=steps, quarantine=QUARANTINE)
 
 
 def counts(engine: Engine) -> tuple[int, int]:
@@ -119,7 +128,6 @@ def test_old_days_are_dropped_and_young_ones_stay(engine):
     ],
 )
 def test_a_run_that_ends_early_is_noted_with_what_it_had_done(tmp_path, monkeypatch, capsys, error, told, code):
-    import pipelines
     from app.cli.main import main
 
     def transform(frames: object, context: object) -> None:
@@ -128,7 +136,7 @@ def test_a_run_that_ends_early_is_noted_with_what_it_had_done(tmp_path, monkeypa
     monkeypatch.setenv("SHOPSPHERE_HOME", str(tmp_path))
     for source in ("POSTGRES", "MONGO", "KAFKA"):
         monkeypatch.setenv(f"SHOPSPHERE_{source}__ENABLED", "false")
-    monkeypatch.setattr(pipelines, "STEPS", (SALES_STEP, replace(TOTALS_STEP, transform=transform)))
+    use_project(monkeypatch, sales_project((SALES_STEP, replace(TOTALS_STEP, transform=transform))))
     receive(sales_engine(tmp_path), (1, "north", 10))
     assert main(["run"]) == code
     capsys.readouterr()
@@ -168,13 +176,12 @@ def test_old_days_go_while_a_run_notes_its_own(engine, monkeypatch, after):
 
 
 def test_a_run_and_its_history_count_the_same_tables(tmp_path, monkeypatch, capsys):
-    import pipelines
     from app.cli.main import main
 
     monkeypatch.setenv("SHOPSPHERE_HOME", str(tmp_path))
     for source in ("POSTGRES", "MONGO", "KAFKA"):
         monkeypatch.setenv(f"SHOPSPHERE_{source}__ENABLED", "false")
-    monkeypatch.setattr(pipelines, "STEPS", (SALES_STEP, TOTALS_STEP))
+    use_project(monkeypatch, sales_project((SALES_STEP, TOTALS_STEP)))
     engine = sales_engine(tmp_path)
     receive(engine, (1, "north", 10))
     assert main(["run"]) == 0
@@ -203,15 +210,13 @@ def test_the_newest_runs_are_shown_without_a_look_at_older_days(engine, monkeypa
 
 
 def test_a_build_published_by_hand_is_noted_as_what_readers_have(tmp_path, monkeypatch, capsys):
-    import pipelines
     from app.cli.main import main
     from lakehouse import status as tables_status
 
     monkeypatch.setenv("SHOPSPHERE_HOME", str(tmp_path))
     for source in ("POSTGRES", "MONGO", "KAFKA"):
         monkeypatch.setenv(f"SHOPSPHERE_{source}__ENABLED", "false")
-    monkeypatch.setattr(pipelines, "STEPS", (SALES_STEP, TOTALS_STEP))
-    monkeypatch.setattr("pipelines.runner.TABLES", {TOTALS.name: TOTALS})
+    use_project(monkeypatch, sales_project((SALES_STEP, TOTALS_STEP)))
     receive(sales_engine(tmp_path), (1, "north", -10))
     assert main(["run"]) == 1
     lake = sales_engine(tmp_path).lake

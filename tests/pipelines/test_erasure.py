@@ -19,8 +19,9 @@ import pymongo
 import pytest
 from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
-from support.erasure_world import World, context_of, holding, shop, somebody, texts_of, use_project
+from support.erasure_world import World, context_of, holding, shop, somebody, texts_of
 from support.mlflow_server import mlflow_server
+from support.project import use_project
 from support.waiting import wait_for
 
 import pipelines

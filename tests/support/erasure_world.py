@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +18,6 @@ from app.erasure import erasure_context
 from app.project import PROJECT
 from lakehouse.engine.engine import Engine
 from lakehouse.iceberg.catalog import Lake
-from lakehouse.project import Project
 from pipelines.gold.customer_360 import CUSTOMER_360
 from pipelines.privacy.context import ErasureContext
 from pipelines.runner import open_engine, run_once
@@ -73,13 +71,6 @@ class World:
 def context_of(engine: Engine) -> ErasureContext:
     """Return the context of an erasure that reports no progress."""
     return erasure_context(engine, lambda stage, done, total: None)
-
-
-def use_project(monkeypatch: pytest.MonkeyPatch, project: Project) -> None:
-    """Replace the application's project in every module of `app` that imported it."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("app.") and getattr(module, "PROJECT", None) is PROJECT:
-            monkeypatch.setattr(module, "PROJECT", project)
 
 
 @contextmanager
