@@ -1,4 +1,4 @@
-"""What the sandbox's sources look like before anything is in them: tables, publication, collection, topic."""
+"""The schema of the sandbox's sources: tables, publication, collection, topic."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
 from pymongo.collection import Collection
 
-from app.sandbox.servers import DATABASE, Addresses
+from app.sandbox.postgres_server import DATABASE
+from app.sandbox.servers import Addresses
 from lakehouse.errors import SandboxError
 
 TABLES: dict[str, str] = {
@@ -42,14 +43,14 @@ PUBLICATION = "shopsphere"
 
 
 def create_sources(addresses: Addresses) -> None:
-    """Make tables, publication, collection and topic; what is there already stays. Raises SandboxError."""
+    """Create tables, publication, collection and topic where they do not exist. Raises SandboxError."""
     create_tables(addresses.postgres_dsn)
     create_collection(addresses.mongo_uri)
     create_topic(addresses.kafka_bootstrap)
 
 
 def create_tables(dsn: str) -> None:
-    """The tables of the source contract, with full replica identity, and the publication."""
+    """Create the tables of the source contract, with full replica identity, and the publication."""
     with psycopg.connect(dsn) as connection:
         for table, columns in TABLES.items():
             connection.execute(f"CREATE TABLE IF NOT EXISTS {table} ({columns})")
@@ -59,7 +60,7 @@ def create_tables(dsn: str) -> None:
 
 
 def create_collection(uri: str) -> None:
-    """The collection of marketplace orders and its indexes."""
+    """Create the collection of marketplace orders and its indexes."""
     with pymongo.MongoClient[dict[str, object]](uri, serverSelectionTimeoutMS=10_000) as client:
         database = client[DATABASE]
         if COLLECTION not in database.list_collection_names():
@@ -68,17 +69,17 @@ def create_collection(uri: str) -> None:
 
 
 def index_collection(collection: Collection[dict[str, object]]) -> None:
-    """Indexes for look-ups by order and by time; an index that names `_id` makes this server refuse every insert."""
+    """Create indexes by order and by time. An index with `_id` makes this server refuse every insert."""
     collection.create_index([("platform", 1), ("mp_order_id", 1)])
     collection.create_index([("updated_at", 1)])
 
 
 def create_topic(bootstrap: str) -> None:
-    """The topic of events."""
+    """Create the topic of events. Raises SandboxError."""
     client = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
     try:
-        for made in client.create_topics([NewTopic(TOPIC, PARTITIONS, 1)]).values():
-            made.result(30)
+        for created in client.create_topics([NewTopic(TOPIC, PARTITIONS, 1)]).values():
+            created.result(30)
     except KafkaException as error:
         if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
-            raise SandboxError(f"Topic {TOPIC} cannot be made: {error.args[0].str()}.") from None
+            raise SandboxError(f"Topic {TOPIC} cannot be created: {error.args[0].str()}.") from None

@@ -1,4 +1,4 @@
-"""Where a simulated day goes: into the three servers, and the ground truth beside them."""
+"""Writes simulated data: rows, documents and messages into the three servers, and the ground truth into files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from confluent_kafka import Producer
 from pymongo.collection import Collection
 
 from app.sandbox.marketplace import Document
+from app.sandbox.postgres_server import DATABASE
 from app.sandbox.schema import COLLECTION, TOPIC
-from app.sandbox.servers import DATABASE, Addresses
+from app.sandbox.servers import Addresses
 from lakehouse.errors import SandboxError
 
-# The columns that rows are written with, in this order.
 COLUMNS: dict[str, str] = {
     "users": (
         "user_id email email_verified phone_number phone_verified name address city country loyalty_id created_at updated_at"
@@ -34,6 +34,7 @@ COLUMNS: dict[str, str] = {
     "chargebacks": "chargeback_id order_ref reason reported_at",
     "exchange_rates": "rate_date currency to_base",
 }
+"""The columns of a row, in the order in which they are written."""
 TRUTH: dict[str, dict[str, Any]] = {
     "people": {"person": pl.String, "record_id": pl.String},
     "fraud": {"order_id": pl.String, "kind": pl.String, "ring": pl.Int64},
@@ -45,20 +46,15 @@ Value = str | int | None
 
 
 def text_line(values: tuple[Value, ...]) -> str:
-    """A row in PostgreSQL's COPY text format."""
+    """Return a row in PostgreSQL's COPY text format."""
     return "\t".join("\\N" if value is None else str(value) for value in values) + "\n"
 
 
-def escaped(value: str) -> str:
-    """A text that may hold anything, ready for `text_line`."""
-    return value.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
-
-
 class Sink:
-    """Buffers rows and documents, sends messages, and writes all of a buffer at once.
+    """Buffers rows and documents, sends messages, and writes a whole buffer at once.
 
-    Rows go before changes of rows, in one PostgreSQL transaction per flush. A context manager: leaving it
-    without an error flushes what is left and waits until the broker has every message.
+    Each flush is one PostgreSQL transaction: new rows, then changes of rows. Leaving the context without an error flushes
+    the rest and waits until the broker has every message.
     """
 
     def __init__(self, addresses: Addresses, truth: Path, part: int) -> None:
@@ -69,7 +65,7 @@ class Sink:
             {
                 "bootstrap.servers": addresses.kafka_bootstrap,
                 "enable.idempotence": True,
-                # What goes wrong is told by the delivery reports; librdkafka would write to the terminal as well.
+                # delivery reports contain the errors; librdkafka would print them on the terminal as well
                 "log_level": 0,
                 "compression.type": "lz4",
                 "linger.ms": 100,
@@ -100,33 +96,33 @@ class Sink:
                 self.flush()
                 self.flush_truth()
                 if self.producer.flush(60):
-                    raise SandboxError("The sandbox's broker did not take all events; see kafka.log in the sandbox directory.")
+                    raise SandboxError("The sandbox's broker did not accept all events. See kafka.log in the sandbox directory.")
                 self._check_delivery()
         finally:
             self.producer.purge()
             self.connection.close()
             self.client.close()
 
-    # What a day consists of
+    # Content
 
     def row(self, table: str, *values: Value) -> None:
-        """A new row; texts that may hold tabs or backslashes come `escaped`."""
+        """Add a row. Its texts contain no tabs, line breaks or backslashes."""
         self.rows[table].append(text_line(values))
 
     def change(self, statement: str, *values: Any) -> None:
-        """An UPDATE or DELETE, made after the rows of this flush."""
+        """Add an UPDATE or DELETE, executed after the rows of this flush."""
         self.changes.append((statement, values))
 
     def document(self, document: Document) -> None:
-        """A new marketplace order."""
+        """Add a marketplace order."""
         self.documents.append(document)
 
     def change_document(self, identifier: ObjectId, fields: dict[str, Any], more_items: list[Document]) -> None:
-        """Fields of a marketplace order change, and items are added to it."""
+        """Change fields of a marketplace order and add items to it."""
         self.document_changes.append((identifier, fields, more_items))
 
     def event(self, key: str, value: str | bytes, time: int) -> None:
-        """A message; `time` (milliseconds) becomes the broker's timestamp."""
+        """Send a message. time: its timestamp in milliseconds since 1970."""
         self.events += 1
         while True:
             try:
@@ -137,12 +133,12 @@ class Sink:
         if self.events % 1000 == 0:
             self.producer.poll(0)
 
-    def know(self, what: str, *values: Any) -> None:
-        """A row of ground truth."""
-        self.truth[what].append(values)
+    def add_truth(self, kind: str, *values: Any) -> None:
+        """Add a row of ground truth: `people`, `fraud` or `thefts`."""
+        self.truth[kind].append(values)
 
     def add_column(self, table: str, column: str, kind: str) -> None:
-        """The shop's developers add a column; rows from now on carry a value for it, after all others."""
+        """Add a column to a table. Later rows have a value for it, after all others."""
         self.flush()
         self.connection.execute(f"ALTER TABLE {table} ADD COLUMN IF NOT EXISTS {column} {kind}")
         self.connection.commit()
@@ -151,11 +147,11 @@ class Sink:
     # Writing
 
     def full(self) -> bool:
-        """Whether it is time to flush."""
+        """Return whether the buffer is full."""
         return sum(map(len, self.rows.values())) + 4 * len(self.documents) > FLUSH_ROWS
 
     def flush(self) -> None:
-        """Write all that is buffered, messages apart: these are on their way already."""
+        """Write all buffered rows and documents. Messages are already being sent."""
         self._flush_rows()
         self._flush_documents()
         if any(len(rows) > 100_000 for rows in self.truth.values()):
@@ -169,7 +165,7 @@ class Sink:
                 if lines:
                     with cursor.copy(f"COPY {table} ({', '.join(self.columns[table])}) FROM STDIN") as copy:
                         copy.write("".join(lines))
-            # Runs of the same statement are pipelined; their order stays.
+            # consecutive equal statements are pipelined, in their order
             at = 0
             while at < len(self.changes):
                 until = at
@@ -190,9 +186,9 @@ class Sink:
         self.document_changes = []
 
     def _change_documents(self, changes: list[tuple[ObjectId, dict[str, Any], list[Document]]]) -> None:
-        # Whole documents are replaced because this server writes a date that comes in a $set as text.
-        wanted = list({identifier: None for identifier, _, _ in changes})
-        found = {document["_id"]: document for document in self.collection.find({"_id": {"$in": wanted}})}
+        # whole documents are replaced, because this server stores a date in a $set as text
+        identifiers = list({identifier: None for identifier, _, _ in changes})
+        found = {document["_id"]: document for document in self.collection.find({"_id": {"$in": identifiers}})}
         for identifier, fields, more_items in changes:
             document = found.get(identifier)
             if document is not None:
@@ -200,18 +196,18 @@ class Sink:
                 if more_items and "items" in document:
                     document["items"] = document["items"] + more_items
         replacements = [
-            pymongo.ReplaceOne({"_id": identifier}, found[identifier]) for identifier in wanted if identifier in found
+            pymongo.ReplaceOne({"_id": identifier}, found[identifier]) for identifier in identifiers if identifier in found
         ]
         if replacements:
             self.collection.bulk_write(replacements)
 
     def flush_truth(self) -> None:
-        """Write the ground truth known so far to a file of its own per kind."""
+        """Write the buffered ground truth to a new file per kind."""
         self.truth_directory.mkdir(parents=True, exist_ok=True)
-        for what, rows in self.truth.items():
+        for kind, rows in self.truth.items():
             if rows:
-                file = self.truth_directory / f"{what}-{self.part:04d}-{self.truth_files:04d}.parquet"
-                pl.DataFrame(rows, schema=TRUTH[what], orient="row").write_parquet(file)
+                file = self.truth_directory / f"{kind}-{self.part:04d}-{self.truth_files:04d}.parquet"
+                pl.DataFrame(rows, schema=TRUTH[kind], orient="row").write_parquet(file)
         self.truth.clear()
         self.truth_files += 1
 
@@ -222,5 +218,5 @@ class Sink:
     def _check_delivery(self) -> None:
         if self.undelivered:
             raise SandboxError(
-                f"The sandbox's broker did not take an event: {self.undelivered}. See kafka.log in the sandbox directory."
+                f"The sandbox's broker did not accept an event: {self.undelivered}. See kafka.log in the sandbox directory."
             )

@@ -96,7 +96,7 @@ def test_they_listen_where_they_are_told_and_stay_there(tmp_path: Path) -> None:
         assert running(tmp_path) == addresses
     finally:
         stop_servers(tmp_path)
-    with pytest.raises(SandboxError, match=r"198\.51\.100\.1 is no address of this machine"):
+    with pytest.raises(SandboxError, match=r"198\.51\.100\.1 is not an address of this machine"):
         start_servers(tmp_path, host="198.51.100.1")
 
 

@@ -24,7 +24,7 @@ from servers.kafka_broker import Broker
 from support.waiting import eventually, wait_for
 
 from app import sandbox
-from app.sandbox import filling
+from app.sandbox import history
 from app.sandbox.schema import create_sources
 from app.sandbox.servers import Addresses, sandbox_directory, start_servers
 from lakehouse.errors import SandboxError
@@ -115,14 +115,14 @@ class Shop:
         addresses = self.running
         assert addresses is not None
         create_sources(addresses)
-        filling.transform(addresses, sandbox_directory(self.home), orders, seed, "USD", None)
+        history.fill(addresses, sandbox_directory(self.home), orders, seed, "USD", None)
         sandbox.write_settings(self.home, addresses, "USD")
 
     def go_on(self, orders: int) -> None:
         """Let its time go on by so many orders."""
         addresses = self.running
         assert addresses is not None, "a source server is away"
-        filling.go_on(addresses, sandbox_directory(self.home), orders, None)
+        history.simulate_more(addresses, sandbox_directory(self.home), orders, None)
 
     def start_again(self) -> None:
         """Start the servers that do not run. PostgreSQL refuses as long as its old processes are there."""

@@ -15,7 +15,8 @@ import psycopg
 from servers.programs import stop_process, wait_until_ready
 from support.waiting import free_port, wait_for
 
-from app.sandbox.servers import _as_server_user, _environment, _postgres_programs, _server_user
+from app.sandbox.postgres_server import as_server_user, postgres_programs, server_user
+from app.sandbox.processes import server_environment
 
 ROLE = DATABASE = "shopsphere"
 SETTINGS = {
@@ -65,12 +66,12 @@ class Cluster:
         log = self.directory / "postgres.log"
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                _as_server_user([str(_postgres_programs() / "postgres"), "-D", str(data), *arguments]),
+                as_server_user([str(postgres_programs() / "postgres"), "-D", str(data), *arguments]),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 cwd="/",
-                env=_environment(),
+                env=server_environment(),
             )
         try:
             wait_until_ready(self._answers, "PostgreSQL", self.process, log)
@@ -110,7 +111,7 @@ class Cluster:
     def _initialize(self, data: Path) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         data.mkdir(mode=0o700)
-        if user := _server_user():
+        if user := server_user():
             os.chown(data, *user)
         if self.upstream is None:
             command = ["initdb", "-D", str(data), "--username", ROLE, "--auth", "trust", "--encoding", "UTF8", "--locale", "C"]
@@ -122,12 +123,12 @@ class Cluster:
             command += ["--slot", "standby", "--checkpoint", "fast"]
         program, *arguments = command
         done = subprocess.run(
-            _as_server_user([str(_postgres_programs() / program), *arguments]),
+            as_server_user([str(postgres_programs() / program), *arguments]),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             cwd="/",
-            env=_environment(),
+            env=server_environment(),
             check=False,
         )
         if done.returncode:

@@ -16,7 +16,7 @@ from servers.postgres_cluster import Cluster
 import pipelines
 from app import sandbox
 from app.project import PROJECT
-from app.sandbox import filling
+from app.sandbox import history
 from app.sandbox.schema import create_sources
 from app.sandbox.servers import Addresses
 from lakehouse.digest import business_columns, digest
@@ -90,10 +90,10 @@ def test_real_servers_give_the_same_tables(tmp_path: Path, kind: type[MongoWire]
     with real_servers(tmp_path, kind(tmp_path / "mongo")) as addresses:
         settings = configured(home, addresses)
         create_sources(addresses)
-        filling.transform(addresses, home, ORDERS, SEED, "USD", None)
+        history.fill(addresses, home, ORDERS, SEED, "USD", None)
         run(settings)
         for orders in STEPS:
-            filling.go_on(addresses, home, orders, None)
+            history.simulate_more(addresses, home, orders, None)
             run(settings)
         found = tables(settings)
         assert {name for name in found if found[name] != expected[name]} == set()
