@@ -1,67 +1,93 @@
-"""Table of contents: the sources, and every step in the order of what it reads."""
+"""Table of contents of the retail lakehouse: its sources, and the step of every silver and gold table."""
 
 from __future__ import annotations
 
 from lakehouse.project import Project
 from lakehouse.source import Source
 from lakehouse.step import Step
-from lakehouse.step_list import declared_steps
 from lakehouse.table import Table
-from pipelines.bronze import tables as bronze
+from pipelines.bronze import tables
+from pipelines.gold import (
+    cohort_retention,
+    customer_360,
+    dim_date,
+    dim_products,
+    dim_stores,
+    dim_users,
+    fact_orders,
+    inventory_health,
+    inventory_shrinkage,
+    sales_daily,
+    user_risk_scores,
+)
 from pipelines.privacy.suppression import ERASURES
 from pipelines.settings import Settings
+from pipelines.silver import (
+    chargebacks,
+    events_clean,
+    exchange_rates,
+    identity_graph,
+    inventory_snapshots,
+    order_items_unified,
+    orders_unified,
+    products,
+    stores,
+    users_scd,
+)
 from pipelines.silver.quarantine import QUARANTINE
 from pipelines.sources.kafka.source import KafkaSource
 from pipelines.sources.mongo.source import MongoSource
 from pipelines.sources.postgres.source import PostgresSource
 
-DECLARED: tuple[Step, ...] = declared_steps(
-    "pipelines",
-    "silver.products",
-    "silver.stores",
-    "silver.exchange_rates",
-    "silver.chargebacks",
-    "silver.identity_graph",
-    "silver.users_scd",
-    "silver.orders_unified",
-    "silver.order_items_unified",
-    "silver.events_clean",
-    "silver.inventory_snapshots",
-    "gold.fact_orders",
-    "gold.dim_users",
-    "gold.dim_products",
-    "gold.dim_stores",
-    "gold.dim_date",
-    "gold.customer_360",
-    "gold.sales_daily",
-    "gold.cohort_retention",
-    "gold.inventory_health",
-    "gold.inventory_shrinkage",
-    "gold.user_risk_scores",
+SILVER_STEPS: tuple[Step, ...] = (
+    products.STEP,
+    stores.STEP,
+    exchange_rates.STEP,
+    chargebacks.STEP,
+    identity_graph.STEP,
+    users_scd.STEP,
+    orders_unified.STEP,
+    order_items_unified.STEP,
+    events_clean.STEP,
+    inventory_snapshots.STEP,
 )
-"""Every step, by the table that it maintains: `pipelines/silver/products.py` declares the step of silver.products."""
+
+GOLD_STEPS: tuple[Step, ...] = (
+    fact_orders.STEP,
+    dim_users.STEP,
+    dim_products.STEP,
+    dim_stores.STEP,
+    dim_date.STEP,
+    customer_360.STEP,
+    sales_daily.STEP,
+    cohort_retention.STEP,
+    inventory_health.STEP,
+    inventory_shrinkage.STEP,
+    user_risk_scores.STEP,
+)
 
 
 def sources(settings: Settings) -> tuple[Source, ...]:
-    """The sources that are switched on."""
-    found: list[Source] = []
+    """Return the enabled sources."""
+    enabled: list[Source] = []
     if settings.postgres.enabled:
-        found.append(PostgresSource(settings.postgres))
+        enabled.append(PostgresSource(settings.postgres))
     if settings.mongo.enabled:
-        found.append(MongoSource(settings.mongo))
+        enabled.append(MongoSource(settings.mongo))
     if settings.kafka.enabled:
-        found.append(KafkaSource(settings.kafka))
-    return tuple(found)
+        enabled.append(KafkaSource(settings.kafka))
+    return tuple(enabled)
 
 
 PROJECT = Project(
     sources=sources,
-    source_tables=bronze.TABLES,
-    steps=DECLARED,
+    source_tables=tables.TABLES,
+    steps=(*SILVER_STEPS, *GOLD_STEPS),
     quarantine=QUARANTINE,
     other_tables=(ERASURES,),
 )
-"""Sources, tables and steps of the retail lakehouse, without the fraud model's."""
+"""Sources, tables and steps of the retail lakehouse, without those of the fraud model."""
+
 STEPS: tuple[Step, ...] = PROJECT.ordered_steps
 BRONZE: tuple[Table, ...] = PROJECT.source_tables
 TABLES: dict[str, Table] = PROJECT.tables

@@ -1,1 +1,1 @@
-"""How records become people: what each shows, which identifiers join, what is probable, who is connected."""
+"""Entity resolution: from source records to people, by shared identifiers and probabilistic matches."""

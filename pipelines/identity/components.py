@@ -8,8 +8,8 @@ import numpy.typing as npt
 Indices = npt.NDArray[np.int64]
 
 
-def connected(count: int, left: Indices, right: Indices) -> Indices:
-    """The component of each of `count` vertices joined by the edges left[i] - right[i]: its smallest vertex."""
+def connected_components(count: int, left: Indices, right: Indices) -> Indices:
+    """Return the component of each of `count` vertices with the edges left[i] - right[i]: its smallest vertex."""
     labels = np.arange(count, dtype=np.int64)
     while left.size:
         at_left, at_right = labels[left], labels[right]

@@ -1,4 +1,4 @@
-"""What each record shows: its identifiers, from the rows of the sources. A function of each record's own rows."""
+"""Evidence: the identifiers of each record, from its own rows in the sources alone."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from pipelines.identity.names import signature
 from pipelines.identity.records import ORDER_PREFIX, USER_RECORD_ID
 from pipelines.parsing import contacts
 from pipelines.parsing.marketplace_documents import parse_documents
+from pipelines.parsing.text import trimmed
 
 LOYALTY, VERIFIED_EMAIL, VERIFIED_PHONE, CONTACT, DEVICE, ADDRESS = 1, 2, 3, 4, 5, 6
 """Trust in an identifier, strongest first."""
 
 NAMELESS = "?"
-"""First letter of the `holder` of a record without a name; else it is the first letter of the name."""
+"""First letter of the `holder` of a record without a name; otherwise it is the first letter of the name."""
 
-SHOWN = {
+IDENTIFIER_SCHEMA = {
     "record_id": pl.String,
     "node": pl.String,
     "kind": pl.String,
@@ -28,7 +29,7 @@ SHOWN = {
     "place": pl.String,
     "reason": pl.String,
 }
-PERSON = {
+RECORD_SCHEMA = {
     "record_id": pl.String,
     "first_seen": pl.Datetime("us", "UTC"),
     "name": pl.String,
@@ -41,58 +42,63 @@ PERSON = {
 
 @dataclass(frozen=True)
 class Evidence:
-    """records: one row per living record (PERSON, `holder`, `evidence`). shown: one row per record and node (SHOWN)."""
+    """Evidence of a set of records.
+
+    records      one row per live record: RECORD_SCHEMA, `holder` (see `names.signature`) and `evidence` (a digest)
+    identifiers  one row per record and node: IDENTIFIER_SCHEMA
+    """
 
     records: pl.DataFrame
-    shown: pl.DataFrame
+    identifiers: pl.DataFrame
 
 
 def read_evidence(frames: Mapping[str, pl.DataFrame], region: str) -> Evidence:
-    """What the records of the gathered bronze rows show.
+    """Return the evidence of the records in bronze rows.
 
-    frames: 'users', 'orders', 'marketplace', rows of the bronze tables. region: of phone numbers that name none.
+    frames: 'users', 'orders' and 'marketplace', rows of the bronze tables. region: of phone numbers without a country.
     """
-    users, of_users = _user_evidence(frames["users"], frames["orders"], region)
-    orders, of_orders = _marketplace_evidence(frames["marketplace"], region)
+    users, user_identifiers = _user_evidence(frames["users"], frames["orders"], region)
+    orders, order_identifiers = _marketplace_evidence(frames["marketplace"], region)
     records = pl.concat([users, orders])
-    shown = pl.concat([of_users, of_orders])
-    shown = pl.concat([shown, _places(shown), _rough_keys(records, shown)]).unique(
+    identifiers = pl.concat([user_identifiers, order_identifiers])
+    identifiers = pl.concat([identifiers, _places(identifiers), _blocking_keys(records, identifiers)]).unique(
         ["record_id", "node"], keep="first", maintain_order=True
     )
-    return Evidence(_with_holder(records, shown), shown)
+    return Evidence(_with_holder(records, identifiers), identifiers)
 
 
 def _user_evidence(users: pl.DataFrame, orders: pl.DataFrame, region: str) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Living accounts. What they showed in earlier versions still counts: mail is sent to an old address.
+    """Return records and identifiers of the live accounts.
 
-    What was there before a TRUNCATE, or before the account was found missing, is of other accounts: their numbers may
-    be given out again. An order tells what its newest version tells, of the account that this names; a deleted one
-    tells nothing.
+    Identifiers of earlier versions are included: a former address may still receive mail. Versions before a truncate, or
+    before the account was found missing, are not: user ids may be reused. An order contributes the identifiers of its current
+    row to the account that it names.
     """
     users = since_truncate(users, ("user_id",))
     versions = row_versions(users.filter(pl.col("user_id").is_not_null()), ("user_id",))
     newest = versions.unique("user_id", keep="last", maintain_order=True).filter(pl.col("_op") != "d")
-    history = _typed(versions.filter(pl.col("_op") != "d").join(newest, on="user_id", how="semi"), region)
-    now = history.join(newest, on=["user_id", "_source_position"], how="semi")
-    persons = now.with_columns(pl.coalesce("created_at", "updated_at", "_source_time").alias("first_seen"))
-    shown = [
-        _contact(history, now, "email", "email_verified", VERIFIED_EMAIL),
-        _contact(history, now, "phone", "phone_verified", VERIFIED_PHONE),
+    history = _normalised(versions.filter(pl.col("_op") != "d").join(newest, on="user_id", how="semi"), region)
+    current = history.join(newest, on=["user_id", "_source_position"], how="semi")
+    records = current.with_columns(pl.coalesce("created_at", "updated_at", "_source_time").alias("first_seen"))
+    identifiers = [
+        _contacts(history, current, "email", "email_verified", VERIFIED_EMAIL),
+        _contacts(history, current, "phone", "phone_verified", VERIFIED_PHONE),
         _nodes(history, "loyalty", pl.col("loyalty_id"), LOYALTY, pl.lit("Loyalty id ") + pl.col("loyalty_id")),
         _addresses(history, "Name and address of the account"),
     ]
     used = current_rows(orders, ("order_id",)).filter(pl.col("user_id").is_not_null())
     used = used.select("user_id", "device_id", "shipping_address").unique()
-    used = used.with_columns(_trimmed("device_id"), contacts.normalise_addresses(used["shipping_address"]).alias("address"))
-    used = used.join(now.select("user_id", "record_id", "name", "city"), on="user_id")
-    shown += [
+    used = used.with_columns(trimmed("device_id"), contacts.normalise_addresses(used["shipping_address"]).alias("address"))
+    used = used.join(current.select("user_id", "record_id", "name", "city"), on="user_id")
+    identifiers += [
         _nodes(used, "device", pl.col("device_id"), DEVICE, pl.lit("Ordered from device ") + pl.col("device_id")),
         _addresses(used, "Ordered to this address under this name"),
     ]
-    return persons.select(_as(PERSON)), pl.concat(shown)
+    return records.select(_cast_to(RECORD_SCHEMA)), pl.concat(identifiers)
 
 
-def _typed(users: pl.DataFrame, region: str) -> pl.DataFrame:
+def _normalised(users: pl.DataFrame, region: str) -> pl.DataFrame:
+    """Return versions of accounts with record id and normalised contacts."""
     country = contacts.phone_regions(users["country"]).fill_null(region)
     where = users.select(
         pl.when(pl.col("address").is_not_null())
@@ -106,27 +112,28 @@ def _typed(users: pl.DataFrame, region: str) -> pl.DataFrame:
         contacts.normalise_names(users["name"]).alias("name"),
         contacts.normalise_addresses(where["address"]).alias("address"),
         contacts.normalise_addresses(users["city"]).alias("city"),
-        _trimmed("loyalty_id"),
+        trimmed("loyalty_id"),
     )
 
 
-def _contact(history: pl.DataFrame, now: pl.DataFrame, kind: str, verified: str, trust: int) -> pl.DataFrame:
-    """An e-mail or phone of accounts: trusted when it was verified in any version, told apart when it is replaced."""
+def _contacts(history: pl.DataFrame, current: pl.DataFrame, kind: str, verified: str, trust: int) -> pl.DataFrame:
+    """Return the e-mails or phones of accounts: trusted if verified in any version; the reason says if it was replaced."""
     found = (
         history.filter(pl.col(kind).is_not_null())
         .group_by("record_id", kind)
-        .agg(pl.col(verified).fill_null(False).any().alias("sure"))
+        .agg(pl.col(verified).fill_null(False).any().alias("verified"))
     )
-    found = found.join(now.select("record_id", kind, pl.lit(True).alias("current")), on=["record_id", kind], how="left")
+    found = found.join(current.select("record_id", kind, pl.lit(True).alias("is_current")), on=["record_id", kind], how="left")
     reason = (
-        pl.when("sure").then(pl.lit("Verified ")).otherwise(pl.lit("Unverified "))
+        pl.when("verified").then(pl.lit("Verified ")).otherwise(pl.lit("Unverified "))
         + pl.lit(kind + " ") + pl.col(kind)
-        + pl.when(pl.col("current").is_null()).then(pl.lit(", since replaced")).otherwise(pl.lit(""))
+        + pl.when(pl.col("is_current").is_null()).then(pl.lit(", since replaced")).otherwise(pl.lit(""))
     )  # fmt: skip
-    return _nodes(found, kind, pl.col(kind), pl.when("sure").then(trust).otherwise(CONTACT), reason)
+    return _nodes(found, kind, pl.col(kind), pl.when("verified").then(trust).otherwise(CONTACT), reason)
 
 
 def _marketplace_evidence(documents: pl.DataFrame, region: str) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Return records and identifiers of the marketplace orders."""
     orders = parse_documents(documents, region).orders
     orders = orders.with_columns(
         (pl.lit(ORDER_PREFIX) + pl.col("order_id")).alias("record_id"),
@@ -134,32 +141,27 @@ def _marketplace_evidence(documents: pl.DataFrame, region: str) -> tuple[pl.Data
         contacts.normalise_names(orders["buyer_name"]).alias("name"),
         contacts.normalise_addresses(orders["shipping_address"]).alias("address"),
         pl.lit(None, pl.String).alias("city"),
-        _trimmed("device_id"),
-        _trimmed("loyalty_id"),
+        trimmed("device_id"),
+        trimmed("loyalty_id"),
     )
-    shown = [
+    identifiers = [
         _nodes(orders, "email", pl.col("email"), CONTACT, pl.lit("Email of the marketplace order ") + pl.col("email")),
         _nodes(orders, "phone", pl.col("phone"), CONTACT, pl.lit("Phone of the marketplace order ") + pl.col("phone")),
         _nodes(orders, "loyalty", pl.col("loyalty_id"), LOYALTY, pl.lit("Loyalty id ") + pl.col("loyalty_id")),
         _nodes(orders, "device", pl.col("device_id"), DEVICE, pl.lit("Ordered from device ") + pl.col("device_id")),
         _addresses(orders, "Buyer and address of the marketplace order"),
     ]
-    return orders.select(_as(PERSON)), pl.concat(shown)
+    return orders.select(_cast_to(RECORD_SCHEMA)), pl.concat(identifiers)
 
 
-def _trimmed(name: str) -> pl.Expr:
-    text = pl.col(name).str.strip_chars()
-    return pl.when(text != "").then(text).alias(name)
-
-
-def _as(schema: Mapping[str, object]) -> list[pl.Expr]:
+def _cast_to(schema: Mapping[str, object]) -> list[pl.Expr]:
     return [pl.col(name).cast(dtype) for name, dtype in schema.items()]  # type: ignore[arg-type]
 
 
 def _nodes(
     rows: pl.DataFrame, kind: str, value: pl.Expr, trust: int | pl.Expr, reason: pl.Expr, place: pl.Expr | None = None
 ) -> pl.DataFrame:
-    """The identifiers in `rows`; a null value gives none."""
+    """Return the identifiers of a kind in `rows`; a null value has none."""
     return (
         rows.lazy()
         .filter(value.is_not_null())
@@ -177,7 +179,7 @@ def _nodes(
 
 
 def _addresses(rows: pl.DataFrame, reason: str) -> pl.DataFrame:
-    """Name with address; without a name the address alone (as a place)."""
+    """Return the names with address; without a name the address alone, as a place."""
     named = pl.when(pl.col("name").is_not_null()).then(pl.col("name"))
     both = rows.filter(pl.col("address").is_not_null())
     whole = _nodes(
@@ -187,10 +189,10 @@ def _addresses(rows: pl.DataFrame, reason: str) -> pl.DataFrame:
     return pl.concat([whole, _nodes(nameless, "place", pl.col("address"), ADDRESS, pl.lit("Address without a name"))])
 
 
-def _places(shown: pl.DataFrame) -> pl.DataFrame:
-    """The address behind each name with address: who else lives there."""
+def _places(identifiers: pl.DataFrame) -> pl.DataFrame:
+    """Return the address of each name with address as a place, which all of its residents share."""
     return (
-        shown.filter(pl.col("kind") == "address")
+        identifiers.filter(pl.col("kind") == "address")
         .select(
             "record_id",
             pl.col("place").alias("node"),
@@ -203,11 +205,11 @@ def _places(shown: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _rough_keys(records: pl.DataFrame, shown: pl.DataFrame) -> pl.DataFrame:
-    """Keys under which near misses meet: the letters of a full name with the numbers of an address, with its words and
-    first or last number, and with an e-mail's local part. A typing error spoils one of them, seldom all.
+def _blocking_keys(records: pl.DataFrame, identifiers: pl.DataFrame) -> pl.DataFrame:
+    """Return blocking keys, under which similar records are compared. They are no evidence in themselves.
 
-    They prove nothing; records that share one are compared.
+    A key is the set of letters of a full name with one of: the numbers of an address, its words and first or last number, the
+    local part of an e-mail address. A typing error changes some of these keys, rarely all.
     """
     full = records.filter(pl.col("name").str.len_chars() >= 6).select("record_id", "name")
     letters = full.select(pl.col("name").unique()).with_columns(
@@ -215,7 +217,7 @@ def _rough_keys(records: pl.DataFrame, shown: pl.DataFrame) -> pl.DataFrame:
     )
     full = full.join(letters, on="name")
     near = (
-        shown.filter(pl.col("kind").is_in(["address", "email"]))
+        identifiers.filter(pl.col("kind").is_in(["address", "email"]))
         .join(full, on="record_id")
         .select("record_id", "kind", "node", "place", "letters")
     )
@@ -238,8 +240,8 @@ def _rough_keys(records: pl.DataFrame, shown: pl.DataFrame) -> pl.DataFrame:
     return _nodes(pl.concat(keys), "block", value, ADDRESS, pl.lit("Close spelling, compared only"))
 
 
-def _with_holder(records: pl.DataFrame, shown: pl.DataFrame) -> pl.DataFrame:
-    """Add `holder`, by which people at a node are counted, and `evidence`, a digest of everything the record shows."""
+def _with_holder(records: pl.DataFrame, identifiers: pl.DataFrame) -> pl.DataFrame:
+    """Add `holder`, by which people at a node are counted, and `evidence`, a digest of the record and its identifiers."""
     distinct = records["name"].drop_nulls().unique()
     signatures = pl.DataFrame(
         {"name": distinct, "holder": pl.Series([signature(name) for name in distinct.to_list()], dtype=pl.String)}
@@ -248,14 +250,14 @@ def _with_holder(records: pl.DataFrame, shown: pl.DataFrame) -> pl.DataFrame:
         pl.coalesce("holder", pl.lit(NAMELESS) + pl.coalesce("email", "phone", "record_id")).alias("holder")
     )
     lines = (
-        shown.lazy()
+        identifiers.lazy()
         .select("record_id", pl.concat_str("node", "trust", "reason", separator="\x1f").alias("line"))
         .sort("record_id", "line")
         .group_by("record_id")
         .agg(pl.col("line").str.join("\x1e"))
         .collect()
     )
-    told = held.join(lines, on="record_id", how="left", maintain_order="left").select(
+    texts = held.join(lines, on="record_id", how="left", maintain_order="left").select(
         text=pl.concat_str(
             *(
                 pl.col(name).cast(pl.String).fill_null("")
@@ -265,5 +267,5 @@ def _with_holder(records: pl.DataFrame, shown: pl.DataFrame) -> pl.DataFrame:
             separator="\x1d",
         ),
     )
-    digests = [blake2b(text.encode(), digest_size=8).hexdigest() for text in told["text"].to_list()]
+    digests = [blake2b(text.encode(), digest_size=8).hexdigest() for text in texts["text"].to_list()]
     return held.with_columns(pl.Series("evidence", digests, dtype=pl.String))

@@ -1,9 +1,9 @@
-"""From what records show to links, and from links to people. A function of the set of records given.
+"""From the identifiers of records to links, and from links to people. A pure function of the set of records given.
 
-An identifier that several people show is judged by how many people show it, never by how many records: a loyal
-customer shows one e-mail in fifty orders. People at an identifier are told apart by `names.signature` of the name
-they show (a nameless record by its own best contact), because that count only grows with the records seen, and so
-never takes a partly seen identifier for a crowd.
+An identifier shared by several people is judged by the number of people, never by the number of records: a loyal customer has
+one e-mail address in fifty orders. People at an identifier are told apart by `names.signature` of the name on the record (a
+record without a name by its own best contact). This count only grows with the records seen, so an identifier of which only
+some records are given is never mistaken for a crowded one.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from collections.abc import Collection
 import numpy as np
 import polars as pl
 
-from pipelines.identity.components import Indices, connected
+from pipelines.identity.components import Indices, connected_components
 from pipelines.identity.evidence import ADDRESS, VERIFIED_EMAIL, VERIFIED_PHONE, Evidence
-from pipelines.identity.names import groups
-from pipelines.identity.probabilistic import THRESHOLD, compare
+from pipelines.identity.names import group_names
+from pipelines.identity.probabilistic import MIN_MATCH_WEIGHT, compare
 from pipelines.identity.records import MASTER_PREFIX, RECORD_NODE_PREFIX
 
 LINKED, CROWDED, WEAK = "linked", "crowded", "weak"
-CONTACTS = ("email", "phone")
-JOINING = ("loyalty", "email", "phone", "address")
-"""Kinds that join records by themselves."""
-COMPARED = ("device", "place", "block")
-"""Kinds at which records only meet, to be compared."""
-MATCH = {
+CONTACT_KINDS = ("email", "phone")
+JOINING_KINDS = ("loyalty", "email", "phone", "address")
+"""Kinds of identifiers that join records on their own."""
+COMPARED_KINDS = ("device", "place", "block")
+"""Kinds of identifiers whose records are compared, not joined."""
+MATCH_SCHEMA = {
     "at": pl.Int64,
     "other": pl.Int64,
     "record_id": pl.String,
@@ -36,36 +36,45 @@ MATCH = {
     "reason": pl.String,
     "status": pl.String,
 }
+"""A probabilistic link, from the record with index `at` to the one with index `other`."""
 
 
-def people_at(shown: pl.DataFrame) -> pl.DataFrame:
-    """node, kind, people: how many people show each node. `shown` has node, kind, holder."""
-    return shown.group_by("node", "kind").agg(pl.col("holder").n_unique().cast(pl.Int64).alias("people"))
+def people_at(identifiers: pl.DataFrame) -> pl.DataFrame:
+    """Return node, kind and `people`, the number of people at each node. identifiers: node, kind, holder."""
+    return identifiers.group_by("node", "kind").agg(pl.col("holder").n_unique().cast(pl.Int64).alias("people"))
 
 
 def is_crowd(address_crowd: int, identifier_crowd: int) -> pl.Expr:
-    """Whether `people` at a node of `kind` are too many. Name with address is judged by its address ('place')."""
+    """Return whether a node of `kind` has too many `people`. Name with address is judged by its address ('place')."""
     limit = pl.when(pl.col("kind") == "place").then(address_crowd).otherwise(identifier_crowd)
     return (pl.col("people") > limit) & (pl.col("kind") != "address")
 
 
 def resolve(evidence: Evidence, known_crowded: Collection[str], address_crowd: int, identifier_crowd: int) -> pl.DataFrame:
-    """All rows of the graph for these records.
+    """Return all rows of the graph for these records.
 
-    known_crowded: nodes that are crowded whatever is seen of them here.
+    known_crowded: nodes that are crowded, however few of their records are given.
     """
     records = evidence.records.sort("record_id").with_row_index("at").with_columns(pl.col("at").cast(pl.Int64))
-    shown = evidence.shown.join(records.select("record_id", "at", "name", "holder"), on="record_id")
-    crowded = people_at(shown).filter(is_crowd(address_crowd, identifier_crowd) | pl.col("node").is_in(list(known_crowded)))
-    shown = _with_status(shown, crowded["node"])
-    links = pl.concat([shown, _by_name(shown)])
-    joining = links.filter(pl.col("status") == LINKED)
-    hubs = _connected(records.height, joining)
-    matches = _matches(records, shown, hubs)
-    matched = matches.filter(pl.col("status") == LINKED)
-    people = connected(records.height, hubs[matched["at"].to_numpy()], hubs[matched["other"].to_numpy()])[hubs]
-    masters = _masters(records, people)
-    own = masters.select(
+    identifiers = evidence.identifiers.join(records.select("record_id", "at", "name", "holder"), on="record_id")
+    crowd = is_crowd(address_crowd, identifier_crowd) | pl.col("node").is_in(list(known_crowded))
+    identifiers = _with_status(identifiers, people_at(identifiers).filter(crowd)["node"])
+    links = pl.concat([identifiers, _links_by_name(identifiers)])
+    hubs = _components_by_node(records.height, links.filter(pl.col("status") == LINKED))
+    matches = _probabilistic_links(records, identifiers, hubs)
+    joining = matches.filter(pl.col("status") == LINKED)
+    left, right = hubs[joining["at"].to_numpy()], hubs[joining["other"].to_numpy()]
+    people = connected_components(records.height, left, right)[hubs]
+    masters = _with_masters(records, people)
+    edges = pl.concat([_own_rows(masters), links, matches], how="diagonal")
+    return edges.join(masters.select("at", "master_user_id", "first_seen", "holder"), on="at").select(
+        "record_id", "node", "kind", "trust", "weight", "reason", "status", "master_user_id", "first_seen", "holder", "evidence"
+    )
+
+
+def _own_rows(masters: pl.DataFrame) -> pl.DataFrame:
+    """Return each record's row of kind self."""
+    return masters.select(
         "at",
         "record_id",
         (RECORD_NODE_PREFIX + pl.col("record_id")).alias("node"),
@@ -76,116 +85,134 @@ def resolve(evidence: Evidence, known_crowded: Collection[str], address_crowd: i
         pl.lit(LINKED).alias("status"),
         "evidence",
     )
-    edges = pl.concat([own, links, matches], how="diagonal")
-    return edges.join(masters.select("at", "master_user_id", "first_seen", "holder"), on="at").select(
-        "record_id", "node", "kind", "trust", "weight", "reason", "status", "master_user_id", "first_seen", "holder", "evidence"
+
+
+def _with_status(identifiers: pl.DataFrame, crowded: pl.Series) -> pl.DataFrame:
+    """Add `status`, and `person` where a contact has names of several people; complete `reason`."""
+    marks = pl.DataFrame({"node": crowded}).unique()
+    identifiers = identifiers.join(marks.with_columns(pl.lit(True).alias("crowd")), on="node", how="left")
+    identifiers = identifiers.join(
+        marks.select(pl.col("node").alias("place"), pl.lit(True).alias("crowd_place")), on="place", how="left"
     )
-
-
-def _with_status(shown: pl.DataFrame, crowded: pl.Series) -> pl.DataFrame:
-    """Add `status` and finish `reason`."""
-    mark = pl.DataFrame({"node": crowded}).unique()
-    shown = shown.join(mark.with_columns(pl.lit(True).alias("crowd")), on="node", how="left")
-    shown = shown.join(mark.select(pl.col("node").alias("place"), pl.lit(True).alias("crowd_place")), on="place", how="left")
-    several = _names_at(shown.filter(pl.col("crowd").is_null() & pl.col("kind").is_in(CONTACTS)))
-    shown = shown.join(several, on=["node", "name"], how="left")
-    split = several.select("node", pl.lit(True).alias("split")).unique()
-    shown = shown.join(split, on="node", how="left")
-    crowd = pl.col("crowd").is_not_null() | pl.col("crowd_place").is_not_null()
+    persons = _persons_at_contacts(identifiers.filter(pl.col("crowd").is_null() & pl.col("kind").is_in(CONTACT_KINDS)))
+    identifiers = identifiers.join(persons, on=["node", "name"], how="left")
+    shared = persons.select("node", pl.lit(True).alias("shared")).unique()
+    identifiers = identifiers.join(shared, on="node", how="left")
+    is_crowded = pl.col("crowd").is_not_null() | pl.col("crowd_place").is_not_null()
+    is_shared = pl.col("shared").is_not_null()
     status = (
-        pl.when(crowd).then(pl.lit(CROWDED))
-        .when(pl.col("split").is_not_null() | ~pl.col("kind").is_in(JOINING)).then(pl.lit(WEAK))
+        pl.when(is_crowded).then(pl.lit(CROWDED))
+        .when(is_shared | ~pl.col("kind").is_in(JOINING_KINDS)).then(pl.lit(WEAK))
         .otherwise(pl.lit(LINKED))
     )  # fmt: skip
-    why = (
-        pl.when(crowd).then(pl.lit("; shared by too many people to tell anything"))
-        .when(pl.col("split").is_not_null()).then(pl.lit("; shown under several names, so it joins only those of one name"))
+    explanation = (
+        pl.when(is_crowded).then(pl.lit("; shared by too many people to tell anything"))
+        .when(is_shared).then(pl.lit("; shown under several names, so it joins only those of one name"))
         .when(pl.col("kind") == "device").then(pl.lit("; no proof without a matching name"))
         .otherwise(pl.lit(""))
     )  # fmt: skip
-    return shown.with_columns(status.alias("status"), (pl.col("reason") + why).alias("reason"))
+    return identifiers.with_columns(status.alias("status"), (pl.col("reason") + explanation).alias("reason"))
 
 
-def _names_at(shown: pl.DataFrame) -> pl.DataFrame:
-    """node, name, person: of the nodes shown under names of more than one person, whose each name is.
+def _persons_at_contacts(contacts: pl.DataFrame) -> pl.DataFrame:
+    """Return node, name and `person` of the contacts that have names of more than one person.
 
-    Two who both verified an e-mail are one person whatever they call themselves: both read the same mailbox.
+    Two people who both verified an e-mail address are one person, whatever their names: both read the same mailbox.
     """
-    named = shown.filter(pl.col("name").is_not_null())
-    distinct = named.group_by("node", "name").agg(
-        ((pl.col("kind") == "email") & (pl.col("trust") == VERIFIED_EMAIL)).any().alias("sure")
-    )
-    suspects = distinct.filter(pl.col("name").len().over("node") > 1)
-    by_node = suspects.group_by("node").agg("name", pl.col("name").filter(pl.col("sure")).alias("sure"))
+    is_verified = (pl.col("kind") == "email") & (pl.col("trust") == VERIFIED_EMAIL)
+    named = contacts.filter(pl.col("name").is_not_null())
+    distinct = named.group_by("node", "name").agg(is_verified.any().alias("verified"))
+    several = distinct.filter(pl.col("name").len().over("node") > 1)
+    by_node = several.group_by("node").agg("name", pl.col("name").filter(pl.col("verified")).alias("verified"))
     found: list[tuple[str, str, str]] = []
-    for node, names, sure in by_node.iter_rows():
-        person = groups(names, sure)
-        if len(set(person.values())) > 1:
-            found += [(node, name, whose) for name, whose in person.items()]
+    for node, names, verified in by_node.iter_rows():
+        person_of = group_names(names, verified)
+        if len(set(person_of.values())) > 1:
+            found += [(node, name, person) for name, person in person_of.items()]
     return pl.DataFrame(found, schema={"node": pl.String, "name": pl.String, "person": pl.String}, orient="row")
 
 
-def _by_name(shown: pl.DataFrame) -> pl.DataFrame:
-    """The links of an identifier that people of several names show: one node per person, where it joins anything."""
-    own = shown.filter((pl.col("status") == WEAK) & pl.col("person").is_not_null()).with_columns(
+def _links_by_name(identifiers: pl.DataFrame) -> pl.DataFrame:
+    """Return the links at contacts with names of several people: one node per person, if it has at least two records."""
+    by_person = identifiers.filter((pl.col("status") == WEAK) & pl.col("person").is_not_null()).with_columns(
         (pl.col("node") + pl.lit("|") + pl.col("person")).alias("node"), pl.lit(LINKED).alias("status")
     )
     reason = pl.col("reason").str.split("; ").list.first() + pl.lit(", under the name '") + pl.col("person") + pl.lit("'")
-    return own.filter(pl.len().over("node") > 1).with_columns(reason.alias("reason"))
+    return by_person.filter(pl.len().over("node") > 1).with_columns(reason.alias("reason"))
 
 
-def _connected(count: int, links: pl.DataFrame) -> Indices:
-    """Components of records that share a node in `links` (at, node): the smallest `at` of each."""
+def _components_by_node(count: int, links: pl.DataFrame) -> Indices:
+    """Return the component of each of `count` records that share nodes in `links` (at, node): its smallest `at`."""
     pairs = links.select("at", pl.col("at").min().over("node").alias("first"))
-    return connected(count, pairs["at"].to_numpy(), pairs["first"].to_numpy())
+    return connected_components(count, pairs["at"].to_numpy(), pairs["first"].to_numpy())
 
 
-def _items(records: pl.DataFrame, shown: pl.DataFrame, hubs: Indices) -> pl.DataFrame:
-    """What Splink compares: the distinct profiles of each hub (records joined by proof), and the oldest record of each.
+def _profiles(records: pl.DataFrame, identifiers: pl.DataFrame, hubs: Indices) -> pl.DataFrame:
+    """Return the records with their hub and `item`: the oldest record of the hub with the same profile.
 
-    What a crowd shares says nothing about a person, so it is left out of the profile.
+    A hub is a set of records that are joined without a probabilistic match. A profile is what Splink compares: name, address,
+    phone, email and devices. Crowded identifiers are left out, since they do not characterise a person.
     """
     devices = (
-        shown.filter(pl.col("status") != CROWDED, pl.col("kind") == "device")
+        identifiers.filter(pl.col("status") != CROWDED, pl.col("kind") == "device")
         .group_by("at")
         .agg(pl.col("node").unique().sort().alias("devices"))
     )
-    profile = ["hub", "name", "address", "phone", "email"]
-    crowds = shown.filter(pl.col("status") == CROWDED)["node"].unique()
+    crowded = identifiers.filter(pl.col("status") == CROWDED)["node"].unique()
 
-    def told(name: str, kind: str) -> pl.Expr:
-        return pl.when(~(pl.lit(kind + ":") + pl.col(name)).is_in(crowds.implode())).then(pl.col(name)).alias(name)
+    def unless_crowded(name: str, kind: str) -> pl.Expr:
+        return pl.when(~(pl.lit(kind + ":") + pl.col(name)).is_in(crowded.implode())).then(pl.col(name)).alias(name)
 
     return (
-        records.with_columns(pl.Series("hub", hubs), told("email", "email"), told("phone", "phone"), told("address", "place"))
+        records.with_columns(
+            pl.Series("hub", hubs),
+            unless_crowded("email", "email"),
+            unless_crowded("phone", "phone"),
+            unless_crowded("address", "place"),
+        )
         .join(devices, on="at", how="left")
         .with_columns(pl.col("devices").list.join("\n").alias("device_key"))
         .sort("first_seen", "record_id")
-        .with_columns(pl.col("at").first().over([*profile, "device_key"]).alias("item"))
+        .with_columns(pl.col("at").first().over("hub", "name", "address", "phone", "email", "device_key").alias("item"))
     )
 
 
-def _matches(records: pl.DataFrame, shown: pl.DataFrame, hubs: Indices) -> pl.DataFrame:
-    """Probable links between hubs that meet at a weak identifier: both directions, the best pair of each two hubs."""
-    nothing = pl.DataFrame(schema=MATCH)
-    items = _items(records, shown, hubs)
-    meeting = shown.filter(pl.col("status") == WEAK).select("at", "node").join(items.select("at", "item", "hub", "name"), on="at")
+def _probabilistic_links(records: pl.DataFrame, identifiers: pl.DataFrame, hubs: Indices) -> pl.DataFrame:
+    """Return the links (MATCH_SCHEMA, in both directions) between the best matching profiles of each two hubs."""
+    profiles = _profiles(records, identifiers, hubs)
+    pairs = _candidate_pairs(profiles, identifiers)
+    if pairs.is_empty():
+        return pl.DataFrame(schema=MATCH_SCHEMA)
+    weights = _weigh(pairs, profiles).filter(pl.col("weight") >= MIN_MATCH_WEIGHT)
+    if weights.is_empty():
+        return pl.DataFrame(schema=MATCH_SCHEMA)
+    best = _with_match_status(_best_per_hubs(weights, records), records, identifiers, hubs)
+    return _in_both_directions(best)
+
+
+def _candidate_pairs(profiles: pl.DataFrame, identifiers: pl.DataFrame) -> pl.DataFrame:
+    """Return the pairs of profiles of different hubs that share a weak identifier and have the same initial, if named."""
+    weak = identifiers.filter(pl.col("status") == WEAK).select("at", "node")
+    meeting = weak.join(profiles.select("at", "item", "hub", "name"), on="at")
     meeting = meeting.select("node", "item", "hub", initial=pl.col("name").str.head(1)).unique()
     meeting = meeting.filter(pl.col("hub").n_unique().over("node") > 1)
-    pairs = (
+    same_initial = pl.col("initial") == pl.col("initial_r")
+    return (
         meeting.join(meeting, on="node", suffix="_r")
         .filter(
             pl.col("hub") < pl.col("hub_r"),
-            (pl.col("initial") == pl.col("initial_r")) | pl.col("initial").is_null() | pl.col("initial_r").is_null(),
+            same_initial | pl.col("initial").is_null() | pl.col("initial_r").is_null(),
         )
         .select("item", "item_r", "hub", "hub_r")
         .unique()
         .sort("item", "item_r")
     )
-    if pairs.is_empty():
-        return nothing
+
+
+def _weigh(pairs: pl.DataFrame, profiles: pl.DataFrame) -> pl.DataFrame:
+    """Add `weight` and `reason` to pairs of profiles."""
     words = pl.col("name").str.split(" ")
-    profiles = items.select(
+    compared = profiles.select(
         "at",
         "name",
         words.list.first().alias("given"),
@@ -196,27 +223,32 @@ def _matches(records: pl.DataFrame, shown: pl.DataFrame, hubs: Indices) -> pl.Da
         pl.col("email").str.split("@").list.first().alias("local"),
         "devices",
     )
-    sides = [
-        pairs.select(pl.col(name).alias("at")).join(profiles, on="at", how="left", maintain_order="left").drop("at")
+    left, right = (
+        pairs.select(pl.col(name).alias("at")).join(compared, on="at", how="left", maintain_order="left").drop("at")
         for name in ("item", "item_r")
-    ]
-    scored = pl.concat([pairs, compare(*sides)], how="horizontal").filter(pl.col("weight") >= THRESHOLD)
-    if scored.is_empty():
-        return nothing
+    )
+    return pl.concat([pairs, compare(left, right)], how="horizontal")
+
+
+def _best_per_hubs(weights: pl.DataFrame, records: pl.DataFrame) -> pl.DataFrame:
+    """Return the pair with the greatest weight of each two hubs, the first by record ids on a tie."""
     ids = records.select("at", "record_id")
-    best = (
-        scored.join(ids, left_on="item", right_on="at")
+    return (
+        weights.join(ids, left_on="item", right_on="at")
         .join(ids, left_on="item_r", right_on="at", suffix="_r")
         .with_columns(low=pl.min_horizontal("record_id", "record_id_r"), high=pl.max_horizontal("record_id", "record_id_r"))
         .sort("weight", "low", "high", descending=[True, False, False])
         .unique(["hub", "hub_r"], keep="first", maintain_order=True)
     )
-    best = _guarded(best, records, shown, hubs)
-    other_way = {"item": "item_r", "item_r": "item", "record_id": "record_id_r", "record_id_r": "record_id"}
-    there = best.select("item", "item_r", "record_id", "record_id_r", "weight", "reason", "status")
-    back = there.rename(other_way).select(there.columns)
+
+
+def _in_both_directions(best: pl.DataFrame) -> pl.DataFrame:
+    """Return one link (MATCH_SCHEMA) from each side of the pairs."""
+    swapped = {"item": "item_r", "item_r": "item", "record_id": "record_id_r", "record_id_r": "record_id"}
+    forward = best.select("item", "item_r", "record_id", "record_id_r", "weight", "reason", "status")
+    backward = forward.rename(swapped).select(forward.columns)
     return (
-        pl.concat([there, back])
+        pl.concat([forward, backward])
         .with_columns(
             pl.col("item").alias("at"),
             pl.col("item_r").alias("other"),
@@ -224,15 +256,15 @@ def _matches(records: pl.DataFrame, shown: pl.DataFrame, hubs: Indices) -> pl.Da
             pl.lit("match").alias("kind"),
             pl.lit(ADDRESS, pl.Int32).alias("trust"),
         )
-        .select(list(MATCH))
+        .select(list(MATCH_SCHEMA))
     )
 
 
-def _guarded(best: pl.DataFrame, records: pl.DataFrame, shown: pl.DataFrame, hubs: Indices) -> pl.DataFrame:
-    """Add `status`: two who each proved an e-mail and a phone, all different, and have no name in common, are not joined."""
+def _with_match_status(best: pl.DataFrame, records: pl.DataFrame, identifiers: pl.DataFrame, hubs: Indices) -> pl.DataFrame:
+    """Add `status`: two people with different verified e-mails, phones and names are not joined. Complete `reason`."""
     hub = pl.DataFrame({"at": np.arange(len(hubs)), "hub": hubs})
-    proven = (
-        shown.filter(pl.col("kind").is_in(CONTACTS), pl.col("trust").is_in([VERIFIED_EMAIL, VERIFIED_PHONE]))
+    verified = (
+        identifiers.filter(pl.col("kind").is_in(CONTACT_KINDS), pl.col("trust").is_in([VERIFIED_EMAIL, VERIFIED_PHONE]))
         .join(hub, on="at")
         .group_by("hub")
         .agg(
@@ -240,25 +272,24 @@ def _guarded(best: pl.DataFrame, records: pl.DataFrame, shown: pl.DataFrame, hub
             pl.col("node").filter(pl.col("kind") == "phone").unique().alias("phones"),
         )
     )
-    named = records.join(hub, on="at").group_by("hub").agg(pl.col("name").drop_nulls().unique().alias("names"))
-    sides = best.join(proven, on="hub", how="left").join(proven, left_on="hub_r", right_on="hub", how="left", suffix="_r")
-    sides = sides.join(named, on="hub", how="left").join(named, left_on="hub_r", right_on="hub", how="left", suffix="_r")
+    names = records.join(hub, on="at").group_by("hub").agg(pl.col("name").drop_nulls().unique().alias("names"))
+    for known in (verified, names):
+        best = best.join(known, on="hub", how="left").join(known, left_on="hub_r", right_on="hub", how="left", suffix="_r")
 
-    def apart(name: str) -> pl.Expr:
+    def differ(name: str) -> pl.Expr:
         both = (pl.col(name).list.len() > 0) & (pl.col(f"{name}_r").list.len() > 0)
         return (both & (pl.col(name).list.set_intersection(f"{name}_r").list.len() == 0)).fill_null(False)
 
-    stopped = apart("emails") & apart("phones") & apart("names")
-    text = pl.format("Probable match, weight {}: {}", pl.col("weight").round(2), pl.col("reason"))
-    return sides.with_columns(
-        pl.when(stopped).then(pl.lit(WEAK)).otherwise(pl.lit(LINKED)).alias("status"),
-        (text + pl.when(stopped).then(pl.lit("; stopped by different verified contacts and names")).otherwise(pl.lit(""))).alias(
-            "reason"
-        ),
+    is_stopped = differ("emails") & differ("phones") & differ("names")
+    reason = pl.format("Probable match, weight {}: {}", pl.col("weight").round(2), pl.col("reason"))
+    stopped = pl.when(is_stopped).then(pl.lit("; stopped by different verified contacts and names")).otherwise(pl.lit(""))
+    return best.with_columns(
+        pl.when(is_stopped).then(pl.lit(WEAK)).otherwise(pl.lit(LINKED)).alias("status"),
+        (reason + stopped).alias("reason"),
     )
 
 
-def _masters(records: pl.DataFrame, people: Indices) -> pl.DataFrame:
-    """Add `master_user_id`: the oldest member of each component."""
+def _with_masters(records: pl.DataFrame, people: Indices) -> pl.DataFrame:
+    """Add `master_user_id`, from the oldest record of each component."""
     oldest = pl.col("record_id").sort_by("first_seen", "record_id").first().over("person")
     return records.with_columns(pl.Series("person", people)).with_columns((MASTER_PREFIX + oldest).alias("master_user_id"))

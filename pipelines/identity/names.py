@@ -1,4 +1,4 @@
-"""Do two names mean one person? Names are in the spelling of `contacts.normalise_name`."""
+"""Comparison of the names of people. Names are normalised by `contacts.normalise_name`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from functools import lru_cache
 from itertools import combinations
 
 _VOWELS = frozenset("aeiouy")
-_TYPO_FROM = 4
-"""Words shorter than this are compared letter by letter: 'adi' and 'ani' are two names."""
+_MIN_TYPO_LENGTH = 4
+"""Shorter words have no typing errors: 'adi' and 'ani' are different names."""
 
 
 def signature(name: str) -> str:
-    """A short form that survives most typos, abbreviation of given names, and the order of 'given family'.
+    """Return a short form of a name that most typing errors and abbreviated given names do not change.
 
-    The first letter of the first word and the consonants of the last. By it people at an identifier are counted:
-    a customer who writes his name in five ways counts once.
+    It is the first letter of the first word and the consonants of the last. People at an identifier are counted by it: a
+    customer who spells their name in five ways counts once.
     """
     words = name.split()
     family = words[-1]
@@ -27,79 +27,79 @@ def signature(name: str) -> str:
 
 
 @lru_cache(maxsize=65_536)
-def distance(left: str, right: str) -> int:
-    """Edit distance with transpositions of neighbours (optimal string alignment)."""
-    before: list[int] = []
+def edit_distance(left: str, right: str) -> int:
+    """Return the edit distance with transpositions of adjacent letters (optimal string alignment)."""
+    row_before: list[int] = []
     row = list(range(len(right) + 1))
     for i, letter in enumerate(left, 1):
-        now = [i]
+        next_row = [i]
         for j, other in enumerate(right, 1):
-            cost = min(row[j] + 1, now[j - 1] + 1, row[j - 1] + (letter != other))
+            cost = min(row[j] + 1, next_row[j - 1] + 1, row[j - 1] + (letter != other))
             if i > 1 and j > 1 and letter == right[j - 2] and left[i - 2] == other:
-                cost = min(cost, before[j - 2] + 1)
-            now.append(cost)
-        before, row = row, now
+                cost = min(cost, row_before[j - 2] + 1)
+            next_row.append(cost)
+        row_before, row = row, next_row
     return row[-1]
 
 
-def _typo(left: str, right: str) -> int | None:
-    """The edits between two words that could be one word mistyped, or None."""
+def _typing_errors(left: str, right: str) -> int | None:
+    """Return the edits between two words that can be spellings of one, or None."""
     if left == right:
         return 0
-    if min(len(left), len(right)) < _TYPO_FROM or abs(len(left) - len(right)) > 1:
+    if min(len(left), len(right)) < _MIN_TYPO_LENGTH or abs(len(left) - len(right)) > 1:
         return None
-    edits = distance(left, right)
+    edits = edit_distance(left, right)
     return edits if edits <= (1 if min(len(left), len(right)) < 8 else 2) else None
 
 
 @lru_cache(maxsize=262_144)
-def same(left: str, right: str) -> bool:
-    """One full name in two spellings: words in another order, written together, or up to two typing errors."""
+def is_same_name(left: str, right: str) -> bool:
+    """Return whether two full names are spellings of one: words reordered or joined, or up to two typing errors."""
     if left == right or left.replace(" ", "") == right.replace(" ", ""):
         return True
-    ours, theirs = sorted(left.split()), sorted(right.split())
-    if len(ours) != len(theirs):
-        return _typo(left.replace(" ", ""), right.replace(" ", "")) == 1
-    if ours == theirs:
+    left_words, right_words = sorted(left.split()), sorted(right.split())
+    if len(left_words) != len(right_words):
+        return _typing_errors(left.replace(" ", ""), right.replace(" ", "")) == 1
+    if left_words == right_words:
         return True
-    rest_ours = [word for word in ours if word not in theirs]
-    rest_theirs = [word for word in theirs if word not in ours]
-    if len(rest_ours) != len(rest_theirs):
+    left_rest = [word for word in left_words if word not in right_words]
+    right_rest = [word for word in right_words if word not in left_words]
+    if len(left_rest) != len(right_rest):
         return False
-    edits = [_typo(a, b) for a, b in zip(rest_ours, rest_theirs, strict=True)]
+    edits = [_typing_errors(a, b) for a, b in zip(left_rest, right_rest, strict=True)]
     return None not in edits and sum(edit or 0 for edit in edits) <= 2
 
 
 @lru_cache(maxsize=262_144)
-def shortened(left: str, right: str) -> bool:
-    """One of the names could be the other in short: initials, or words left out ('b santoso', 'budi')."""
+def is_short_form(left: str, right: str) -> bool:
+    """Return whether one name can be a short form of the other: initials, or omitted words ('b santoso', 'budi')."""
     short, full = sorted((left.split(), right.split()), key=lambda words: (len(words), sum(map(len, words))))
     if len(short) == 1:
         return short[0] == full[0] or (len(short[0]) == 1 and len(full) == 1 and short[0] == full[0][0])
     remaining = list(full)
-    whole = False
+    has_whole_word = False
     for word in sorted(short, key=len, reverse=True):
-        meant = next((other for other in remaining if _is_whole(word, other) or _is_initial(word, other)), None)
-        if meant is None:
+        match = next((other for other in remaining if _is_whole(word, other) or _is_initial(word, other)), None)
+        if match is None:
             return False
-        whole |= _is_whole(word, meant)
-        remaining.remove(meant)
-    return whole
+        has_whole_word |= _is_whole(word, match)
+        remaining.remove(match)
+    return has_whole_word
 
 
 def _is_whole(word: str, full: str) -> bool:
-    return _typo(word, full) is not None or (len(word) > 2 and full.startswith(word))
+    return _typing_errors(word, full) is not None or (len(word) > 2 and full.startswith(word))
 
 
 def _is_initial(word: str, full: str) -> bool:
     return (len(word) == 1 or len(full) == 1) and word[0] == full[0]
 
 
-def groups(names: Iterable[str], together: Iterable[str] = ()) -> dict[str, str]:
-    """The names of one identifier, by person: name -> the group's fullest name.
+def group_names(names: Iterable[str], together: Iterable[str] = ()) -> dict[str, str]:
+    """Group the names at one identifier by person. Return name -> the fullest name of its group.
 
-    Spellings of one full name are a group; a shortened name joins the only group that it fits, and is its own
-    where it fits several. `together`: names known to be of one person (both proved the identifier theirs).
+    Spellings of one full name are a group. A short form joins a group if it fits no other; otherwise it is a group of
+    its own. together: names known to belong to one person (each verified the identifier).
     """
     distinct = sorted(set(names))
     leader = {name: name for name in distinct}
@@ -110,7 +110,7 @@ def groups(names: Iterable[str], together: Iterable[str] = ()) -> dict[str, str]
         return name
 
     for left, right in combinations(distinct, 2):
-        if same(left, right):
+        if is_same_name(left, right):
             leader[find(right)] = find(left)
     known = sorted(set(together))
     for name in known[1:]:
@@ -122,7 +122,7 @@ def groups(names: Iterable[str], together: Iterable[str] = ()) -> dict[str, str]
         fits = {
             strict[other]
             for other in distinct
-            if strict[other] != short and _letters(other) > fullness and any(shortened(name, other) for name in members)
+            if strict[other] != short and _letters(other) > fullness and any(is_short_form(name, other) for name in members)
         }
         if len(fits) == 1:
             leader[find(short)] = find(fits.pop())

@@ -1,13 +1,12 @@
-"""Probable matches: Splink with fixed parameters, so that a pair's weight depends on the pair alone.
+"""Probabilistic matches: Splink with fixed parameters, so the weight of a pair depends on the pair alone.
 
-Nothing is trained on the data and no term frequencies are taken from it: a trained model would give another table
-for another order of arrival. The parameters are those of people who already meet at an address, a device, a
-contact or a close spelling of name and address; each pair of m (among matches) and u (among non-matches) gives
-log2(m / u) bits.
+Nothing is trained on the data and no term frequencies are taken from it: the table would depend on the order of arrival. The
+parameters apply to records that share an address, a device, a contact or a blocking key. Each level has the probabilities m
+(among matches) and u (among non-matches) and contributes log2(m / u) bits.
 
-Splink compiles the model to one query over two tables. That query is kept beside this file, since loading Splink and
-compiling cost more than all comparisons of a small run; of a model other than the kept one, Splink compiles anew.
-A test compares it with what Splink gives, and says how to write it again.
+Splink compiles the model to one query over two tables. The query is cached in match_weight.sql, since loading Splink and
+compiling take longer than all comparisons of a small run. If the model differs from the cached one, Splink compiles it.
+A test compares the cached query with Splink's, and prints the command that writes it.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ from typing import Any
 
 import polars as pl
 
-THRESHOLD = 3.0
-"""Match weight (log2 of the odds) from which a pair is one person: 8 to 1."""
+MIN_MATCH_WEIGHT = 3.0
+"""Match weight (log2 of the odds) from which a pair is one person: odds of 8 to 1."""
 PRIOR = 0.05
-"""Share of one-person pairs among those who meet at a weak identifier and nothing stronger joined."""
+"""Share of matches among the pairs that share a weak identifier and are not joined by a stronger one."""
 
 Level = tuple[str, str, float, float]
-"""SQL condition ('' for all else), words for the reason, m, u."""
+"""SQL condition ('' for all other pairs), text of the reason, m, u."""
 
-LEVELS: dict[str, tuple[Level, ...]] = {
+COMPARISON_LEVELS: dict[str, tuple[Level, ...]] = {
     "name": (
         ('"name_l" = "name_r"', "same name", 0.70, 0.006),
         (
@@ -68,7 +67,7 @@ LEVELS: dict[str, tuple[Level, ...]] = {
         ('"email_l" = "email_r"', "same email", 0.40, 0.0125),
         ('"local_l" = "local_r"', "same email name at another provider", 0.10, 0.006),
         (
-            # another number is another person's address, not a slip
+            # a different number is a different address, not a typing error
             'damerau_levenshtein("email_l", "email_r") <= 2 and '
             "regexp_replace(\"email_l\", '[^0-9]', '', 'g') = regexp_replace(\"email_r\", '[^0-9]', '', 'g')",
             "email a typing error apart",
@@ -82,15 +81,14 @@ LEVELS: dict[str, tuple[Level, ...]] = {
         ("", "other device", 0.55, 0.80),
     ),
 }
-TEXT = ("name", "given", "short", "address", "phone", "email", "local")
-KEPT_QUERY = Path(__file__).with_name("match_weight.sql")
+TEXT_COLUMNS = ("name", "given", "short", "address", "phone", "email", "local")
+CACHED_QUERY = Path(__file__).with_name("match_weight.sql")
 
 
 def compare(left: pl.DataFrame, right: pl.DataFrame) -> pl.DataFrame:
-    """Match weight of left[i] with right[i].
+    """Return `weight` and `reason` of the pairs left[i], right[i], in the order of the rows.
 
-    Both have the columns of TEXT and `devices` (list of text); a null says nothing. Gives `weight` and `reason`, in
-    the order of the rows.
+    Both have TEXT_COLUMNS and `devices` (list of text); a null is ignored.
     """
     if left.is_empty():
         return pl.DataFrame(schema={"weight": pl.Float64, "reason": pl.String})
@@ -100,8 +98,8 @@ def compare(left: pl.DataFrame, right: pl.DataFrame) -> pl.DataFrame:
     try:
         connection.register("compared_left", left.with_row_index("pair").to_arrow())
         connection.register("compared_right", right.with_row_index("pair").to_arrow())
-        levels = ", ".join(f'"gamma_{name}"' for name in LEVELS)
-        scored = connection.sql(f"select match_weight, {levels} from ({query()}) order by pair_l").to_arrow_table()
+        levels = ", ".join(f'"gamma_{name}"' for name in COMPARISON_LEVELS)
+        scored = connection.sql(f"select match_weight, {levels} from ({match_weight_query()}) order by pair_l").to_arrow_table()
     finally:
         connection.close()
     frame = pl.from_arrow(scored)
@@ -110,46 +108,48 @@ def compare(left: pl.DataFrame, right: pl.DataFrame) -> pl.DataFrame:
 
 
 def _reason() -> pl.Expr:
-    """The levels reached, in words. Splink numbers levels from 0 (all else) up, and -1 for a missing value."""
+    """Return the text of the levels reached. Splink numbers levels from 0 (all other pairs); a missing value is -1."""
     parts = []
-    for name, levels in LEVELS.items():
+    for name, levels in COMPARISON_LEVELS.items():
         words = pl.lit(None, pl.String)
-        for at, (_, text, _, _) in enumerate(levels):
-            words = pl.when(pl.col(f"gamma_{name}") == len(levels) - 1 - at).then(pl.lit(text)).otherwise(words)
+        for index, (_, text, _, _) in enumerate(levels):
+            words = pl.when(pl.col(f"gamma_{name}") == len(levels) - 1 - index).then(pl.lit(text)).otherwise(words)
         parts.append(words)
     return pl.concat_str(*parts, separator=", ", ignore_nulls=True)
 
 
 @lru_cache(maxsize=1)
-def query() -> str:
-    """Splink's query over the tables `compared_left` and `compared_right`, whose rows of one `pair` are compared."""
-    head, _, kept = KEPT_QUERY.read_text(encoding="utf-8").partition("\n") if KEPT_QUERY.exists() else ("", "", "")
-    return kept if head == _head() else compiled()
+def match_weight_query() -> str:
+    """Return Splink's query over the tables `compared_left` and `compared_right`: it compares the rows with the same `pair`."""
+    head, _, cached = CACHED_QUERY.read_text(encoding="utf-8").partition("\n") if CACHED_QUERY.exists() else ("", "", "")
+    return cached if head == _head() else compile_query()
 
 
 def _head() -> str:
-    """The first line of the kept query: whose it is."""
-    model = blake2b(repr((PRIOR, LEVELS, TEXT)).encode(), digest_size=8).hexdigest()
+    """Return the first line of the cached query, which identifies its model."""
+    model = blake2b(repr((PRIOR, COMPARISON_LEVELS, TEXT_COLUMNS)).encode(), digest_size=8).hexdigest()
     return f"-- Splink's query for the model of probabilistic.py, {model}"
 
 
-def keep() -> None:
-    """Write KEPT_QUERY anew."""
-    KEPT_QUERY.write_text(f"{_head()}\n{compiled()}", encoding="utf-8")
+def write_cached_query() -> None:
+    """Compile the model and write CACHED_QUERY."""
+    CACHED_QUERY.write_text(f"{_head()}\n{compile_query()}", encoding="utf-8")
 
 
-def compiled() -> str:
-    """The query that Splink makes of the model."""
+def compile_query() -> str:
+    """Return the query to which Splink compiles the model."""
     import duckdb
     from splink import DuckDBAPI
     from splink.internals.realtime import compare_records
 
     logging.getLogger("splink").setLevel(logging.ERROR)
-    nobody = pl.DataFrame(schema={"pair": pl.UInt32, **dict.fromkeys(TEXT, pl.String), "devices": pl.List(pl.String)}).to_arrow()
+    no_records = pl.DataFrame(
+        schema={"pair": pl.UInt32, **dict.fromkeys(TEXT_COLUMNS, pl.String), "devices": pl.List(pl.String)}
+    ).to_arrow()
     connection = duckdb.connect(":memory:", config={"threads": 1})
     try:
-        made = compare_records(nobody, nobody, _model(), DuckDBAPI(connection), join_condition="l.pair = r.pair")
-        text = str(made.sql_used_to_create)
+        result = compare_records(no_records, no_records, _model(), DuckDBAPI(connection), join_condition="l.pair = r.pair")
+        text = str(result.sql_used_to_create)
     finally:
         connection.close()
     named = re.sub(r"__splink__compare_records_(left|right)_\w+", r"compared_\1", text)
@@ -157,6 +157,7 @@ def compiled() -> str:
 
 
 def _model() -> Any:
+    """Return the model as Splink's settings."""
     from splink import SettingsCreator
     from splink.internals.comparison_level_library import CustomLevel, ElseLevel, NullLevel
     from splink.internals.comparison_library import CustomComparison
@@ -177,6 +178,6 @@ def _model() -> Any:
                     ),
                 ],
             )
-            for name, levels in LEVELS.items()
+            for name, levels in COMPARISON_LEVELS.items()
         ],
     )

@@ -1,4 +1,4 @@
-"""silver.chargebacks: the newest row of every chargeback."""
+"""silver.chargebacks: the current row of each chargeback."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import pyarrow as pa
 from lakehouse.expectations import accepted, not_null
 from lakehouse.step import Grouped, Step
 from lakehouse.table import TIMESTAMP, Table, column
+from pipelines.bronze import tables
 from pipelines.bronze.current_rows import current_rows, unreadable_rows
-from pipelines.bronze.tables import CHARGEBACKS as BRONZE_CHARGEBACKS
 from pipelines.settings import BusinessSettings
 
 CHARGEBACKS = Table(
     "silver.chargebacks",
-    doc="Chargebacks as the bank reported them, the newest row of each. order_ref is traced, so that an order hears of a "
-    "chargeback that moved to another order.",
+    doc="Current chargebacks as the bank reported them. order_ref is tracked: a chargeback that moves to another order affects "
+    "both orders.",
     columns=(
-        column("chargeback_id", pa.int64(), "Chargeback.", required=True),
-        column("order_ref", pa.string(), "The order it is about: an orders_unified.order_id."),
-        column("reason", pa.string(), "fraud, not_received, not_as_described, other."),
-        column("reported_at", TIMESTAMP, "When it was reported; weeks after the order."),
+        column("chargeback_id", pa.int64(), "Chargeback id.", required=True),
+        column("order_ref", pa.string(), "Order id, as orders_unified.order_id; null when unknown."),
+        column("reason", pa.string(), "Reason: fraud, not_received, not_as_described or other."),
+        column("reported_at", TIMESTAMP, "When the chargeback was reported (UTC), usually weeks after the order."),
     ),
     key=("chargeback_id",),
     tracked=("order_ref",),
@@ -35,12 +35,12 @@ CHARGEBACKS = Table(
 
 
 def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
-    """The newest row per chargeback; deleted ones are gone."""
-    return current_rows(frames["chargebacks"], ("chargeback_id",)).select(CHARGEBACKS.schema.names)
+    """Return the newest row of each live chargeback."""
+    return current_rows(frames["chargebacks"], tables.CHARGEBACKS_KEY).select(CHARGEBACKS.schema.names)
 
 
 STEP = Step(
     target=CHARGEBACKS,
-    reads={"chargebacks": Grouped(BRONZE_CHARGEBACKS, keys=((pl.col("chargeback_id"),),), parse=unreadable_rows)},
+    reads={"chargebacks": Grouped(tables.CHARGEBACKS, keys=((pl.col("chargeback_id"),),), parse=unreadable_rows)},
     transform=transform,
 )

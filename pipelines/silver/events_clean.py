@@ -1,4 +1,4 @@
-"""silver.events_clean: every event once, typed."""
+"""silver.events_clean: every event once, with typed columns."""
 
 from __future__ import annotations
 
@@ -20,30 +20,39 @@ from pipelines.settings import BusinessSettings
 
 EVENTS_CLEAN = Table(
     "silver.events_clean",
-    doc="Behaviour and stock events, each once, with the fields of their metadata that others read as columns.",
+    doc="Behaviour and stock events, each once. Fields of the metadata that other tables read are columns.",
     columns=(
-        column("event_id", pa.string(), "The event.", required=True),
-        column("event_type", pa.string(), "Kind of event; kinds that are not known are kept.", required=True),
-        column("occurred_at", TIMESTAMP, "When it happened, as its sender says.", required=True),
-        column("user_id", pa.int64(), "User account; null when nobody is signed in."),
-        column("session_id", pa.string(), "Session.", personal="session"),
-        column("device_id", pa.string(), "Device.", personal="device"),
-        column("ip_address", pa.string(), "Address the sender saw.", personal="ip"),
-        column("channel", pa.string(), "web, app, pos, ..."),
+        column("event_id", pa.string(), "Event id.", required=True),
+        column("event_type", pa.string(), "Kind of event; unknown kinds are kept.", required=True),
+        column("occurred_at", TIMESTAMP, "When the event happened (UTC), as stated by its sender.", required=True),
+        column("user_id", pa.int64(), "User id of the account; null when no user is signed in."),
+        column("session_id", pa.string(), "Session id; null when unknown.", personal="session"),
+        column("device_id", pa.string(), "Device id; null when unknown.", personal="device"),
+        column("ip_address", pa.string(), "IP address of the client, as stated by the sender; null when unknown.", personal="ip"),
+        column("channel", pa.string(), "Channel of the event: web, app, pos, ..."),
         column("store_id", pa.string(), "metadata.store_id: store or warehouse whose stock changes."),
-        column("product_id", pa.string(), "metadata.product_id."),
-        column("quantity", pa.int32(), "metadata.quantity, in units; positive for stock events."),
-        column("to_store_id", pa.string(), "metadata.to_store_id: the receiving side of a transfer."),
-        column("purchase_order", pa.string(), "metadata.purchase_order."),
-        column("reserved", pa.bool_(), "metadata.reserved: the sale takes stock that was reserved."),
-        column("sign", pa.int32(), "metadata.sign: +1 or -1, the direction of an adjustment."),
-        column("reason", pa.string(), "metadata.reason of an adjustment: damage, theft, found, correction."),
-        column("order_ref", pa.string(), "metadata.order_ref: an orders_unified.order_id."),
+        column("product_id", pa.string(), "metadata.product_id: product id."),
+        column(
+            "quantity",
+            pa.int32(),
+            "metadata.quantity, in units; positive for stock events, 0 allowed where the event sets a level.",
+        ),
+        column("to_store_id", pa.string(), "metadata.to_store_id: store that receives a transfer."),
+        column("purchase_order", pa.string(), "metadata.purchase_order: purchase order of incoming or received units."),
+        column("reserved", pa.bool_(), "metadata.reserved: whether the sale consumes reserved units."),
+        column("sign", pa.int32(), "metadata.sign: direction of an adjustment, +1 or -1."),
+        column("reason", pa.string(), "metadata.reason of an adjustment: damage, theft, found or correction."),
+        column("order_ref", pa.string(), "metadata.order_ref: order id, as orders_unified.order_id."),
         column("outcome", pa.string(), "metadata.outcome of a payment attempt."),
-        column("card_fingerprint", pa.string(), "metadata.card_fingerprint.", personal="card"),
-        column("changed_field", pa.string(), "metadata.field of account_changed: what was changed."),
-        column("metadata", pa.string(), "All of metadata as canonical JSON (sorted names, no spaces).", personal="text"),
-        column("topic", pa.string(), "Topic it came from."),
+        column(
+            "card_fingerprint",
+            pa.string(),
+            "metadata.card_fingerprint: fingerprint (hash) of the payment card.",
+            personal="card",
+        ),
+        column("changed_field", pa.string(), "metadata.field of account_changed: the changed field."),
+        column("metadata", pa.string(), "The whole metadata as canonical JSON (sorted names, no spaces).", personal="text"),
+        column("topic", pa.string(), "Kafka topic of the message."),
     ),
     key=("event_id",),
     tracked=("event_type", "occurred_at", "user_id", "store_id", "product_id", "to_store_id"),
@@ -83,52 +92,52 @@ STOCK_EVENTS = (
     "stock_counted",
     "safety_stock_set",
 )
-SETTING_EVENTS = ("stock_counted", "safety_stock_set")
-"""Stock events that set a figure instead of moving units: nothing left on the shelf is a count too, so 0 is allowed."""
+LEVEL_EVENTS = ("stock_counted", "safety_stock_set")
+"""Stock events that set a level instead of moving units. Their quantity may be 0: an empty shelf is a valid count."""
 
 EXTRA = "_extra"
-"""Name within `metadata` for what has no column: unknown top-level fields, and known ones whose value is not of their type."""
+"""Name within `metadata` for values without a column: unknown top-level fields, and known fields with a value of another type."""
 
 CHUNK = 20_000
-"""Messages whose decoded documents are held at a time."""
+"""Number of messages that are decoded at a time."""
 
 Document = dict[str, Any]
 
 _decode = msgspec.json.Decoder().decode
 _encode_lines = msgspec.json.Encoder(order="sorted").encode_lines
 _WHOLE_NUMBER = re.compile(r"\s*[+-]?\d{1,19}(\.0*)?\s*")
-_USUAL_TIMESTAMP = r"^[12]\d{3}-\d\d-\d\dT\d\d:\d\d:[0-5]\d(\.\d{1,9})?Z$"
+_COMMON_TIMESTAMP = r"^[12]\d{3}-\d\d-\d\dT\d\d:\d\d:[0-5]\d(\.\d{1,9})?Z$"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def parse_events(bronze: pl.DataFrame) -> Parsed:
-    """Bronze messages -> rows of silver.events_clean, and the messages that are none, each with its reason.
+    """Return rows of silver.events_clean, and the messages that are not events, each with a reason.
 
-    A message must be a UTF-8 JSON object with `event_id`, `event_type` and an ISO 8601 `timestamp` (no offset:
-    UTC; finer than microseconds: cut off). A stock event must also say what its effect needs: `store_id`,
-    `product_id`, a positive whole `quantity` (0 where it sets a figure), `to_store_id` of a transfer, `sign` of an
-    adjustment. A value of another type is read where nothing gets lost ('1' and 1.0 are 1); else it stays,
-    with every unknown field, in `metadata` under `_extra`. Reasons hold nothing of the message.
+    A message must be a UTF-8 JSON object with `event_id`, `event_type` and an ISO 8601 `timestamp` (in UTC without an
+    offset; truncated to microseconds). A stock event must also have `store_id`, `product_id` and a positive whole `quantity`
+    (0 is allowed where it sets a level), a transfer `to_store_id`, an adjustment `sign`. A value of another type is converted
+    if nothing is lost ('1' and 1.0 are 1); otherwise it stays, like every unknown field, in `metadata` under `_extra`.
+    Reasons contain no values of the message.
     """
     chunks = [_read_chunk(bronze["value"].slice(start, CHUNK)) for start in range(0, max(bronze.height, 1), CHUNK)]
     read = pl.concat(chunks).with_columns(occurred_at=_instants(pl.concat(chunks)["timestamp"]))
     read = read.with_columns(reason_rejected=_reason(), quantity=pl.col("quantity").cast(pl.Int32, strict=False))
     read = read.with_columns(topic=bronze["topic"])
     positions = bronze["_source_position"]
-    fit = read["reason_rejected"].is_null()
-    rows = read.filter(fit).select(EVENTS_CLEAN.schema.names)
-    parsed_positions = positions.filter(fit)
+    is_event = read["reason_rejected"].is_null()
+    rows = read.filter(is_event).select(EVENTS_CLEAN.schema.names)
+    parsed_positions = positions.filter(is_event)
     rejected = bronze.select(
         pl.Series("reason", read["reason_rejected"]),
         source_position="_source_position",
         original="value",
         fixed=pl.col("_op") == "fix" if "_op" in bronze.columns else pl.lit(False),
-    ).filter(~fit)
+    ).filter(~is_event)
     return Parsed(rows, _open_rejections(rejected, parsed_positions), parsed_positions)
 
 
 def _open_rejections(rejected: pl.DataFrame, parsed_positions: pl.Series) -> pl.DataFrame:
-    """One row per position that no message at that position could be read for; a correction stands for what it corrects."""
+    """Return one row per position without a readable message: the correction if there is one, else the original."""
     return (
         rejected.filter(~pl.col("source_position").is_in(parsed_positions.implode()))
         .sort("source_position", "fixed", "original", descending=[False, True, False], nulls_last=True)
@@ -138,9 +147,9 @@ def _open_rejections(rejected: pl.DataFrame, parsed_positions: pl.Series) -> pl.
 
 
 def _reason() -> pl.Expr:
-    """Why a decoded message is not an event; null when it is one."""
+    """Return the reason why a decoded message is not an event; null for an event."""
     stock = pl.col("event_type").is_in(STOCK_EVENTS)
-    least = pl.when(pl.col("event_type").is_in(SETTING_EVENTS)).then(0).otherwise(1)
+    min_quantity = pl.when(pl.col("event_type").is_in(LEVEL_EVENTS)).then(0).otherwise(1)
 
     def absent(name: str) -> pl.Expr:
         return pl.col(name).is_null() | (pl.col(name).str.strip_chars() == "")
@@ -160,7 +169,7 @@ def _reason() -> pl.Expr:
         .then(pl.lit("metadata.store_id of a stock event is missing"))
         .when(stock & absent("product_id"))
         .then(pl.lit("metadata.product_id of a stock event is missing"))
-        .when(stock & ~pl.col("quantity").is_between(least, 2**31 - 1).fill_null(False))
+        .when(stock & ~pl.col("quantity").is_between(min_quantity, 2**31 - 1).fill_null(False))
         .then(pl.lit("metadata.quantity of a stock event is not a positive whole number"))
         .when((pl.col("event_type") == "stock_transferred") & absent("to_store_id"))
         .then(pl.lit("metadata.to_store_id of a transfer is missing"))
@@ -170,7 +179,7 @@ def _reason() -> pl.Expr:
 
 
 def _read_chunk(values: pl.Series) -> pl.DataFrame:
-    """Messages -> their fields as columns, in the same order; `undecoded` says why a message has none."""
+    """Return the fields of messages as columns, in the same order; `undecoded` is the reason for a message without fields."""
     decoded = [_document(value) for value in values.to_list()]
     undecoded = [None if type(item) is dict else item for item in decoded]
     documents: list[Document] = [item if type(item) is dict else {} for item in decoded]
@@ -202,7 +211,7 @@ def _read_chunk(values: pl.Series) -> pl.DataFrame:
 
 
 def _document(value: bytes | None) -> Document | str:
-    """The object in a message, or the reason why there is none."""
+    """Return the object in a message, or the reason why there is none."""
     if not value or value.isspace():
         return "empty message"
     try:
@@ -223,7 +232,7 @@ def _is_utf8(value: bytes) -> bool:
 
 
 def _metadata(document: Document, extras: dict[int, Document], row: int) -> Document:
-    """The metadata of a document; what is there and no object goes to the row's extras."""
+    """Return the metadata of a document; a value that is no object is moved to the extras of the row."""
     metadata = document.get("metadata")
     if type(metadata) is dict:
         return metadata
@@ -233,7 +242,7 @@ def _metadata(document: Document, extras: dict[int, Document], row: int) -> Docu
 
 
 def _canonical(metadata: list[Document], extras: dict[int, Document]) -> list[str]:
-    """Metadata with the extras as canonical JSON."""
+    """Return the metadata with the extras as canonical JSON."""
     if extras:
         metadata = list(metadata)
     for row, extra in extras.items():
@@ -243,19 +252,19 @@ def _canonical(metadata: list[Document], extras: dict[int, Document]) -> list[st
 
 
 def _texts(values: list[Any]) -> pl.Series:
-    """Strings; a whole number is read as its digits."""
+    """Return a column of texts; an integer becomes its digits, other values null."""
     if not set(map(type, values)) <= {str, NoneType}:
         values = [value if type(value) is str else str(value) if type(value) is int else None for value in values]
     return pl.Series(values, dtype=pl.String)
 
 
 def _integers(values: list[Any]) -> pl.Series:
-    """Whole numbers of 64 bits, whether written 2, 2.0, '2' or '2.0'."""
+    """Return a column of 64-bit integers, whether written 2, 2.0, '2' or '2.0'; other values are null."""
     return pl.Series([value if value is None else whole_number(value) for value in values], dtype=pl.Int64)
 
 
 def whole_number(value: Any) -> int | None:
-    """A whole number of 64 bits, however a message writes it; None when it is none."""
+    """Return a 64-bit integer, whether written 2, 2.0, '2' or '2.0'; None for other values."""
     kind = type(value)
     if kind is str and _WHOLE_NUMBER.fullmatch(value):
         value = int(value.split(".")[0])
@@ -267,7 +276,7 @@ def whole_number(value: Any) -> int | None:
 
 
 def _flags(values: list[Any]) -> pl.Series:
-    """Booleans, whether written true, 1, 'true' or 'TRUE'."""
+    """Return a column of booleans, whether written true, 1, 'true' or 'TRUE'; other values are null."""
     if not set(map(type, values)) <= {bool, NoneType}:
         values = [_flag(value) for value in values]
     return pl.Series(values, dtype=pl.Boolean)
@@ -280,10 +289,10 @@ def _flag(value: Any) -> bool | None:
 
 
 def _instants(texts: pl.Series) -> pl.Series:
-    """ISO 8601 -> microseconds in UTC; null where a text is none."""
-    usual = texts.str.contains(_USUAL_TIMESTAMP).fill_null(False)
+    """Return ISO 8601 texts as timestamps in UTC; null for other texts."""
+    is_common = texts.str.contains(_COMMON_TIMESTAMP).fill_null(False)
     instants = (
-        pl.select(pl.when(usual).then(texts))
+        pl.select(pl.when(is_common).then(texts))
         .to_series()
         .str.to_datetime("%Y-%m-%dT%H:%M:%S%.fZ", time_unit="us", strict=False)
         .dt.replace_time_zone("UTC")
@@ -291,12 +300,12 @@ def _instants(texts: pl.Series) -> pl.Series:
     rest = (instants.is_null() & texts.is_not_null()).arg_true()
     if rest.is_empty():
         return instants
-    unusual = pl.Series([_instant(text) for text in texts.gather(rest).to_list()], dtype=pl.Int64)
-    return instants.to_physical().scatter(rest, unusual).cast(pl.Datetime("us", "UTC"))
+    others = pl.Series([_instant(text) for text in texts.gather(rest).to_list()], dtype=pl.Int64)
+    return instants.to_physical().scatter(rest, others).cast(pl.Datetime("us", "UTC"))
 
 
 def _instant(text: str) -> int | None:
-    """Microseconds since 1970 UTC of an ISO 8601 text; None when it is none, or outside the years 1 to 9999."""
+    """Return microseconds since 1970 UTC of an ISO 8601 text; None for other texts and outside the years 1 to 9999."""
     try:
         instant = datetime.fromisoformat(text.strip().upper())
         instant = instant.replace(tzinfo=UTC) if instant.tzinfo is None else instant.astimezone(UTC)
@@ -306,15 +315,17 @@ def _instant(text: str) -> int | None:
 
 
 def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
-    """Each event once. Of several with one event_id the first by (occurred_at, then every other column) stays:
-    decided by content alone, so it is the same whatever came first."""
+    """Return each event once. Of several with the same event_id the first by occurred_at, then by all other columns, is kept.
+
+    The choice depends on content alone, not on the order of arrival.
+    """
     names = EVENTS_CLEAN.schema.names
     found = [frames[name].select(names) for name in ("events", "old") if name in frames and frames[name].width]
     events = pl.concat(found)
-    twice = events["event_id"].is_duplicated()
+    is_repeated = events["event_id"].is_duplicated()
     order = ["event_id", "occurred_at", *(name for name in names if name not in ("event_id", "occurred_at"))]
-    winners = events.filter(twice).sort(order).unique("event_id", keep="first", maintain_order=True)
-    return pl.concat([events.filter(~twice), winners])
+    first = events.filter(is_repeated).sort(order).unique("event_id", keep="first", maintain_order=True)
+    return pl.concat([events.filter(~is_repeated), first])
 
 
 def replace_erased(rows: pl.DataFrame, context: BusinessSettings) -> pl.DataFrame:

@@ -1,4 +1,4 @@
-"""silver.orders_unified: one row per order of every channel: web, tills, marketplaces."""
+"""silver.orders_unified: one row per order of any channel: web shop, stores, marketplaces."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pyarrow as pa
 from lakehouse.expectations import accepted, fresh, not_null, row_count_drift
 from lakehouse.step import Broadcast, Grouped, Lookup, Step
 from lakehouse.table import MONEY, TIMESTAMP, Table, column
+from pipelines.affected_rows import rows_priced_since, rows_with
 from pipelines.bronze.current_rows import current_rows, unreadable_rows
 from pipelines.bronze.tables import MARKETPLACE_ORDERS, ORDERS, ORDERS_KEY
 from pipelines.identity.records import (
@@ -21,8 +22,9 @@ from pipelines.identity.records import (
     user_record_ids,
 )
 from pipelines.parsing import contacts
-from pipelines.parsing.amounts import to_base_currency
+from pipelines.parsing.amounts import AMOUNT, to_base_currency
 from pipelines.parsing.marketplace_documents import find_unreadable_documents, parse_documents
+from pipelines.parsing.text import trimmed
 from pipelines.settings import BusinessSettings
 from pipelines.silver.exchange_rates import EXCHANGE_RATES, with_rates
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
@@ -31,38 +33,69 @@ from pipelines.silver.users_scd import USERS_SCD
 
 ORDERS_UNIFIED = Table(
     "silver.orders_unified",
-    doc="Orders of all channels, the newest version of each, attributed to a master user and in the base currency.",
+    doc="Current orders of all channels, attributed to a master user, with totals in the base currency.",
     columns=(
-        column("order_id", pa.string(), "'123' for order 123 of the shop, else '<platform>:<mp_order_id>'.", required=True),
-        column("source_order_id", pa.string(), "The order's id at its source.", required=True),
-        column("channel", pa.string(), "web, pos or marketplace."),
-        column("platform", pa.string(), "The marketplace; null for the shop's own channels."),
-        column("user_id", pa.int64(), "User account; null for a sale without one."),
-        column("customer_record", pa.string(), "record_id in silver.identity_graph; null for an anonymous sale."),
-        column("master_user_id", pa.string(), "The person who ordered, from silver.identity_graph."),
-        column("store_id", pa.string(), "The store that sells or ships."),
         column(
-            "status", pa.string(), "placed, paid, shipped, delivered, cancelled, returned, or a marketplace's own; lower case."
+            "order_id",
+            pa.string(),
+            "Order id: '123' for order 123 of the web shop and stores, '<platform>:<mp_order_id>' for a marketplace order.",
+            required=True,
         ),
-        column("currency", pa.string(), "Currency of the amount, ISO 4217."),
-        column("total_amount", MONEY, "Total, in `currency`."),
-        column("exchange_rate", pa.decimal128(18, 8), "Units of the base currency per unit on that day; null when unknown."),
-        column("total_base", MONEY, "Total in the base currency, rounded half-even to 4 places; null when the rate is unknown."),
-        column("payment_method", pa.string(), "How it was paid."),
-        column("card_fingerprint", pa.string(), "Which card, hashed.", personal="card"),
-        column("ip_address", pa.string(), "Client address.", personal="ip"),
-        column("device_id", pa.string(), "Client device.", personal="device"),
-        column("shipping_address", pa.string(), "Where it goes, as typed.", personal="address"),
-        column("email", pa.string(), "E-mail of a marketplace order's buyer, normalised.", personal="email"),
-        column("phone", pa.string(), "Phone of a marketplace order's buyer, E.164.", personal="phone"),
-        column("country", pa.string(), "ISO 3166-1 alpha-2: of the store, else of the user, else of the marketplace."),
-        column("placed_at", TIMESTAMP, "When it was placed."),
-        column("order_date", pa.date32(), "The UTC day of `placed_at`."),
-        column("updated_at", TIMESTAMP, "When the source last changed it."),
+        column("source_order_id", pa.string(), "Order id in the source system.", required=True),
+        column("channel", pa.string(), "Sales channel: web, pos or marketplace; null when unknown."),
+        column("platform", pa.string(), "Name of the marketplace; null in other channels."),
+        column("user_id", pa.int64(), "User id of the account; null for an order without one."),
+        column("customer_record", pa.string(), "record_id of the buyer in silver.identity_graph; null for an anonymous sale."),
+        column(
+            "master_user_id", pa.string(), "Id of the person who ordered, from silver.identity_graph; null for an anonymous sale."
+        ),
+        column("store_id", pa.string(), "Store id of the store that sells or ships; null for marketplaces."),
+        column(
+            "status",
+            pa.string(),
+            "Status in lower case: placed, paid, shipped, delivered, cancelled, returned, or one of a marketplace.",
+        ),
+        column("currency", pa.string(), "Currency of total_amount, ISO 4217 code; null when unknown."),
+        column("total_amount", MONEY, "Order total as stated by the source, in `currency`; null when unknown."),
+        column(
+            "exchange_rate",
+            pa.decimal128(18, 8),
+            "Units of the base currency per unit of `currency` on order_date; null when unknown.",
+        ),
+        column(
+            "total_base",
+            MONEY,
+            "total_amount in the base currency, rounded half-even to 4 places; null when the exchange rate is unknown.",
+        ),
+        column("payment_method", pa.string(), "Payment method; null when unknown."),
+        column("card_fingerprint", pa.string(), "Fingerprint (hash) of the payment card; null without one.", personal="card"),
+        column("ip_address", pa.string(), "IP address of the client; null when unknown.", personal="ip"),
+        column("device_id", pa.string(), "Device id of the client; null when unknown.", personal="device"),
+        column("shipping_address", pa.string(), "Shipping address as entered; null when unknown.", personal="address"),
+        column(
+            "email",
+            pa.string(),
+            "E-mail address of the buyer of a marketplace order, normalised; null when absent or invalid.",
+            personal="email",
+        ),
+        column(
+            "phone",
+            pa.string(),
+            "Phone number of the buyer of a marketplace order, E.164; null when absent or invalid.",
+            personal="phone",
+        ),
+        column(
+            "country",
+            pa.string(),
+            "Country, ISO 3166-1 alpha-2 code: of the store, else of the user, else of the marketplace; null when unknown.",
+        ),
+        column("placed_at", TIMESTAMP, "When the order was placed (UTC)."),
+        column("order_date", pa.date32(), "Day of placed_at (UTC)."),
+        column("updated_at", TIMESTAMP, "When the source last changed the order (UTC)."),
     ),
     key=("order_id",),
     tracked=("order_date", "channel", "store_id", "country", "master_user_id", "card_fingerprint"),
-    # neighbours in time are neighbours in id within one platform: a file's ranges of both stay narrow
+    # within a platform, ids grow with time: a data file covers a narrow range of both
     sort_by=("platform", "order_date", "order_id"),
     owner="commerce",
     expectations=(
@@ -77,50 +110,52 @@ MARKETPLACE_COLUMNS = ("document_id", "platform", "mp_order_id", "document", "_o
 
 
 def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
-    """The newest version of each order, with its rate, its country and its person."""
-    orders = pl.concat([_web(frames["web"]), _marketplace(frames["marketplace"], context)], how="vertical")
+    """Return the current orders with exchange rate, country and master user."""
+    orders = pl.concat([_shop_orders(frames["web"]), _marketplace_orders(frames["marketplace"], context)], how="vertical")
     orders = with_rates(orders, frames["rates"], context.base_currency)
     stores = frames["stores"].select("store_id", pl.col("country").alias("store_country"))
     return (
         orders.with_columns(to_base_currency(orders["total_amount"], orders["exchange_rate"]).alias("total_base"))
         .join(stores.unique("store_id"), on="store_id", how="left")
-        .join(_countries(frames["users"]), on="user_id", how="left")
+        .join(_user_countries(frames["users"]), on="user_id", how="left")
         .join(masters_by_record(frames["identity"]), left_on="customer_record", right_on="record_id", how="left")
         .with_columns(pl.coalesce("store_country", "user_country", "platform_country").alias("country"))
         .select(ORDERS_UNIFIED.schema.names)
     )
 
 
-def _web(bronze: pl.DataFrame) -> pl.DataFrame:
+def _shop_orders(bronze: pl.DataFrame) -> pl.DataFrame:
+    """Return the current orders of the web shop and the stores."""
     current = current_rows(bronze, ORDERS_KEY)
     order_id = pl.col("order_id").cast(pl.String)
-    nothing = pl.lit(None, pl.String)
+    no_text = pl.lit(None, pl.String)
     return current.select(
         order_id,
         order_id.alias("source_order_id"),
-        _code("source").str.to_lowercase().alias("channel"),
-        nothing.alias("platform"),
+        trimmed("source").str.to_lowercase().alias("channel"),
+        no_text.alias("platform"),
         "user_id",
         USER_RECORD_ID.alias("customer_record"),
         "store_id",
-        _code("status").str.to_lowercase().alias("status"),
-        _code("currency").str.to_uppercase().alias("currency"),
-        pl.col("total_amount").cast(pl.Decimal(20, 4)),
+        trimmed("status").str.to_lowercase().alias("status"),
+        trimmed("currency").str.to_uppercase().alias("currency"),
+        pl.col("total_amount").cast(AMOUNT),
         "payment_method",
         "card_fingerprint",
         "ip_address",
         "device_id",
         "shipping_address",
-        nothing.alias("email"),
-        nothing.alias("phone"),
-        nothing.alias("platform_country"),
+        no_text.alias("email"),
+        no_text.alias("phone"),
+        no_text.alias("platform_country"),
         pl.col("created_at").alias("placed_at"),
         pl.col("created_at").dt.date().alias("order_date"),
         "updated_at",
     )
 
 
-def _marketplace(bronze: pl.DataFrame, context: BusinessSettings) -> pl.DataFrame:
+def _marketplace_orders(bronze: pl.DataFrame, context: BusinessSettings) -> pl.DataFrame:
+    """Return the current orders of the marketplaces."""
     orders = parse_documents(bronze, context.default_region).orders
     return orders.select(
         "order_id",
@@ -147,46 +182,21 @@ def _marketplace(bronze: pl.DataFrame, context: BusinessSettings) -> pl.DataFram
     )
 
 
-def _code(name: str) -> pl.Expr:
-    """Trimmed text; '' is null."""
-    text = pl.col(name).str.strip_chars()
-    return pl.when(text != "").then(text)
-
-
-def _countries(users: pl.DataFrame) -> pl.DataFrame:
-    """The newest country of each user: that of a deleted account stays with its orders."""
+def _user_countries(users: pl.DataFrame) -> pl.DataFrame:
+    """Return the last known country of each user, including deleted accounts."""
     newest = users.sort("valid_from").unique("user_id", keep="last", maintain_order=True)
     return newest.select("user_id", pl.col("country").alias("user_country"))
 
 
-def _user_ids(gathered: Mapping[str, pl.DataFrame]) -> pl.Series:
-    """Users whose country the orders may need."""
-    return gathered["web"]["user_id"].drop_nulls().unique()
+def _user_ids(frames: Mapping[str, pl.DataFrame]) -> pl.Series:
+    """Return the user ids of the orders, to look up their countries."""
+    return frames["web"]["user_id"].drop_nulls().unique()
 
 
-def _records(gathered: Mapping[str, pl.DataFrame]) -> pl.Series:
-    """Records whose master user the orders may need."""
-    marketplace = gathered["marketplace"].select(ORDER_RECORD_ID).to_series().drop_nulls().unique()
-    return pl.concat([user_record_ids(_user_ids(gathered)), marketplace])
-
-
-def _of_stores(changed: pl.DataFrame) -> pl.Expr:
-    return pl.col("store_id").is_in(changed["store_id"].unique().implode())
-
-
-def _of_users(changed: pl.DataFrame) -> pl.Expr:
-    return pl.col("user_id").is_in(changed["user_id"].unique().implode())
-
-
-def _of_records(changed: pl.DataFrame) -> pl.Expr:
-    return pl.col("customer_record").is_in(changed["record_id"].unique().implode())
-
-
-def _of_rates(changed: pl.DataFrame) -> pl.Expr:
-    """Orders in a currency from the first changed day on."""
-    firsts = changed.group_by("currency").agg(pl.col("rate_date").min()).sort("currency")
-    touched = [(pl.col("currency") == currency) & (pl.col("order_date") >= day) for currency, day in firsts.iter_rows()]
-    return pl.any_horizontal(touched)
+def _record_ids(frames: Mapping[str, pl.DataFrame]) -> pl.Series:
+    """Return the record ids of the buyers, to look up their master users."""
+    marketplace = frames["marketplace"].select(ORDER_RECORD_ID).to_series().drop_nulls().unique()
+    return pl.concat([user_record_ids(_user_ids(frames)), marketplace])
 
 
 STEP = Step(
@@ -200,21 +210,21 @@ STEP = Step(
             parse=find_unreadable_documents,
             resolve=("document_id",),
         ),
-        "stores": Broadcast(STORES, columns=("store_id", "country"), affects=_of_stores),
-        "rates": Broadcast(EXCHANGE_RATES, affects=_of_rates),
+        "stores": Broadcast(STORES, columns=("store_id", "country"), affects=rows_with("store_id")),
+        "rates": Broadcast(EXCHANGE_RATES, affects=rows_priced_since(pl.col("order_date"))),
         "users": Lookup(
             USERS_SCD,
             on="user_id",
             values=_user_ids,
             columns=("user_id", "valid_from", "country"),
-            affects=_of_users,
+            affects=rows_with("user_id"),
         ),
         "identity": Lookup(
             IDENTITY_GRAPH,
             on="record_id",
-            values=_records,
+            values=_record_ids,
             columns=("record_id", "master_user_id"),
-            affects=_of_records,
+            affects=rows_with("customer_record", changed="record_id"),
         ),
     },
     transform=transform,

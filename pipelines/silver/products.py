@@ -1,4 +1,4 @@
-"""silver.products: the newest row of every product."""
+"""silver.products: the current row of each product."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ import pyarrow as pa
 from lakehouse.expectations import within
 from lakehouse.step import Grouped, Step
 from lakehouse.table import TIMESTAMP, Table, column
+from pipelines.bronze import tables
 from pipelines.bronze.current_rows import current_rows, unreadable_rows
-from pipelines.bronze.tables import PRODUCTS as BRONZE_PRODUCTS
-from pipelines.bronze.tables import PRODUCTS_KEY
 from pipelines.settings import BusinessSettings
 
 PRODUCTS = Table(
     "silver.products",
-    doc="The catalogue as it is now. category is traced, so that sales by category hear of a product that moved.",
+    doc="The current catalogue. category is tracked: a product that changes it affects the sales of both categories.",
     columns=(
-        column("product_id", pa.string(), "Product.", required=True),
-        column("name", pa.string(), "Name."),
-        column("category", pa.string(), "Category."),
-        column("brand", pa.string(), "Brand."),
-        column("list_price", pa.decimal128(18, 2), "List price, in `currency`."),
-        column("currency", pa.string(), "Currency of the list price, ISO 4217."),
-        column("updated_at", TIMESTAMP, "When the source last changed it."),
+        column("product_id", pa.string(), "Product id.", required=True),
+        column("name", pa.string(), "Product name; null when unknown."),
+        column("category", pa.string(), "Category; null when it has none."),
+        column("brand", pa.string(), "Brand; null when unknown."),
+        column("list_price", pa.decimal128(18, 2), "List price, in `currency`; null when unknown."),
+        column("currency", pa.string(), "Currency of list_price, ISO 4217 code."),
+        column("updated_at", TIMESTAMP, "When the source last changed the product (UTC)."),
     ),
-    key=PRODUCTS_KEY,
+    key=tables.PRODUCTS_KEY,
     tracked=("category",),
     owner="merchandising",
     expectations=(within("list_price", 0, None, severity="warn"),),
@@ -35,12 +34,12 @@ PRODUCTS = Table(
 
 
 def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
-    """The newest row per product; deleted ones are gone."""
-    return current_rows(frames["products"], PRODUCTS_KEY).select(PRODUCTS.schema.names)
+    """Return the newest row of each live product."""
+    return current_rows(frames["products"], tables.PRODUCTS_KEY).select(PRODUCTS.schema.names)
 
 
 STEP = Step(
     target=PRODUCTS,
-    reads={"products": Grouped(BRONZE_PRODUCTS, keys=((pl.col("product_id"),),), parse=unreadable_rows)},
+    reads={"products": Grouped(tables.PRODUCTS, keys=((pl.col("product_id"),),), parse=unreadable_rows)},
     transform=transform,
 )

@@ -1,4 +1,4 @@
-"""silver.quarantine: rows that cannot be read, until they are corrected, and rows that break an expectation."""
+"""silver.quarantine: rows that cannot be read, until they are corrected, and rows that violate an expectation."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from lakehouse.table import TIMESTAMP, Table, column
 
 QUARANTINE = Table(
     "silver.quarantine",
-    doc="Rows of the sources that cannot be read, with the reason and what was received. The engine fills it from what "
-    "the steps' parsing rejects; a row leaves when its correction (`python -m app replay`) can be read. Rows of silver and gold "
-    "that break an expectation of severity quarantine are here too, until their table is given a good version.",
+    doc="Source rows that cannot be read, with the reason and the original. The engine adds the rows that a step's parsing "
+    "rejects and removes a row once its correction (`python -m app replay`) can be read. Rows of silver and gold that "
+    "violate an expectation of severity quarantine are here too, until the table has a valid version of them.",
     columns=(
         column(
             "source_table",
             pa.string(),
-            "The bronze table that holds the row; the table that it was to be in, where it breaks an expectation.",
+            "Bronze table of the row; for a violated expectation, the table that declares it.",
             required=True,
         ),
         column(
             "source_position",
             pa.string(),
-            "Its `_source_position` there; the key as JSON, where it breaks an expectation.",
+            "`_source_position` of the row; for a violated expectation, its key as JSON.",
             required=True,
         ),
         column(
             "reason",
             pa.string(),
-            "What is wrong: the field and the type met, or the expectation; never the value.",
+            "The unreadable field and the type found, or the violated expectation; never a value.",
             required=True,
         ),
         column(
             "original",
             pa.binary(),
-            "The row, document or message as it was received; as JSON, where it breaks an expectation.",
+            "Row, document or message as received; for a violated expectation, the row as JSON.",
             personal="text",
         ),
-        column("_source_time", TIMESTAMP, "When it happened, by the source's clock."),
+        column("_source_time", TIMESTAMP, "Time of the change by the clock of the source (UTC)."),
     ),
     key=("source_table", "source_position"),
 )

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.demo.identity_scores import b_cubed_scores, pairwise_scores
-from pipelines.identity.names import groups, same, shortened, signature
+from pipelines.identity.names import group_names, is_same_name, is_short_form, signature
 
 groupings = st.dictionaries(st.sampled_from("abcdefgh"), st.tuples(st.integers(0, 3), st.integers(0, 3)))
 
@@ -53,13 +53,13 @@ def test_perfect_and_empty_groupings_score_one():
     ],
 )
 def test_spellings_of_one_full_name(left, right, one):
-    assert same(left, right) is one
-    assert same(right, left) is one
+    assert is_same_name(left, right) is one
+    assert is_same_name(right, left) is one
 
 
 def test_a_shortened_name_joins_the_only_person_it_fits():
-    assert shortened("b santoso", "budi santoso")
-    assert not shortened("s santoso", "budi santoso")
-    assert groups(["budi santoso", "b santoso", "siti santoso"])["b santoso"] == "budi santoso"
-    assert groups(["budi santoso", "b santoso", "bambang santoso"])["b santoso"] == "b santoso"
+    assert is_short_form("b santoso", "budi santoso")
+    assert not is_short_form("s santoso", "budi santoso")
+    assert group_names(["budi santoso", "b santoso", "siti santoso"])["b santoso"] == "budi santoso"
+    assert group_names(["budi santoso", "b santoso", "bambang santoso"])["b santoso"] == "b santoso"
     assert signature("budi santoso") == signature("b santosso")

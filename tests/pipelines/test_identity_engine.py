@@ -6,7 +6,7 @@ import random
 
 import polars as pl
 from support.engines import make_engine
-from support.identity_world import BRONZE, Memory, document, emptied, masters, schema, shop, sorted_rows, user, web_order
+from support.identity_world import BRONZE, GraphInMemory, document, masters, schema, shop, sorted_rows, truncated, user, web_order
 
 from lakehouse.digest import digest
 from lakehouse.engine.engine import Engine
@@ -39,7 +39,7 @@ def test_runs_deletes_and_rebuild_give_one_table(tmp_path):
         document("1-0", at=9002, op="u", user_email="someone@else.example"),
     ]
     random.Random(1).shuffle(rows)
-    memory, engine = Memory(), make_engine(tmp_path / "split")
+    memory, engine = GraphInMemory(), make_engine(tmp_path / "split")
     for start in range(0, len(rows), 60):
         memory.run(rows[start : start + 60])
         append(engine, rows[start : start + 60])
@@ -74,13 +74,13 @@ def test_emptied_tables_and_orders_deleted_by_key_alone_are_heard_of(tmp_path):
     runs = [
         rows,
         [web_order(row["order_id"], None, at=8000, op="d") for row in orders[:3]],
-        [emptied("orders", 8001), document("0-0", at=8002, op="u", user_email="someone@else.example")],
+        [truncated("orders", 8001), document("0-0", at=8002, op="u", user_email="someone@else.example")],
         [web_order(orders[4]["order_id"], orders[4]["user_id"], at=8003, device_id="d-new"), *rows[:1]],
-        [emptied("users", 8004), user(1003, at=8005, op="c", name="Somebody Else", email="new@mail.example")],
-        [emptied("marketplace", 8006)],
+        [truncated("users", 8004), user(1003, at=8005, op="c", name="Somebody Else", email="new@mail.example")],
+        [truncated("marketplace", 8006)],
         [user(1004, at=8007, op="c", name="Somebody Else", email="new@mail.example"), *rows[:9]],
     ]
-    memory, engine = Memory(), make_engine(tmp_path)
+    memory, engine = GraphInMemory(), make_engine(tmp_path)
     for number, run in enumerate(runs):
         memory.run(run)
         append(engine, run)

@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.identity_world import Memory, document, emptied, masters, shop, sorted_rows, user, web_order
+from support.identity_world import GraphInMemory, document, masters, shop, sorted_rows, truncated, user, web_order
 
 from app.demo.identity_scores import pairwise_scores
 from pipelines.settings import BusinessSettings
@@ -14,21 +14,21 @@ from pipelines.sources.epochs import epoch_prefix
 
 
 def people(*rows):
-    return masters(Memory().run(rows).graph)
+    return masters(GraphInMemory().run(rows).graph)
 
 
-def links(memory: Memory, record: str) -> dict[str, tuple[str, str]]:
+def links(memory: GraphInMemory, record: str) -> dict[str, tuple[str, str]]:
     """node -> (status, reason) of a record."""
     own = memory.graph.filter(pl.col("record_id") == record)
     return {node: (status, reason) for node, status, reason in own.select("node", "status", "reason").iter_rows()}
 
 
-def assert_as_rebuilt(memory: Memory) -> None:
+def assert_as_rebuilt(memory: GraphInMemory) -> None:
     assert sorted_rows(memory.graph) == sorted_rows(memory.rebuilt())
 
 
 def test_every_record_has_a_row_of_itself_and_the_oldest_member_names_the_person():
-    memory = Memory().run(
+    memory = GraphInMemory().run(
         [
             user(7, at=5, name="Budi Santoso", email="budi@x.com", email_verified=True),
             document("A", at=2, buyer_name="Budi Santoso", user_email=" BUDI@x.com"),
@@ -75,7 +75,7 @@ def test_which_accounts_are_one_person(one, other, together):
 
 
 def test_a_shared_phone_joins_each_of_its_people_with_their_own():
-    memory = Memory().run(
+    memory = GraphInMemory().run(
         [
             user(1, phone_number="081234567890", name="Budi Santoso"),
             user(2, phone_number="081234567890", name="Siti Santoso"),
@@ -96,7 +96,7 @@ def test_a_shared_phone_joins_each_of_its_people_with_their_own():
 
 def test_a_device_joins_those_of_one_name_only():
     rows = [web_order(1, 1, device_id="d1"), web_order(2, 2, device_id="d1"), web_order(3, 3, device_id="d1")]
-    memory = Memory().run([user(1, name="Budi Santoso"), user(2, name="Budi Santoso"), user(3, name="Ani Wijaya"), *rows])
+    memory = GraphInMemory().run([user(1, name="Budi Santoso"), user(2, name="Budi Santoso"), user(3, name="Ani Wijaya"), *rows])
     found = masters(memory.graph)
     assert found["user:1"] == found["user:2"] != found["user:3"]
     status, reason = links(memory, "user:2")["record:user:1"]
@@ -123,7 +123,7 @@ def test_many_orders_of_one_customer_are_no_crowd_but_many_people_are():
         "Indah Siregar",
     ]
     crowd = [document(f"B{n}", at=n, user_email="noreply@x.com", buyer_name=name) for n, name in enumerate(names * 2)]
-    memory = Memory().run(crowd)
+    memory = GraphInMemory().run(crowd)
     assert len(set(masters(memory.graph).values())) == len(crowd)
     assert links(memory, "order:tokopedia:B0")["email:noreply@x.com"] == (
         "crowded",
@@ -134,7 +134,7 @@ def test_many_orders_of_one_customer_are_no_crowd_but_many_people_are():
 def test_an_address_that_becomes_crowded_splits_and_one_that_empties_merges():
     context = BusinessSettings(address_crowd=2)
     at_home = {"address": "Menara Satu 1"}
-    memory = Memory(context).run(
+    memory = GraphInMemory(context).run(
         [user(1, name="Budi Santoso", **at_home), user(2, name="Budi Santoso", **at_home), user(3, name="Ani Wijaya", **at_home)]
     )
     assert masters(memory.graph)["user:2"] == "M-user:1"
@@ -148,7 +148,7 @@ def test_an_address_that_becomes_crowded_splits_and_one_that_empties_merges():
 
 def test_an_address_that_empties_lets_its_people_be_compared_with_those_elsewhere():
     tower = {"address": "Menara Satu 12345"}
-    memory = Memory(BusinessSettings(address_crowd=2)).run(
+    memory = GraphInMemory(BusinessSettings(address_crowd=2)).run(
         [
             user(1, name="Budi Santoso", **tower),
             user(2, name="Budi Santoso", address="Menara Sattu 12345"),
@@ -167,7 +167,7 @@ def test_an_address_that_empties_lets_its_people_be_compared_with_those_elsewher
 
 def test_a_deleted_record_leaves_and_those_it_joined_part():
     joining = user(2, at=1, email="a@x.com", phone_number="081234567890", name="Budi Santoso")
-    memory = Memory().run(
+    memory = GraphInMemory().run(
         [
             user(1, email="a@x.com", name="Budi Santoso"),
             joining,
@@ -186,7 +186,7 @@ def test_a_deleted_record_leaves_and_those_it_joined_part():
 
 
 def test_a_corrected_contact_of_a_marketplace_order_moves_it():
-    memory = Memory().run(
+    memory = GraphInMemory().run(
         [
             user(1, email="a@x.com", name="Budi Santoso"),
             user(2, email="b@x.com", name="Budi Hartono"),
@@ -200,7 +200,7 @@ def test_a_corrected_contact_of_a_marketplace_order_moves_it():
 
 
 def test_an_earlier_email_of_an_account_still_links():
-    memory = Memory().run(
+    memory = GraphInMemory().run(
         [
             user(1, email="old@x.com", email_verified=True, name="Budi Santoso"),
             user(1, at=5, op="u", email="new@x.com", email_verified=True, name="Budi Santoso"),
@@ -212,7 +212,7 @@ def test_an_earlier_email_of_an_account_still_links():
 
 
 def test_a_probable_match_does_not_join_two_who_proved_different_contacts():
-    memory = Memory().run(
+    memory = GraphInMemory().run(
         [
             user(
                 1,
@@ -244,9 +244,9 @@ def test_a_probable_match_does_not_join_two_who_proved_different_contacts():
 
 def test_emptied_accounts_leave_and_their_numbers_may_be_given_out_again():
     budi = {"email": "budi@x.com", "email_verified": True, "name": "Budi Santoso"}
-    memory = Memory().run([user(1, **budi), user(2, at=1, **budi), document("A", at=2, user_email="budi@x.com")])
+    memory = GraphInMemory().run([user(1, **budi), user(2, at=1, **budi), document("A", at=2, user_email="budi@x.com")])
     assert set(masters(memory.graph).values()) == {"M-user:1"}
-    memory.run([emptied("users", 3)])
+    memory.run([truncated("users", 3)])
     assert masters(memory.graph) == {"order:tokopedia:A": "M-order:tokopedia:A"}
     memory.run([user(1, at=4, op="c", email="ani@x.com", name="Ani Wijaya"), user(2, at=2, op="u", **budi)])
     assert masters(memory.graph) == {"order:tokopedia:A": "M-order:tokopedia:A", "user:1": "M-user:1"}
@@ -259,11 +259,11 @@ def test_accounts_read_anew_show_what_they_showed_and_those_not_found_leave():
         name, row = item
         return name, row | {"_op": "r", "_source_position": f"{epoch_prefix(1)}{at:016X}-000000.0000000000"}
 
-    marker = emptied("users", 5)[0], {**emptied("users", 5)[1], "_source_position": epoch_prefix(1)}
+    marker = truncated("users", 5)[0], {**truncated("users", 5)[1], "_source_position": epoch_prefix(1)}
     old = {"email": "old@x.com", "email_verified": True, "name": "Budi Santoso"}
     new = {**old, "email": "new@x.com"}
     rows = [user(1, **old), user(1, at=2, op="u", **new), user(2, at=3, name="Ani"), document("A", at=4, user_email="old@x.com")]
-    memory = Memory().run(rows)
+    memory = GraphInMemory().run(rows)
     before = sorted_rows(memory.graph.filter(pl.col("record_id") != "user:2"))
     assert masters(memory.graph)["order:tokopedia:A"] == "M-user:1"
     memory.run([marker, anew(1, user(1, at=2, op="u", **new))])
@@ -272,7 +272,7 @@ def test_accounts_read_anew_show_what_they_showed_and_those_not_found_leave():
 
 
 def test_emptied_orders_are_no_evidence():
-    memory = Memory().run(
+    memory = GraphInMemory().run(
         [
             user(1, name="Budi Santoso"),
             user(2, name="Budi Santoso"),
@@ -281,7 +281,7 @@ def test_emptied_orders_are_no_evidence():
         ]
     )
     assert masters(memory.graph)["user:2"] == "M-user:1"
-    memory.run([emptied("orders", 3)])
+    memory.run([truncated("orders", 3)])
     assert masters(memory.graph)["user:2"] == "M-user:2"
     assert set(links(memory, "user:1")) == {"record:user:1"}
     memory.run([web_order(3, 2, at=4, device_id="d2"), web_order(4, 1, at=2, device_id="d2")])
@@ -291,9 +291,9 @@ def test_emptied_orders_are_no_evidence():
 
 
 def test_a_dropped_collection_takes_its_orders_along():
-    memory = Memory().run([user(1, at=1, email="a@x.com", name="Budi Santoso"), document("A", at=0, user_email="a@x.com")])
+    memory = GraphInMemory().run([user(1, at=1, email="a@x.com", name="Budi Santoso"), document("A", at=0, user_email="a@x.com")])
     assert masters(memory.graph)["user:1"] == "M-order:tokopedia:A"
-    memory.run([emptied("marketplace", 2)])
+    memory.run([truncated("marketplace", 2)])
     assert masters(memory.graph) == {"user:1": "M-user:1"}
     memory.run([document("A", at=1, op="u", user_email="a@x.com"), document("B", at=3, user_email="a@x.com")])
     assert masters(memory.graph) == {"user:1": "M-user:1", "order:tokopedia:B": "M-user:1"}
@@ -312,7 +312,7 @@ def test_a_dropped_collection_takes_its_orders_along():
     ids=["deleted by key alone", "deleted by whole row", "without an account", "of another account", "other device"],
 )
 def test_an_order_tells_what_its_newest_version_tells(change):
-    memory = Memory().run(
+    memory = GraphInMemory().run(
         [
             user(1, name="Budi Santoso"),
             user(2, name="Budi Santoso"),
@@ -330,7 +330,7 @@ def test_an_order_tells_what_its_newest_version_tells(change):
 
 
 def test_what_an_update_of_an_order_did_not_send_is_as_it_was():
-    memory = Memory().run(
+    memory = GraphInMemory().run(
         [user(1, name="Budi Santoso"), web_order(1, 1, at=1, device_id="d1", shipping_address="Jl. Merdeka 505")]
     )
     memory.run([web_order(1, 1, at=2, op="u", device_id="d2", _unchanged="shipping_address")])
@@ -340,7 +340,7 @@ def test_what_an_update_of_an_order_did_not_send_is_as_it_was():
 
 
 def test_a_record_that_shows_nothing_new_recomputes_nobody():
-    memory = Memory().run(
+    memory = GraphInMemory().run(
         [user(1, name="Budi Santoso", email="a@x.com"), web_order(1, 1, device_id="d1"), user(2, name="Ani Wijaya")]
     )
     memory.run([web_order(2, 1, at=4, device_id="d1"), user(1, at=5, op="u", name="Budi Santoso", email="A@X.com ")])
@@ -355,7 +355,7 @@ def test_the_cost_of_a_new_order_at_a_crowded_device_is_not_the_crowd():
         for last in ("Wijaya", "Santoso", "Lubis", "Kusuma")
     ]
     accounts = [user(n, name=name, email=f"u{n}@x.com") for n, name in enumerate(names)]
-    memory = Memory().run([*accounts, *(web_order(n, n, device_id="kiosk") for n in range(len(names)))])
+    memory = GraphInMemory().run([*accounts, *(web_order(n, n, device_id="kiosk") for n in range(len(names)))])
     memory.run([user(99, name="Fajar Utami"), web_order(99, 99, device_id="kiosk")])
     assert memory.recomputed <= 2
     assert_as_rebuilt(memory)
@@ -385,9 +385,9 @@ def histories(draw):
     pick = lambda values: draw(st.sampled_from(values))  # noqa: E731
     rows = []
     for at in range(draw(st.integers(2, 14))):
-        kind = pick(["user", "user", "web", "web", "document", "document", "document", "emptied"])
-        if kind == "emptied":
-            rows.append(emptied(pick(["users", "orders", "orders", "marketplace"]), at))
+        kind = pick(["user", "user", "web", "web", "document", "document", "document", "truncated"])
+        if kind == "truncated":
+            rows.append(truncated(pick(["users", "orders", "orders", "marketplace"]), at))
         elif kind == "user":
             op, number = pick("ccuud"), pick([1, 2, 3, 4, 5])
             values = (
@@ -438,10 +438,10 @@ def test_any_order_duplication_and_split_gives_the_rows_of_a_rebuild(history, da
     arrival = data.draw(st.permutations(history + data.draw(st.lists(st.sampled_from(history), max_size=3))))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(arrival)), max_size=3)))
     context = BusinessSettings(address_crowd=2, identifier_crowd=2)
-    memory = Memory(context)
+    memory = GraphInMemory(context)
     for start, end in zip([0, *cuts], [*cuts, len(arrival)], strict=True):
         memory.run(arrival[start:end])
-    whole = Memory(context).run(history).graph
+    whole = GraphInMemory(context).run(history).graph
     assert sorted_rows(memory.graph) == sorted_rows(whole)
     joined = whole.filter(pl.col("status") == "linked").group_by("node").agg(pl.col("master_user_id").n_unique().alias("n"))
     assert joined["n"].max() in (None, 1)
@@ -449,7 +449,7 @@ def test_any_order_duplication_and_split_gives_the_rows_of_a_rebuild(history, da
 
 def test_people_of_a_generated_shop_are_found():
     rows, truth = shop(people=250, seed=3)
-    memory = Memory().run(rows)
+    memory = GraphInMemory().run(rows)
     scores = pairwise_scores(masters(memory.graph), truth)
     assert scores.f1 >= 0.97, scores
     assert scores.precision >= 0.99, scores

@@ -1,4 +1,4 @@
-"""Probable matches: the kept query is Splink's own, and weighs pairs as Splink does."""
+"""Probabilistic matches: the cached query is the one that Splink compiles, with the same weights."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from random import Random
 import duckdb
 import polars as pl
 import pytest
-from support.identity_world import FIRST, LAST, STREETS, slip
+from support.identity_world import FIRST, LAST, STREETS, with_typing_error
 
 from pipelines.identity import probabilistic
 
-WRITE = 'python -c "from pipelines.identity.probabilistic import keep; keep()"'
+WRITE_COMMAND = 'python -c "from pipelines.identity.probabilistic import write_cached_query; write_cached_query()"'
 
 
 def profiles(count: int, seed: int) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Pairs of profiles: the same one, one with typing errors, another one; anything may be missing."""
+    """Return pairs of profiles: equal, with typing errors, or different. Any value may be missing."""
     random = Random(seed)
 
     def profile() -> dict[str, object]:
@@ -37,29 +37,31 @@ def profiles(count: int, seed: int) -> tuple[pl.DataFrame, pl.DataFrame]:
     for _ in range(count):
         one, other = profile(), profile()
         for key, value in one.items():
-            other[key] = random.choice((value, value, slip(random, value) if isinstance(value, str) else value, other[key], None))
+            other[key] = random.choice(
+                (value, value, with_typing_error(random, value) if isinstance(value, str) else value, other[key], None)
+            )
         left.append(one)
         right.append(other)
-    schema = {**dict.fromkeys(probabilistic.TEXT, pl.String), "devices": pl.List(pl.String)}
+    schema = {**dict.fromkeys(probabilistic.TEXT_COLUMNS, pl.String), "devices": pl.List(pl.String)}
     return pl.DataFrame(left, schema=schema), pl.DataFrame(right, schema=schema)
 
 
 @pytest.fixture
-def anew():
-    """The query is looked up again, before and after."""
-    probabilistic.query.cache_clear()
+def fresh_query():
+    """Clear the query that is cached in memory, before and after the test."""
+    probabilistic.match_weight_query.cache_clear()
     yield
-    probabilistic.query.cache_clear()
+    probabilistic.match_weight_query.cache_clear()
 
 
-def test_the_kept_query_is_what_splink_makes_of_the_model():
-    head, _, kept = probabilistic.KEPT_QUERY.read_text(encoding="utf-8").partition("\n")
+def test_cached_query_equals_the_one_compiled_by_splink():
+    head, _, cached = probabilistic.CACHED_QUERY.read_text(encoding="utf-8").partition("\n")
     # Splink lists the columns of one comparison in any order
-    ours, splinks = (sorted(re.split(r"[\s,]+", text)) for text in (kept, probabilistic.compiled()))
-    assert (head, ours) == (probabilistic._head(), splinks), f"Write it again: {WRITE}"
+    ours, splinks = (sorted(re.split(r"[\s,]+", text)) for text in (cached, probabilistic.compile_query()))
+    assert (head, ours) == (probabilistic._head(), splinks), f"Write it again: {WRITE_COMMAND}"
 
 
-def test_pairs_weigh_what_splink_says():
+def test_weights_equal_those_of_splink():
     from splink import DuckDBAPI
     from splink.internals.realtime import compare_records
 
@@ -71,10 +73,10 @@ def test_pairs_weigh_what_splink_says():
     connection.close()
     ours = probabilistic.compare(left, right)
     assert ours["weight"].to_list() == [round(weight, 6) for (weight,) in rows]
-    assert 0.1 < (ours["weight"] >= probabilistic.THRESHOLD).mean() < 0.9  # type: ignore[operator]
+    assert 0.1 < (ours["weight"] >= probabilistic.MIN_MATCH_WEIGHT).mean() < 0.9  # type: ignore[operator]
 
 
-def test_a_pair_is_weighed_by_itself_whatever_is_compared_beside_it():
+def test_weight_of_a_pair_is_independent_of_other_pairs():
     left, right = profiles(60, seed=9)
     together = probabilistic.compare(left, right)
     alone = pl.concat([probabilistic.compare(left[n : n + 1], right[n : n + 1]) for n in reversed(range(left.height))])
@@ -82,10 +84,10 @@ def test_a_pair_is_weighed_by_itself_whatever_is_compared_beside_it():
     assert probabilistic.compare(left[:0], right[:0]).height == 0
 
 
-def test_another_model_is_compiled_anew(anew, monkeypatch):
+def test_changed_model_is_compiled_again(fresh_query, monkeypatch):
     left, right = profiles(5, seed=10)
     before = probabilistic.compare(left, right)["weight"]
-    probabilistic.query.cache_clear()
+    probabilistic.match_weight_query.cache_clear()
     monkeypatch.setattr(probabilistic, "PRIOR", 0.5)
     after = probabilistic.compare(left, right)["weight"]
     assert after.to_list() == pytest.approx((before + 4.247928).to_list(), abs=1e-5)

@@ -1,4 +1,4 @@
-"""Rows of a small world for the identity tests, and the engine in memory: what it gathers and what it asks `expand`."""
+"""Bronze rows for the identity tests, and an identity graph that is maintained in memory as the engine would."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lakehouse.step import Grouped, Lookup
 from lakehouse.table import Table
 from pipelines.bronze.tables import MARKETPLACE_ORDERS, ORDERS, USERS
 from pipelines.settings import BusinessSettings
-from pipelines.silver.identity_graph import DEFAULTS, IDENTITY_GRAPH, STEP, expand
+from pipelines.silver.identity_graph import DEFAULT_SETTINGS, IDENTITY_GRAPH, STEP, expand
 
 START = datetime(2025, 1, 1, tzinfo=UTC)
 BRONZE = {"users": USERS, "orders": ORDERS, "marketplace": MARKETPLACE_ORDERS}
@@ -32,7 +32,7 @@ def moment(number: int) -> datetime:
 
 
 def user(user_id: int, at: int = 0, op: str = "r", position: int | None = None, **values: Any) -> tuple[str, dict[str, Any]]:
-    """A version of an account; `at`: hours after START, created_at too unless given."""
+    """Return a version of an account. at: hours after START, also of created_at unless it is given."""
     row = {
         "email_verified": False,
         "phone_verified": False,
@@ -63,7 +63,7 @@ def web_order(order_id: int, user_id: int | None, at: int = 0, op: str = "c", **
 def document(
     order: str, at: int = 0, op: str = "c", document_id: str | None = None, platform: str = "tokopedia", **values: Any
 ) -> tuple[str, dict[str, Any]]:
-    """A version of a marketplace document; op 'd' deletes it."""
+    """Return a version of a marketplace document; op 'd' deletes it."""
     row: dict[str, Any] = {
         "document_id": document_id or f"doc-{order}",
         "_op": op,
@@ -85,57 +85,60 @@ def document(
     return "marketplace", row | {"platform": platform, "mp_order_id": order, "document": json.dumps(body)}
 
 
-def emptied(name: str, at: int) -> tuple[str, dict[str, Any]]:
-    """A TRUNCATE of the source's table, or a dropped collection."""
+def truncated(name: str, at: int) -> tuple[str, dict[str, Any]]:
+    """Return the row of a truncated source table, or a dropped collection."""
     position = f"{at:016d}/~" if name == "marketplace" else f"{at:016X}/9999999999"
     return name, {"_op": "t", "_source_position": position, "_source_time": moment(at), "_ingested_at": moment(9999)}
 
 
 @dataclass
-class Memory:
-    """The engine in memory: bronze rows in order of arrival, and the graph."""
+class GraphInMemory:
+    """Bronze rows in order of arrival, and the identity graph that STEP computes from them.
 
-    context: BusinessSettings = DEFAULTS
+    recomputed: number of groups that the last run recomputed
+    """
+
+    context: BusinessSettings = DEFAULT_SETTINGS
     bronze: dict[str, pl.DataFrame] = field(
         default_factory=lambda: {name: pl.DataFrame(schema=schema(table)) for name, table in BRONZE.items()}
     )
     graph: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=schema(IDENTITY_GRAPH)))
-    filled: bool = False
+    built: bool = False
     recomputed: int = 0
 
-    def run(self, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Memory:
-        """Take in rows and bring the graph up to date."""
+    def run(self, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> GraphInMemory:
+        """Append bronze rows and update the graph."""
         by_table: dict[str, list[Mapping[str, Any]]] = {name: [] for name in BRONZE}
         for name, row in rows:
             by_table[name].append(row)
         return self.run_frames({name: pl.DataFrame(each, schema=schema(BRONZE[name])) for name, each in by_table.items()})
 
-    def run_frames(self, new: Mapping[str, pl.DataFrame]) -> Memory:
+    def run_frames(self, new: Mapping[str, pl.DataFrame]) -> GraphInMemory:
         self.bronze = {name: pl.concat([frame, new[name]]) if name in new else frame for name, frame in self.bronze.items()}
-        if not self.filled or any((frame["_op"] == "t").any() for frame in new.values()):
-            self.filled = True
+        if not self.built or any((frame["_op"] == "t").any() for frame in new.values()):
+            self.built = True
             known = self.graph.select("record_id")
-            self._replace(pl.concat([self._touched(self.bronze), known]).unique(), whole=True)
+            self._replace(pl.concat([self._affected(self.bronze), known]).unique(), whole=True)
             return self
-        touched = self._touched(new)
-        if touched.is_empty():
+        affected = self._affected(new)
+        if affected.is_empty():
             return self
-        self._replace(expand(touched, self.lookup, self.context), whole=False)
+        self._replace(expand(affected, self.lookup, self.context), whole=False)
         return self
 
     def rebuilt(self) -> pl.DataFrame:
-        """The graph that a rebuild from nothing gives."""
-        return Memory(self.context).run_frames(self.bronze).graph
+        """Return the graph after a rebuild."""
+        return GraphInMemory(self.context).run_frames(self.bronze).graph
 
-    def lookup(self, table: Table, columns: Sequence[str], predicate: pl.Expr, predicate_columns: Sequence[str]) -> pl.DataFrame:
+    def lookup(self, table: Table, columns: Sequence[str], predicate: pl.Expr) -> pl.DataFrame:
+        """Read rows as an engine's `ReadRows` does."""
         frame = self.graph if table.name == IDENTITY_GRAPH.name else self._rows(table)
-        assert set(predicate.meta.root_names()) == set(predicate_columns)
         return frame.filter(predicate).select(columns)
 
     def _rows(self, table: Table) -> pl.DataFrame:
         return next(self.bronze[name] for name, each in BRONZE.items() if each.name == table.name)
 
-    def _touched(self, new: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
+    def _affected(self, new: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
         parts = [pl.DataFrame(schema={"record_id": pl.String})]
         for read in STEP.reads.values():
             frame = next((new[name] for name, each in BRONZE.items() if each.name == read.table.name and name in new), None)
@@ -144,11 +147,11 @@ class Memory:
             if isinstance(read, Grouped):
                 parts.append(frame.select(read.keys[0][0].alias("record_id")))
                 if read.resolve:
-                    again = self._rows(read.table).join(frame.select(read.resolve), on=list(read.resolve), how="semi")
-                    parts.append(again.select(read.keys[0][0].alias("record_id")))
+                    earlier = self._rows(read.table).join(frame.select(read.resolve), on=list(read.resolve), how="semi")
+                    parts.append(earlier.select(read.keys[0][0].alias("record_id")))
             elif isinstance(read, Lookup) and read.affects and read.through:
-                again = self._rows(read.through).filter(read.affects(frame))
-                parts.append(again.select(read.affected_keys[0].alias("record_id")))
+                rows = self._rows(read.through).filter(read.affects(frame))
+                parts.append(rows.select(read.affected_keys[0].alias("record_id")))
         return pl.concat(parts).drop_nulls().unique()
 
     def _replace(self, groups: pl.DataFrame, whole: bool) -> None:
@@ -157,21 +160,21 @@ class Memory:
         for name, read in STEP.reads.items():
             frame = self._rows(read.table)
             if isinstance(read, Grouped) and not whole:
-                emptied = frame["_op"] == "t"
+                is_truncate = frame["_op"] == "t"
                 chosen = frame.filter(read.keys[0][0].is_in(groups["record_id"].implode()))
                 if read.resolve:
                     chosen = frame.join(chosen.select(read.resolve), on=list(read.resolve), how="semi")
-                frame = pl.concat([chosen, frame.filter(emptied)])
+                frame = pl.concat([chosen, frame.filter(is_truncate)])
             elif isinstance(read, Lookup):
                 frame = frame.filter(pl.col(read.on).is_in(read.values(frames).unique().implode()))
             frames[name] = frame.select(read.columns)  # type: ignore[union-attr]
-        filled = STEP.transform(frames, self.context).select(self.graph.columns).cast(self.graph.schema)  # type: ignore[arg-type]
-        filled = filled.join(groups, on="record_id", how="semi")
-        self.graph = pl.concat([self.graph.join(groups, on="record_id", how="anti"), filled])
+        result = STEP.transform(frames, self.context).select(self.graph.columns).cast(self.graph.schema)  # type: ignore[arg-type]
+        result = result.join(groups, on="record_id", how="semi")
+        self.graph = pl.concat([self.graph.join(groups, on="record_id", how="anti"), result])
 
 
 def masters(graph: pl.DataFrame) -> dict[str, str]:
-    """record_id -> master_user_id."""
+    """Return the master user of each record."""
     own = graph.filter(pl.col("kind") == "self")
     return dict(own.select("record_id", "master_user_id").iter_rows())
 
@@ -216,8 +219,11 @@ STREETS = ("Merdeka", "Sudirman", "Diponegoro", "Gajah Mada", "Ahmad Yani", "Pah
 
 
 def shop(people: int, seed: int) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, str]]:
-    """Rows of a small shop and who is whom: households that share address, phone or device, several accounts a
-    person, typing errors, an address and an e-mail shared by a crowd."""
+    """Return bronze rows of a small shop, and the person of each record.
+
+    The shop has households that share an address, phone or device, people with several accounts, typing errors, and an address
+    and an e-mail address shared by a crowd.
+    """
     random = Random(seed)
     rows: list[tuple[str, dict[str, Any]]] = []
     truth: dict[str, str] = {}
@@ -259,7 +265,7 @@ def shop(people: int, seed: int) -> tuple[list[tuple[str, dict[str, Any]]], dict
             truth[f"user:{user_id}"] = f"p{number}"
         for n in range(random.randrange(0, 5)):
             at += 1
-            shown: dict[str, Any] = {"buyer_name": slip(random, name) if random.random() < 0.08 else name.upper()}
+            shown: dict[str, Any] = {"buyer_name": with_typing_error(random, name) if random.random() < 0.08 else name.upper()}
             style = random.random()
             if style < 0.8:
                 shown |= {
@@ -269,16 +275,15 @@ def shop(people: int, seed: int) -> tuple[list[tuple[str, dict[str, Any]]], dict
             else:
                 shown["user_email"] = email if number % 15 == 0 else None
             if style > 0.3 or shown["user_email"] is None:
-                shown["shipping_address"] = (
-                    slip(random, address) if random.random() < 0.08 else address.replace("Jl.", "Jalan").replace("No. ", "")
-                )
+                respelled = address.replace("Jl.", "Jalan").replace("No. ", "")
+                shown["shipping_address"] = with_typing_error(random, address) if random.random() < 0.08 else respelled
             rows.append(document(f"{number}-{n}", at=at, **shown))
             truth[f"order:tokopedia:{number}-{n}"] = f"p{number}"
     return rows, truth
 
 
-def slip(random: Random, text: str) -> str:
-    """The text with a typing error."""
+def with_typing_error(random: Random, text: str) -> str:
+    """Return the text with a typing error."""
     at = random.randrange(1, len(text) - 2)
     return random.choice(
         (text[:at] + text[at + 1 :], text[:at] + text[at] + text[at:], text[:at] + text[at + 1] + text[at] + text[at + 2 :])
