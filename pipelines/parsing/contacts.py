@@ -1,8 +1,8 @@
-"""Contacts in one spelling: e-mail addresses, phone numbers, names, postal addresses.
+"""Normalisation of contacts: e-mail addresses, phone numbers, names, postal addresses.
 
-Two spellings of one contact must give one value, and a value that says nothing (masked, a placeholder, not
-dialable) must give None: a wrong contact would make one customer out of two strangers. The functions on polars
-Series work on the distinct values only.
+Different spellings of a contact are normalised to one value. A value that identifies no one (masked, a placeholder, not
+dialable) becomes None: a wrong contact would merge two strangers into one customer. The functions on polars Series
+process each distinct value once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import phonenumbers
 import polars as pl
 
 UNKNOWN_REGION = "ZZ"
-"""Region of a number that may come from anywhere: only the international spelling can be read."""
+"""Region of a number from an unknown country: only its international form can be read."""
 
 PLATFORM_COUNTRY = {
     "tokopedia": "ID",
@@ -39,10 +39,10 @@ PLATFORM_COUNTRY = {
     "bol": "NL",
     "cdiscount": "FR",
 }
-"""The home country of each marketplace (ISO 3166-1 alpha-2)."""
+"""Home country of each marketplace (ISO 3166-1 alpha-2)."""
 
-MANY_COUNTRIES = frozenset({"shopee", "lazada", "amazon", "ebay", "etsy", "zalando"})
-"""Marketplaces that sell in several countries: there the currency says more than the home country."""
+MULTI_COUNTRY_PLATFORMS = frozenset({"shopee", "lazada", "amazon", "ebay", "etsy", "zalando"})
+"""Marketplaces that sell in several countries: the currency is a better indication than the home country."""
 
 CURRENCY_COUNTRY = {
     "IDR": "ID", "JPY": "JP", "KRW": "KR", "GBP": "GB", "MYR": "MY", "SGD": "SG", "THB": "TH", "PHP": "PH", "VND": "VN",
@@ -50,7 +50,7 @@ CURRENCY_COUNTRY = {
     "CZK": "CZ", "HUF": "HU", "TRY": "TR", "BRL": "BR", "MXN": "MX", "TWD": "TW", "HKD": "HK", "CNY": "CN", "AED": "AE",
     "SAR": "SA", "ZAR": "ZA", "ILS": "IL", "EGP": "EG", "CLP": "CL", "COP": "CO",
 }  # fmt: skip
-"""Currencies of one country. USD and EUR are not here: too many countries quote in them."""
+"""Currencies of a single country. USD and EUR are excluded: many countries use them."""
 
 _GMAIL = frozenset({"gmail.com", "googlemail.com"})
 _EMAIL = re.compile(r"[^\s@<>,;:()\[\]\"*\\…•]{1,64}@((?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+[^\W\d_](?:[\w-]{0,61}[^\W_]))")
@@ -68,7 +68,7 @@ _TITLES = frozenset(
         "sr", "sra", "bpk", "bapak", "pak", "ibu", "bu", "sdr", "sdri", "tn", "ny", "nn", "h", "hj", "ir", "drs", "dra",
     }
 )  # fmt: skip
-_AFTER_NAME = frozenset(
+_NAME_SUFFIXES = frozenset(
     {
         "jr", "sr", "ii", "iii", "iv", "phd", "md", "mba", "ma", "ba", "bsc", "msc",
         "skom", "se", "sh", "st", "spd", "mm", "msi", "mkom", "ssi", "amd", "sked", "skm",
@@ -82,28 +82,28 @@ _ADDRESS_WORDS = {
     "apt": "apartment", "apartemen": "apartment", "ste": "suite", "fl": "floor", "bldg": "building",
     "n": "north", "s": "south", "e": "east", "w": "west",
 }  # fmt: skip
-_ADDRESS_SILENT = frozenset({"no", "nr", "nomor", "number", "num", "nomer"})
+_IGNORED_ADDRESS_WORDS = frozenset({"no", "nr", "nomor", "number", "num", "nomer"})
 
 
 def _plain(text: str) -> str:
-    """Compatibility-normalised, without invisible characters, trimmed."""
+    """Return the text in NFKC, trimmed, without invisible characters."""
     if text.isascii():
         return text.strip()
     return _INVISIBLE.sub("", unicodedata.normalize("NFKC", text)).strip()
 
 
 def _without_accents(text: str) -> str:
-    """Lower case without accents: é and e are one letter."""
+    """Return the text in lower case without accents."""
     if text.isascii():
         return text.lower()
     return "".join(letter for letter in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(letter))
 
 
 def normalise_email(raw: str | None) -> str | None:
-    """One spelling of an e-mail address, or None if it is none (or is masked).
+    """Return an e-mail address in its normal form, or None if it is invalid or masked.
 
-    Trimmed, lower case, NFKC; 'mailto:' and 'Name <address>' are taken off; a domain in ASCII. Gmail ignores dots
-    and everything after '+', so do we for gmail.com and googlemail.com; other providers are left alone.
+    The form is NFKC, trimmed, lower case, with the domain in ASCII, without 'mailto:' and 'Name <...>'. For gmail.com and
+    googlemail.com, dots and everything after '+' are removed, because Gmail ignores them; other providers are not changed.
     """
     if raw is None:
         return None
@@ -131,10 +131,10 @@ def normalise_email(raw: str | None) -> str | None:
 
 
 def normalise_phone(raw: str | None, region: str) -> str | None:
-    """E.164 of a phone number in any local spelling of `region` (ISO 3166-1 alpha-2), or None.
+    """Return a phone number, in any local form of `region` (ISO 3166-1 alpha-2), as E.164, or None.
 
-    A reading that is valid in its numbering plan wins; else one whose length is possible (plans grow faster than
-    their description). Masked numbers and placeholders ('0000000000') give None. An extension is left out.
+    An interpretation that is valid in its numbering plan is preferred to one with merely a possible length (the descriptions of
+    plans lag behind the plans). Masked numbers and placeholders ('0000000000') are None. Extensions are removed.
     """
     if raw is None:
         return None
@@ -154,6 +154,7 @@ def normalise_phone(raw: str | None, region: str) -> str | None:
 
 @lru_cache(maxsize=262_144)
 def _e164(compact: str, region: str) -> str | None:
+    """Return a number without separators as E.164, or None."""
     digits = compact.lstrip("+")
     if len(digits) < 6:
         return None
@@ -162,7 +163,7 @@ def _e164(compact: str, region: str) -> str | None:
     elif digits.startswith("00"):
         readings = [("+" + digits[2:], None)]
     else:
-        # a country code without its '+' is common, but only believed where the local reading fails
+        # a country code without '+' is common, but a local number is more likely
         readings = [] if region == UNKNOWN_REGION else [(digits, region)]
         readings += [("+" + digits, None)] if len(digits) > 10 else []
     numbers = []
@@ -175,7 +176,7 @@ def _e164(compact: str, region: str) -> str | None:
 
 
 def _formatted(number: phonenumbers.PhoneNumber) -> str | None:
-    if _placeholder(str(number.national_number)):
+    if _is_placeholder(str(number.national_number)):
         return None
     return str(phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.E164))
 
@@ -187,16 +188,16 @@ def _parse(text: str, region: str | None) -> phonenumbers.PhoneNumber | None:
         return None
 
 
-def _placeholder(national: str) -> bool:
-    """'00000000', '8111111111' or '1234567890': typed to get past a form."""
+def _is_placeholder(national: str) -> bool:
+    """Return whether a number is a form filler: '00000000', '8111111111' or '1234567890'."""
     return len(set(national[1:])) == 1 or national in "01234567890" or national in "9876543210"
 
 
 def phone_region(country: str | None = None, currency: str | None = None, platform: str | None = None) -> str | None:
-    """The region (ISO 3166-1 alpha-2) that a record's phone numbers are written for; None when nothing tells.
+    """Return the region (ISO 3166-1 alpha-2) of a record's local phone numbers; None when unknown.
 
-    The country if there is one; else the platform's home; where the platform sells in many countries, the currency's
-    country. `UNKNOWN_REGION` when it could be any of several (a pan-European sale in EUR).
+    It is the country if there is one, else the home country of the platform; for a platform that sells in several countries,
+    the country of the currency. `UNKNOWN_REGION` if several are possible (a pan-European sale in EUR).
     """
     if country and re.fullmatch(r"[A-Za-z]{2}", country.strip()):
         code = country.strip().upper()
@@ -204,7 +205,7 @@ def phone_region(country: str | None = None, currency: str | None = None, platfo
     name = platform.strip().lower() if platform else ""
     money = currency.strip().upper() if currency else ""
     home = PLATFORM_COUNTRY.get(name)
-    if home is not None and name not in MANY_COUNTRIES:
+    if home is not None and name not in MULTI_COUNTRY_PLATFORMS:
         return home
     if money in CURRENCY_COUNTRY:
         return CURRENCY_COUNTRY[money]
@@ -216,27 +217,29 @@ def phone_region(country: str | None = None, currency: str | None = None, platfo
 
 
 def normalise_name(raw: str | None) -> str | None:
-    """A person's name for comparison: lower case, no accents, titles, degrees or punctuation; 'Last, First' turned round."""
+    """Return a person's name for comparison: lower case, no accents, titles, degrees or punctuation; 'Last, First' reversed."""
     if raw is None:
         return None
     before, _, after = _plain(raw).partition(",")
     first, last = _words(_APOSTROPHE.sub("", _without_accents(after))), _words(_APOSTROPHE.sub("", _without_accents(before)))
-    if all(word.replace(".", "") in _AFTER_NAME for word in _without_accents(after).split()):
+    if all(word.replace(".", "") in _NAME_SUFFIXES for word in _without_accents(after).split()):
         first = []
     words = first + last
-    # one letter before a single name is its owner's initial: 'H. Setiawan' is Hendra, 'H. Agus Setiawan' made the hajj
+    # a letter before a single name is an initial ('H. Setiawan'); before several names it is a title ('H. Agus Setiawan')
     while words and words[0] in _TITLES and len(words) > (2 if len(words[0]) == 1 else 1):
         words = words[1:]
     return " ".join(words) or None
 
 
 def normalise_address(raw: str | None) -> str | None:
-    """A postal address for comparison: lower case, no accents or punctuation, usual abbreviations written out,
-    'No.' and leading zeros of numbers left out."""
+    """Return a postal address for comparison: lower case, no accents or punctuation, common abbreviations expanded.
+
+    'No.' and leading zeros of numbers are removed.
+    """
     if raw is None:
         return None
     words = _words(_LEADING_ZEROS.sub("", _without_accents(_plain(raw))))
-    return " ".join(_ADDRESS_WORDS.get(word, word) for word in words if word not in _ADDRESS_SILENT) or None
+    return " ".join(_ADDRESS_WORDS.get(word, word) for word in words if word not in _IGNORED_ADDRESS_WORDS) or None
 
 
 def _words(text: str) -> list[str]:
@@ -244,7 +247,7 @@ def _words(text: str) -> list[str]:
 
 
 def _on_distinct(values: pl.Series, function: Callable[[str | None], str | None]) -> pl.Series:
-    """`function` of each value, called once per distinct value."""
+    """Apply `function` to a column, once per distinct value."""
     distinct = values.cast(pl.String).drop_nulls().unique()
     if distinct.is_empty():
         return pl.Series(values.name, [None] * len(values), dtype=pl.String)
@@ -253,22 +256,22 @@ def _on_distinct(values: pl.Series, function: Callable[[str | None], str | None]
 
 
 def normalise_emails(values: pl.Series) -> pl.Series:
-    """`normalise_email` of a column of text."""
+    """Apply `normalise_email` to a column of text."""
     return _on_distinct(values, normalise_email)
 
 
 def normalise_names(values: pl.Series) -> pl.Series:
-    """`normalise_name` of a column of text."""
+    """Apply `normalise_name` to a column of text."""
     return _on_distinct(values, normalise_name)
 
 
 def normalise_addresses(values: pl.Series) -> pl.Series:
-    """`normalise_address` of a column of text."""
+    """Apply `normalise_address` to a column of text."""
     return _on_distinct(values, normalise_address)
 
 
 def normalise_phones(values: pl.Series, regions: pl.Series | str) -> pl.Series:
-    """`normalise_phone` of a column of text, with one region for all or one per row (null: unknown)."""
+    """Apply `normalise_phone` to a column of text, with one region for all rows or one per row (null: unknown)."""
     if isinstance(regions, str):
         return _on_distinct(values, lambda value: normalise_phone(value, regions))
     pairs = pl.DataFrame({"raw": values.cast(pl.String), "region": regions.cast(pl.String).fill_null(UNKNOWN_REGION)})
@@ -279,16 +282,16 @@ def normalise_phones(values: pl.Series, regions: pl.Series | str) -> pl.Series:
 
 
 def phone_regions(country: pl.Series, currency: pl.Series | None = None, platform: pl.Series | None = None) -> pl.Series:
-    """`region_of` of columns of text; null when nothing tells."""
-    nothing = pl.Series([None] * len(country), dtype=pl.String)
-    told = pl.DataFrame(
+    """Apply `phone_region` to columns of text; null when unknown."""
+    absent = pl.Series([None] * len(country), dtype=pl.String)
+    inputs = pl.DataFrame(
         {
             "country": country.cast(pl.String),
-            "currency": nothing if currency is None else currency.cast(pl.String),
-            "platform": nothing if platform is None else platform.cast(pl.String),
+            "currency": absent if currency is None else currency.cast(pl.String),
+            "platform": absent if platform is None else platform.cast(pl.String),
         }
     )
-    distinct = told.unique()
+    distinct = inputs.unique()
     found = distinct.with_columns(pl.Series("region", [phone_region(*row) for row in distinct.iter_rows()], dtype=pl.String))
-    joined = told.join(found, on=["country", "currency", "platform"], how="left", nulls_equal=True, maintain_order="left")
+    joined = inputs.join(found, on=["country", "currency", "platform"], how="left", nulls_equal=True, maintain_order="left")
     return joined["region"]

@@ -1,4 +1,4 @@
-"""Amounts: any spelling to a Decimal, and conversion that rounds once."""
+"""Amounts: parsing of any spelling to a Decimal, and conversion with a single rounding."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_spellings(text: str, currency: str | None, expected: str) -> None:
         ("1e400", "USD", "more than 16 digits"),
     ],
 )
-def test_what_cannot_be_read_says_why_without_the_value(text: str, currency: str, reason: str) -> None:
+def test_unreadable_amount_has_a_reason_without_the_value(text: str, currency: str, reason: str) -> None:
     with pytest.raises(AmountUnreadable, match=reason):
         parse_amount(text, currency)
 
@@ -89,17 +89,17 @@ def test_what_cannot_be_read_says_why_without_the_value(text: str, currency: str
 @pytest.mark.parametrize(
     ("digits", "expected"), [("350000.0", "350000"), ("1E+3", "1000"), ("0.30000000000000004", "0.3"), ("-7", "-7")]
 )
-def test_numbers_as_programs_write_them(digits: str, expected: str) -> None:
+def test_machine_readable_numbers(digits: str, expected: str) -> None:
     assert amount_of_digits(digits) == Decimal(expected)
 
 
 @pytest.mark.parametrize("digits", ["NaN", "Infinity", "-Infinity", "x", "1E+20", "9999999999999999.99999"])
-def test_numbers_that_are_no_amounts(digits: str) -> None:
+def test_numbers_that_are_not_amounts(digits: str) -> None:
     with pytest.raises(AmountUnreadable):
         amount_of_digits(digits)
 
 
-def test_marks_name_a_currency_only_without_doubt() -> None:
+def test_only_unambiguous_marks_determine_the_currency() -> None:
     assert [marked_currency(text) for text in ("Rp 350.000", "12 EUR", "$5", "¥5", "5", "?")] == [
         "IDR",
         "EUR",
@@ -133,7 +133,7 @@ MARKS = {"EUR": ["{}", "€{}", "€ {}", "{} €", "EUR {}", "{}EUR"], "IDR": [
     currency=st.sampled_from(sorted(MARKS)),
     data=st.data(),
 )
-def test_an_amount_survives_every_locale(
+def test_amount_round_trips_in_every_locale(
     units: int, locale: tuple[str, str], sign: str, currency: str, data: st.DataObject
 ) -> None:
     group, point = locale
@@ -146,13 +146,13 @@ def test_an_amount_survives_every_locale(
 
 @settings(deadline=None)
 @given(whole=st.integers(0, 10**12), group=st.sampled_from([".", ",", " ", "'"]))
-def test_a_grouped_whole_amount_survives(whole: int, group: str) -> None:
+def test_grouped_whole_amount_round_trips(whole: int, group: str) -> None:
     assert parse_amount(f"{whole:,}".replace(",", group), "IDR") == whole
 
 
 @settings(deadline=None)
 @given(st.floats(allow_nan=False, allow_infinity=False, min_value=-1e11, max_value=1e11))
-def test_a_double_is_its_shortest_spelling(number: float) -> None:
+def test_double_is_parsed_from_its_shortest_form(number: float) -> None:
     assert amount_of_digits(repr(number)) == Decimal(repr(number)).quantize(Decimal("0.0001"), ROUND_HALF_EVEN)
 
 
@@ -195,7 +195,7 @@ def test_line_amounts_are_exact(lines: list[tuple[int, Decimal]]) -> None:
     assert found.to_list() == [value if abs(value) < Decimal(10) ** 16 else None for value in expected]
 
 
-def test_unknown_stays_unknown() -> None:
+def test_null_stays_null() -> None:
     amounts = pl.Series([None, Decimal(1), Decimal(1)], dtype=pl.Decimal(20, 4))
     rates = pl.Series([Decimal(2), None, Decimal(2)], dtype=pl.Decimal(18, 8))
     assert to_base_currency(amounts, rates).to_list() == [None, None, Decimal(2)]

@@ -1,4 +1,4 @@
-"""Contacts: every spelling of one contact gives one value, and what says nothing gives none."""
+"""Contacts: spellings of a contact are normalised to one value; a value that identifies no one is None."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ INDONESIAN = "+6281234567890"
         "+62 812-3456-7890 ext. 12",
     ],
 )
-def test_spellings_of_a_number_are_one_number(spelling: str) -> None:
+def test_spellings_of_a_number_are_equal(spelling: str) -> None:
     assert contacts.normalise_phone(spelling, "ID") == INDONESIAN
 
 
@@ -74,7 +74,7 @@ REGIONS = sorted((set(contacts.PLATFORM_COUNTRY.values()) | set(contacts.CURRENC
 
 @settings(deadline=None)
 @given(region=st.sampled_from(REGIONS), gaps=st.lists(st.sampled_from(["", " ", "-", ".", "\u00a0"]), min_size=20, max_size=20))
-def test_every_format_of_a_number_gives_the_same(region: str, gaps: list[str]) -> None:
+def test_every_format_of_a_number_is_equal(region: str, gaps: list[str]) -> None:
     number = phonenumbers.example_number_for_type(region, phonenumbers.PhoneNumberType.MOBILE)
     assert number is not None
     expected = phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.E164)
@@ -87,7 +87,7 @@ def test_every_format_of_a_number_gives_the_same(region: str, gaps: list[str]) -
 
 @settings(deadline=None)
 @given(st.text(max_size=30), st.sampled_from([*REGIONS, contacts.UNKNOWN_REGION]))
-def test_any_text_gives_a_number_that_stays_or_none(text: str, region: str) -> None:
+def test_normalised_phone_is_stable(text: str, region: str) -> None:
     found = contacts.normalise_phone(text, region)
     assert found is None or contacts.normalise_phone(found, region) == found
 
@@ -120,7 +120,7 @@ def test_emails(spelling: str | None, expected: str | None) -> None:
 
 @settings(deadline=None)
 @given(st.emails())
-def test_an_email_once_normalised_stays(address: str) -> None:
+def test_normalised_email_is_stable(address: str) -> None:
     found = contacts.normalise_email(address)
     assert found is None or (
         contacts.normalise_email(found) == found and contacts.normalise_email(f" {address.upper()} ") == found
@@ -128,7 +128,7 @@ def test_an_email_once_normalised_stays(address: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"),
+    ("given", "expected"),
     [
         ({"country": " id "}, "ID"),
         ({"country": "uk"}, "GB"),
@@ -143,8 +143,8 @@ def test_an_email_once_normalised_stays(address: str) -> None:
         ({}, None),
     ],
 )
-def test_regions(told: dict[str, str], expected: str | None) -> None:
-    assert contacts.phone_region(**told) == expected
+def test_regions(given: dict[str, str], expected: str | None) -> None:
+    assert contacts.phone_region(**given) == expected
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_addresses(one: str, other: str) -> None:
     assert contacts.normalise_address(one) == contacts.normalise_address(other) is not None
 
 
-def test_columns_are_the_functions_of_their_values() -> None:
+def test_columns_equal_single_values() -> None:
     raw = pl.Series("phone", ["0812-3456-7890", None, "0812 3456 7890", "(415) 555-2671", "?"])
     assert contacts.normalise_phones(raw, "ID").to_list() == [
         INDONESIAN,
@@ -195,5 +195,5 @@ def test_columns_are_the_functions_of_their_values() -> None:
     assert contacts.normalise_emails(pl.Series("e", ["A@x.com", None, "a@X.com"])).to_list() == ["a@x.com", None, "a@x.com"]
     assert contacts.normalise_names(pl.Series("n", [None], dtype=pl.String)).to_list() == [None]
     assert contacts.normalise_addresses(pl.Series("a", [], dtype=pl.String)).to_list() == []
-    told = contacts.phone_regions(pl.Series([None, "GB"]), pl.Series(["IDR", None]), pl.Series([None, "tokopedia"]))
-    assert told.to_list() == ["ID", "GB"]
+    given = contacts.phone_regions(pl.Series([None, "GB"]), pl.Series(["IDR", None]), pl.Series([None, "tokopedia"]))
+    assert given.to_list() == ["ID", "GB"]

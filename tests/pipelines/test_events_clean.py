@@ -1,4 +1,4 @@
-"""silver.events_clean: messages to typed events, and what is none."""
+"""silver.events_clean: from messages to typed events, and rejection of invalid messages."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def reasons(*values: bytes | dict[str, Any] | None) -> list[str]:
     return rejected["reason"].to_list()
 
 
-def test_a_behaviour_event() -> None:
+def test_behaviour_event() -> None:
     found = row(
         event(
             event_type="payment_attempted",
@@ -147,7 +147,7 @@ def test_stock_events() -> None:
         (stock("stock_adjusted", sign=2), "metadata.sign of an adjustment is neither 1 nor -1"),
     ],
 )
-def test_what_is_no_event_is_rejected_with_its_bytes(value: Any, reason: str) -> None:
+def test_invalid_message_is_rejected_with_its_bytes(value: Any, reason: str) -> None:
     parsed = parse(event(), value)
     raw = json.dumps(value).encode() if isinstance(value, dict) else value
     assert parsed.rejected is not None
@@ -155,7 +155,7 @@ def test_what_is_no_event_is_rejected_with_its_bytes(value: Any, reason: str) ->
     assert parsed.rows.height == 1
 
 
-def test_a_rejection_says_nothing_of_the_message() -> None:
+def test_rejection_contains_no_values_of_the_message() -> None:
     secret = "ann@example.com"
     odd = [event(timestamp=secret), stock(quantity=secret), {"event_id": secret}, secret.encode()]
     assert not any(secret in reason for reason in reasons(*odd))
@@ -186,7 +186,7 @@ def test_timestamps(text: str, moment: datetime) -> None:
     st.sampled_from([" ", "T"]),
 )
 @settings(max_examples=200, deadline=None)
-def test_any_iso_timestamp_is_read_exactly(moment: datetime, offset: int | None, separator: str) -> None:
+def test_any_iso_timestamp_is_parsed_exactly(moment: datetime, offset: int | None, separator: str) -> None:
     zoned = moment if offset is None else moment.replace(tzinfo=timezone(timedelta(minutes=offset)))
     expected = zoned.replace(tzinfo=UTC) if offset is None else zoned.astimezone(UTC)
     text = zoned.isoformat(separator)
@@ -195,7 +195,7 @@ def test_any_iso_timestamp_is_read_exactly(moment: datetime, offset: int | None,
         assert row(event(timestamp=text + "Z"))["occurred_at"] == expected
 
 
-def test_sloppy_types_are_read_where_nothing_gets_lost() -> None:
+def test_other_types_are_converted_without_loss() -> None:
     for one in (1, 1.0, "1", " 1 ", "1.0", "+1"):
         found = row({**stock("stock_adjusted", quantity=one, sign=one), "user_id": one})
         assert (found["user_id"], found["quantity"], found["sign"]) == (1, 1, 1)
@@ -205,7 +205,7 @@ def test_sloppy_types_are_read_where_nothing_gets_lost() -> None:
     assert (found["event_id"], found["session_id"]) == ("7", "12")
 
 
-def test_what_has_no_column_is_kept() -> None:
+def test_values_without_a_column_are_kept() -> None:
     found = row(event(user_id="anonymous", new_field={"b": 1, "a": [None]}, metadata={"z": "é", "a": 2**70}))
     assert found["user_id"] is None
     assert (
@@ -219,13 +219,13 @@ def test_what_has_no_column_is_kept() -> None:
     assert row(event(event_type="drone_landed"))["event_type"] == "drone_landed"
 
 
-def test_no_messages_give_no_rows() -> None:
+def test_empty_input_has_empty_output() -> None:
     parsed = parse()
     assert parsed.rows.is_empty()
     assert parsed.rows.columns == EVENTS_CLEAN.schema.names
 
 
-def test_odd_messages_do_not_disturb_their_neighbours() -> None:
+def test_invalid_messages_do_not_affect_others() -> None:
     many = messages([event(event_id=str(number)) if number % 7 else b"?" for number in range(CHUNK + 10)])
     parsed = parse_events(many)
     assert parsed.rows["event_id"].to_list() == [str(number) for number in range(CHUNK + 10) if number % 7]
@@ -233,7 +233,7 @@ def test_odd_messages_do_not_disturb_their_neighbours() -> None:
     assert parsed.rejected.height == (CHUNK + 10 + 6) // 7
 
 
-def test_a_correction_ends_the_rejection_of_its_position() -> None:
+def test_correction_ends_the_rejection() -> None:
     parsed = parse_events(messages([b"?", event(), b"!", b"?!"], op=["c", "fix", "c", "fix"], positions=[1, 1, 2, 2]))
     assert parsed.parsed_positions is not None
     assert parsed.rejected is not None
@@ -258,7 +258,7 @@ objects = st.fixed_dictionaries({}, optional={name: metadatas if name == "metada
     fast=100,
     slow=300,
 )
-def test_every_message_is_a_row_or_a_rejection_and_nothing_in_a_row_is_lost(values: list[Any]) -> None:
+def test_every_message_is_a_complete_row_or_a_rejection(values: list[Any]) -> None:
     together = parse(*values)
     assert together.rejected is not None
     assert together.rows.height + together.rejected.height == len(values)
@@ -287,7 +287,7 @@ def merged(new: pl.DataFrame, old: pl.DataFrame | None = None) -> pl.DataFrame:
     return STEP.transform(frames, BusinessSettings())
 
 
-def test_an_event_that_comes_twice_stays_once() -> None:
+def test_repeated_event_is_kept_once() -> None:
     first, second = event(timestamp="2026-01-02T10:00:00Z", channel="web"), event(timestamp="2026-01-02T09:00:00Z", channel="app")
     for order in ([first, second, first], [second, first]):
         assert merged(rows_of(order))["channel"].to_list() == ["app"]
@@ -305,7 +305,7 @@ same_id = st.builds(
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(same_id, max_size=8), st.integers(0, 8), st.randoms(use_true_random=False))
-def test_any_order_duplication_and_split_gives_the_same(values: list[dict[str, Any]], cut: int, random: Any) -> None:
+def test_result_is_independent_of_order_duplication_and_split(values: list[dict[str, Any]], cut: int, random: Any) -> None:
     whole = merged(rows_of(values)).sort("event_id")
     shuffled = values + random.sample(values, random.randint(0, len(values)))
     random.shuffle(shuffled)
@@ -314,7 +314,7 @@ def test_any_order_duplication_and_split_gives_the_same(values: list[dict[str, A
     assert whole["event_id"].is_unique().all()
 
 
-def test_the_stock_events_of_the_source_contract_are_known() -> None:
+def test_stock_events_of_the_source_contract_are_known() -> None:
     assert set(STOCK_EVENTS) == {
         "stock_received", "stock_incoming", "stock_reserved", "reservation_released", "stock_sold", "stock_returned",
         "stock_adjusted", "stock_transferred", "stock_counted", "safety_stock_set",

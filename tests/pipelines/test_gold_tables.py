@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lakehouse.iceberg.schema import polars_schema
-from lakehouse.step import Step
+from lakehouse.step import Step, upstream_names
+from pipelines import GOLD_STEPS
 from pipelines.gold import (
     cohort_retention,
     customer_360,
@@ -27,21 +28,10 @@ from pipelines.gold import (
 from pipelines.gold.dim_stores import NO_STORE
 from pipelines.settings import BusinessSettings
 from pipelines.silver import chargebacks
+from pipelines.silver.inventory_snapshots import INVENTORY_SNAPSHOTS
 
-STEPS: tuple[Step, ...] = tuple(
-    module.STEP
-    for module in (
-        fact_orders,
-        dim_users,
-        dim_products,
-        dim_stores,
-        dim_date,
-        customer_360,
-        sales_daily,
-        cohort_retention,
-        user_risk_scores,
-    )
-)
+STEPS: tuple[Step, ...] = tuple(step for step in GOLD_STEPS if INVENTORY_SNAPSHOTS.name not in upstream_names(step))
+"""All steps of gold but those of the stock ledger, which test_inventory covers."""
 
 
 def at(text: str) -> datetime:
@@ -53,7 +43,7 @@ def money(text: str) -> Decimal:
 
 
 def frame(step: Step, read: str, *rows: dict[str, Any]) -> pl.DataFrame:
-    """Rows of the table a step reads, columns that are not given null, restricted to what the step asks for."""
+    """Return rows of a table that a step reads, with the columns that it requests; missing values are null."""
     source = step.reads[read]
     schema = polars_schema(source.table.schema)
     columns = source.columns or tuple(schema)
@@ -64,12 +54,12 @@ def frame(step: Step, read: str, *rows: dict[str, Any]) -> pl.DataFrame:
 
 
 def run(step: Step, **rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows a step makes of these rows, with the declared types, in the order of the key."""
+    """Return the rows that a step computes from these rows, with the declared types, sorted by the key."""
     frames = {name: frame(step, name, *rows.get(name, [])) for name in step.reads}
-    return filled(step, frames).to_dicts()
+    return transformed(step, frames).to_dicts()
 
 
-def filled(step: Step, frames: dict[str, pl.DataFrame]) -> pl.DataFrame:
+def transformed(step: Step, frames: dict[str, pl.DataFrame]) -> pl.DataFrame:
     result = step.transform(frames, BusinessSettings())
     types = polars_schema(step.target.schema)
     assert result.columns == list(types)
@@ -108,7 +98,7 @@ def placed(moment: str, **other: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.target.name)
-def test_nothing_gives_nothing(step: Step) -> None:
+def test_empty_input_has_empty_output(step: Step) -> None:
     assert run(step) == []
 
 
@@ -502,7 +492,7 @@ class TestRisk:
         assert (points[0] == 0) == (value <= rule.free)
 
 
-def test_chargebacks_are_the_newest_rows() -> None:
+def test_chargebacks_are_current_rows() -> None:
     step = chargebacks.STEP
     rows = run(
         step,
@@ -518,7 +508,7 @@ def test_chargebacks_are_the_newest_rows() -> None:
 
 @st.composite
 def shops(draw: st.DrawFn) -> dict[str, list[dict[str, Any]]]:
-    """A few rows of every silver table, wild in what gold depends on."""
+    """Draw a few rows of every silver table, with varied values of the columns that gold depends on."""
     moments = st.datetimes(datetime(2025, 1, 1), datetime(2026, 12, 31)).map(lambda moment: moment.replace(tzinfo=UTC))
     masters = st.sampled_from([None, "M-user:1", "M-user:2"])
     maybe = lambda *values: st.sampled_from([None, *values])  # noqa: E731
@@ -617,28 +607,28 @@ def shops(draw: st.DrawFn) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def narrowed(step: Step, shop: dict[str, list[dict[str, Any]]]) -> dict[str, pl.DataFrame]:
-    """What each read of a step gets of a shop."""
+def frames_of(step: Step, shop: dict[str, list[dict[str, Any]]]) -> dict[str, pl.DataFrame]:
+    """Return the frames that a step reads from a shop."""
     return {name: frame(step, name, *shop[name]) for name in step.reads}
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.target.name)
 @given(data=st.data())
 @settings(max_examples=15, deadline=None)
-def test_the_order_of_rows_means_nothing(step: Step, data: st.DataObject) -> None:
+def test_result_is_independent_of_row_order(step: Step, data: st.DataObject) -> None:
     shop = data.draw(shops())
-    frames = narrowed(step, shop)
+    frames = frames_of(step, shop)
     shuffled = {name: rows.sample(fraction=1, shuffle=True, seed=data.draw(st.integers(0, 99))) for name, rows in frames.items()}
-    assert filled(step, frames).equals(filled(step, shuffled))
+    assert transformed(step, frames).equals(transformed(step, shuffled))
 
 
 @given(shops())
 @settings(max_examples=25, deadline=None)
-def test_tables_agree_with_each_other(shop: dict[str, list[dict[str, Any]]]) -> None:
-    facts = filled(fact_orders.STEP, narrowed(fact_orders.STEP, shop))
-    days = filled(sales_daily.STEP, narrowed(sales_daily.STEP, shop))
-    people = filled(customer_360.STEP, narrowed(customer_360.STEP, shop))
-    risks = filled(user_risk_scores.STEP, narrowed(user_risk_scores.STEP, shop))
+def test_tables_are_consistent_with_each_other(shop: dict[str, list[dict[str, Any]]]) -> None:
+    facts = transformed(fact_orders.STEP, frames_of(fact_orders.STEP, shop))
+    days = transformed(sales_daily.STEP, frames_of(sales_daily.STEP, shop))
+    people = transformed(customer_360.STEP, frames_of(customer_360.STEP, shop))
+    risks = transformed(user_risk_scores.STEP, frames_of(user_risk_scores.STEP, shop))
     known = facts.filter(pl.col("master_user_id").is_not_null())
     for name in ("gross_revenue", "returns_revenue", "net_revenue"):
         assert facts[name].sum() == days[name].sum()
@@ -651,6 +641,6 @@ def test_tables_agree_with_each_other(shop: dict[str, list[dict[str, Any]]]) -> 
         == risks["fraud_chargebacks"].sum() + risks["other_chargebacks"].sum()
     )
     assert set(known["master_user_id"]) == set(risks["master_user_id"]) <= set(people["master_user_id"])
-    cohorts = filled(cohort_retention.STEP, narrowed(cohort_retention.STEP, shop))
+    cohorts = transformed(cohort_retention.STEP, frames_of(cohort_retention.STEP, shop))
     assert cohorts["orders"].sum() == people["orders"].sum()
     assert cohorts.filter(pl.col("months_since") == 0)["customers"].sum() == people.filter(pl.col("orders") > 0).height

@@ -1,4 +1,4 @@
-"""Identity through the real engine and Iceberg: split into runs, deletes, reruns and rebuild give one table."""
+"""Entity resolution with the real engine and Iceberg: runs with deletes and repeats equal a rebuild."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def graph(engine: Engine) -> pl.DataFrame:
     return engine.lake.load(IDENTITY_GRAPH).read([column.name for column in IDENTITY_GRAPH.columns])
 
 
-def test_runs_deletes_and_rebuild_give_one_table(tmp_path):
+def test_runs_with_deletes_equal_a_rebuild(tmp_path):
     rows, _ = shop(people=60, seed=5)
     rows += [
         document("0-0", at=9000, op="d"),
@@ -56,7 +56,7 @@ def test_runs_deletes_and_rebuild_give_one_table(tmp_path):
     assert masters(graph(engine)) == masters(memory.rebuilt())
 
 
-def test_rows_that_show_nothing_new_change_nothing(tmp_path):
+def test_rows_without_new_evidence_change_nothing(tmp_path):
     engine = make_engine(tmp_path)
     append(engine, [user(1, name="Budi Santoso", email="a@x.com"), user(2, name="Ani Wijaya")])
     engine.refresh(STEP)
@@ -67,7 +67,7 @@ def test_rows_that_show_nothing_new_change_nothing(tmp_path):
     assert set(masters(graph(engine))) == {"user:1", "user:2"}
 
 
-def test_emptied_tables_and_orders_deleted_by_key_alone_are_heard_of(tmp_path):
+def test_truncates_and_deletes_by_key_affect_the_graph(tmp_path):
     rows, _ = shop(people=20, seed=6)
     orders = [row for name, row in rows if name == "orders"]
     assert {row["user_id"] for row in orders[:6]} > {row["user_id"] for row in orders[:3]}

@@ -1,4 +1,4 @@
-"""Identity: rows of the sources to links and people; merges and splits; any order and any split as a rebuild."""
+"""Entity resolution: from source rows to links and people; merges and splits; any order equals a rebuild."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def people(*rows):
 
 
 def links(memory: GraphInMemory, record: str) -> dict[str, tuple[str, str]]:
-    """node -> (status, reason) of a record."""
+    """Return status and reason of a record's links, by node."""
     own = memory.graph.filter(pl.col("record_id") == record)
     return {node: (status, reason) for node, status, reason in own.select("node", "status", "reason").iter_rows()}
 
 
-def assert_as_rebuilt(memory: GraphInMemory) -> None:
+def assert_equals_rebuild(memory: GraphInMemory) -> None:
     assert sorted_rows(memory.graph) == sorted_rows(memory.rebuilt())
 
 
-def test_every_record_has_a_row_of_itself_and_the_oldest_member_names_the_person():
+def test_records_have_own_rows_and_the_oldest_names_the_person():
     memory = GraphInMemory().run(
         [
             user(7, at=5, name="Budi Santoso", email="budi@x.com", email_verified=True),
@@ -69,12 +69,12 @@ def test_every_record_has_a_row_of_itself_and_the_oldest_member_names_the_person
         ({"name": "Budi Santoso", "address": "Jl. Merdeka No. 125"}, {"name": "Budi Santoso", "address": "Jl. Merdka 125"}, True),
     ],
 )
-def test_which_accounts_are_one_person(one, other, together):
+def test_accounts_of_one_person(one, other, together):
     found = people(user(1, **one), user(2, at=1, **other))
     assert (found["user:1"] == found["user:2"]) is together
 
 
-def test_a_shared_phone_joins_each_of_its_people_with_their_own():
+def test_shared_phone_joins_records_of_the_same_name():
     memory = GraphInMemory().run(
         [
             user(1, phone_number="081234567890", name="Budi Santoso"),
@@ -94,7 +94,7 @@ def test_a_shared_phone_joins_each_of_its_people_with_their_own():
     )
 
 
-def test_a_device_joins_those_of_one_name_only():
+def test_device_joins_only_records_of_the_same_name():
     rows = [web_order(1, 1, device_id="d1"), web_order(2, 2, device_id="d1"), web_order(3, 3, device_id="d1")]
     memory = GraphInMemory().run([user(1, name="Budi Santoso"), user(2, name="Budi Santoso"), user(3, name="Ani Wijaya"), *rows])
     found = masters(memory.graph)
@@ -105,7 +105,7 @@ def test_a_device_joins_those_of_one_name_only():
     assert reason.endswith("same name, same device")
 
 
-def test_many_orders_of_one_customer_are_no_crowd_but_many_people_are():
+def test_many_people_are_a_crowd_but_many_orders_are_not():
     own = [
         document(f"A{n}", at=n, user_email="budi@x.com", buyer_name=name)
         for n, name in enumerate(["Budi Santoso", "BUDI SANTOSO", "Budi Santso"] * 10)
@@ -131,7 +131,7 @@ def test_many_orders_of_one_customer_are_no_crowd_but_many_people_are():
     )
 
 
-def test_an_address_that_becomes_crowded_splits_and_one_that_empties_merges():
+def test_address_that_becomes_crowded_splits_and_that_ceases_to_be_merges():
     context = BusinessSettings(address_crowd=2)
     at_home = {"address": "Menara Satu 1"}
     memory = GraphInMemory(context).run(
@@ -140,13 +140,13 @@ def test_an_address_that_becomes_crowded_splits_and_one_that_empties_merges():
     assert masters(memory.graph)["user:2"] == "M-user:1"
     memory.run([user(4, name="Citra Lubis", **at_home)])
     assert masters(memory.graph)["user:2"] == "M-user:2"
-    assert_as_rebuilt(memory)
+    assert_equals_rebuild(memory)
     memory.run([user(4, at=9, op="d")])
     assert masters(memory.graph) == {"user:1": "M-user:1", "user:2": "M-user:1", "user:3": "M-user:3"}
-    assert_as_rebuilt(memory)
+    assert_equals_rebuild(memory)
 
 
-def test_an_address_that_empties_lets_its_people_be_compared_with_those_elsewhere():
+def test_people_of_an_address_no_longer_crowded_are_compared_again():
     tower = {"address": "Menara Satu 12345"}
     memory = GraphInMemory(BusinessSettings(address_crowd=2)).run(
         [
@@ -159,13 +159,13 @@ def test_an_address_that_empties_lets_its_people_be_compared_with_those_elsewher
     assert masters(memory.graph)["user:2"] == "M-user:2"
     memory.run([user(4, at=5, op="d")])
     assert masters(memory.graph)["user:2"] == "M-user:1"
-    assert_as_rebuilt(memory)
+    assert_equals_rebuild(memory)
     memory.run([user(4, at=6, op="c", name="Citra Lubis", **tower)])
     assert masters(memory.graph)["user:2"] == "M-user:2"
-    assert_as_rebuilt(memory)
+    assert_equals_rebuild(memory)
 
 
-def test_a_deleted_record_leaves_and_those_it_joined_part():
+def test_deleted_record_is_removed_and_its_person_splits():
     joining = user(2, at=1, email="a@x.com", phone_number="081234567890", name="Budi Santoso")
     memory = GraphInMemory().run(
         [
@@ -177,15 +177,15 @@ def test_a_deleted_record_leaves_and_those_it_joined_part():
     assert set(masters(memory.graph).values()) == {"M-user:1"}
     memory.run([user(2, at=5, op="d")])
     assert masters(memory.graph) == {"user:1": "M-user:1", "order:tokopedia:A": "M-order:tokopedia:A"}
-    assert_as_rebuilt(memory)
+    assert_equals_rebuild(memory)
     memory.run([user(2, at=6, op="c", email="a@x.com", phone_number="081234567890", name="Budi Santoso")])
     assert set(masters(memory.graph).values()) == {"M-user:1"}
     memory.run([document("A", at=9, op="d")])
     assert set(masters(memory.graph)) == {"user:1", "user:2"}
-    assert_as_rebuilt(memory)
+    assert_equals_rebuild(memory)
 
 
-def test_a_corrected_contact_of_a_marketplace_order_moves_it():
+def test_changed_contact_moves_a_marketplace_order():
     memory = GraphInMemory().run(
         [
             user(1, email="a@x.com", name="Budi Santoso"),
@@ -196,10 +196,10 @@ def test_a_corrected_contact_of_a_marketplace_order_moves_it():
     assert masters(memory.graph)["order:tokopedia:A"] == "M-user:1"
     memory.run([document("A", at=2, op="u", user_email="b@x.com")])
     assert masters(memory.graph)["order:tokopedia:A"] == "M-user:2"
-    assert_as_rebuilt(memory)
+    assert_equals_rebuild(memory)
 
 
-def test_an_earlier_email_of_an_account_still_links():
+def test_former_email_of_an_account_links():
     memory = GraphInMemory().run(
         [
             user(1, email="old@x.com", email_verified=True, name="Budi Santoso"),
@@ -211,7 +211,7 @@ def test_an_earlier_email_of_an_account_still_links():
     assert links(memory, "user:1")["email:old@x.com"][1] == "Verified email old@x.com, since replaced"
 
 
-def test_a_probable_match_does_not_join_two_who_proved_different_contacts():
+def test_probabilistic_match_does_not_join_different_verified_contacts():
     memory = GraphInMemory().run(
         [
             user(
@@ -242,7 +242,7 @@ def test_a_probable_match_does_not_join_two_who_proved_different_contacts():
     assert reason.endswith("stopped by different verified contacts and names")
 
 
-def test_emptied_accounts_leave_and_their_numbers_may_be_given_out_again():
+def test_truncated_accounts_are_removed_and_their_ids_can_be_reused():
     budi = {"email": "budi@x.com", "email_verified": True, "name": "Budi Santoso"}
     memory = GraphInMemory().run([user(1, **budi), user(2, at=1, **budi), document("A", at=2, user_email="budi@x.com")])
     assert set(masters(memory.graph).values()) == {"M-user:1"}
@@ -251,11 +251,11 @@ def test_emptied_accounts_leave_and_their_numbers_may_be_given_out_again():
     memory.run([user(1, at=4, op="c", email="ani@x.com", name="Ani Wijaya"), user(2, at=2, op="u", **budi)])
     assert masters(memory.graph) == {"order:tokopedia:A": "M-order:tokopedia:A", "user:1": "M-user:1"}
     assert "email:budi@x.com" not in links(memory, "user:1")
-    assert_as_rebuilt(memory)
+    assert_equals_rebuild(memory)
 
 
-def test_accounts_read_anew_show_what_they_showed_and_those_not_found_leave():
-    def anew(at, item):
+def test_new_epoch_keeps_evidence_and_removes_missing_accounts():
+    def in_next_epoch(at, item):
         name, row = item
         return name, row | {"_op": "r", "_source_position": f"{epoch_prefix(1)}{at:016X}-000000.0000000000"}
 
@@ -266,12 +266,12 @@ def test_accounts_read_anew_show_what_they_showed_and_those_not_found_leave():
     memory = GraphInMemory().run(rows)
     before = sorted_rows(memory.graph.filter(pl.col("record_id") != "user:2"))
     assert masters(memory.graph)["order:tokopedia:A"] == "M-user:1"
-    memory.run([marker, anew(1, user(1, at=2, op="u", **new))])
+    memory.run([marker, in_next_epoch(1, user(1, at=2, op="u", **new))])
     assert sorted_rows(memory.graph) == before
-    assert_as_rebuilt(memory)
+    assert_equals_rebuild(memory)
 
 
-def test_emptied_orders_are_no_evidence():
+def test_truncated_orders_are_no_evidence():
     memory = GraphInMemory().run(
         [
             user(1, name="Budi Santoso"),
@@ -287,17 +287,17 @@ def test_emptied_orders_are_no_evidence():
     memory.run([web_order(3, 2, at=4, device_id="d2"), web_order(4, 1, at=2, device_id="d2")])
     assert "device:d2" in links(memory, "user:2")
     assert set(links(memory, "user:1")) == {"record:user:1"}
-    assert_as_rebuilt(memory)
+    assert_equals_rebuild(memory)
 
 
-def test_a_dropped_collection_takes_its_orders_along():
+def test_dropped_collection_removes_its_orders():
     memory = GraphInMemory().run([user(1, at=1, email="a@x.com", name="Budi Santoso"), document("A", at=0, user_email="a@x.com")])
     assert masters(memory.graph)["user:1"] == "M-order:tokopedia:A"
     memory.run([truncated("marketplace", 2)])
     assert masters(memory.graph) == {"user:1": "M-user:1"}
     memory.run([document("A", at=1, op="u", user_email="a@x.com"), document("B", at=3, user_email="a@x.com")])
     assert masters(memory.graph) == {"user:1": "M-user:1", "order:tokopedia:B": "M-user:1"}
-    assert_as_rebuilt(memory)
+    assert_equals_rebuild(memory)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_a_dropped_collection_takes_its_orders_along():
     ],
     ids=["deleted by key alone", "deleted by whole row", "without an account", "of another account", "other device"],
 )
-def test_an_order_tells_what_its_newest_version_tells(change):
+def test_order_contributes_its_newest_version(change):
     memory = GraphInMemory().run(
         [
             user(1, name="Budi Santoso"),
@@ -326,29 +326,29 @@ def test_an_order_tells_what_its_newest_version_tells(change):
     assert masters(memory.graph)["user:2"] == "M-user:2"
     assert not {"device:d1", "address:budi santoso|jalan merdeka 505"} & set(links(memory, "user:1"))
     assert ("device:d1" in links(memory, "user:3")) == (change["user_id"] == 3)
-    assert_as_rebuilt(memory)
+    assert_equals_rebuild(memory)
 
 
-def test_what_an_update_of_an_order_did_not_send_is_as_it_was():
+def test_unsent_columns_of_an_order_keep_their_values():
     memory = GraphInMemory().run(
         [user(1, name="Budi Santoso"), web_order(1, 1, at=1, device_id="d1", shipping_address="Jl. Merdeka 505")]
     )
     memory.run([web_order(1, 1, at=2, op="u", device_id="d2", _unchanged="shipping_address")])
     assert set(links(memory, "user:1")) >= {"device:d2", "address:budi santoso|jalan merdeka 505"}
     assert "device:d1" not in links(memory, "user:1")
-    assert_as_rebuilt(memory)
+    assert_equals_rebuild(memory)
 
 
-def test_a_record_that_shows_nothing_new_recomputes_nobody():
+def test_record_without_new_evidence_recomputes_nothing():
     memory = GraphInMemory().run(
         [user(1, name="Budi Santoso", email="a@x.com"), web_order(1, 1, device_id="d1"), user(2, name="Ani Wijaya")]
     )
     memory.run([web_order(2, 1, at=4, device_id="d1"), user(1, at=5, op="u", name="Budi Santoso", email="A@X.com ")])
     assert memory.recomputed == 0
-    assert_as_rebuilt(memory)
+    assert_equals_rebuild(memory)
 
 
-def test_the_cost_of_a_new_order_at_a_crowded_device_is_not_the_crowd():
+def test_new_order_at_a_crowded_device_does_not_recompute_the_crowd():
     names = [
         f"{first} {last}"
         for first in ("Ani", "Budi", "Citra", "Dedi", "Eka")
@@ -358,7 +358,7 @@ def test_the_cost_of_a_new_order_at_a_crowded_device_is_not_the_crowd():
     memory = GraphInMemory().run([*accounts, *(web_order(n, n, device_id="kiosk") for n in range(len(names)))])
     memory.run([user(99, name="Fajar Utami"), web_order(99, 99, device_id="kiosk")])
     assert memory.recomputed <= 2
-    assert_as_rebuilt(memory)
+    assert_equals_rebuild(memory)
 
 
 NAMES = [
@@ -434,7 +434,7 @@ def histories(draw):
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(histories(), st.data())
-def test_any_order_duplication_and_split_gives_the_rows_of_a_rebuild(history, data):
+def test_any_order_duplication_and_split_equals_a_rebuild(history, data):
     arrival = data.draw(st.permutations(history + data.draw(st.lists(st.sampled_from(history), max_size=3))))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(arrival)), max_size=3)))
     context = BusinessSettings(address_crowd=2, identifier_crowd=2)
@@ -447,7 +447,7 @@ def test_any_order_duplication_and_split_gives_the_rows_of_a_rebuild(history, da
     assert joined["n"].max() in (None, 1)
 
 
-def test_people_of_a_generated_shop_are_found():
+def test_persons_of_a_generated_shop_are_resolved():
     rows, truth = shop(people=250, seed=3)
     memory = GraphInMemory().run(rows)
     scores = pairwise_scores(masters(memory.graph), truth)

@@ -1,4 +1,4 @@
-"""silver.inventory_snapshots, gold.inventory_health, gold.inventory_shrinkage: from stock events to figures."""
+"""silver.inventory_snapshots, gold.inventory_health and gold.inventory_shrinkage: from stock events to stock levels."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def ledger(
 
 
 def after(*events: dict[str, Any], store: str = "S1") -> tuple[int, ...]:
-    """on_hand, reserved, incoming, safety_stock, available_to_promise after the events."""
+    """Return on_hand, reserved, incoming, safety_stock and available_to_promise after the events."""
     last = as_of(ledger(events), T0 + timedelta(days=999)).filter(store_id=store)
     return tuple(last.select(*STOCK_LEVELS, "available_to_promise").row(0))
 
@@ -100,7 +100,7 @@ def after(*events: dict[str, Any], store: str = "S1") -> tuple[int, ...]:
         (event("safety_stock_set", 7, 9), (10, 4, 6, 7, -1)),
     ],
 )
-def test_the_effect_of_each_event(last: dict[str, Any], figures: tuple[int, ...]) -> None:
+def test_effect_of_each_event(last: dict[str, Any], figures: tuple[int, ...]) -> None:
     before = [
         event("stock_counted", 10, 1),
         event("stock_reserved", 4, 2),
@@ -110,14 +110,14 @@ def test_the_effect_of_each_event(last: dict[str, Any], figures: tuple[int, ...]
     assert after(*before, last) == figures
 
 
-def test_a_transfer_has_two_legs() -> None:
+def test_transfer_has_two_legs() -> None:
     moved = event("stock_transferred", 3, 1, to_store_id="S2")
     assert after(moved) == (-3, 0, 0, 0, -3)
     assert after(moved, store="S2") == (3, 0, 0, 0, 3)
     assert ledger([moved])["leg"].to_list() == [0, 1]
 
 
-def test_a_count_reveals_shrinkage_and_known_losses_are_none() -> None:
+def test_count_reveals_shrinkage_but_not_known_losses() -> None:
     rows = ledger(
         [
             event("stock_received", 10, 1),
@@ -130,27 +130,27 @@ def test_a_count_reveals_shrinkage_and_known_losses_are_none() -> None:
     assert figures == [(10, None, None), (8, None, None), (7, 8, 1), (9, 7, -2)]
 
 
-def test_an_order_announced_later_or_elsewhere_is_not_announced() -> None:
+def test_receipt_ignores_announcements_made_later_or_elsewhere() -> None:
     received = event("stock_received", 5, 2, purchase_order="PO1")
     assert after(received, event("stock_incoming", 5, 3, purchase_order="PO1"))[2] == 5
     assert after(received, event("stock_incoming", 5, 1, purchase_order="PO1", store_id="S2"))[2] == 0
     assert after(received, event("stock_incoming", 5, 1, purchase_order="PO1"))[2] == 0
 
 
-def test_at_one_moment_the_event_id_decides() -> None:
+def test_simultaneous_events_are_ordered_by_event_id() -> None:
     sold, counted = event("stock_sold", 3, 1, event_id="a"), event("stock_counted", 9, 1, event_id="b")
     assert after(sold, counted)[0] == 9
     assert after(sold | {"event_id": "b"}, counted | {"event_id": "a"})[0] == 6
 
 
-def test_other_events_and_other_groups_are_left_out() -> None:
+def test_other_events_and_groups_are_ignored() -> None:
     events = frame([event("view_product", 1, 1), event("stock_sold", 1, 2), event("stock_sold", 1, 3, store_id="S2")])
     groups = pl.DataFrame({"store_id": ["S1"], "product_id": ["P1"], "since": [None]}, schema_overrides={"since": TS})
     assert ledger(events, groups).select("store_id", "event_type").rows() == [("S1", "stock_sold")]
     assert ledger([]).is_empty()
 
 
-def test_as_of_gives_the_last_row_at_or_before() -> None:
+def test_as_of_returns_last_row_at_or_before() -> None:
     rows = ledger([event("stock_received", 5, 1), event("stock_sold", 1, 2), event("stock_sold", 1, 3, store_id="S2")])
     at_two = as_of(rows.lazy(), (T0 + timedelta(hours=2)).replace(tzinfo=None))
     assert at_two.select("store_id", "on_hand").rows() == [("S1", 4)]
@@ -183,7 +183,7 @@ stock_events = st.lists(
 
 
 def oracle(events: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """The same, slowly: one event at a time."""
+    """Return the ledger, computed one event at a time."""
     stock = [row for row in events if row["event_type"] != "view_product"]
     legs = [(row["occurred_at"], row["event_id"], 0, row["store_id"], row) for row in stock]
     legs += [(row["occurred_at"], row["event_id"], 1, row["to_store_id"], row) for row in stock if row["to_store_id"]]
@@ -229,7 +229,7 @@ def oracle(events: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 @settings(max_examples=300, deadline=None)
 @given(stock_events, st.randoms(use_true_random=False))
-def test_any_order_any_duplication_equals_the_slow_oracle(events: list[dict[str, Any]], random: Any) -> None:
+def test_any_order_and_duplication_equals_the_oracle(events: list[dict[str, Any]], random: Any) -> None:
     delivered = events + random.sample(events, random.randint(0, len(events)))
     random.shuffle(delivered)
     rows = ledger(delivered)
@@ -238,8 +238,8 @@ def test_any_order_any_duplication_equals_the_slow_oracle(events: list[dict[str,
 
 @settings(max_examples=300, deadline=None)
 @given(stock_events, st.integers(0, 25))
-def test_late_events_recompute_the_rest_only(events: list[dict[str, Any]], cut: int) -> None:
-    """What the engine gives for late events (`since`, `opening`, announcements) leads to the ledger of all events."""
+def test_late_events_recompute_only_later_rows(events: list[dict[str, Any]], cut: int) -> None:
+    """For late events, `since`, `opening` and announcements are sufficient to compute the ledger of all events."""
     before, late = frame(events[:cut]), frame(events[cut:])
     everything = pl.concat([before, late])
     stored = ledger(before)
@@ -248,9 +248,9 @@ def test_late_events_recompute_the_rest_only(events: list[dict[str, Any]], cut: 
     legs = pl.concat([stock.select(*STORE_PRODUCT, "occurred_at"), receiving])
     groups = legs.drop_nulls().group_by(STORE_PRODUCT).agg(since=pl.col("occurred_at").min())
     recompute = pl.col("occurred_at") >= pl.col("since")
-    touched = stored.join(groups, on=STORE_PRODUCT)
+    affected = stored.join(groups, on=STORE_PRODUCT)
     opening = (
-        touched.filter(~recompute)
+        affected.filter(~recompute)
         .sort(INVENTORY_SNAPSHOTS.key)
         .unique(STORE_PRODUCT, keep="last", maintain_order=True)
         .drop("since")
@@ -260,7 +260,7 @@ def test_late_events_recompute_the_rest_only(events: list[dict[str, Any]], cut: 
     recent = everything.filter(pl.col("occurred_at") >= earliest) if earliest is not None else late
     gathered = pl.concat([announcements, recent])
     suffix = ledger(gathered, groups, opening)
-    kept = pl.concat([touched.filter(~recompute).drop("since"), stored.join(groups, on=STORE_PRODUCT, how="anti")])
+    kept = pl.concat([affected.filter(~recompute).drop("since"), stored.join(groups, on=STORE_PRODUCT, how="anti")])
     assert_frame_equal(pl.concat([kept, suffix]).sort(INVENTORY_SNAPSHOTS.key), ledger(everything))
     assert suffix.join(groups, on=STORE_PRODUCT).filter(~recompute).is_empty()
 
@@ -318,7 +318,7 @@ def test_low_stock() -> None:
     assert [unsold[name] for name in ("days_of_cover", "shrinkage_rate", "last_counted_at")] == [None, None, None]
 
 
-def test_health_shows_the_last_of_several_rows_of_one_moment() -> None:
+def test_health_uses_the_last_of_simultaneous_rows() -> None:
     assert health([event("stock_counted", 5, 1, event_id="a"), event("stock_sold", 2, 1, event_id="b")])["on_hand"] == 3
 
 
@@ -345,7 +345,7 @@ def shrinkage(events: Sequence[dict[str, Any]]) -> pl.DataFrame:
     return filled.sort(inventory_shrinkage.INVENTORY_SHRINKAGE.key)
 
 
-def test_each_count_tells_what_is_missing_and_what_it_was_worth() -> None:
+def test_counts_have_shrinkage_and_its_value() -> None:
     found = shrinkage(
         [
             event("stock_received", 10, 0),
@@ -381,7 +381,7 @@ def test_changed_rates_and_prices_affect_the_counts_they_value() -> None:
     assert found.filter(products(PRODUCTS.head(1)))["product_id"].to_list() == ["P1"]
 
 
-def test_only_counts_are_read_for_shrinkage() -> None:
+def test_only_counts_affect_shrinkage() -> None:
     rows = ledger([event("stock_received", 10, 0), event("stock_counted", 9, 24)])
     (keys,) = inventory_shrinkage.STEP.reads["ledger"].keys
     assert rows.select(key.alias(name) for key, name in zip(keys, STORE_PRODUCT, strict=True)).rows() == [
@@ -405,7 +405,7 @@ def lakehouse(home: str) -> Engine:
 
 
 def append(engine: Engine, table: Table, rows: list[dict[str, Any]]) -> None:
-    """Rows as a connector would have stored them."""
+    """Append rows as a connector would."""
     handle = engine.lake.load(table)
     stored = [
         dict.fromkeys(table.schema.names)
@@ -427,7 +427,7 @@ def digests(engine: Engine) -> dict[str, str]:
 
 
 def message(offset: int, event_id: str, event_type: str, hour: int, **metadata: Any) -> dict[str, Any]:
-    """A stock event as a row of the bronze table."""
+    """Return a stock event as a row of the bronze table."""
     value = {"event_id": event_id, "event_type": event_type, "timestamp": (T0 + timedelta(hours=hour)).isoformat()}
     value["metadata"] = {"store_id": "S1", "product_id": "P1", "quantity": 5, **metadata}
     position = {"topic": "events", "partition": 0, "offset": offset, "_source_position": f"events/00000/{offset:019d}"}
@@ -439,8 +439,8 @@ def price(product_id: str) -> dict[str, Any]:
     return row | {"_source_position": f"{product_id}"}
 
 
-def test_an_event_that_moved_leaves_the_history_before_it() -> None:
-    """A later copy of an event says that it happened earlier: the ledger's last row before the next event is a deleted one."""
+def test_event_moved_to_an_earlier_time_recomputes_from_there() -> None:
+    """A later copy of an event has an earlier time: the ledger's last row before the next event is a deleted one."""
     received, moved = message(1, "b", "stock_received", 300), message(2, "b", "stock_received", 100)
     batches = [[message(0, "a", "stock_received", 1), received], [moved], [message(3, "c", "stock_sold", 500)]]
     with tempfile.TemporaryDirectory() as home:
@@ -452,7 +452,7 @@ def test_an_event_that_moved_leaves_the_history_before_it() -> None:
         assert sorted(rows.rows()) == [("a", 5), ("b", 10), ("c", 5)]
 
 
-def test_an_event_that_moved_to_another_store_leaves_the_first() -> None:
+def test_event_moved_to_another_store_leaves_the_first() -> None:
     with tempfile.TemporaryDirectory() as home:
         engine = lakehouse(home)
         for batch in ([message(0, "a", "stock_received", 9)], [message(1, "a", "stock_received", 8, store_id="S2")]):
@@ -483,7 +483,7 @@ copies = st.builds(
     slow=8,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking takes minutes
 )
-def test_any_order_duplication_and_split_into_runs_gives_the_tables_of_one_run(events: list[dict[str, Any]], random: Any) -> None:
+def test_any_order_duplication_and_split_into_runs_equals_one_run(events: list[dict[str, Any]], random: Any) -> None:
     events = [row | {"offset": n, "_source_position": f"events/00000/{n:019d}"} for n, row in enumerate(events)]
     rates = [row | {"_source_position": str(n)} for n, row in enumerate(RATES.rows(named=True))]
     with tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as other:

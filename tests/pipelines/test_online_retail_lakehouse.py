@@ -1,4 +1,4 @@
-"""A real shop through all layers: revenue per month and country equals the file's, to the penny."""
+"""A real data set through all layers: revenue per month and country equals that of the file, to the penny."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILE = Path(__file__).resolve().parents[3] / "shared" / "data" / "online_retail.
 
 
 def by_month_and_country(file: Path) -> dict[tuple[str, str], Decimal]:
-    """Sum of Quantity x UnitPrice over all lines, exact, per month of InvoiceDate and Country."""
+    """Return the exact sum of Quantity x UnitPrice over all lines, per month of InvoiceDate and Country."""
     sums: dict[tuple[str, str], Decimal] = defaultdict(Decimal)
     lines = pl.read_parquet(file, columns=["InvoiceDate", "Quantity", "UnitPrice", "Country"])
     for moment, quantity, price, country in lines.iter_rows():
@@ -29,7 +29,7 @@ def by_month_and_country(file: Path) -> dict[tuple[str, str], Decimal]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not FILE.exists(), reason=f"needs the UCI Online Retail data set at ../shared/data/{FILE.name}")
-def test_revenue_per_month_and_country_is_that_of_the_file(tmp_path, monkeypatch, capsys):
+def test_revenue_per_month_and_country_equals_the_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SHOPSPHERE_HOME", str(tmp_path))
     sandbox.start(tmp_path, source_file=FILE)
     try:

@@ -1,4 +1,4 @@
-"""Every column that may hold text says whether it is personal: a new one cannot be forgotten by `erase`."""
+"""Every text column is declared personal or harmless, so that `erase` cannot miss a new one."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ WORDS = """
     status store_id to_store_id topic user_key variant weekday
 """
 HARMLESS = frozenset(WORDS.split())
-"""Columns that hold no personal value wherever they are: keys of records, and words of the business."""
-OF_PLACES = {("name", table) for table in ("products", "stores", "dim_products", "dim_stores")} | {
+"""Columns without personal values in any table: keys of records and business terms."""
+NAMES_OF_THINGS = {("name", table) for table in ("products", "stores", "dim_products", "dim_stores")} | {
     ("city", table) for table in ("stores", "dim_stores")
 }
-"""Names of things."""
+"""Names of products and stores."""
 
 
-def test_every_column_of_text_is_declared_personal_or_harmless() -> None:
+def test_text_columns_are_declared_personal_or_harmless() -> None:
     forgotten = [
         f"{table.name}.{column.name}"
         for table in PROJECT.tables.values()
@@ -32,12 +32,12 @@ def test_every_column_of_text_is_declared_personal_or_harmless() -> None:
         and not column.personal
         and not (table.name == "silver.identity_graph" and column.name == "reason")
         and column.name not in HARMLESS
-        and (column.name, table.short_name.removeprefix("bronze_postgres__")) not in OF_PLACES
+        and (column.name, table.short_name.removeprefix("bronze_postgres__")) not in NAMES_OF_THINGS
     ]
     assert not forgotten
 
 
-def test_no_column_is_declared_both() -> None:
+def test_no_column_is_both_personal_and_harmless() -> None:
     both = {
         column.name
         for table in PROJECT.tables.values()
@@ -47,7 +47,7 @@ def test_no_column_is_declared_both() -> None:
     assert not both
 
 
-def test_every_kind_of_bronze_has_a_pseudonym_that_is_known_again() -> None:
+def test_every_personal_kind_of_bronze_has_a_recognisable_pseudonym() -> None:
     pseudonyms = Pseudonyms(b"0123456789abcdefghijklmnopqrstuvwxyz", "ID")
     columns = [
         c.personal for t in PROJECT.tables.values() if t.layer == "bronze" for c in t.columns if isinstance(c.personal, str)

@@ -1,4 +1,4 @@
-"""Orders and their lines, products, stores, rates: rows as the sources sent them -> rows of silver."""
+"""Orders, order lines, products, stores and exchange rates: from bronze rows to silver rows."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ Row = dict[str, Any]
 
 
 def frame(table: Table, rows: Sequence[Row]) -> pl.DataFrame:
-    """Rows with the table's columns, null where a row says nothing."""
+    """Return rows with the table's columns; missing values are null."""
     schema = polars_schema(table.schema)
     return pl.DataFrame([{name: row.get(name) for name in schema} for row in rows], schema=schema)
 
 
 def change(at: int, op: str = "c", **values: Any) -> Row:
-    """A PostgreSQL bronze row at position `at`."""
+    """Return a PostgreSQL bronze row at position `at`."""
     stamps = {"_op": op, "_source_position": f"{at:016X}/{1:010d}", "_source_time": START + timedelta(minutes=at)}
     return {**stamps, "_ingested_at": START + timedelta(days=1, minutes=at), **values}
 
@@ -62,7 +62,7 @@ def when(moment: datetime) -> Row:
 
 
 def document(at: int, document_id: str = "65a0", op: str = "c", *, without: Sequence[str] = (), **fields: Any) -> Row:
-    """A bronze row of a marketplace document at position `at`; `fields` in Extended JSON."""
+    """Return a bronze row of a marketplace document at position `at`. fields: in Extended JSON."""
     content: Row = {
         "_id": {"$oid": document_id},
         "mp_order_id": "ORD-TP-1",
@@ -109,21 +109,21 @@ stores_table = stores.STORES
 IDR = {"rate_date": date(2026, 1, 1), "currency": "IDR", "to_base": Decimal("0.00006500")}
 
 
-def filled(step: Step, frames: Mapping[str, pl.DataFrame], context: BusinessSettings | None = None) -> list[Row]:
-    """The rows of the target, with its declared columns and types, sorted by its key."""
+def transformed(step: Step, frames: Mapping[str, pl.DataFrame], context: BusinessSettings | None = None) -> list[Row]:
+    """Return the rows of the target, with its declared columns and types, sorted by its key."""
     rows = step.transform(frames, context or BusinessSettings())
     assert rows.columns == step.target.schema.names
     return rows.cast(polars_schema(step.target.schema)).sort(step.target.key).to_dicts()  # type: ignore[arg-type]
 
 
 def unified(**frames: Any) -> list[Row]:
-    return filled(orders_unified.STEP, order_frames(**frames))
+    return transformed(orders_unified.STEP, order_frames(**frames))
 
 
 # ---- orders
 
 
-def test_a_web_order_has_its_rate_its_country_and_its_person() -> None:
+def test_web_order_has_rate_country_and_person() -> None:
     (row,) = unified(
         web=[order(1, 123, user_id=7, store_id="S1", currency="eur ", status="Paid", total_amount=Decimal("10.01"))],
         rates=[
@@ -153,7 +153,7 @@ def test_a_web_order_has_its_rate_its_country_and_its_person() -> None:
     assert {name: row[name] for name in expected} == expected
 
 
-def test_country_is_the_stores_else_the_users_newest_else_unknown() -> None:
+def test_country_is_of_the_store_else_the_user_else_unknown() -> None:
     users = [
         {"user_id": 7, "valid_from": START, "country": "ID", "is_current": False},
         {"user_id": 7, "valid_from": START + timedelta(days=1), "country": "MY", "is_current": False},
@@ -167,20 +167,20 @@ def test_country_is_the_stores_else_the_users_newest_else_unknown() -> None:
     assert [row["customer_record"] for row in rows] == ["user:7", "user:7", None]
 
 
-def test_the_base_currency_needs_no_rate_and_an_unknown_rate_stays_unknown() -> None:
+def test_base_currency_needs_no_rate_and_unknown_rate_is_null() -> None:
     early = {"rate_date": date(2026, 1, 3), "currency": "EUR", "to_base": Decimal("1.1")}
     rows = unified(web=[order(1, 1), order(2, 2, currency="EUR"), order(3, 3, currency=None)], rates=[early])
     assert [(row["exchange_rate"], row["total_base"]) for row in rows] == [(Decimal(1), Decimal(10)), (None, None), (None, None)]
 
 
-def test_the_newest_version_in_source_order_wins_and_a_deleted_order_is_gone() -> None:
+def test_newest_version_is_used_and_deleted_order_is_removed() -> None:
     rows = unified(web=[order(9, 1, "u", status="shipped"), order(1, 1), order(5, 1, "u", status="delivered")])
     assert [row["status"] for row in rows] == ["shipped"]
     assert unified(web=[order(2, 1, "d"), order(1, 1)]) == []
     assert [row["order_id"] for row in unified(web=[order(1, 1), order(2, 1, "d"), order(3, 1)])] == ["1"]
 
 
-def test_a_marketplace_order() -> None:
+def test_marketplace_order() -> None:
     (row,) = unified(
         documents=[
             document(1, user_email="A@Example.com", buyer_phone="0812-3456-7890", shipping_address=" Jl. X ", amount="Rp 350.000")
@@ -208,7 +208,7 @@ def test_a_marketplace_order() -> None:
     assert {name: row[name] for name in expected} == expected
 
 
-def test_a_document_with_only_what_is_always_there() -> None:
+def test_document_with_required_fields_only() -> None:
     bare = document(1, without=("amount", "currency", "status", "updated_at"), platform="another")
     (row,) = unified(documents=[bare])
     assert (row["currency"], row["total_amount"], row["status"], row["country"]) == (None, None, None, None)
@@ -227,13 +227,13 @@ def test_a_document_with_only_what_is_always_there() -> None:
         "350,000.00",
     ],
 )
-def test_every_kind_of_amount(amount: Any) -> None:
+def test_amount_in_every_form(amount: Any) -> None:
     parsed = parse_documents(marketplace([document(1, amount=amount)]), "ID")
     assert parsed.orders["total_amount"].to_list() == [Decimal(350000)]
     assert parsed.rejected.is_empty()
 
 
-def test_of_several_documents_of_one_order_the_last_changed_speaks() -> None:
+def test_last_changed_document_of_an_order_is_used() -> None:
     early = document(9, "65a1", status="paid", updated_at=when(START))
     late = document(1, "65a2", status="delivered", updated_at=when(START + timedelta(hours=1)))
     assert [row["status"] for row in unified(documents=[early, late])] == ["delivered"]
@@ -241,12 +241,12 @@ def test_of_several_documents_of_one_order_the_last_changed_speaks() -> None:
     assert unified(documents=[late, document(10, "65a2", "d")]) == []
 
 
-def test_within_a_document_the_newest_position_speaks_whatever_its_updated_at() -> None:
+def test_newest_position_of_a_document_is_used_whatever_its_updated_at() -> None:
     rows = [document(2, status="paid"), document(1, status="delivered", updated_at=when(START + timedelta(hours=1)))]
     assert [row["status"] for row in unified(documents=rows)] == ["paid"]
 
 
-def test_a_document_that_became_another_order_leaves_the_first() -> None:
+def test_document_that_becomes_another_order_leaves_the_first() -> None:
     rows = unified(documents=[document(1), document(2, op="u", mp_order_id="ORD-TP-2")])
     assert [row["order_id"] for row in rows] == ["tokopedia:ORD-TP-2"]
 
@@ -280,18 +280,18 @@ def test_a_document_that_became_another_order_leaves_the_first() -> None:
         (document(1, user_email={"$oid": "65a0"}), "user_email is objectId, expected text"),
     ],
 )
-def test_what_cannot_be_read_is_rejected_with_its_reason(row: Row, reason: str) -> None:
-    judged = find_unreadable_documents(marketplace([row, document(2, "65b0")]))
-    assert judged.rejected is not None
-    assert judged.parsed_positions is not None
-    assert judged.rejected.to_dicts() == [
+def test_unreadable_document_is_rejected_with_reason(row: Row, reason: str) -> None:
+    parsed = find_unreadable_documents(marketplace([row, document(2, "65b0")]))
+    assert parsed.rejected is not None
+    assert parsed.parsed_positions is not None
+    assert parsed.rejected.to_dicts() == [
         {"reason": reason, "source_position": row["_source_position"], "original": row["document"].encode()}
     ]
-    assert judged.parsed_positions.to_list() == [document(2)["_source_position"]]
+    assert parsed.parsed_positions.to_list() == [document(2)["_source_position"]]
     assert [found["order_id"] for found in unified(documents=[row])] == []
 
 
-def test_an_unreadable_version_leaves_the_last_readable_one() -> None:
+def test_last_readable_version_is_used() -> None:
     rows = [
         document(1),
         document(2, op="u", status="shipped"),
@@ -303,45 +303,45 @@ def test_an_unreadable_version_leaves_the_last_readable_one() -> None:
     assert unified(documents=[document(1), document(2, op="d"), document(3, amount="free")]) == []
 
 
-def test_a_correction_stands_for_the_row_it_corrects() -> None:
+def test_correction_replaces_the_original() -> None:
     broken = document(3, op="u", amount="free")
     fixed = {**document(3, op="fix", status="shipped"), "_ingested_at": START + timedelta(days=9)}
     again = {**document(3, op="fix", status="delivered"), "_ingested_at": START + timedelta(days=10)}
     assert [row["status"] for row in unified(documents=[fixed, document(1), broken])] == ["shipped"]
     assert [row["status"] for row in unified(documents=[again, fixed, broken])] == ["delivered"]
-    judged = find_unreadable_documents(marketplace([broken, fixed]))
-    assert judged.rejected is not None
-    assert judged.rejected.is_empty()
+    parsed = find_unreadable_documents(marketplace([broken, fixed]))
+    assert parsed.rejected is not None
+    assert parsed.rejected.is_empty()
     assert unified(documents=[fixed, broken, document(4, op="d")]) == []
     corrected = order(1, 1, "fix", status="shipped")
     assert [row["status"] for row in unified(web=[order(1, 1), corrected])] == ["shipped"]
 
 
-def test_a_dropped_collection_or_truncated_table_forgets_what_was_before() -> None:
+def test_dropped_collection_or_truncated_table_deletes_earlier_rows() -> None:
     dropped = {**change(2, "t"), "_source_position": f"{2:020d}"}
     assert unified(documents=[document(1), dropped]) == []
     assert len(unified(documents=[document(1), dropped, document(3)])) == 1
     assert [row["order_id"] for row in unified(web=[order(1, 1), change(2, "t"), order(3, 2)])] == ["2"]
 
 
-def test_a_new_generation_forgets_what_it_did_not_find() -> None:
+def test_new_epoch_deletes_rows_it_did_not_find() -> None:
     marked = {**change(2, "t"), "_source_position": epoch_prefix(1)}
 
-    def anew(row: Row) -> Row:
+    def in_next_epoch(row: Row) -> Row:
         return {**row, "_op": "r", "_source_position": f"{epoch_prefix(1)}0{row['_source_position']}"}
 
     other = {"mp_order_id": "ORD-TP-2"}
     before = [document(8), document(9, "65a1", **other)]
-    assert [row["source_order_id"] for row in unified(documents=[*before, marked, anew(document(1))])] == ["ORD-TP-1"]
+    assert [row["source_order_id"] for row in unified(documents=[*before, marked, in_next_epoch(document(1))])] == ["ORD-TP-1"]
     assert unified(documents=[*before, marked]) == []
-    # the new read found the document, but cannot be read: what it said before still holds
-    broken = anew(document(1, amount="free"))
+    # the new epoch found the document but cannot read it: its previous version is still used
+    broken = in_next_epoch(document(1, amount="free"))
     assert [row["source_order_id"] for row in unified(documents=[*before, marked, broken])] == ["ORD-TP-1"]
-    web = [order(8, 1), order(9, 2), marked, anew(order(1, 2, status="shipped"))]
+    web = [order(8, 1), order(9, 2), marked, in_next_epoch(order(1, 2, status="shipped"))]
     assert [(row["order_id"], row["status"]) for row in unified(web=web)] == [("2", "shipped")]
 
 
-def test_orders_ask_for_exactly_what_their_rows_need() -> None:
+def test_lookups_request_only_needed_values() -> None:
     frames = order_frames(web=[order(1, user_id=7), order(2, 2)], documents=[document(1)])
     users, identity = orders_unified.STEP.reads["users"], orders_unified.STEP.reads["identity"]
     assert isinstance(users, Lookup)
@@ -387,7 +387,7 @@ def item_frames(lines: Sequence[Row] = (), documents: Sequence[Row] = (), orders
 
 
 def lines_of(**frames: Any) -> list[Row]:
-    return filled(order_items_unified.STEP, item_frames(**frames))
+    return transformed(order_items_unified.STEP, item_frames(**frames))
 
 
 def test_lines_are_priced_exactly_and_rounded_once() -> None:
@@ -408,7 +408,7 @@ def test_lines_are_priced_exactly_and_rounded_once() -> None:
     assert [(row["order_date"], row["counts_as_sale"]) for row in rows] == [(date(2026, 1, 2), True)] * 2
 
 
-def test_lines_of_a_cancelled_or_missing_order_do_not_count() -> None:
+def test_lines_of_a_cancelled_or_unknown_order_are_no_sale() -> None:
     orders = [
         {"order_id": "1", "status": "cancelled"},
         {"order_id": "2", "status": "returned"},
@@ -439,20 +439,20 @@ def test_marketplace_items_with_their_variant() -> None:
     ]
 
 
-def test_an_older_document_gives_one_line_of_its_product_name() -> None:
+def test_document_without_items_has_one_line() -> None:
     (row,) = lines_of(documents=[document(1, product_name="Shoe")])
     assert (row["line_no"], row["product_name"], row["quantity"], row["unit_price"]) == (1, "Shoe", 1, Decimal(350000))
     assert lines_of(documents=[document(1)]) == []
 
 
-def test_a_line_deleted_at_the_source_is_gone() -> None:
+def test_deleted_line_is_removed() -> None:
     assert [row["line_no"] for row in lines_of(lines=[line(1), line(2, line_no=2), line(3, op="d")])] == [2]
 
 
-# ---- what a bronze table says now
+# ---- current rows of a bronze table
 
 
-def test_columns_that_were_not_sent_come_from_the_version_before() -> None:
+def test_unsent_columns_have_the_previous_value() -> None:
     rows = frame(
         bronze.USERS,
         [
@@ -469,47 +469,47 @@ def test_columns_that_were_not_sent_come_from_the_version_before() -> None:
         assert versions == [("A", "long"), ("B", "long"), ("C", "long")]
 
 
-def test_a_truncate_deletes_every_key_before_it() -> None:
+def test_truncate_deletes_earlier_keys() -> None:
     rows = frame(bronze.STORES, [change(1, store_id="S1"), change(2, "t"), change(3, store_id="S2")])
     versions = row_versions(rows, ("store_id",))
     assert versions.select("store_id", "_op").rows() == [("S1", "c"), ("S1", "d"), ("S2", "c")]
     assert current_rows(rows, ("store_id",))["store_id"].to_list() == ["S2"]
 
 
-def test_a_value_that_its_type_cannot_hold_is_reported_and_the_rest_of_the_row_stays() -> None:
+def test_unreadable_value_is_rejected_and_the_row_is_kept() -> None:
     rows = frame(bronze.ORDER_ITEMS, [line(1, unit_price=None, _unreadable='{"unit_price":"NaN"}'), line(2, line_no=2)])
-    judged = unreadable_rows(rows)
-    assert judged.rejected is not None
-    assert judged.parsed_positions is not None
-    (rejected,) = judged.rejected.to_dicts()
+    parsed = unreadable_rows(rows)
+    assert parsed.rejected is not None
+    assert parsed.parsed_positions is not None
+    (rejected,) = parsed.rejected.to_dicts()
     assert rejected["reason"] == "unit_price: a value that the column's type cannot hold"
     assert json.loads(rejected["original"])["unit_price"] == "NaN"
-    assert judged.parsed_positions.to_list() == [line(2)["_source_position"]]
+    assert parsed.parsed_positions.to_list() == [line(2)["_source_position"]]
     assert unreadable_rows(rows.tail(1)).rejected.is_empty()  # type: ignore[union-attr]
 
 
-def test_products_stores_and_rates_are_their_newest_rows() -> None:
+def test_products_stores_and_rates_are_current_rows() -> None:
     product: Row = {"name": "Shoe", "category": "shoes", "list_price": Decimal("9.90"), "currency": "USD"}
     rows = [change(1, product_id="P1", **product), change(2, "u", product_id="P1", **(product | {"category": "sport"}))]
-    (found,) = filled(
+    (found,) = transformed(
         products.STEP, {"products": frame(bronze.PRODUCTS, [*rows, change(1, product_id="P2"), change(3, "d", product_id="P2")])}
     )
     assert (found["product_id"], found["category"], found["list_price"]) == ("P1", "sport", Decimal("9.90"))
     rows = [change(1, store_id="S1", kind="store", country="id"), change(2, store_id="S2", country="  ")]
-    assert [row["country"] for row in filled(stores.STEP, {"stores": frame(bronze.STORES, rows)})] == ["ID", None]
+    assert [row["country"] for row in transformed(stores.STEP, {"stores": frame(bronze.STORES, rows)})] == ["ID", None]
     day = date(2026, 1, 1)
     rows = [
         change(1, rate_date=day, currency="eur", to_base=Decimal(1)),
         change(2, rate_date=day, currency="EUR", to_base=Decimal(2)),
     ]
-    (rate,) = filled(exchange_rates.STEP, {"rates": frame(bronze.EXCHANGE_RATES, rows)})
+    (rate,) = transformed(exchange_rates.STEP, {"rates": frame(bronze.EXCHANGE_RATES, rows)})
     assert (rate["currency"], rate["to_base"]) == ("EUR", Decimal(2))
 
 
 @pytest.mark.parametrize("module", [orders_unified, order_items_unified, products, stores, exchange_rates])
-def test_steps_fill_nothing_from_nothing(module: Any) -> None:
+def test_empty_input_has_empty_output(module: Any) -> None:
     frames = {name: frame(read.table, []) for name, read in module.STEP.reads.items()}
-    assert filled(module.STEP, frames) == []
+    assert transformed(module.STEP, frames) == []
     for read in module.STEP.reads.values():
         if isinstance(read, Grouped):
             assert all(len(keys) == len(module.STEP.target.group) for keys in read.keys)
@@ -517,7 +517,7 @@ def test_steps_fill_nothing_from_nothing(module: Any) -> None:
                 assert read.parse(frame(read.table, [])).rejected.is_empty()  # type: ignore[union-attr]
 
 
-# ---- the laws: a function of the set of rows, in one run or in many
+# ---- order independence: a function of the set of rows, in one run or in many
 
 WEB = st.builds(
     lambda at, order_id, op, status, currency: (
@@ -556,7 +556,7 @@ LINES = st.builds(
 
 
 def one_row_per_position(rows: list[Row]) -> list[Row]:
-    """As in a source: one thing happens at one position."""
+    """Return the rows with at most one change per position, as in a source."""
     return list({row["_source_position"]: row for row in rows}.values())
 
 
@@ -567,7 +567,7 @@ def one_row_per_position(rows: list[Row]) -> list[Row]:
     lines=st.lists(LINES, max_size=6).map(one_row_per_position),
     data=st.data(),
 )
-def test_order_and_duplication_of_rows_do_not_matter(
+def test_result_is_independent_of_row_order_and_duplication(
     web: list[Row], documents: list[Row], lines: list[Row], data: st.DataObject
 ) -> None:
     expected = unified(web=web, documents=documents, rates=[IDR])
@@ -587,7 +587,7 @@ def test_order_and_duplication_of_rows_do_not_matter(
 @given(
     web=st.lists(WEB, max_size=6).map(one_row_per_position), documents=st.lists(DOCUMENTS, max_size=6).map(one_row_per_position)
 )
-def test_orders_filled_group_by_group_are_the_orders_filled_at_once(web: list[Row], documents: list[Row]) -> None:
+def test_orders_by_group_equal_orders_at_once(web: list[Row], documents: list[Row]) -> None:
     together = unified(web=web, documents=documents, rates=[IDR])
     apart = []
     for order_id in {row["order_id"] for row in together}:
@@ -612,7 +612,7 @@ LINKS = Table(
 )
 
 
-def fill_identity(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
+def transform_identity(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     now = current_rows(frames["links"], ("record_id",))
     return (
         frame(IDENTITY_GRAPH, [])
@@ -638,7 +638,7 @@ def fill_identity(frames: Mapping[str, pl.DataFrame], context: BusinessSettings)
     )
 
 
-def fill_users(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
+def transform_users(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> pl.DataFrame:
     now = current_rows(frames["links"], ("record_id",)).filter(pl.col("record_id").str.starts_with("user:"))
     user_id = pl.col("record_id").str.strip_prefix("user:").cast(pl.Int64)
     rows = now.select(user_id.alias("user_id"), pl.lit(START).alias("valid_from"), pl.lit(True).alias("is_current"), "country")
@@ -649,8 +649,8 @@ USER_ID = pl.when(pl.col("record_id").str.starts_with("user:")).then(pl.col("rec
 STEPS = (
     stores.STEP,
     exchange_rates.STEP,
-    Step(IDENTITY_GRAPH, {"links": Grouped(LINKS, ((pl.col("record_id"),),))}, fill_identity),
-    Step(USERS_SCD, {"links": Grouped(LINKS, ((USER_ID,),))}, fill_users),
+    Step(IDENTITY_GRAPH, {"links": Grouped(LINKS, ((pl.col("record_id"),),))}, transform_identity),
+    Step(USERS_SCD, {"links": Grouped(LINKS, ((USER_ID,),))}, transform_users),
     orders_unified.STEP,
     order_items_unified.STEP,
 )
@@ -701,7 +701,7 @@ HISTORIES = st.lists(
 
 
 @property_test(HISTORIES, st.data(), fast=3, slow=8, suppress_health_check=list(HealthCheck))
-def test_any_order_duplication_and_split_gives_the_tables_of_one_run(
+def test_any_order_duplication_and_split_equals_one_run(
     tmp_path_factory: pytest.TempPathFactory, history: list[tuple[Table, Row]], data: st.DataObject
 ) -> None:
     rows = [(table, {**row, **position(at)}) for at, (table, row) in enumerate(history)]

@@ -1,4 +1,4 @@
-"""Gold as BI tools see it: comments, identifiers, and foreign keys that find their rows."""
+"""Gold as a star schema for BI tools: comments, identifier fields and foreign keys."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from pipelines.gold.dim_date import DIM_DATE
 from pipelines.gold.dim_stores import DIM_STORES, NO_STORE
 from pipelines.gold.fact_orders import FACT_ORDERS
 
-POINTING = [(table, reference) for table in PROJECT.tables.values() for reference in table.references]
+REFERENCES = [(table, reference) for table in PROJECT.tables.values() for reference in table.references]
 
 
 @pytest.mark.parametrize(
-    ("table", "reference"), POINTING, ids=lambda item: getattr(item, "short_name", getattr(item, "column", ""))
+    ("table", "reference"), REFERENCES, ids=lambda item: getattr(item, "short_name", getattr(item, "column", ""))
 )
-def test_a_foreign_key_finds_its_row(filled, table, reference):
+def test_foreign_keys_have_rows(filled, table, reference):
     lake = Lake(filled)
     if not lake.exists(table):
-        assert table.name == "gold.user_fraud_scores"  # `train` makes it
+        assert table.name == "gold.user_fraud_scores"  # created by `train`
         return
     there = f"(SELECT DISTINCT {reference.to} AS key FROM {reference.table.name})"
     found = query(
@@ -38,14 +38,14 @@ def test_a_foreign_key_finds_its_row(filled, table, reference):
     assert found["lost"] == 0
 
 
-def test_a_referred_column_is_unique(filled):
+def test_referenced_columns_are_unique(filled):
     lake = Lake(filled)
-    for name, to in {(reference.table.name, reference.to) for _, reference in POINTING}:
+    for name, to in {(reference.table.name, reference.to) for _, reference in REFERENCES}:
         (found,) = query(lake, PROJECT.tables, f"SELECT count(*) AS rows, count(DISTINCT {to}) AS keys FROM {name}").to_pylist()
         assert found["rows"] == found["keys"] > 0, name
 
 
-def test_the_calendar_covers_every_day_of_gold(filled):
+def test_calendar_covers_every_day_of_gold(filled):
     lake = Lake(filled)
     for table in (FACT_ORDERS, PROJECT.tables["gold.sales_daily"]):
         missing = query(
@@ -54,12 +54,12 @@ def test_the_calendar_covers_every_day_of_gold(filled):
         assert missing == [{"n": 0}]
 
 
-def test_what_belongs_to_no_store_has_a_member(filled):
+def test_sales_without_a_store_have_a_member(filled):
     rows = query(Lake(filled), PROJECT.tables, f"SELECT name FROM gold.dim_stores WHERE store_id = '{NO_STORE}'").to_pylist()
     assert rows == [{"name": "No store"}]
 
 
-def test_a_reference_must_name_columns():
+def test_reference_to_unknown_column_is_refused():
     with pytest.raises(ValueError, match="no column"):
         replace(FACT_ORDERS, references=(references("nothing", DIM_DATE),))
     with pytest.raises(ValueError, match=r"gold\.dim_date\.nothing"):
@@ -79,10 +79,10 @@ def test_comments_and_identifiers_are_in_the_catalog(filled):
         assert loaded.schema().identifier_field_names() == set(table.key), table.name
 
 
-def test_a_table_made_earlier_gets_what_is_declared_now(tmp_path):
+def test_existing_table_gets_the_current_declaration(tmp_path):
     lake = make_engine(tmp_path).lake
     columns = tuple(replace(item, doc="Once.", required=False) for item in DIM_STORES.columns)
-    earlier = replace(DIM_STORES, doc="Stores.", columns=columns, owner="somebody")
+    earlier = replace(DIM_STORES, doc="Stores.", columns=columns, owner="former owner")
     first = lake.load(earlier, evolve=True)
     first.commit(first.writer.write(pl.DataFrame({"store_id": ["S1"], "_seq": [1]})), positions={})
     now = lake.load(DIM_STORES, evolve=True)
@@ -98,6 +98,6 @@ def test_a_table_made_earlier_gets_what_is_declared_now(tmp_path):
     assert len(lake.catalog.load_table(DIM_STORES.name).metadata.schemas) == schemas
 
 
-def test_a_key_that_may_be_null_is_no_identifier():
+def test_nullable_key_is_no_identifier():
     loose = replace(DIM_STORES, columns=(column("store_id", DIM_STORES.columns[0].type, "Store."), *DIM_STORES.columns[1:]))
     assert loose.identifier == ()

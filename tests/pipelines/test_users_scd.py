@@ -1,4 +1,4 @@
-"""silver.users_scd: intervals of users from versions in any order."""
+"""silver.users_scd: intervals of accounts from versions in any order."""
 
 from __future__ import annotations
 
@@ -49,27 +49,27 @@ def version(
     user: int = 1,
     op: str = "u",
     committed: float | None = None,
-    generation: int = 0,
+    epoch: int = 0,
     **values: Any,
 ) -> dict[str, Any]:
-    """A bronze row of user 1, updated `updated` hours after T0."""
+    """Return a bronze row of user 1, updated `updated` hours after T0."""
     changed = None if updated is None else at(updated)
     row = {
         "user_id": user,
         "created_at": None if op == "d" else T0,
         "updated_at": changed,
         "_op": op,
-        "_source_position": f"{epoch_prefix(generation)}{position:016X}{'-000000.' if op == 'r' else '/'}{0:010d}",
+        "_source_position": f"{epoch_prefix(epoch)}{position:016X}{'-000000.' if op == 'r' else '/'}{0:010d}",
         "_source_time": at(position if committed is None else committed),
         "_ingested_at": at(10_000),
     }
     return row | values
 
 
-def marker(generation: int, read: float) -> dict[str, Any]:
-    """The marker of a new generation, read `read` hours after T0."""
+def marker(epoch: int, read: float) -> dict[str, Any]:
+    """Return the marker of a new epoch, read `read` hours after T0."""
     row = version(0, None, op="t", committed=read)
-    return row | {"user_id": None, "created_at": None, "_source_position": epoch_prefix(generation)}
+    return row | {"user_id": None, "created_at": None, "_source_position": epoch_prefix(epoch)}
 
 
 def transform(rows: Sequence[dict[str, Any]], identity: dict[str, str] | None = None) -> pl.DataFrame:
@@ -83,63 +83,66 @@ def transform(rows: Sequence[dict[str, Any]], identity: dict[str, str] | None = 
     return filled.sort("user_id", "valid_from")
 
 
-def spans(frame: pl.DataFrame, *names: str) -> list[tuple[Any, ...]]:
-    """(valid_from, valid_to) in hours after T0, then the named columns."""
+def intervals_of(frame: pl.DataFrame, *names: str) -> list[tuple[Any, ...]]:
+    """Return valid_from and valid_to in hours after T0, then the named columns."""
     hours = [((pl.col(name) - T0).dt.total_minutes() / 60).alias(name) for name in ("valid_from", "valid_to")]
     return frame.with_columns(hours).select("valid_from", "valid_to", *names).rows()
 
 
 def test_versions_follow_each_other() -> None:
     filled = transform([version(1, 0, name="A", op="c"), version(2, 5, name="B"), version(3, 9, name="C")])
-    assert spans(filled, "name", "is_current", "closed_by") == [
+    assert intervals_of(filled, "name", "is_current", "closed_by") == [
         (0, 5, "A", False, "update"),
         (5, 9, "B", False, "update"),
         (9, None, "C", True, None),
     ]
 
 
-def test_a_late_version_goes_where_it_belongs() -> None:
+def test_late_version_is_inserted_in_order() -> None:
     filled = transform([version(1, 0, name="A"), version(2, 9, name="C"), version(3, 5, name="B")])
-    assert spans(filled, "name") == [(0, 5, "A"), (5, 9, "B"), (9, None, "C")]
+    assert intervals_of(filled, "name") == [(0, 5, "A"), (5, 9, "B"), (9, None, "C")]
 
 
-def test_a_version_without_updated_at_holds_from_its_creation_or_commit() -> None:
+def test_version_without_updated_at_is_valid_from_creation_or_commit() -> None:
     filled = transform([version(1, None, name="A", created_at=at(2)), version(2, None, name="B", created_at=None, committed=7)])
-    assert spans(filled, "name") == [(2, 7, "A"), (7, None, "B")]
+    assert intervals_of(filled, "name") == [(2, 7, "A"), (7, None, "B")]
 
 
-def test_nothing_new_makes_no_interval() -> None:
+def test_unchanged_version_starts_no_interval() -> None:
     filled = transform([version(1, 0, name="A"), version(2, 5, name="A"), version(3, 9, name="B"), version(3, 9, name="B")])
-    assert spans(filled, "name") == [(0, 9, "A"), (9, None, "B")]
+    assert intervals_of(filled, "name") == [(0, 9, "A"), (9, None, "B")]
     assert filled["updated_at"].to_list() == [at(5), at(9)]
 
 
-def test_of_one_moment_the_last_version_stands() -> None:
+def test_last_of_simultaneous_versions_is_kept() -> None:
     filled = transform([version(1, 0, name="A"), version(2, 5, name="B"), version(3, 5, name="C")])
-    assert spans(filled, "name") == [(0, 5, "A"), (5, None, "C")]
+    assert intervals_of(filled, "name") == [(0, 5, "A"), (5, None, "C")]
 
 
-def test_a_delete_ends_the_life_and_a_new_insert_begins_another() -> None:
+def test_delete_ends_the_lifetime_and_insert_starts_another() -> None:
     rows = [version(1, 0, name="A", op="c"), version(2, None, op="d", committed=6), version(3, 8, name="A", op="c")]
-    assert spans(transform(rows[:2]), "name", "is_current", "closed_by") == [(0, 6, "A", False, "delete")]
-    assert spans(transform(rows), "name", "is_current", "closed_by") == [(0, 6, "A", False, "delete"), (8, None, "A", True, None)]
+    assert intervals_of(transform(rows[:2]), "name", "is_current", "closed_by") == [(0, 6, "A", False, "delete")]
+    assert intervals_of(transform(rows), "name", "is_current", "closed_by") == [
+        (0, 6, "A", False, "delete"),
+        (8, None, "A", True, None),
+    ]
 
 
-def test_a_truncate_deletes_every_account() -> None:
+def test_truncate_deletes_every_account() -> None:
     rows = [version(1, 0, name="A"), version(2, 2, user=2, name="B"), version(3, None, op="t", committed=6) | {"user_id": None}]
-    assert spans(transform([*rows, version(4, 8, name="C")]), "user_id", "name", "closed_by") == [
+    assert intervals_of(transform([*rows, version(4, 8, name="C")]), "user_id", "name", "closed_by") == [
         (0, 6, 1, "A", "delete"),
         (8, None, 1, "C", None),
         (2, 6, 2, "B", "delete"),
     ]
 
 
-def test_a_new_generation_splits_no_life_that_goes_on() -> None:
+def test_new_epoch_does_not_split_a_continuing_lifetime() -> None:
     before = [version(1, 0, name="A", op="r"), version(9, 4, name="B"), version(8, 1, user=2, name="C", op="c")]
-    anew = [marker(1, 6), version(2, 4, name="B", op="r", generation=1), version(2, 1, user=2, name="C", op="r", generation=1)]
-    assert_frame_equal(transform([*before, *anew]), transform(before))
-    changed = [marker(1, 6), version(2, 5, name="D", op="r", generation=1), version(3, 8, name="E", generation=1)]
-    assert spans(transform([*before, *changed]), "user_id", "name", "closed_by") == [
+    reread = [marker(1, 6), version(2, 4, name="B", op="r", epoch=1), version(2, 1, user=2, name="C", op="r", epoch=1)]
+    assert_frame_equal(transform([*before, *reread]), transform(before))
+    changed = [marker(1, 6), version(2, 5, name="D", op="r", epoch=1), version(3, 8, name="E", epoch=1)]
+    assert intervals_of(transform([*before, *changed]), "user_id", "name", "closed_by") == [
         (0, 4, 1, "A", "update"),
         (4, 5, 1, "B", "update"),
         (5, 8, 1, "D", "update"),
@@ -148,26 +151,26 @@ def test_a_new_generation_splits_no_life_that_goes_on() -> None:
     ]
 
 
-def test_an_account_that_a_new_generation_did_not_find_ends_at_its_marker() -> None:
+def test_account_missing_in_a_new_epoch_ends_at_its_marker() -> None:
     rows = [version(9, 0, name="A"), marker(1, 6)]
-    assert spans(transform(rows), "name", "closed_by") == [(0, 6, "A", "delete")]
-    returned = version(3, 8, name="B", op="c", generation=1)
-    assert spans(transform([*rows, returned]), "name", "closed_by") == [(0, 6, "A", "delete"), (8, None, "B", None)]
-    later = [marker(2, 9), version(1, 8, name="B", op="r", generation=2)]
+    assert intervals_of(transform(rows), "name", "closed_by") == [(0, 6, "A", "delete")]
+    returned = version(3, 8, name="B", op="c", epoch=1)
+    assert intervals_of(transform([*rows, returned]), "name", "closed_by") == [(0, 6, "A", "delete"), (8, None, "B", None)]
+    later = [marker(2, 9), version(1, 8, name="B", op="r", epoch=2)]
     assert_frame_equal(transform([*rows, returned, *later]), transform([*rows, returned]))
 
 
-def test_a_delete_is_no_earlier_than_what_it_deletes() -> None:
+def test_delete_is_no_earlier_than_the_deleted_versions() -> None:
     filled = transform([version(1, 0, name="A"), version(2, 9, name="B"), version(3, None, op="d", committed=6)])
-    assert spans(filled, "name", "closed_by") == [(0, 9, "A", "delete")]
+    assert intervals_of(filled, "name", "closed_by") == [(0, 9, "A", "delete")]
 
 
-def test_a_new_life_begins_no_earlier_than_the_delete_before_it() -> None:
+def test_new_lifetime_starts_no_earlier_than_the_delete() -> None:
     filled = transform([version(1, 0, name="A"), version(2, None, op="d", committed=6), version(3, 1, name="B", op="c")])
-    assert spans(filled, "name", "closed_by") == [(0, 6, "A", "delete"), (6, None, "B", None)]
+    assert intervals_of(filled, "name", "closed_by") == [(0, 6, "A", "delete"), (6, None, "B", None)]
 
 
-def test_unsent_columns_come_from_the_version_before_in_source_order() -> None:
+def test_unsent_columns_have_the_previous_value_in_source_order() -> None:
     filled = transform(
         [
             version(1, 0, name="A", address="Long street 1"),
@@ -175,19 +178,19 @@ def test_unsent_columns_come_from_the_version_before_in_source_order() -> None:
             version(2, 9, name="B", address="Short street 2"),
         ]
     )
-    assert spans(filled, "name", "address") == [
+    assert intervals_of(filled, "name", "address") == [
         (0, 2, "A", "Long street 1"),
         (2, 9, "C", "Short street 2"),
         (9, None, "B", "Short street 2"),
     ]
 
 
-def test_a_correction_stands_for_what_it_corrects() -> None:
+def test_correction_replaces_the_original() -> None:
     wrong, right = version(1, 0, name="wrong"), version(1, 0, name="right", op="fix")
-    assert spans(transform([right, wrong]), "name") == [(0, None, "right")]
+    assert intervals_of(transform([right, wrong]), "name") == [(0, None, "right")]
 
 
-def test_contacts_are_normalised_and_kept_as_they_were() -> None:
+def test_contacts_are_normalised_and_originals_kept() -> None:
     filled = transform(
         [version(1, 0, email=" Ann.Lee@Example.COM ", phone_number="0812-3456-7890", country="id")], {"user:1": "M-user:1"}
     )
@@ -201,7 +204,7 @@ def test_contacts_are_normalised_and_kept_as_they_were() -> None:
     )
 
 
-def test_no_rows_give_no_rows() -> None:
+def test_empty_input_has_empty_output() -> None:
     assert transform([]).is_empty()
 
 
@@ -215,42 +218,42 @@ def test_changed_records_affect_their_users() -> None:
 @st.composite
 def histories(draw: st.DrawFn) -> list[dict[str, Any]]:
     """Versions of two users: times in any order and often equal, no-op updates, deletes, new inserts, unsent columns,
-    truncates, and new generations after which LSNs begin anywhere and either user may be missing."""
+    truncates, and new epochs after which LSNs begin anywhere and either user may be missing."""
     rows: list[dict[str, Any]] = []
-    living = {1: False, 2: False}
-    generation, shift = 0, 100
+    live = {1: False, 2: False}
+    epoch, shift = 0, 100
     for step in range(draw(st.integers(0, 14))):
         position = shift + step
         user = draw(st.integers(1, 2))
-        kinds = ["write", "write", "write", "unsent", "delete"] if living[user] else ["write", "write"]
-        kind = draw(st.sampled_from([*kinds, "truncate", "anew"]))
+        kinds = ["write", "write", "write", "unsent", "delete"] if live[user] else ["write", "write"]
+        kind = draw(st.sampled_from([*kinds, "truncate", "reread"]))
         moment = draw(st.none() | st.integers(0, 8))
         committed = draw(st.integers(0, 8))
         values = {"name": draw(st.sampled_from(["A", "B"])), "created_at": draw(st.sampled_from([None, at(3)]))}
-        if kind == "anew":
-            generation, shift = generation + 1, draw(st.sampled_from([0, 100, 200]))
-            rows.append(marker(generation, committed))
+        if kind == "reread":
+            epoch, shift = epoch + 1, draw(st.sampled_from([0, 100, 200]))
+            rows.append(marker(epoch, committed))
             found = draw(st.sets(st.integers(1, 2)))
             for each in sorted(found):
-                read = {"user": each, "op": "r", "committed": committed, "generation": generation, "address": "X"}
+                read = {"user": each, "op": "r", "committed": committed, "epoch": epoch, "address": "X"}
                 rows.append(version(shift + step, moment, **read, **values))
-            living = {each: each in found for each in living}
+            live = {each: each in found for each in live}
         elif kind == "truncate":
-            rows.append(version(position, None, op="t", committed=committed, generation=generation) | {"user_id": None})
-            living = dict.fromkeys(living, False)
+            rows.append(version(position, None, op="t", committed=committed, epoch=epoch) | {"user_id": None})
+            live = dict.fromkeys(live, False)
         elif kind == "delete":
-            rows.append(version(position, None, user=user, op="d", committed=committed, generation=generation))
-            living[user] = False
+            rows.append(version(position, None, user=user, op="d", committed=committed, epoch=epoch))
+            live[user] = False
         else:
             values |= {"_unchanged": "address"} if kind == "unsent" else {"address": draw(st.sampled_from([None, "X", "Y"]))}
-            change = {"user": user, "op": "u" if living[user] else "c", "committed": committed, "generation": generation}
+            change = {"user": user, "op": "u" if live[user] else "c", "committed": committed, "epoch": epoch}
             rows.append(version(position, moment, **change, **values))
-            living[user] = True
+            live[user] = True
     return rows
 
 
 def own_rows(rows: list[dict[str, Any]], user: int) -> list[dict[str, Any]]:
-    """A user's rows in source order, with a delete where a truncate or a marker ends their life."""
+    """Return a user's rows in source order, with a delete where a truncate or a marker ends the lifetime."""
     own: list[dict[str, Any]] = []
     for number, row in enumerate(rows):
         if row["user_id"] == user:
@@ -258,20 +261,20 @@ def own_rows(rows: list[dict[str, Any]], user: int) -> list[dict[str, Any]]:
         elif row["_op"] == "t" and own:
             read = [next_row for next_row in rows[number + 1 : number + 3] if next_row["_op"] == "r"]
             is_marker = row["_source_position"].endswith("~")
-            if not (is_marker and any(r["user_id"] == user and in_generation(r, row) for r in read)):
+            if not (is_marker and any(r["user_id"] == user and in_epoch(r, row) for r in read)):
                 own.append(row | {"_op": "d"})
     return own
 
 
-def in_generation(row: dict[str, Any], marker: dict[str, Any]) -> bool:
+def in_epoch(row: dict[str, Any], marker: dict[str, Any]) -> bool:
     return str(row["_source_position"]).startswith(marker["_source_position"])
 
 
 def oracle(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """The same, slowly: one user, one row at a time."""
+    """Return the intervals, computed one user and one row at a time."""
     result: list[tuple[Any, ...]] = []
     for user in (1, 2):
-        lives: list[tuple[datetime | None, datetime | None, list[tuple[datetime, int, dict[str, Any]]]]] = []
+        lifetimes: list[tuple[datetime | None, datetime | None, list[tuple[datetime, int, dict[str, Any]]]]] = []
         begins: datetime | None = None
         versions: list[tuple[datetime, int, dict[str, Any]]] = []
         latest: datetime | None = None
@@ -283,16 +286,16 @@ def oracle(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
                 moment = row["_source_time"]
             latest = moment if latest is None else max(latest, moment)
             if row["_op"] == "d":
-                lives.append((begins, latest, versions))
+                lifetimes.append((begins, latest, versions))
                 begins, versions = latest, []
                 continue
             if row["_unchanged"]:
                 row["address"] = address
             address = row["address"]
             versions.append((moment if begins is None else max(moment, begins), position, row))
-        lives.append((begins, None, versions))
-        for _, ends, life in lives:
-            ordered = sorted(life, key=lambda item: item[:2])
+        lifetimes.append((begins, None, versions))
+        for _, ends, lifetime in lifetimes:
+            ordered = sorted(lifetime, key=lambda item: item[:2])
             timeline = {moment: row for moment, _, row in ordered if ends is None or moment < ends}
             kept: list[list[Any]] = []
             for moment in sorted(timeline):
@@ -309,7 +312,7 @@ def oracle(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 @property_test(histories(), st.randoms(use_true_random=False), fast=100, slow=300)
-def test_any_order_any_duplication_equals_the_slow_oracle(rows: list[dict[str, Any]], random: Any) -> None:
+def test_any_order_and_duplication_equals_the_oracle(rows: list[dict[str, Any]], random: Any) -> None:
     delivered = rows + random.sample(rows, random.randint(0, len(rows)))
     random.shuffle(delivered)
     filled = transform(delivered)
@@ -318,7 +321,7 @@ def test_any_order_any_duplication_equals_the_slow_oracle(rows: list[dict[str, A
 
 
 @property_test(histories(), fast=70, slow=200)
-def test_intervals_neither_overlap_nor_leave_gaps(rows: list[dict[str, Any]]) -> None:
+def test_intervals_have_no_overlaps_or_gaps(rows: list[dict[str, Any]]) -> None:
     filled = transform(rows)
     for user in (1, 2):
         own = filled.filter(user_id=user)
@@ -327,6 +330,6 @@ def test_intervals_neither_overlap_nor_leave_gaps(rows: list[dict[str, Any]]) ->
         for end, closed_by, following in zip(ends, how, starts[1:], strict=False):
             assert end == following if closed_by == "update" else end <= following
         history = [row["_op"] for row in own_rows(rows, user)]
-        living = bool(history) and history[-1] != "d"
-        assert own["is_current"].sum() == int(living)
-        assert not living or own["is_current"].to_list()[-1]
+        live = bool(history) and history[-1] != "d"
+        assert own["is_current"].sum() == int(live)
+        assert not live or own["is_current"].to_list()[-1]

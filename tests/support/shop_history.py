@@ -1,4 +1,4 @@
-"""Small made-up shops for the tests of features: the silver tables that features read, written as a step writes them."""
+"""Small generated shops for the tests of features: the silver tables that features read, written as a step writes them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def put(engine: Engine, table: Table, rows: Sequence[dict[str, Any]]) -> None:
-    """Make these the living rows of a silver table, as a step would: only differences are written, tombstones stay."""
+    """Replace the live rows of a silver table as a step would: only differences are written, tombstones are kept."""
     types = polars_schema(table.schema)
     columns = {name: pl.Series(name, [row.get(name) for row in rows], dtype=dtype, strict=False) for name, dtype in types.items()}
     wanted = conform(pl.DataFrame(columns), table)
@@ -41,7 +41,7 @@ def put(engine: Engine, table: Table, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def put_shop(engine: Engine, orders: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]] = ()) -> None:
-    """Write a shop. Orders as `made_order` gives them, events as `made_event` does."""
+    """Write a shop. orders: from `made_order`; events: from `made_event`."""
     put(engine, PRODUCTS, [{"product_id": f"P{n}", "category": "ab"[n % 2]} for n in range(4)])
     put(engine, ORDERS_UNIFIED, orders)
     items = [
@@ -85,7 +85,7 @@ def made_order(
     person: int,
     reported: int | None,
 ) -> dict[str, Any]:
-    """An order as the silver tables have it; `minute` since START, `reported` in days after it."""
+    """Return an order in the columns of silver. minute: since START; reported: days after the order."""
     placed = START + timedelta(minutes=minute)
     return {
         "number": number,
@@ -114,7 +114,7 @@ def made_order(
 
 
 def made_event(number: int, minute: int, kind: str, user: int | None, device: int | None) -> dict[str, Any]:
-    """An event as silver.events_clean has it."""
+    """Return an event in the columns of silver.events_clean."""
     return {
         "event_id": f"e{number}",
         "event_type": kind,
@@ -127,7 +127,7 @@ def made_event(number: int, minute: int, kind: str, user: int | None, device: in
 
 
 def plain_history(count: int, seed: int, days: int = 120) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    """Orders, events and category months as `ml.features.compute` reads them, with many ties and shared entities."""
+    """Return orders, events and category months for `ml.features.compute`, with many ties and shared entities."""
     random = Random(seed)
     rows, events = [], []
     for number in range(count):
