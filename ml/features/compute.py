@@ -11,7 +11,6 @@ the future, change nothing.
 from __future__ import annotations
 
 from collections.abc import Container
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -44,6 +43,7 @@ from ml.features.groups.entity import PLURAL, UNUSUAL_RATIO
 from ml.features.groups.events import COUNTED_KINDS, EVENT_WINDOWS
 from ml.features.groups.order import CHANNELS, ORDER, PAYMENT_METHODS, WEEKDAYS
 from ml.features.windows import (
+    MICROSECOND,
     MINUTE,
     NEVER,
     Floats,
@@ -60,8 +60,6 @@ from ml.features.windows import (
 )
 
 Columns = dict[str, npt.NDArray[Any]]
-
-MICROSECOND = timedelta(microseconds=1)
 
 
 def compute(orders: pl.DataFrame, history: OrderHistory) -> pl.DataFrame:

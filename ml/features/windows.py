@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +21,7 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
+MICROSECOND = timedelta(microseconds=1)
 MINUTE, HOUR, DAY = 60_000_000, 3_600_000_000, 86_400_000_000
 NEVER = 2**62
 """A time later than all others: when something that never happened was reported."""

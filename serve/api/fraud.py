@@ -19,9 +19,10 @@ from starlette.responses import Response
 
 from ml.features.declarations import LABEL_DELAY, ORDER_COLUMNS, OrderHistory
 from ml.features.groups import FEATURES
-from ml.features.online.arithmetic import MICROSECOND, Value
+from ml.features.online.arithmetic import Value
 from ml.features.online.online_features import OnlineFeatures
 from ml.features.online.orders import FeatureRequest
+from ml.features.windows import MICROSECOND
 from ml.registry import CHALLENGER, CHAMPION
 from ml.tables.order_features import EVENT_READS, account_events
 from ml.training.settings import TrainingError

@@ -26,7 +26,7 @@ from ml.evaluation.served_scores import served_scores
 from ml.features.compute import compute
 from ml.features.declarations import LABEL_DELAY, ORDER_COLUMNS, OrderHistory
 from ml.features.groups import FEATURES
-from ml.features.online.arithmetic import MICROSECOND
+from ml.features.windows import MICROSECOND
 from ml.registry import Registry
 from ml.tables.feature_tables import refresh
 from ml.tables.order_features import EVENT_READS, ORDER_FEATURES, account_events

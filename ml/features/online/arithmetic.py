@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
+
+from ml.features.windows import MICROSECOND
 
 NAN = math.nan
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-MICROSECOND = timedelta(microseconds=1)
 
 Value = float | str | None
 """Value of a feature: NaN where `compute` has null."""

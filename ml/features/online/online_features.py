@@ -17,11 +17,11 @@ from ml.features.declarations import ENTITIES, EVENT_COLUMNS, MISSING, OTHER, Fe
 from ml.features.groups import FEATURE_GROUPS
 from ml.features.groups.events import ACCOUNT_EVENTS
 from ml.features.groups.order import CHANNELS, ORDER, PAYMENT_METHODS, WEEKDAYS
-from ml.features.online.arithmetic import EPOCH, MICROSECOND, NAN, Value, quotient
+from ml.features.online.arithmetic import EPOCH, NAN, Value, quotient
 from ml.features.online.entity_history import EntityHistory, entity_feature_names
 from ml.features.online.event_history import EventHistory, EventIndex, event_feature_names
 from ml.features.online.orders import FeatureRequest, OrderIndex, PlacedOrder
-from ml.features.windows import MINUTE
+from ml.features.windows import MICROSECOND, MINUTE
 
 ENTITY_GROUPS: Mapping[str, FeatureGroup] = {
     group.key: group for group in FEATURE_GROUPS if group.key in ENTITIES and not group.events
