@@ -52,7 +52,7 @@ def test_the_cluster_launcher_writes_where_the_ssh_user_may() -> None:
     assert not re.search(r"(?<!~)/(etc|opt)/", json.dumps(config))
     (environment,) = (remote for remote in mounts if remote.endswith("environment"))
     assert mounts[environment] == environment
-    assert f"\n# {environment}\n" in (ROOT / "docs" / "operations.md").read_text()
+    assert f"\n# {environment}\n" in (ROOT / "docs" / "how-to" / "deploy-on-a-cluster.md").read_text()
     for kind in ("head", "worker"):
         assert f". {environment}" in " ".join(config[f"{kind}_start_ray_commands"])
 
