@@ -1,4 +1,4 @@
-"""An answer of the object store that breaks off before it tells a length is an outage, not an empty file."""
+"""A response of the object store without a content length is a transient error, not an empty file."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pipelines.settings import Settings
 
 
 @pytest.fixture
-def breaking_store() -> Iterator[str]:
-    """The address of a server whose answers break off within their headers."""
+def truncating_store() -> Iterator[str]:
+    """Yield the address of a server whose responses end within their headers."""
 
     def serve() -> None:
         while True:
@@ -38,19 +38,19 @@ def breaking_store() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("seekable", [True, False])
-def test_an_answer_without_length_is_an_outage(breaking_store, seekable):
-    properties = {"s3.endpoint": breaking_store, "s3.access-key-id": "a", "s3.secret-access-key": "b", "s3.region": "us-east-1"}
-    with pytest.raises(ConnectionError, match="was read without its content") as met:
+def test_a_response_without_length_is_a_transient_error(truncating_store, seekable):
+    properties = {"s3.endpoint": truncating_store, "s3.access-key-id": "a", "s3.secret-access-key": "b", "s3.region": "us-east-1"}
+    with pytest.raises(ConnectionError, match="was read without its content") as caught:
         NonEmptyFileIO(properties).new_input("s3://lake/rows.parquet").open(seekable)
-    assert "s3://lake/rows.parquet" in str(as_transient_error(met.value))
+    assert "s3://lake/rows.parquet" in str(as_transient_error(caught.value))
 
 
-def test_tables_are_read_so(tmp_path):
+def test_tables_use_this_file_access(tmp_path):
     lake = Lake(Settings(home=tmp_path))
     table = lake.load(pipelines.TABLES["silver.stores"])
     assert isinstance(table.reader.io, NonEmptyFileIO)
     (file,) = (tmp_path / "warehouse" / "silver" / "stores" / "metadata").glob("*.json")
     file.write_bytes(b"")
-    with pytest.raises(ConnectionError) as met:
+    with pytest.raises(ConnectionError) as caught:
         lake.load(pipelines.TABLES["silver.stores"])
-    assert as_transient_error(met.value) is not None
+    assert as_transient_error(caught.value) is not None

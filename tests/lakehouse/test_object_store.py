@@ -1,4 +1,4 @@
-"""A warehouse in an object store: the same digests as on the local disk."""
+"""A warehouse in an object store has the same digests as one on the local disk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 @pytest.fixture
 def s3() -> Iterator[str]:
-    """The endpoint of an S3-compatible store with a bucket `lake`."""
+    """Yield the endpoint of an S3-compatible store with a bucket `lake`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -53,7 +53,7 @@ def s3() -> Iterator[str]:
         server.wait()
 
 
-def test_tables_in_an_object_store_are_the_same(s3, tmp_path, monkeypatch):
+def test_tables_in_an_object_store_have_the_same_digests(s3, tmp_path, monkeypatch):
     home: Path = tmp_path / "shop"
     monkeypatch.setenv("SHOPSPHERE_HOME", str(home))
     sandbox.start(home, orders=300, seed=21)
@@ -79,23 +79,23 @@ def test_tables_in_an_object_store_are_the_same(s3, tmp_path, monkeypatch):
         for settings in (local, remote):
             with open_engine(settings) as engine:
                 for table in pipelines.TABLES.values():
-                    maintain(engine.lake, table, time_after_everything())
+                    maintain(engine.lake, table, after_all_retentions())
                 found.append({name: digest(engine.lake.load(table)) for name, table in pipelines.TABLES.items()})
         assert found[0] == found[1]
-        erased_there(remote)
+        assert_erased_from_store(remote)
     finally:
         sandbox.stop(home)
 
 
-def time_after_everything():
-    """A moment at which every snapshot but the newest, and every unreferenced file, is old."""
+def after_all_retentions():
+    """Return a time at which every snapshot but the current one, and every unreferenced file, is beyond its retention."""
     from datetime import UTC, datetime, timedelta
 
     return datetime.now(UTC) + timedelta(days=30)
 
 
-def erased_there(settings: Settings) -> None:
-    """A person goes from the store as from a disk."""
+def assert_erased_from_store(settings: Settings) -> None:
+    """Erase a person and assert that no object in the store contains their values."""
     person = somebody(Lake(settings))
     with open_engine(settings) as engine:
         (receipt,) = erase_person(context_of(engine), SubjectQuery(email=person["email"]))

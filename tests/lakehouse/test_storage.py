@@ -1,4 +1,4 @@
-"""Where checkpoints go: what the settings say, and nothing secret shown."""
+"""The directory of checkpoints follows the settings, and no secret is shown."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def settings(home: Path, storage: str = "", properties: dict[str, str] | None = 
 
 
 @pytest.mark.parametrize(
-    ("storage", "properties", "place"),
+    ("storage", "properties", "location"),
     [
         ("", {}, "HOME/training"),
         ("", S3, "s3://lake/w/training"),
@@ -28,23 +28,23 @@ def settings(home: Path, storage: str = "", properties: dict[str, str] | None = 
         ("", {"type": "rest", "uri": "http://catalog", "warehouse": "prod"}, "HOME/training"),
     ],
 )
-def test_what_the_settings_say(tmp_path: Path, storage: str, properties: dict[str, str], place: str) -> None:
+def test_the_location_follows_the_settings(tmp_path: Path, storage: str, properties: dict[str, str], location: str) -> None:
     found = Storage.from_settings(settings(tmp_path, storage, properties))
-    assert found.location == place.replace("HOME", str(tmp_path))
+    assert found.location == location.replace("HOME", str(tmp_path))
     assert "hush" not in repr(found) + str(found)
 
 
-def test_a_directory_of_a_disk_comes_and_goes(tmp_path: Path) -> None:
-    made = Storage.on_disk(tmp_path / "a") / "b"
-    made.remove()
-    made.create()
+def test_a_directory_on_disk_is_created_and_removed(tmp_path: Path) -> None:
+    directory = Storage.on_disk(tmp_path / "a") / "b"
+    directory.remove()
+    directory.create()
     (tmp_path / "a" / "b" / "file").write_text("x")
-    assert made.filesystem() == (None, str(tmp_path / "a" / "b"))
-    made.remove()
+    assert directory.filesystem() == (None, str(tmp_path / "a" / "b"))
+    directory.remove()
     assert list((tmp_path / "a").iterdir()) == []
 
 
-def test_tables_that_other_machines_have_not_got_are_known(tmp_path: Path) -> None:
+def test_local_warehouse_is_the_directory_of_tables_on_this_machine(tmp_path: Path) -> None:
     assert local_warehouse(settings(tmp_path)) == str(tmp_path / "warehouse")
     assert local_warehouse(settings(tmp_path, properties={"type": "sql", "warehouse": "file:///lake"})) == "/lake"
     assert local_warehouse(settings(tmp_path, properties=S3)) == ""

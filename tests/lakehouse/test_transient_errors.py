@@ -1,4 +1,4 @@
-"""Which errors are outages, that pass, and which are mistakes, that do not."""
+"""Infrastructure failures are recognised as transient errors; bugs are not."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from pipelines.settings import KafkaSettings, MongoSettings, PostgresSettings, S
 
 
 def caused(error: Exception, by: Exception) -> Exception:
+    """Return the error with its cause set."""
     error.__cause__ = by
     return error
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), "The disk is full"),
         (caused(RuntimeError("task failed"), OSError(errno.EDQUOT, "Disk quota exceeded")), "The disk is full"),
@@ -37,32 +38,32 @@ def caused(error: Exception, by: Exception) -> Exception:
         (ConnectionResetError("reset by peer"), "reset by peer"),
     ],
 )
-def test_what_fails_below_us_is_an_outage_with_a_way_out(error, said):
+def test_infrastructure_failures_are_transient_and_say_how_to_continue(error, message):
     found = as_transient_error(error)
     assert isinstance(found, TransientError)
-    assert said in str(found)
+    assert message in str(found)
     assert "un again" in str(found)
 
 
 @pytest.mark.parametrize("error", [ValueError("wrong"), FileNotFoundError("x.parquet"), KeyError("column"), ZeroDivisionError()])
-def test_a_mistake_is_not_an_outage(error):
+def test_a_bug_is_not_transient(error):
     assert as_transient_error(error) is None
 
 
-def test_a_lost_ray_node_is_an_outage_and_a_mistake_in_a_task_is_not():
+def test_a_lost_ray_node_is_transient_and_a_bug_in_a_task_is_not():
     from ray.exceptions import NodeDiedError, RayTaskError, WorkerCrashedError
 
     for lost in (WorkerCrashedError(), NodeDiedError("gone"), caused(RuntimeError("stage failed"), WorkerCrashedError())):
         assert isinstance(as_transient_error(lost), TransientError)
-    mistake = RayTaskError("map", "Traceback", ValueError("wrong"))
-    assert as_transient_error(mistake) is None
+    bug = RayTaskError("map", "Traceback", ValueError("wrong"))
+    assert as_transient_error(bug) is None
     assert isinstance(as_transient_error(RayTaskError("map", "Traceback", OSError("AWS Error SLOW_DOWN"))), TransientError)
     without_code = ModuleNotFoundError("No module named 'lakehouse.engine.engine'", name="lakehouse.engine.engine")
     assert "No module named 'lakehouse.engine.engine'" in str(as_transient_error(RayTaskError("map", "Traceback", without_code)))
-    assert as_transient_error(without_code) is None, "here it is a mistake"
+    assert as_transient_error(without_code) is None, "without Ray it is a bug"
 
 
-def test_a_pass_goes_on_after_an_outage_and_stops_at_a_mistake(tmp_path, monkeypatch):
+def test_a_run_continues_after_a_transient_error_and_stops_at_a_bug(tmp_path, monkeypatch):
     settings = Settings(
         home=tmp_path,
         postgres=PostgresSettings(enabled=False),
@@ -72,12 +73,12 @@ def test_a_pass_goes_on_after_an_outage_and_stops_at_a_mistake(tmp_path, monkeyp
     with open_engine(settings) as engine:
         refresh = engine.refresh
 
-        def struck(step, **how):
+        def failing(step, **how):
             if step.target.name == "gold.dim_date":
                 raise OSError("AWS Error NETWORK_CONNECTION during PutObject")
             return refresh(step, **how)
 
-        monkeypatch.setattr(engine, "refresh", struck)
+        monkeypatch.setattr(engine, "refresh", failing)
         done = run_once(engine, PROJECT, lambda name, report: None)
         assert [type(error) for error in done.errors] == [TransientError]
         assert {report.table for report in done.results} >= {step.target.name for step in pipelines.STEPS} - {"gold.dim_date"}
@@ -86,11 +87,11 @@ def test_a_pass_goes_on_after_an_outage_and_stops_at_a_mistake(tmp_path, monkeyp
             run_once(engine, PROJECT, lambda name, report: None)
 
 
-def test_run_every_may_start_during_an_outage(tmp_path, monkeypatch, capsys):
-    def away(context):
+def test_a_recurring_run_may_start_during_an_outage(tmp_path, monkeypatch, capsys):
+    def unreachable(context):
         raise OSError("AWS Error NETWORK_CONNECTION during HeadObject operation")
 
-    monkeypatch.setattr("pipelines.privacy.erase.finish_pending", away)
+    monkeypatch.setattr("pipelines.privacy.erase.finish_pending", unreachable)
     with open_engine(Settings(home=tmp_path)) as engine:
         assert not finish_erasures(engine, Output(False), keep_going=True)
         assert "cannot be used: AWS Error NETWORK_CONNECTION" in capsys.readouterr().err
