@@ -21,8 +21,8 @@ from lakehouse.engine.step_result import StepResult
 from lakehouse.errors import ShopSphereError
 from lakehouse.expectations import ExpectationResult, ExpectationsFailed
 from lakehouse.iceberg.catalog import Lake
+from lakehouse.iceberg.compaction import MAX_ATTEMPTS
 from lakehouse.iceberg.errors import committing
-from lakehouse.iceberg.maintenance import ATTEMPTS
 from lakehouse.iceberg.reader import File
 from lakehouse.iceberg.schema import polars_schema
 from lakehouse.retry import retry_commit
@@ -300,7 +300,7 @@ def delete_old_days(lake: Lake, retention_days: float, now: datetime) -> int:
         return len(old)
 
     return sum(
-        retry_commit(partial(drop, table), attempts=ATTEMPTS, missing_files=False)
+        retry_commit(partial(drop, table), attempts=MAX_ATTEMPTS, missing_files=False)
         for table in OPERATIONS.values()
         if lake.exists(table)
     )

@@ -14,17 +14,17 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import polars as pl
-from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
+from pyarrow.fs import FileInfo, FileSystem
 from pyiceberg.io.pyarrow import PyArrowFileIO
 from pyiceberg.table.refs import MAIN_BRANCH
 from pyiceberg.table.snapshots import Snapshot
 
-from lakehouse.errors import ShopSphereError
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.errors import committing
-from lakehouse.iceberg.maintenance import expire, referenced_files
+from lakehouse.iceberg.maintenance import expire
 from lakehouse.iceberg.reader import File
 from lakehouse.iceberg.snapshot_properties import REWRITTEN, REWRITTEN_FILES, REWRITTEN_ROWS
+from lakehouse.iceberg.table_files import file_system, list_files, referenced_files
 from lakehouse.iceberg.table_handle import AUDIT_BRANCH, TableHandle
 from lakehouse.table import DELETED, SEQUENCE, Table
 
@@ -191,22 +191,6 @@ def _apply_deletes(handle: TableHandle, tombstones: bool) -> tuple[int, int]:
     if removed:
         handle.commit(added, positions=handle.positions, removed_paths=_paths_to_remove(files, removed), changes_rows=False)
     return len(removed), tombstones_removed
-
-
-def file_system(handle: TableHandle) -> tuple[FileSystem, str]:
-    """Return the file system of a table, and the table's path in it. Raises ShopSphereError if it cannot be listed."""
-    io = handle.iceberg_table.io
-    if not isinstance(io, PyArrowFileIO):
-        raise ShopSphereError(f"{handle.table.name}: its files cannot be listed. Use a catalog with PyArrow's file access.")
-    scheme, netloc, root = io.parse_location(handle.iceberg_table.location())
-    return io.fs_by_scheme(scheme, netloc), root
-
-
-def list_files(handle: TableHandle) -> list[FileInfo]:
-    """Return all files below a table's location."""
-    filesystem, root = file_system(handle)
-    found = filesystem.get_file_info(FileSelector(root, recursive=True, allow_not_found=True))
-    return [info for info in found if info.type == FileType.File]
 
 
 def _unreferenced_files(handle: TableHandle) -> tuple[list[FileInfo], list[FileInfo]]:

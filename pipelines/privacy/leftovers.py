@@ -8,7 +8,7 @@ from pyarrow.fs import FileInfo, FileSelector, FileType, LocalFileSystem
 
 from lakehouse.byte_search import FileSearchResult, SearchTerms, search_files
 from lakehouse.iceberg.catalog import Lake
-from lakehouse.iceberg.rewrite import file_system, list_files
+from lakehouse.iceberg.table_files import file_system, list_files
 from lakehouse.project import Project
 from lakehouse.run_history import OPERATIONS
 from lakehouse.table import Table

@@ -24,8 +24,9 @@ from lakehouse.digest import digest
 from lakehouse.engine.engine import Engine
 from lakehouse.engine.quarantine import update_quarantine
 from lakehouse.errors import CommitConflict, QueryError, ShopSphereError
+from lakehouse.iceberg.compaction import compact
 from lakehouse.iceberg.group_hash import group_hash
-from lakehouse.iceberg.maintenance import compact, delete_orphans, expire
+from lakehouse.iceberg.maintenance import delete_orphans, expire
 from lakehouse.iceberg.schema import as_arrow
 from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.query import query

@@ -12,8 +12,8 @@ from lakehouse.byte_search import SearchTerms, search_files
 from lakehouse.digest import digest
 from lakehouse.errors import CommitConflict
 from lakehouse.iceberg.catalog import Lake
-from lakehouse.iceberg.maintenance import referenced_files
-from lakehouse.iceberg.rewrite import file_system, list_files, purge_history, replace_rows, rewrite
+from lakehouse.iceberg.rewrite import purge_history, replace_rows, rewrite
+from lakehouse.iceberg.table_files import file_system, list_files, referenced_files
 from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.table import Table, column
 from pipelines.settings import Settings
