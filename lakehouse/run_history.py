@@ -1,7 +1,7 @@
-"""What runs did and how expectations came out, as tables: `operations.runs` and `operations.expectation_results`.
+"""The history of runs and of expectation results, as tables: `operations.runs` and `operations.expectation_results`.
 
-Each run appends once to each, at its end, and only when it did or found something new: a run that goes on for ever
-(`run --every 5s`) does not fill them with what it has said before. `maintain` drops days beyond the retention.
+Each run appends once to each table, at its end, and only what is new: a recurring run does not repeat results and errors that
+it has already recorded. Maintenance deletes days beyond the retention.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from lakehouse.engine.engine import Engine
 from lakehouse.engine.step_result import StepResult
 from lakehouse.errors import ShopSphereError
 from lakehouse.expectations import ExpectationResult, ExpectationsFailed
@@ -30,59 +29,59 @@ from lakehouse.table import SEQUENCE, TIMESTAMP, Partition, Table, column
 
 RUNS = Table(
     "operations.runs",
-    doc="What each run did: one row a table that it changed or read for, and one an error.",
+    doc="History of runs: one row per table that a run changed or read for, and one per error.",
     columns=(
         column("run_id", pa.string(), "The run; also in OpenLineage events.", required=True),
         column("kind", pa.string(), "run, rebuild, replay, publish, train, monitor.", required=True),
-        column("started_at", TIMESTAMP, "When the run began.", required=True),
-        column("ended_at", TIMESTAMP, "When it ended.", required=True),
-        column("table", pa.string(), "Table; null for an error that is about none."),
+        column("started_at", TIMESTAMP, "Start of the run.", required=True),
+        column("ended_at", TIMESTAMP, "End of the run.", required=True),
+        column("table", pa.string(), "Table; null for an error that concerns no table."),
         column("status", pa.string(), "changed, rebuilt, published, read (nothing to change), failed.", required=True),
         column("rows_read", pa.int64(), "Rows read."),
-        column("rows_written", pa.int64(), "Rows written, tombstones too."),
+        column("rows_written", pa.int64(), "Rows written, including tombstones."),
         column("rows_deleted", pa.int64(), "Rows deleted or replaced."),
-        column("bytes_written", pa.int64(), "Bytes of the files written."),
+        column("bytes_written", pa.int64(), "Bytes written to data files."),
         column("seconds", pa.float64(), "Wall-clock time of this table."),
-        column("cpu_seconds", pa.float64(), "CPU time of this table, workers included."),
-        column("snapshot", pa.int64(), "Snapshot that was made."),
-        column("error", pa.string(), "What went wrong, as it was said."),
+        column("cpu_seconds", pa.float64(), "CPU time of this table, including workers."),
+        column("snapshot", pa.int64(), "Snapshot that was committed."),
+        column("error", pa.string(), "Error message."),
     ),
     partition_by=(Partition("started_at", "day"),),
     sort_by=("started_at", "table"),
 )
 
-RESULTS = Table(
+EXPECTATION_RESULTS = Table(
     "operations.expectation_results",
-    doc="How expectations came out: one row each time one is judged. A run that goes on for ever notes only what is new.",
+    doc="Results of expectations: one row per evaluation. A recurring run records only new results.",
     columns=(
         column("run_id", pa.string(), "The run, as in operations.runs.", required=True),
         column("judged_at", TIMESTAMP, "End of the run.", required=True),
         column("table", pa.string(), "Table.", required=True),
-        column("expectation", pa.string(), "What is expected, as in docs/reference/tables.md.", required=True),
+        column("expectation", pa.string(), "Expectation, as in docs/reference/tables.md.", required=True),
         column("severity", pa.string(), "warn, quarantine, fail.", required=True),
         column("outcome", pa.string(), "pass, or the severity.", required=True),
-        column("rows", pa.int64(), "Rows that were judged: those of the groups that were recomputed.", required=True),
-        column("violations", pa.int64(), "Rows that break it; 1 for a table that does.", required=True),
-        column("examples", pa.string(), "Keys of a few of them."),
-        column("detail", pa.string(), "What was measured, for expectations of tables."),
-        column("snapshot", pa.int64(), "Snapshot that was published; null when it was not."),
+        column("rows", pa.int64(), "Rows evaluated: those of the recomputed groups.", required=True),
+        column("violations", pa.int64(), "Rows that violate it; 1 for a table that does.", required=True),
+        column("examples", pa.string(), "Keys of some of these rows."),
+        column("detail", pa.string(), "Measured value, for expectations of tables."),
+        column("snapshot", pa.int64(), "Snapshot that was published; null if none was."),
         column(
             "standing",
             pa.int64(),
-            "Rows of the whole table that break it, judged in this run or before; null where they were not counted.",
+            "Rows of the whole table that violate it, evaluated in this run or before; null if they were not counted.",
         ),
     ),
     partition_by=(Partition("judged_at", "day"),),
     sort_by=("judged_at", "table", "expectation"),
 )
 
-OPERATIONS: dict[str, Table] = {table.name: table for table in (RUNS, RESULTS)}
-"""In the catalog, for `sql` and `maintain`; not among the business tables of `status` and `digest`."""
+OPERATIONS: dict[str, Table] = {table.name: table for table in (RUNS, EXPECTATION_RESULTS)}
+"""Tables that are queried and maintained, but are not part of the project: status and digests leave them out."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run: a pass, a rebuild, a replay, a training."""
+    """One run of a kind: run, rebuild, replay, publish, train, monitor."""
 
     kind: str
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
@@ -91,31 +90,33 @@ class RunRecord:
 
 @dataclass
 class RunHistory:
-    """Notes runs; remembers what it has noted, so that the same is not noted again and again by one process."""
+    """Records runs. Remembers what this process has recorded, so that a recurring run does not repeat it."""
 
     lake: Lake
     _outcomes: dict[tuple[str, str], tuple[str, int, int | None]] = field(default_factory=dict)
     _errors: frozenset[str] = frozenset()
 
-    def note(self, engine: Engine, run: RunRecord, reports: Sequence[StepResult], errors: Sequence[ShopSphereError] = ()) -> None:
-        """Append what is new about a run. Raises ShopSphereError."""
-        ended = datetime.now(UTC)
-        busy = [report for report in reports if report.status != "unchanged"]
-        said = frozenset(str(error) for error in errors)
-        failed = [error for error in errors if str(error) not in self._errors]
-        results = [*_of_reports(reports), *_of_errors(failed)]
-        fresh = [
+    def record(self, run: RunRecord, steps: Sequence[StepResult], errors: Sequence[ShopSphereError] = ()) -> None:
+        """Append the changes, errors and expectation results of a run that are new. Raises ShopSphereError."""
+        ended_at = datetime.now(UTC)
+        changed = [step for step in steps if step.status != "unchanged"]
+        new_errors = [error for error in errors if str(error) not in self._errors]
+        results = [*_results_of_steps(steps), *_results_of_errors(new_errors)]
+        new_results = [
             (result, snapshot)
             for result, snapshot in results
-            if self._outcomes.get((result.table, result.expectation)) != _came_out(result)
+            if self._outcomes.get((result.table, result.expectation)) != _outcome(result)
         ]
-        rows = [*(_done(run, ended, report) for report in busy), *(_failed(run, ended, error) for error in failed)]
-        self._append(engine, RUNS, rows)
-        self._append(engine, RESULTS, [_result(run, ended, result, snapshot) for result, snapshot in fresh])
-        self._outcomes |= {(result.table, result.expectation): _came_out(result) for result, _ in results}
-        self._errors = said
+        rows = [
+            *(_step_row(run, ended_at, step) for step in changed),
+            *(_error_row(run, ended_at, error) for error in new_errors),
+        ]
+        self._append(RUNS, rows)
+        self._append(EXPECTATION_RESULTS, [_result_row(run, ended_at, result, snapshot) for result, snapshot in new_results])
+        self._outcomes |= {(result.table, result.expectation): _outcome(result) for result, _ in results}
+        self._errors = frozenset(str(error) for error in errors)
 
-    def _append(self, engine: Engine, table: Table, rows: list[dict[str, Any]]) -> None:
+    def _append(self, table: Table, rows: list[dict[str, Any]]) -> None:
         def attempt() -> None:
             with committing(table.name):
                 handle = self.lake.load(table)
@@ -127,52 +128,53 @@ class RunHistory:
             retry_commit(attempt)
 
 
-def _came_out(result: ExpectationResult) -> tuple[str, int, int | None]:
+def _outcome(result: ExpectationResult) -> tuple[str, int, int | None]:
+    """Return the part of a result that makes it new when it changes."""
     return result.outcome, result.violations, result.total_violations
 
 
-def _of_reports(reports: Iterable[StepResult]) -> list[tuple[ExpectationResult, int | None]]:
-    return [(result, report.snapshot) for report in reports for result in report.results]
+def _results_of_steps(steps: Iterable[StepResult]) -> list[tuple[ExpectationResult, int | None]]:
+    return [(result, step.snapshot) for step in steps for result in step.results]
 
 
-def _of_errors(errors: Iterable[ShopSphereError]) -> list[tuple[ExpectationResult, int | None]]:
+def _results_of_errors(errors: Iterable[ShopSphereError]) -> list[tuple[ExpectationResult, int | None]]:
     return [(result, None) for error in errors if isinstance(error, ExpectationsFailed) for result in error.results]
 
 
-def _done(run: RunRecord, ended: datetime, report: StepResult) -> dict[str, Any]:
+def _step_row(run: RunRecord, ended_at: datetime, step: StepResult) -> dict[str, Any]:
     return {
         "run_id": run.id,
         "kind": run.kind,
         "started_at": run.started_at,
-        "ended_at": ended,
-        "table": report.table,
-        "status": report.status,
-        "rows_read": report.rows_read,
-        "rows_written": report.rows_written,
-        "rows_deleted": report.rows_deleted,
-        "bytes_written": report.bytes_written,
-        "seconds": report.seconds,
-        "cpu_seconds": report.cpu_seconds,
-        "snapshot": report.snapshot,
+        "ended_at": ended_at,
+        "table": step.table,
+        "status": step.status,
+        "rows_read": step.rows_read,
+        "rows_written": step.rows_written,
+        "rows_deleted": step.rows_deleted,
+        "bytes_written": step.bytes_written,
+        "seconds": step.seconds,
+        "cpu_seconds": step.cpu_seconds,
+        "snapshot": step.snapshot,
     }
 
 
-def _failed(run: RunRecord, ended: datetime, error: ShopSphereError) -> dict[str, Any]:
+def _error_row(run: RunRecord, ended_at: datetime, error: ShopSphereError) -> dict[str, Any]:
     return {
         "run_id": run.id,
         "kind": run.kind,
         "started_at": run.started_at,
-        "ended_at": ended,
+        "ended_at": ended_at,
         "table": getattr(error, "table", None),
         "status": "failed",
         "error": str(error),
     }
 
 
-def _result(run: RunRecord, ended: datetime, result: ExpectationResult, snapshot: int | None) -> dict[str, Any]:
+def _result_row(run: RunRecord, ended_at: datetime, result: ExpectationResult, snapshot: int | None) -> dict[str, Any]:
     return {
         "run_id": run.id,
-        "judged_at": ended,
+        "judged_at": ended_at,
         "table": result.table,
         "expectation": result.expectation,
         "severity": result.severity,
@@ -186,15 +188,17 @@ def _result(run: RunRecord, ended: datetime, result: ExpectationResult, snapshot
     }
 
 
-def _read(lake: Lake, table: Table) -> pl.DataFrame:
+def _read_all(lake: Lake, table: Table) -> pl.DataFrame:
     if not lake.exists(table):
         return pl.DataFrame(schema=polars_schema(table.schema))
     return lake.load(table).read(table.schema.names)
 
 
 def last_results(lake: Lake) -> list[ExpectationResult]:
-    """How every expectation came out when it was judged last, the worst of each table first."""
-    rows = _read(lake, RESULTS).sort("judged_at").unique(["table", "expectation"], keep="last", maintain_order=True)
+    """Return the last result of each expectation, sorted by table, the worst first."""
+    rows = (
+        _read_all(lake, EXPECTATION_RESULTS).sort("judged_at").unique(["table", "expectation"], keep="last", maintain_order=True)
+    )
     order = pl.col("outcome").replace_strict({"fail": 0, "quarantine": 1, "warn": 2, "pass": 3}, default=4)
     return [
         ExpectationResult(
@@ -212,23 +216,23 @@ def last_results(lake: Lake) -> list[ExpectationResult]:
     ]
 
 
-def _newest(lake: Lake, limit: int) -> tuple[pl.DataFrame, int]:
-    """What is noted of so many of the newest runs, at least; and the day, since 1970, of the oldest of them."""
+def _newest_runs(lake: Lake, limit: int) -> tuple[pl.DataFrame, int]:
+    """Return the rows of at least `limit` of the newest runs, and the oldest day read (in days since 1970)."""
     if not lake.exists(RUNS):
         return pl.DataFrame(schema=polars_schema(RUNS.schema)), 0
     handle = lake.load(RUNS)
     files = handle.files()
     found: list[pl.DataFrame] = []
-    first = 0
-    for first in sorted({_day(file) for file in files}, reverse=True):
-        found.append(handle.reader.read([file for file in files if _day(file) == first], RUNS.schema.names))
+    day = 0
+    for day in sorted({_day(file) for file in files}, reverse=True):
+        found.append(handle.reader.read([file for file in files if _day(file) == day], RUNS.schema.names))
         if sum(part["run_id"].n_unique() for part in found) >= limit:
             break
-    return pl.concat(found) if found else handle.reader.read((), RUNS.schema.names), first
+    return pl.concat(found) if found else handle.reader.read((), RUNS.schema.names), day
 
 
-def _since(lake: Lake, table: Table, day: int) -> pl.DataFrame:
-    """The rows of a day, since 1970, and those after it."""
+def _read_since(lake: Lake, table: Table, day: int) -> pl.DataFrame:
+    """Return the rows of a day (in days since 1970) and later."""
     if not lake.exists(table):
         return pl.DataFrame(schema=polars_schema(table.schema))
     handle = lake.load(table)
@@ -236,30 +240,29 @@ def _since(lake: Lake, table: Table, day: int) -> pl.DataFrame:
 
 
 def _day(file: File) -> int:
-    """Days since 1970: both tables are partitioned by them."""
+    """Return the partition of a file, in days since 1970. Both tables are partitioned by day."""
     return int(file.partition[0])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PastRun:
-    """A run as `status --runs` shows it."""
+    """A run of the history. tables: number changed. warnings: number of expectations that did not pass."""
 
     run_id: str
     kind: str
     started_at: datetime
     seconds: float
     tables: int
-    """Tables that changed."""
     rows_written: int
     warnings: int
-    """Expectations that did not hold."""
     errors: tuple[str, ...]
 
 
 def past_runs(lake: Lake, limit: int) -> list[PastRun]:
-    """The newest runs that did or found something, the newest first. Reads no day before that of the oldest of them."""
-    runs, first = _newest(lake, limit)
-    broken = _since(lake, RESULTS, first).filter(pl.col("outcome") != "pass").group_by("run_id").len("warnings")
+    """Return the newest recorded runs, the newest first. Reads no day before that of the oldest of them."""
+    runs, first_day = _newest_runs(lake, limit)
+    results = _read_since(lake, EXPECTATION_RESULTS, first_day)
+    warnings = results.filter(pl.col("outcome") != "pass").group_by("run_id").len("warnings")
     found = (
         runs.group_by("run_id", "kind", "started_at")
         .agg(
@@ -268,33 +271,36 @@ def past_runs(lake: Lake, limit: int) -> list[PastRun]:
             pl.col("rows_written").sum(),
             pl.col("error").drop_nulls().sort().alias("errors"),
         )
-        .join(broken, on="run_id", how="left")
+        .join(warnings, on="run_id", how="left")
         .sort("started_at", "run_id", descending=True)
         .head(limit)
     )
     return [
         PastRun(
-            row["run_id"],
-            row["kind"],
-            row["started_at"],
-            row["ms"] / 1000,
-            row["tables"],
-            row["rows_written"],
-            row["warnings"] or 0,
-            tuple(row["errors"]),
+            run_id=row["run_id"],
+            kind=row["kind"],
+            started_at=row["started_at"],
+            seconds=row["ms"] / 1000,
+            tables=row["tables"],
+            rows_written=row["rows_written"],
+            warnings=row["warnings"] or 0,
+            errors=tuple(row["errors"]),
         )
         for row in found.to_dicts()
     ]
 
 
 def delete_old_days(lake: Lake, retention_days: float, now: datetime) -> int:
-    """Drop the days of both tables that ended longer ago than the retention; gives how many files. No row is rewritten."""
+    """Delete the days of both tables that ended longer ago than the retention; return the number of files.
+
+    Whole files are removed, so that no row is rewritten.
+    """
     limit = (now - timedelta(days=retention_days)).date()
-    first = (limit - datetime(1970, 1, 1, tzinfo=UTC).date()).days
+    first_day = (limit - datetime(1970, 1, 1, tzinfo=UTC).date()).days
 
     def drop(table: Table) -> int:
         handle = lake.load(table)
-        old = frozenset(file.path for file in handle.files() if _day(file) < first)
+        old = frozenset(file.path for file in handle.files() if _day(file) < first_day)
         if old:
             handle.commit(positions={}, removed_paths=old, changes_rows=False)
         return len(old)

@@ -83,7 +83,7 @@ def recorded(engine: Engine, kind: str) -> Iterator[list[StepResult]]:
             if events:
                 for result in results:
                     events.complete(result)
-    RunHistory(engine.lake).note(engine, run, results)
+    RunHistory(engine.lake).record(run, results)
 
 
 def run_once(
@@ -114,7 +114,7 @@ def run_once(
     errors = list({str(error): error for error in outcome.errors}.values())  # one upstream error can fail several tables
     if not any(isinstance(error, CatalogUnreachable) for error in errors):  # the history is in the catalog too
         try:
-            history.note(engine, run, outcome.results, errors)
+            history.record(run, outcome.results, errors)
         except Exception as error:
             errors.append(as_expected_error(error))
     worker_cpu = sum(result.worker_cpu_seconds for result in outcome.results)
@@ -134,7 +134,7 @@ def _record_failure(
     if isinstance(reason, CatalogUnreachable):
         return  # the history is in the catalog too
     with suppress(Exception):  # the error that ended the run is the one to raise
-        history.note(engine, run, results, [*errors, reason])
+        history.record(run, results, [*errors, reason])
 
 
 def _reason(error: BaseException) -> ShopSphereError:

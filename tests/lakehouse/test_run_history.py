@@ -1,4 +1,4 @@
-"""What runs did, as tables: noted once, shown by `status`, kept in bounds by `maintain`."""
+"""The run history: recorded once, shown by `status`, bounded by `maintain`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,16 @@ from lakehouse.iceberg.reader import File, FileReader
 from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.project import Project
 from lakehouse.query import query
-from lakehouse.run_history import OPERATIONS, RESULTS, RUNS, RunHistory, RunRecord, delete_old_days, last_results, past_runs
+from lakehouse.run_history import (
+    EXPECTATION_RESULTS,
+    OPERATIONS,
+    RUNS,
+    RunHistory,
+    RunRecord,
+    delete_old_days,
+    last_results,
+    past_runs,
+)
 from lakehouse.step import Step
 from lakehouse.table import Table
 from pipelines.silver.quarantine import QUARANTINE
@@ -34,16 +43,16 @@ def engine(tmp_path: Path) -> Engine:
     return sales_engine(tmp_path)
 
 
-def noted(engine: Engine, history: RunHistory | None = None, *more: ShopSphereError, kind: str = "run") -> RunRecord:
-    """Both steps as one run, noted."""
-    one, reports, errors = RunRecord(kind), [], list(more)
+def run_and_record(engine: Engine, history: RunHistory | None = None, *more: ShopSphereError, kind: str = "run") -> RunRecord:
+    """Refresh both steps as one run and record it."""
+    record, results, errors = RunRecord(kind), [], list(more)
     for step in (SALES_STEP, TOTALS_STEP):
         try:
-            reports.append(engine.refresh(step))
+            results.append(engine.refresh(step))
         except ExpectationsFailed as error:
             errors.append(error)
-    (history or RunHistory(engine.lake)).note(engine, one, reports, errors)
-    return one
+    (history or RunHistory(engine.lake)).record(record, results, errors)
+    return record
 
 
 def sales_project(steps: tuple[Step, ...]) -> Project:
@@ -52,66 +61,67 @@ def sales_project(steps: tuple[Step, ...]) -> Project:
 
 
 def counts(engine: Engine) -> tuple[int, int]:
+    """Return the number of rows in the tables of runs and of expectation results."""
     lake = engine.lake
-    return tuple(lake.load(table).read(["run_id"]).height if lake.exists(table) else 0 for table in (RUNS, RESULTS))
+    return tuple(lake.load(table).read(["run_id"]).height if lake.exists(table) else 0 for table in (RUNS, EXPECTATION_RESULTS))
 
 
-def test_a_run_is_a_row_a_table_and_a_result_an_expectation(engine):
+def test_a_run_has_a_row_per_table_and_a_result_per_expectation(engine):
     receive(engine, (1, "north", 10), (2, "moon", 20))
-    one = noted(engine)
+    record = run_and_record(engine)
     assert counts(engine) == (2, 4 + 5)
-    assert len(engine.lake.load(RUNS).iceberg_table.metadata.snapshots) == 1, "one commit a run"
+    assert len(engine.lake.load(RUNS).iceberg_table.metadata.snapshots) == 1, "one commit per run"
     (past,) = past_runs(engine.lake, 10)
-    assert (past.run_id, past.kind, past.tables, past.rows_written, past.warnings, past.errors) == (one.id, "run", 2, 4, 1, ())
+    assert (past.run_id, past.kind, past.tables, past.rows_written, past.warnings, past.errors) == (record.id, "run", 2, 4, 1, ())
     worst = next(result for result in last_results(engine.lake) if result.table == SALES.name)
     assert (worst.expectation, worst.outcome, worst.violations) == ("accepted(shop: east, north, south)", "warn", 1)
-    seen = query(
+    rows = query(
         engine.lake, OPERATIONS, "SELECT examples FROM operations.expectation_results WHERE outcome = 'warn'"
     ).to_pylist()
-    assert seen == [{"examples": "id=2"}]
+    assert rows == [{"examples": "id=2"}]
 
 
-def test_a_run_that_did_and_found_nothing_is_not_noted(engine):
+def test_a_run_with_nothing_new_is_not_recorded(engine):
     receive(engine, (1, "north", 10))
-    noted(engine)
+    run_and_record(engine)
     before = {name: engine.lake.load(table).snapshot for name, table in OPERATIONS.items()}
-    noted(engine)
+    run_and_record(engine)
     assert {name: engine.lake.load(table).snapshot for name, table in OPERATIONS.items()} == before
 
 
-def test_a_run_that_goes_on_for_ever_notes_what_is_new(engine):
+def test_a_recurring_run_records_only_what_is_new(engine):
     history = RunHistory(engine.lake)
     receive(engine, (1, "north", 10))
-    noted(engine, history)
+    run_and_record(engine, history)
     runs, results = counts(engine)
     receive(engine, (2, "north", 5), position="2")
-    noted(engine, history)
-    assert counts(engine) == (runs + 2, results), "outcomes are as they were"
+    run_and_record(engine, history)
+    assert counts(engine) == (runs + 2, results), "the outcomes are unchanged"
     for _ in range(3):
-        noted(engine, history, SourceError("the source is away"))
+        run_and_record(engine, history, SourceError("the source is unreachable"))
     assert counts(engine) == (runs + 3, results)
     receive(engine, (3, "north", -900), position="3")
     for _ in range(3):
-        noted(engine, history)
-    assert counts(engine) == (runs + 3 + 2, results + 1), "one expectation came out otherwise, one error, one table of silver"
+        run_and_record(engine, history)
+    assert counts(engine) == (runs + 3 + 2, results + 1), "one changed outcome, one error, one silver table"
     assert past_runs(engine.lake, 1)[0].errors[0].startswith(f"{TOTALS.name}: not published")
     assert next(r for r in last_results(engine.lake) if r.table == TOTALS.name).outcome == "fail"
 
 
-def test_two_runs_at_once_are_both_noted(engine, tmp_path):
+def test_concurrent_runs_are_both_recorded(engine, tmp_path):
     receive(engine, (1, "north", 10))
-    noted(engine)
-    report = StepResult(SALES.name, "changed", rows_written=1)
+    run_and_record(engine)
+    result = StepResult(SALES.name, "changed", rows_written=1)
     with ThreadPoolExecutor(2) as pool:
         engines = [sales_engine(tmp_path) for _ in range(2)]
-        list(pool.map(lambda one: RunHistory(one.lake).note(one, RunRecord("run"), [report]), engines))
+        list(pool.map(lambda engine: RunHistory(engine.lake).record(RunRecord("run"), [result]), engines))
     assert len(past_runs(engine.lake, 10)) == 3
 
 
-def test_old_days_are_dropped_and_young_ones_stay(engine):
+def test_old_days_are_deleted_and_recent_ones_stay(engine):
     for days in (200, 100, 3):
         long_ago = RunRecord("run", started_at=datetime.now(UTC) - timedelta(days=days))
-        RunHistory(engine.lake).note(engine, long_ago, [StepResult(SALES.name, "changed")])
+        RunHistory(engine.lake).record(long_ago, [StepResult(SALES.name, "changed")])
     assert delete_old_days(engine.lake, 120, datetime.now(UTC)) == 1
     assert len(past_runs(engine.lake, 10)) == 2
     for table in OPERATIONS.values():
@@ -121,13 +131,13 @@ def test_old_days_are_dropped_and_young_ones_stay(engine):
 
 
 @pytest.mark.parametrize(
-    ("error", "told", "code"),
+    ("error", "message", "code"),
     [
         (ValueError("north@example.org"), "The run ended early with an unforeseen ValueError.", 1),
         (KeyboardInterrupt(), "The run was stopped before its end.", 130),
     ],
 )
-def test_a_run_that_ends_early_is_noted_with_what_it_had_done(tmp_path, monkeypatch, capsys, error, told, code):
+def test_a_run_that_ends_early_is_recorded_with_its_changes(tmp_path, monkeypatch, capsys, error, message, code):
     from app.cli.main import main
 
     def transform(frames: object, context: object) -> None:
@@ -142,31 +152,30 @@ def test_a_run_that_ends_early_is_noted_with_what_it_had_done(tmp_path, monkeypa
     capsys.readouterr()
     assert main(["status", "--runs", "3", "--json"]) == 0
     (past,) = json.loads(capsys.readouterr().out)["runs"]
-    assert (past["tables"], past["rows_written"]) == (1, 1), "silver.sales was filled"
+    assert (past["tables"], past["rows_written"]) == (1, 1), "silver.sales was written"
     assert len(past["errors"]) == 1
-    assert past["errors"][0].startswith(told)
+    assert past["errors"][0].startswith(message)
     assert "example.org" not in past["errors"][0]
 
 
 @pytest.mark.parametrize("after", [1, 2])
-def test_old_days_go_while_a_run_notes_its_own(engine, monkeypatch, after):
+def test_old_days_are_deleted_while_a_run_is_recorded(engine, monkeypatch, after):
     now = datetime.now(UTC)
     for days in (200, 3):
-        RunHistory(engine.lake).note(
-            engine, RunRecord("run", started_at=now - timedelta(days=days)), [StepResult(SALES.name, "changed")]
-        )
+        long_ago = RunRecord("run", started_at=now - timedelta(days=days))
+        RunHistory(engine.lake).record(long_ago, [StepResult(SALES.name, "changed")])
     load, loaded = Lake.load, 0
 
-    def overtaken(lake: Lake, table: Table, **more: bool) -> TableHandle:
+    def load_then_commit_elsewhere(lake: Lake, table: Table, **more: bool) -> TableHandle:
         nonlocal loaded
         handle = load(lake, table, **more)
         loaded += 1
-        if loaded == after:  # of `forget`, or of `maintain` when it expires snapshots
+        if loaded == after:  # in `delete_old_days`, or in `maintain` when it expires snapshots
             other = load(lake, table)
             other.commit(positions=other.positions, changes_rows=False)
         return handle
 
-    monkeypatch.setattr(Lake, "load", overtaken)
+    monkeypatch.setattr(Lake, "load", load_then_commit_elsewhere)
     if after == 1:
         assert delete_old_days(engine.lake, 120, now) == 1
     else:
@@ -175,7 +184,7 @@ def test_old_days_go_while_a_run_notes_its_own(engine, monkeypatch, after):
     assert len(past_runs(engine.lake, 10)) == (1 if after == 1 else 2)
 
 
-def test_a_run_and_its_history_count_the_same_tables(tmp_path, monkeypatch, capsys):
+def test_a_run_and_its_record_count_the_same_tables(tmp_path, monkeypatch, capsys):
     from app.cli.main import main
 
     monkeypatch.setenv("SHOPSPHERE_HOME", str(tmp_path))
@@ -186,30 +195,30 @@ def test_a_run_and_its_history_count_the_same_tables(tmp_path, monkeypatch, caps
     receive(engine, (1, "north", 10))
     assert main(["run"]) == 0
     assert "2 of 2 tables changed" in capsys.readouterr().out
-    receive(engine, (1, "north", 10), position="2", at=NOW)  # as it was: silver has nothing to write, nor has gold
+    receive(engine, (1, "north", 10), position="2", at=NOW)  # unchanged: neither silver nor gold has anything to write
     assert main(["run"]) == 0
     assert "0 of 2 tables changed" in capsys.readouterr().out
     assert [run.tables for run in past_runs(engine.lake, 2)] == [0, 2]
 
 
-def test_the_newest_runs_are_shown_without_a_look_at_older_days(engine, monkeypatch):
+def test_the_newest_runs_are_read_without_older_days(engine, monkeypatch):
     for days in (9, 8, 3, 1):
-        one = RunRecord("run", started_at=datetime.now(UTC) - timedelta(days=days))
-        RunHistory(engine.lake).note(engine, one, [StepResult(SALES.name, "changed", rows_written=days)])
+        record = RunRecord("run", started_at=datetime.now(UTC) - timedelta(days=days))
+        RunHistory(engine.lake).record(record, [StepResult(SALES.name, "changed", rows_written=days)])
     read: list[int] = []
-    whole = FileReader.read
+    original = FileReader.read
 
-    def watched(self: FileReader, files: list[File], *rest: object, **more: object) -> pl.DataFrame:
+    def counting(self: FileReader, files: list[File], *rest: object, **more: object) -> pl.DataFrame:
         read.append(len(files))
-        return whole(self, files, *rest, **more)
+        return original(self, files, *rest, **more)
 
-    monkeypatch.setattr(FileReader, "read", watched)
+    monkeypatch.setattr(FileReader, "read", counting)
     assert [run.rows_written for run in past_runs(engine.lake, 2)] == [1, 3]
     assert sum(read) == 2
     assert [run.rows_written for run in past_runs(engine.lake, 10)] == [1, 3, 8, 9]
 
 
-def test_a_build_published_by_hand_is_noted_as_what_readers_have(tmp_path, monkeypatch, capsys):
+def test_a_manual_publication_is_recorded_with_the_published_snapshot(tmp_path, monkeypatch, capsys):
     from app.cli.main import main
     from lakehouse import status as tables_status
 
@@ -223,17 +232,17 @@ def test_a_build_published_by_hand_is_noted_as_what_readers_have(tmp_path, monke
 
     def shown() -> tuple[str, str]:
         results = [result for result in last_results(lake) if result.table == TOTALS.name]
-        told = tables_status._expectations(lake, lake.load(TOTALS), results, NOW)
-        return told["expectations"], "; ".join(told["broken"])
+        found = tables_status._expectations(lake, lake.load(TOTALS), results, NOW)
+        return found["expectations"], "; ".join(found["broken"])
 
     assert shown()[0] == "1 fail"
     assert main(["publish", "totals"]) == 0
     assert shown()[0] == "1 warn"
     assert "within(amount >= 0): 1 of 1 rows violate it, published by hand, for example shop=north" in shown()[1]
-    (seen,) = query(
+    (row,) = query(
         lake, OPERATIONS, "SELECT snapshot FROM operations.expectation_results WHERE detail LIKE '%by hand'"
     ).to_pylist()
-    assert seen["snapshot"] == lake.load(TOTALS).snapshot.snapshot_id
+    assert row["snapshot"] == lake.load(TOTALS).snapshot.snapshot_id
     assert main(["run"]) == 0
 
 

@@ -164,7 +164,7 @@ def test_freshness_page_shows_violated_expectations(filled: Settings) -> None:
             SALES_DAILY.name, rule, "fail", "fail", rows=10, violations=3, examples=("order_date=2026-01-01, channel=<web>",)
         )
         error = ExpectationsFailed(SALES_DAILY.name, [kept], "audit")
-        RunHistory(engine.lake).note(engine, RunRecord("run"), [StepResult("gold.dim_date", "changed")], [error])
+        RunHistory(engine.lake).record(RunRecord("run"), [StepResult("gold.dim_date", "changed")], [error])
     with running(replica(filled, scores_topic="")) as client:
         text = get_page(client, "/freshness").text
     assert "1 fail" in text
