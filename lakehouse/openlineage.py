@@ -1,9 +1,9 @@
-"""OpenLineage events of a run: which step made which table from which others, how many rows, how its expectations came out.
+"""OpenLineage events of a run: for each step its inputs and output, row counts and expectation results.
 
-Sent where OpenLineage's own configuration says (OPENLINEAGE_URL, OPENLINEAGE_CONFIG, OPENLINEAGE__..., openlineage.yml);
-without any, nothing is sent and the client is not even imported. A receiver that is down neither ends a run nor holds it up:
-events are sent beside it, and that it is away is logged once. Events hold names, types, counts and settings, never a value of a
-row.
+Events are sent to the receiver of OpenLineage's own configuration (OPENLINEAGE_URL, OPENLINEAGE_CONFIG, OPENLINEAGE__...,
+openlineage.yml). Without any, nothing is sent and the client is not imported. Events are sent by a thread of their own, so
+that a receiver that is down neither fails a run nor delays it; its failure is logged once. Events contain names, types,
+counts and settings, never a value of a row.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from lakehouse.engine.step_result import StepResult
 from lakehouse.errors import ShopSphereError
 from lakehouse.expectations import ExpectationResult, ExpectationsFailed
 from lakehouse.iceberg.table_handle import TableHandle
+from lakehouse.openlineage_facets import assertions_facet, column_lineage, schema_facet
 from lakehouse.run_history import RunRecord
-from lakehouse.step import Grouped, Lookup, Step, root_names, upstream_tables
+from lakehouse.step import Step, upstream_tables
 from lakehouse.table import Table
 
 if TYPE_CHECKING:
@@ -37,59 +38,60 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 PRODUCER = "urn:shopsphere:lakehouse"
-PATIENCE = 5.0
-"""Seconds that the end of a run waits for the next event to be taken."""
-PAUSE = 300.0
-"""Seconds for which this process sends nothing to a receiver that was away."""
+SEND_TIMEOUT_SECONDS = 5.0
+"""How long the end of a run waits for the next event to be sent."""
+RETRY_AFTER_SECONDS = 300.0
+"""How long this process sends nothing after the receiver has failed."""
 
 
 @dataclass
 class Receiver:
-    """What this process knows of the receiver of its events."""
+    """The state of the receiver of this process's events. paused_until: on the monotonic clock."""
 
     paused_until: float = 0.0
-    """By the monotonic clock."""
-    away: bool = False
-    """Whether it has been said that it is away."""
+    is_down: bool = False
 
-    def lost(self, what: str) -> None:
-        """It is away, or cannot be used: said once, and nothing is sent for a while."""
-        self.paused_until = time.monotonic() + PAUSE
-        if not self.away:
-            logger.warning("OpenLineage: %s. It is tried again every %g minutes.", what, PAUSE / 60)
-        self.away = True
+    def failed(self, reason: str) -> None:
+        """Pause sending for a while, and log the reason if the receiver was not down already."""
+        self.paused_until = time.monotonic() + RETRY_AFTER_SECONDS
+        if not self.is_down:
+            logger.warning("OpenLineage: %s. Retried every %g minutes.", reason, RETRY_AFTER_SECONDS / 60)
+        self.is_down = True
 
-    def reached(self) -> None:
-        """It takes events."""
-        if self.away:
+    def recovered(self) -> None:
+        """Log that the receiver accepts events again, if it was down."""
+        if self.is_down:
             logger.warning("OpenLineage: events are received again.")
-        self.away = False
+        self.is_down = False
 
 
 RECEIVER = Receiver()
 
 
-class Delivery:
-    """Sends the events of a run in their order, beside it: a receiver that does not answer holds nothing up."""
+class EventSender:
+    """Sends the events of a run in order, in a thread of its own, so that an unresponsive receiver delays nothing.
+
+    error  the kind of the transport's error, '' if there was none
+    sent   the number of events sent
+    """
 
     def __init__(self, client: OpenLineageClient) -> None:
         self.client = client
-        self.lost = ""
-        """The error of the transport, once it could not send."""
+        self.error = ""
         self.sent = 0
         self._events: SimpleQueue[RunEvent | None] = SimpleQueue()
         self._lock = threading.Lock()
-        self._waiting, self._since = 0, 0.0
-        # not waited for when the process ends: it may be stuck in a request
+        self._queued, self._last_progress = 0, 0.0
+        # a daemon, since it may be stuck in a request when the process ends
         self._thread = threading.Thread(target=self._send, name="openlineage", daemon=True)
         self._thread.start()
 
     def put(self, event: RunEvent | None) -> None:
-        """Send an event; None: there is none after it."""
+        """Queue an event; None ends the thread after the events before it."""
         with self._lock:
-            if not self._waiting:
-                self._since = time.monotonic()
-            self._waiting += 1
+            if not self._queued:
+                self._last_progress = time.monotonic()
+            self._queued += 1
         self._events.put(event)
 
     def _send(self) -> None:
@@ -98,25 +100,25 @@ class Delivery:
                 self.client.emit(event)
                 self.sent += 1
                 with self._lock:
-                    self._waiting -= 1
-                    self._since = time.monotonic()
-        except Exception as error:  # every transport has errors of its own, and none of them is worth a run
-            # nothing of the address: it may hold a key
-            self.lost = type(error).__name__
+                    self._queued -= 1
+                    self._last_progress = time.monotonic()
+        except Exception as error:  # each transport raises its own errors, and none may fail a run
+            # without the text, which may contain the address with a key
+            self.error = type(error).__name__
         with contextlib.suppress(Exception):
-            self.client.close(timeout=PATIENCE)
+            self.client.close(timeout=SEND_TIMEOUT_SECONDS)
 
-    def end(self) -> None:
-        """Wait until everything is sent, as long as events are taken."""
+    def finish(self) -> None:
+        """Wait until all events are sent, as long as the receiver accepts one every SEND_TIMEOUT_SECONDS."""
         self.put(None)
-        while self._thread.is_alive() and (left := self._since + PATIENCE - time.monotonic()) > 0:
+        while self._thread.is_alive() and (left := self._last_progress + SEND_TIMEOUT_SECONDS - time.monotonic()) > 0:
             self._thread.join(left)
         if self._thread.is_alive():
-            self.lost = f"no answer for {PATIENCE:g} s"
+            self.error = f"no response for {SEND_TIMEOUT_SECONDS:g} s"
 
 
 def configured() -> bool:
-    """Whether OpenLineage is configured, as its client looks for it."""
+    """Return whether OpenLineage is configured, in any of the places where its client looks."""
     if os.environ.get("OPENLINEAGE_DISABLED", "").lower() == "true":
         return False
     if any(name in ("OPENLINEAGE_URL", "OPENLINEAGE_CONFIG") or name.startswith("OPENLINEAGE__") for name in os.environ):
@@ -125,93 +127,97 @@ def configured() -> bool:
 
 
 @dataclass(frozen=True)
-class Begun:
-    """A step that has begun: its run, and the tables it reads as they were then."""
+class StartedStep:
+    """A step that has started: its run id, and the snapshot of each table that it reads."""
 
     run_id: str
     step: Step
-    upstream: Mapping[str, int | None]
+    upstream_snapshots: Mapping[str, int | None]
 
 
 @dataclass
 class LineageEvents:
-    """The events of one run. Nothing is sent before a step has something to do."""
+    """The events of one run. None is sent before a step has work to do.
 
-    delivery: Delivery
+    code_version  of the running code
+    failures      number of failed steps, and of sources that could not be read
+    """
+
+    sender: EventSender
     namespace: str
     run: RunRecord
-    version: str
-    begun: dict[str, Begun] = field(default_factory=dict)
-    announced: bool = False
-    failed: int = 0
-    """Steps that failed, and sources that could not be read."""
+    code_version: str
+    started_steps: dict[str, StartedStep] = field(default_factory=dict, init=False)
+    run_started: bool = field(default=False, init=False)
+    failures: int = field(default=0, init=False)
 
     def start(self, step: Step, target: TableHandle, upstream: Mapping[str, TableHandle]) -> None:
-        """A step has something to do. Called again for another attempt: it is the same run."""
-        if step.target.name in self.begun:
+        """Send that a step starts. A retry of the step belongs to the same run, so that it sends nothing."""
+        if step.target.name in self.started_steps:
             return
         from openlineage.client.event_v2 import RunState
         from openlineage.client.uuid import generate_new_uuid
 
-        self._announce()
-        versions = {name: handle.snapshot.snapshot_id if handle.snapshot else None for name, handle in upstream.items()}
-        begun = self.begun[step.target.name] = Begun(str(generate_new_uuid()), step, versions)
-        self._emit(lambda: self._event(begun, RunState.START, None, ()))
+        self._start_run()
+        snapshots = {name: handle.snapshot.snapshot_id if handle.snapshot else None for name, handle in upstream.items()}
+        started = self.started_steps[step.target.name] = StartedStep(str(generate_new_uuid()), step, snapshots)
+        self._emit(lambda: self._step_event(started, RunState.START, None, ()))
 
-    def complete(self, report: StepResult) -> None:
-        """A step is done; nothing for one that had nothing to do."""
+    def complete(self, result: StepResult) -> None:
+        """Send that a step has completed; nothing if it had no work to do."""
         from openlineage.client.event_v2 import RunState
 
-        if (begun := self.begun.pop(report.table, None)) is not None:
-            self._emit(lambda: self._event(begun, RunState.COMPLETE, report, report.results))
+        if (started := self.started_steps.pop(result.table, None)) is not None:
+            self._emit(lambda: self._step_event(started, RunState.COMPLETE, result, result.results))
 
     def fail(self, table: str, error: ShopSphereError) -> None:
-        """A step has failed."""
+        """Send that a step has failed."""
         from openlineage.client.event_v2 import RunState
 
-        if (begun := self.begun.pop(table, None)) is not None:
-            self.failed += 1
+        if (started := self.started_steps.pop(table, None)) is not None:
+            self.failures += 1
             results = error.results if isinstance(error, ExpectationsFailed) else ()
-            self._emit(lambda: self._event(begun, RunState.FAIL, None, results, error))
+            self._emit(lambda: self._step_event(started, RunState.FAIL, None, results, error))
 
-    def received(self, source: str, report: StepResult, table: Table) -> None:
-        """A source was read into a bronze table; nothing when there was nothing new."""
+    def ingested(self, source: str, result: StepResult, table: Table) -> None:
+        """Send that a source was read into a bronze table; nothing if there was nothing new."""
         from openlineage.client.event_v2 import RunState
         from openlineage.client.uuid import generate_new_uuid
 
-        if report.status == "unchanged":
+        if result.status == "unchanged":
             return
-        self._announce()
+        self._start_run()
         run_id = str(generate_new_uuid())
-        self._emit(lambda: self._reception(run_id, RunState.START, source, table, None))
-        self._emit(lambda: self._reception(run_id, RunState.COMPLETE, source, table, report))
+        self._emit(lambda: self._ingest_event(run_id, RunState.START, source, table, None))
+        self._emit(lambda: self._ingest_event(run_id, RunState.COMPLETE, source, table, result))
 
     def end(self, error: BaseException | None) -> None:
-        """The whole run is over, and with it every step that it has begun; nothing when no step had anything to do."""
+        """Send that the run has ended, and with it each step that has started; nothing if no step had work to do."""
         from openlineage.client.event_v2 import RunState
 
         state = RunState.FAIL if isinstance(error, Exception) else RunState.ABORT
-        for begun in self.begun.values():
-            self._emit(partial(self._event, begun, state, None, ()))
-        if self.announced:
-            self._emit(lambda: self._whole(state if error is not None else RunState.FAIL if self.failed else RunState.COMPLETE))
+        for started in self.started_steps.values():
+            self._emit(partial(self._step_event, started, state, None, ()))
+        if self.run_started:
+            completed = RunState.FAIL if self.failures else RunState.COMPLETE
+            self._emit(lambda: self._run_event(state if error is not None else completed))
 
-    def _announce(self) -> None:
+    def _start_run(self) -> None:
         from openlineage.client.event_v2 import RunState
 
-        if not self.announced:
-            self.announced = True
-            self._emit(lambda: self._whole(RunState.START))
+        if not self.run_started:
+            self.run_started = True
+            self._emit(lambda: self._run_event(RunState.START))
 
-    def _emit(self, make: Callable[[], RunEvent]) -> None:
+    def _emit(self, make_event: Callable[[], RunEvent]) -> None:
         try:
-            event = make()
-        except Exception as error:  # the client's own checks; no event is worth a run
-            self.delivery.lost = self.delivery.lost or type(error).__name__
+            event = make_event()
+        except Exception as error:  # the client validates events; an invalid one must not fail the run
+            self.sender.error = self.sender.error or type(error).__name__
         else:
-            self.delivery.put(event)
+            self.sender.put(event)
 
-    def _whole(self, state: Any) -> RunEvent:
+    def _run_event(self, state: Any) -> RunEvent:
         from openlineage.client.event_v2 import Job, RunEvent
         from openlineage.client.event_v2 import Run as OpenLineageRun
 
@@ -220,7 +226,7 @@ class LineageEvents:
         at = self.run.started_at if state.value == "START" else datetime.now(UTC)
         return RunEvent(eventTime=at.isoformat(), run=run, job=job, producer=PRODUCER, eventType=state, inputs=[], outputs=[])
 
-    def _reception(self, run_id: str, state: Any, source: str, table: Table, report: StepResult | None) -> RunEvent:
+    def _ingest_event(self, run_id: str, state: Any, source: str, table: Table, result: StepResult | None) -> RunEvent:
         from openlineage.client.event_v2 import InputDataset, Job, RunEvent
         from openlineage.client.event_v2 import Run as OpenLineageRun
 
@@ -231,14 +237,14 @@ class LineageEvents:
             producer=PRODUCER,
             eventType=state,
             inputs=[InputDataset(namespace=source, name=table.short_name.rsplit("__", 1)[-1])],
-            outputs=[self._output(table, report, (), None)],
+            outputs=[self._output(table, result, (), None)],
         )
 
-    def _event(
+    def _step_event(
         self,
-        begun: Begun,
+        started: StartedStep,
         state: Any,
-        report: StepResult | None,
+        result: StepResult | None,
         results: tuple[ExpectationResult, ...],
         error: ShopSphereError | None = None,
     ) -> RunEvent:
@@ -250,23 +256,23 @@ class LineageEvents:
         if error is not None:
             facets["errorMessage"] = error_message_run.ErrorMessageRunFacet(message=str(error), programmingLanguage="python")
         inputs = []
-        for table in upstream_tables(begun.step):
-            described: dict[str, Any] = {"schema": schema_facet(table)}
-            if (snapshot := begun.upstream.get(table.name)) is not None:
-                described["version"] = dataset_version_dataset.DatasetVersionDatasetFacet(datasetVersion=str(snapshot))
-            inputs.append(InputDataset(namespace=self.namespace, name=table.name, facets=described))
-        target = begun.step.target
+        for table in upstream_tables(started.step):
+            facets_of_input: dict[str, Any] = {"schema": schema_facet(table)}
+            if (snapshot := started.upstream_snapshots.get(table.name)) is not None:
+                facets_of_input["version"] = dataset_version_dataset.DatasetVersionDatasetFacet(datasetVersion=str(snapshot))
+            inputs.append(InputDataset(namespace=self.namespace, name=table.name, facets=facets_of_input))
+        target = started.step.target
         return RunEvent(
             eventTime=now(),
-            run=OpenLineageRun(runId=begun.run_id, facets=facets),
+            run=OpenLineageRun(runId=started.run_id, facets=facets),
             job=Job(namespace=self.namespace, name=target.name, facets=self._job_facets()),
             producer=PRODUCER,
             eventType=state,
             inputs=inputs,
-            outputs=[self._output(target, report, results, begun.step)],
+            outputs=[self._output(target, result, results, started.step)],
         )
 
-    def _output(self, table: Table, report: StepResult | None, results: tuple[ExpectationResult, ...], step: Step | None) -> Any:
+    def _output(self, table: Table, result: StepResult | None, results: tuple[ExpectationResult, ...], step: Step | None) -> Any:
         from openlineage.client.event_v2 import OutputDataset
         from openlineage.client.facet_v2 import (
             column_lineage_dataset,
@@ -280,20 +286,20 @@ class LineageEvents:
             facets["columnLineage"] = column_lineage_dataset.ColumnLineageDatasetFacet(fields=fields, dataset=whole)
         if results:
             facets["dataQualityAssertions"] = assertions_facet(results)
-        measured: dict[str, Any] = {}
-        if report is not None:
-            if report.snapshot is not None:
-                facets["version"] = dataset_version_dataset.DatasetVersionDatasetFacet(datasetVersion=str(report.snapshot))
-            measured["outputStatistics"] = output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet(
-                rowCount=report.rows_written, size=report.bytes_written
+        statistics: dict[str, Any] = {}
+        if result is not None:
+            if result.snapshot is not None:
+                facets["version"] = dataset_version_dataset.DatasetVersionDatasetFacet(datasetVersion=str(result.snapshot))
+            statistics["outputStatistics"] = output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet(
+                rowCount=result.rows_written, size=result.bytes_written
             )
-        return OutputDataset(namespace=self.namespace, name=table.name, facets=facets, outputFacets=measured)
+        return OutputDataset(namespace=self.namespace, name=table.name, facets=facets, outputFacets=statistics)
 
     def _run_facets(self, parent: bool = True) -> dict[str, Any]:
         from openlineage.client.facet_v2 import parent_run, processing_engine_run
 
         facets: dict[str, Any] = {
-            "processing_engine": processing_engine_run.ProcessingEngineRunFacet(version=self.version, name="ShopSphere")
+            "processing_engine": processing_engine_run.ProcessingEngineRunFacet(version=self.code_version, name="ShopSphere")
         }
         if parent:
             facets["parent"] = parent_run.ParentRunFacet(
@@ -308,9 +314,11 @@ class LineageEvents:
 
 
 @contextmanager
-def emit_events(engine: Engine, run: RunRecord, version: Callable[[], str]) -> Iterator[LineageEvents | None]:
-    """The events of a run, None where OpenLineage is not configured, or was away a moment ago. version: of the source code,
-    asked for only then."""
+def emit_events(engine: Engine, run: RunRecord, code_version: Callable[[], str]) -> Iterator[LineageEvents | None]:
+    """Send the events of a run. Yields None if OpenLineage is not configured, or its receiver has failed recently.
+
+    code_version: called only if events are sent.
+    """
     if not configured() or time.monotonic() < RECEIVER.paused_until:
         yield None
         return
@@ -318,92 +326,29 @@ def emit_events(engine: Engine, run: RunRecord, version: Callable[[], str]) -> I
 
     try:
         client = OpenLineageClient()
-    except Exception as wrong:
-        RECEIVER.lost(f"it is configured, but cannot be used ({type(wrong).__name__}): nothing is sent")
+    except Exception as error:  # an invalid configuration must not fail the run
+        RECEIVER.failed(f"the configuration cannot be used ({type(error).__name__}): nothing is sent")
         yield None
         return
-    delivery = Delivery(client)
-    events = LineageEvents(delivery, engine.lake.settings.catalog.name, run, version())
+    sender = EventSender(client)
+    events = LineageEvents(sender, engine.lake.settings.catalog.name, run, code_version())
     before, engine.on_start = engine.on_start, events.start
-    error: BaseException | None = None
+    raised: BaseException | None = None
     try:
         yield events
-    except BaseException as caught:
-        error = caught
+    except BaseException as error:
+        raised = error
         raise
     finally:
         engine.on_start = before
-        events.end(error)
-        delivery.end()
-        if delivery.lost:
-            RECEIVER.lost(f"events of this run were lost, the transport failed ({delivery.lost})")
-        elif delivery.sent:
-            RECEIVER.reached()
+        events.end(raised)
+        sender.finish()
+        if sender.error:
+            RECEIVER.failed(f"events of this run were lost, because the transport failed ({sender.error})")
+        elif sender.sent:
+            RECEIVER.recovered()
 
 
 def now() -> str:
-    """The time, as events have it."""
+    """Return the current time in the format of events."""
     return datetime.now(UTC).isoformat()
-
-
-def schema_facet(table: Table) -> Any:
-    """The declared columns with what they mean."""
-    from openlineage.client.facet_v2 import schema_dataset
-
-    return schema_dataset.SchemaDatasetFacet(
-        fields=[
-            schema_dataset.SchemaDatasetFacetFields(name=c.name, type=str(c.type), description=c.doc, ordinal_position=n)
-            for n, c in enumerate(table.columns, start=1)
-        ]
-    )
-
-
-def column_lineage(step: Step, namespace: str) -> tuple[dict[str, Any], list[Any]]:
-    """What the declarations tell: group columns come from the expressions of `keys`; every column that is read shapes the
-    table somehow. How `transform` makes the other columns is code, not declared, and nothing is guessed."""
-    from openlineage.client.facet_v2 import column_lineage_dataset as facet
-
-    def input_field(table: Table, name: str, kind: str, subtype: str) -> Any:
-        return facet.InputField(
-            namespace=namespace,
-            name=table.name,
-            field=name,
-            transformations=[facet.Transformation(type=kind, subtype=subtype)],
-        )
-
-    fields: dict[str, Any] = {}
-    whole: dict[tuple[str, str], Any] = {}
-    for read in step.reads.values():
-        if isinstance(read, Grouped):
-            for keys in read.keys:
-                for name, expression in zip(step.target.group, keys, strict=True):
-                    plain = expression.meta.is_column()
-                    inputs = [
-                        input_field(read.table, root, "DIRECT", "IDENTITY" if plain else "TRANSFORMATION")
-                        for root in root_names(expression)
-                    ]
-                    known = fields.setdefault(name, facet.Fields(inputFields=[])).inputFields
-                    known += [one for one in inputs if one not in known]
-        columns = read.columns or tuple(column.name for column in read.table.columns)
-        subtype = "JOIN" if isinstance(read, Lookup) else "GROUP_BY" if isinstance(read, Grouped) else "CONDITIONAL"
-        for name in (*columns, *((read.on,) if isinstance(read, Lookup) else ())):
-            whole.setdefault((read.table.name, name), input_field(read.table, name, "INDIRECT", subtype))
-    return fields, list(whole.values())
-
-
-def assertions_facet(results: tuple[ExpectationResult, ...]) -> Any:
-    """How expectations came out."""
-    from openlineage.client.facet_v2 import data_quality_assertions_dataset as facet
-
-    return facet.DataQualityAssertionsDatasetFacet(
-        assertions=[
-            facet.Assertion(
-                assertion=result.expectation.partition("(")[0],
-                success=result.outcome == "pass",
-                severity="error" if result.severity == "fail" else "warn",
-                name=result.expectation,
-                actual=result.detail or f"{result.violations} of {result.rows} rows",
-            )
-            for result in results
-        ]
-    )

@@ -193,13 +193,13 @@ class _Runner:
         except Exception as error:
             expected = self._record_error(error, source.tables)
             if self.events:
-                self.events.failed += 1
+                self.events.failures += 1
             _end_phase_without_catalog(expected)
             return
         for result in results:
             self.on_progress(result.table, result)
             if self.events:
-                self.events.received(source.name, result, self.project.bronze[result.table])
+                self.events.ingested(source.name, result, self.project.bronze[result.table])
         self.outcome.results += results
 
     def _refresh(self, step: Step) -> None:
