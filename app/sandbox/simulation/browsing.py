@@ -24,7 +24,7 @@ class Checkout:
     tested: int = 0
 
 
-class Browsing:
+class BrowsingSimulation:
     """Sends the events of sessions."""
 
     def __init__(self, simulation: Simulation, messages: Messages) -> None:

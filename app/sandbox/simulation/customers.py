@@ -23,7 +23,7 @@ UPDATE_USER = (
 )
 
 
-class Customers:
+class CustomerSimulation:
     """Writes a person's accounts: a web account, sometimes a second one, and a loyalty card."""
 
     def __init__(self, simulation: Simulation, messages: Messages) -> None:

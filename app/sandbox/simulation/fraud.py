@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from app.sandbox.people import DAY, FIRST_USER_ID, USERS_PER_PERSON, SandboxPerson, make_person
-from app.sandbox.simulation.customers import Customers
+from app.sandbox.simulation.customers import CustomerSimulation
 from app.sandbox.simulation.messages import Messages
-from app.sandbox.simulation.orders import FraudDetails, Orders
+from app.sandbox.simulation.orders import FraudDetails, OrderSimulation
 from app.sandbox.simulation.progress import HOUR, MINUTE, sql_time
 from app.sandbox.simulation.state import Simulation
 
 
-class Fraud:
+class FraudSimulation:
     """Places fraudulent orders."""
 
-    def __init__(self, simulation: Simulation, messages: Messages, customers: Customers, orders: Orders) -> None:
+    def __init__(
+        self, simulation: Simulation, messages: Messages, customers: CustomerSimulation, orders: OrderSimulation
+    ) -> None:
         self.simulation, self.messages, self.customers, self.orders = simulation, messages, customers, orders
 
     def order_with_stolen_account(self, time: int, person: SandboxPerson) -> None:

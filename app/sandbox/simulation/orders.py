@@ -11,11 +11,11 @@ from app.sandbox.catalogue import decimal_text, local_price
 from app.sandbox.marketplace import MarketplaceLine, contact, document, moment, object_id, order_number, plain_amount, unreadable
 from app.sandbox.people import DAY, SandboxPerson
 from app.sandbox.places import SHOPS_OF, STORES, WAREHOUSE_OF
-from app.sandbox.simulation.browsing import Browsing, Checkout
-from app.sandbox.simulation.customers import Customers
+from app.sandbox.simulation.browsing import BrowsingSimulation, Checkout
+from app.sandbox.simulation.customers import CustomerSimulation
 from app.sandbox.simulation.progress import HOUR, MINUTE, sql_time
 from app.sandbox.simulation.state import PRODUCTS, Simulation
-from app.sandbox.simulation.warehouse import Warehouse, pair_quantities
+from app.sandbox.simulation.warehouse import StockSimulation, pair_quantities
 from app.sandbox.sink import Value
 
 UNREADABLE_DOCUMENTS = 0.0006
@@ -64,10 +64,12 @@ class OrderHeader:
     address: str | None = None
 
 
-class Orders:
+class OrderSimulation:
     """Writes orders, and the events and stock movements that belong to them."""
 
-    def __init__(self, simulation: Simulation, customers: Customers, browsing: Browsing, warehouse: Warehouse) -> None:
+    def __init__(
+        self, simulation: Simulation, customers: CustomerSimulation, browsing: BrowsingSimulation, warehouse: StockSimulation
+    ) -> None:
         self.simulation, self.customers, self.browsing, self.warehouse = simulation, customers, browsing, warehouse
 
     # The web shop

@@ -18,14 +18,14 @@ from random import Random
 from app.sandbox.catalogue import NOMINAL, decimal_text, rates
 from app.sandbox.people import DAY
 from app.sandbox.places import SHOPS_OF, STORES
-from app.sandbox.simulation.browsing import Browsing
-from app.sandbox.simulation.customers import Customers
-from app.sandbox.simulation.fraud import Fraud
+from app.sandbox.simulation.browsing import BrowsingSimulation
+from app.sandbox.simulation.customers import CustomerSimulation
+from app.sandbox.simulation.fraud import FraudSimulation
 from app.sandbox.simulation.messages import Messages
-from app.sandbox.simulation.orders import Orders
+from app.sandbox.simulation.orders import OrderSimulation
 from app.sandbox.simulation.progress import HOUR, MINUTE, ShopProgress, as_date, draw_poisson, draw_time, sql_time
 from app.sandbox.simulation.state import Action, Simulation
-from app.sandbox.simulation.warehouse import Warehouse
+from app.sandbox.simulation.warehouse import StockSimulation
 from app.sandbox.sink import Sink
 from app.sandbox.stock import StoreStock
 
@@ -42,11 +42,11 @@ class Shop:
     ) -> None:
         self.simulation = Simulation(progress, sink, stock, later)
         messages = Messages(self.simulation)
-        self.customers = Customers(self.simulation, messages)
-        self.warehouse = Warehouse(self.simulation, messages)
-        self.browsing = Browsing(self.simulation, messages)
-        self.orders = Orders(self.simulation, self.customers, self.browsing, self.warehouse)
-        self.fraud = Fraud(self.simulation, messages, self.customers, self.orders)
+        self.customers = CustomerSimulation(self.simulation, messages)
+        self.warehouse = StockSimulation(self.simulation, messages)
+        self.browsing = BrowsingSimulation(self.simulation, messages)
+        self.orders = OrderSimulation(self.simulation, self.customers, self.browsing, self.warehouse)
+        self.fraud = FraudSimulation(self.simulation, messages, self.customers, self.orders)
         self.actions: dict[str, Callable[..., None]] = {
             "join": self.customers.join,
             "second": self.customers.open_second_account,

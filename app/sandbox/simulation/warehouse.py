@@ -22,7 +22,7 @@ def pair_quantities(store: int, lines: list[MarketplaceLine]) -> PairQuantities:
     return [[store * PRODUCTS + line.product, line.quantity] for line in lines]
 
 
-class Warehouse:
+class StockSimulation:
     """Keeps the stock and sends its events."""
 
     def __init__(self, simulation: Simulation, messages: Messages) -> None:
@@ -55,7 +55,7 @@ class Warehouse:
         if random.random() < 0.5 * busy:
             simulation.at(start + 3 * HOUR, "price", random.randrange(PRODUCTS))
 
-    # Orders
+    # OrderSimulation
 
     def deliver_express(self, time: int, pair: int, quantity: int) -> None:
         """Receive units that an order needs at once."""
