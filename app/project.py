@@ -7,4 +7,9 @@ from dataclasses import replace
 import pipelines
 from ml.tables import MODEL_STEPS, REBUILD
 
-PROJECT = replace(pipelines.PROJECT, on_demand=MODEL_STEPS, rebuild_on_demand=REBUILD)
+PROJECT = replace(
+    pipelines.PROJECT,
+    on_demand=MODEL_STEPS,
+    on_demand_refresh="the next train or monitor",
+    rebuild_on_demand=REBUILD,
+)

@@ -1,4 +1,4 @@
-"""A digest of a table's business columns: the same whatever the order of rows, the files, or the time of the run."""
+"""A digest of a table's business columns. Independent of row order, files and the time of the run."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ MODULUS = 2**64
 
 
 def business_columns(handle: TableHandle) -> list[str]:
-    """The columns that count: all but those whose name starts with an underscore, in alphabetical order."""
+    """Return the columns whose name does not start with an underscore, in alphabetical order."""
     return sorted(name for name in handle.reader.schema.names if not name.startswith("_"))
 
 
 def digest(handle: TableHandle) -> str:
-    """'<rows>-<16 hex digits>': the sum, modulo 2^64, of each row's MD5 over its columns' text."""
+    """Return '<rows>-<16 hex digits>': the sum, modulo 2^64, of each live row's MD5 over the text of its columns."""
     columns = business_columns(handle)
     rows, total = 0, 0
-    # each value behind its length, so that no value can look like two
+    # each value is prefixed by its length, so that no two rows have the same text
     text = ", ".join(f"coalesce(length(\"{name}\"::VARCHAR) || ':' || \"{name}\"::VARCHAR, '~')" for name in columns)
     for file in handle.files():
         frame = handle.reader.read([file], columns, live_rows(handle.table, None))

@@ -369,12 +369,13 @@ class ExpectationsFailed(ShopSphereError):
 
     def __init__(self, table: str, results: Sequence[ExpectationResult], branch: str = "") -> None:
         self.table, self.results, self.branch = table, tuple(results), branch
-        self.remedy = "publish" if branch else "run"
         violated = "; ".join(str(result) for result in results if result.outcome == "fail")
         staged = f" The staged snapshot is on branch '{branch}'; if its rows are right, publish it." if branch else ""
         super().__init__(
             f"{table}: not published, readers keep the previous rows. {violated}. "
-            f"Correct the rows at their source and run again.{staged}"
+            f"Correct the rows at their source and run again.{staged}",
+            remedy="publish" if branch else "run",
+            remedy_tables=(table,),
         )
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -1,4 +1,4 @@
-"""Where work runs: in this process when there is little of it, else on Ray Data.
+"""A pool that runs tasks in this process when there is little work, else on Ray Data.
 
 The same functions run in both places; only the cost differs. Ray is started when it is first needed.
 """
@@ -19,20 +19,22 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from lakehouse.errors import SettingsError
+from lakehouse.errors import SettingsError, ShopSphereError
 from lakehouse.settings import RaySettings
+from lakehouse.transient_errors import as_transient_error, causes_of
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 ROOT = Path(__file__).resolve().parents[1]
-IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""In the environment of the driver of a submitted job."""
+JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set in the environment of the driver of a submitted job."""
+EVERY_BUCKET = -1
 
 
 @dataclass(frozen=True)
 class Block:
-    """A part of a task's output that another task will read: an Arrow table under a kind and a bucket."""
+    """A part of a task's output that other tasks read: an Arrow table with a kind and a bucket."""
 
     kind: str
     bucket: int
@@ -41,38 +43,39 @@ class Block:
 
 @dataclass
 class Blocks:
-    """The pieces of many tasks, in memory or in Ray's object store; picklable into tasks."""
+    """The output of many tasks, in memory or in Ray's object store. Can be passed to tasks."""
 
     local: list[Block] = field(default_factory=list)
     refs: list[Any] = field(default_factory=list)
     cpu_seconds: float = 0.0
 
     def of(self, kind: str, bucket: int | None = None) -> Iterator[pa.Table]:
-        """The tables of a kind; with `bucket`, those of that bucket and those for every bucket (-1)."""
-        for piece in self.local:
-            if piece.kind == kind and (bucket is None or piece.bucket in (bucket, -1)):
-                yield piece.table
+        """Yield the tables of a kind; with `bucket`, those of that bucket and those for every bucket."""
+        for block in self.local:
+            if block.kind == kind and (bucket is None or block.bucket in (bucket, EVERY_BUCKET)):
+                yield block.table
         if self.refs:
             import ray
 
-            for block in ray.get(self.refs):
-                kinds, buckets, data = block.column("kind"), block.column("bucket"), block.column("data")
-                for row in range(block.num_rows):
-                    if kinds[row].as_py() == kind and (bucket is None or buckets[row].as_py() in (bucket, -1)):
+            for output in ray.get(self.refs):
+                kinds, buckets, data = output.column("kind"), output.column("bucket"), output.column("data")
+                for row in range(output.num_rows):
+                    if kinds[row].as_py() == kind and (bucket is None or buckets[row].as_py() in (bucket, EVERY_BUCKET)):
                         yield pa.ipc.open_stream(data[row].as_buffer()).read_all()
 
 
-def _serialised(pieces: Sequence[Block]) -> pa.Table:
+def _serialize(blocks: Sequence[Block]) -> pa.Table:
+    """Return a table of one row per block, as tasks on Ray return it."""
     rows = []
-    for piece in pieces:
+    for block in blocks:
         sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, piece.table.schema) as stream:
-            stream.write_table(piece.table)
+        with pa.ipc.new_stream(sink, block.table.schema) as stream:
+            stream.write_table(block.table)
         rows.append(sink.getvalue())
     return pa.table(
         {
-            "kind": pa.array([piece.kind for piece in pieces], pa.string()),
-            "bucket": pa.array([piece.bucket for piece in pieces], pa.int32()),
+            "kind": pa.array([block.kind for block in blocks], pa.string()),
+            "bucket": pa.array([block.bucket for block in blocks], pa.int32()),
             "data": pa.array([row.to_pybytes() for row in rows], pa.large_binary()),
         }
     )
@@ -82,30 +85,30 @@ class TaskPool:
     """Runs functions over items, on Ray Data or in this process."""
 
     def __init__(self, settings: RaySettings, on_disk: str = "") -> None:
-        """on_disk: what of this machine's disk the functions read or write, '' for nothing: other machines have not got it."""
+        """`on_disk`: directory on this machine's disk that tasks read or write, '' for none; other machines cannot reach it."""
         self.settings = settings
         self.on_disk = on_disk
         self.started = False
 
     def start(self) -> None:
-        """Join or start Ray, once. Raises SettingsError when the cluster cannot be reached."""
+        """Connect to Ray, or start it, once. Raises SettingsError when the cluster is unreachable."""
         if self.started:
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-        # Ray's default of 15 starves the workers of a job for minutes on a machine that does anything else
+        # Ray's default of 15 starves a job's workers for minutes on a machine with any other load
         os.environ.setdefault("RAY_worker_niceness", "0")
         paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
         address = self.settings.address or os.environ.get("RAY_ADDRESS") or None
         if not address:
-            # what Ray does by itself, but then it says so on every start
+            # the default of Ray, which prints a notice on every start unless it is set
             os.environ.setdefault("RAY_AUTH_MODE", "token")
         import ray
 
         try:
-            with _own_handler(signal.SIGTERM):
+            with _keep_signal_handler(signal.SIGTERM):
                 self._init(address)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise SettingsError(
@@ -116,11 +119,11 @@ class TaskPool:
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         context.enable_operator_progress_bars = False
-        # wrapped in Ray's own exception, an error comes without what it is and what caused it
+        # otherwise Ray wraps errors in its own exception, without their type and cause
         context.raise_original_map_exception = True
         for name in ("ray", "ray._private"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        # an error is raised to us: pages of Ray's own stack beside it tell nothing
+        # errors are raised to the caller: Ray's own stack traces add nothing
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         self.started = True
 
@@ -138,25 +141,25 @@ class TaskPool:
                 configure_logging=False,
             )
             return
-        # a job brings its code along; from elsewhere it has to be sent to nodes that may not have it
-        code = None if IN_A_JOB in os.environ else {"working_dir": str(ROOT)}
+        # a submitted job has its code on the nodes; any other driver has to send it
+        code = None if JOB_CONFIG_VARIABLE in os.environ else {"working_dir": str(ROOT)}
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=code)
 
     def check(self) -> None:
-        """Ray is started. Raises SettingsError when work would read or write the disks of several machines."""
-        if self.on_disk and not self.settings.shared_disk and (count := machines()) > 1:
+        """Raise SettingsError if tasks on several machines would use the disk of this one. Ray must be started."""
+        if self.on_disk and not self.settings.shared_disk and (count := count_machines()) > 1:
             raise SettingsError(
-                f"Ray has {count} machines, but {self.on_disk} is on the disk of this one. Put it where all of them reach it "
-                "(catalog.properties: warehouse s3://...), or set SHOPSPHERE_RAY__SHARED_DISK=true if all mount it at that path."
+                f"Ray has {count} machines, but {self.on_disk} is on the disk of this one. Use storage that all machines reach "
+                "(catalog.properties: warehouse s3://...), or set SHOPSPHERE_RAY__SHARED_DISK=true if all mount this path."
             )
 
     def map(
-        self, function: Callable[[Item, Blocks], Result], items: Sequence[Item], pieces: Blocks, *, parallel: bool
+        self, function: Callable[[Item, Blocks], Result], items: Sequence[Item], blocks: Blocks, *, parallel: bool
     ) -> tuple[list[Result], float]:
-        """Run `function` over `items`, each with all `pieces`; gives the results in the items' order, and the CPU
-        seconds used elsewhere."""
+        """Call `function` for each item, with all `blocks`. Return the results in the order of the items, and the CPU seconds
+        used on Ray."""
         if not parallel or not items:
-            return [function(item, pieces) for item in items], 0.0
+            return [function(item, blocks) for item in items], 0.0
         self.start()
         self.check()
         import cloudpickle
@@ -166,28 +169,28 @@ class TaskPool:
 
         def run(row: dict[str, Any]) -> dict[str, Any]:
             started = time.process_time()
-            # object references travel in the closure, where Ray sees them: hidden in pickled bytes they would never resolve
-            with in_task():
-                result = cloudpickle.loads(payload)(pickle.loads(row["item"]), pieces)
+            # object references must be in the closure, where Ray finds them: inside pickled bytes they would never resolve
+            with task_environment():
+                result = cloudpickle.loads(payload)(pickle.loads(row["item"]), blocks)
             return {"number": row["number"], "result": pickle.dumps(result), "cpu": time.process_time() - started}
 
         dataset = ray.data.from_items(
             [{"number": number, "item": cloudpickle.dumps(item)} for number, item in enumerate(items)],
             override_num_blocks=len(items),
         ).map(run)
-        rows = sorted(_unwrapped(dataset.take_all), key=lambda row: int(row["number"]))
+        rows = sorted(_raise_project_errors(dataset.take_all), key=lambda row: int(row["number"]))
         return [pickle.loads(row["result"]) for row in rows], sum(float(row["cpu"]) for row in rows)
 
     def extract(self, function: Callable[[Item], list[Block]], items: Sequence[Item], *, parallel: bool) -> Blocks:
-        """Run `function` over `items`; what it gives stays where it was made."""
+        """Call `function` for each item. The blocks that it returns stay on the node that created them."""
         return self.transform(lambda item, _: function(item), items, Blocks(), parallel=parallel)
 
     def transform(
-        self, function: Callable[[Item, Blocks], list[Block]], items: Sequence[Item], pieces: Blocks, *, parallel: bool
+        self, function: Callable[[Item, Blocks], list[Block]], items: Sequence[Item], blocks: Blocks, *, parallel: bool
     ) -> Blocks:
-        """Run `function` over `items`, each with all `pieces`; what it gives stays where it was made."""
+        """Call `function` for each item, with all `blocks`. The blocks that it returns stay on the node that created them."""
         if not parallel or not items:
-            return Blocks(local=[piece for item in items for piece in function(item, pieces)])
+            return Blocks(local=[block for item in items for block in function(item, blocks)])
         self.start()
         self.check()
         import cloudpickle
@@ -197,17 +200,17 @@ class TaskPool:
 
         def run(batch: pa.Table) -> pa.Table:
             started = time.process_time()
-            # object references travel in the closure, as in `map`
-            with in_task():
+            # object references must be in the closure, as in `map`
+            with task_environment():
                 work = cloudpickle.loads(payload)
-                made = [piece for item in batch.column("item").to_pylist() for piece in work(pickle.loads(item), pieces)]
+                output = [block for item in batch.column("item").to_pylist() for block in work(pickle.loads(item), blocks)]
             cpu = Block("cpu", -1, pa.table({"seconds": [time.process_time() - started]}))
-            return _serialised([*made, cpu])
+            return _serialize([*output, cpu])
 
         dataset = ray.data.from_items(
             [{"item": cloudpickle.dumps(item)} for item in items], override_num_blocks=len(items)
         ).map_batches(run, batch_size=1, batch_format="pyarrow")
-        refs = _unwrapped(lambda: dataset.materialize().to_arrow_refs())
+        refs = _raise_project_errors(lambda: dataset.materialize().to_arrow_refs())
         result = Blocks(refs=refs)
         result.cpu_seconds = sum(float(table["seconds"][0].as_py()) for table in result.of("cpu"))
         return result
@@ -221,16 +224,16 @@ class TaskPool:
             self.started = False
 
 
-def machines() -> int:
-    """On how many machines Ray runs, by their addresses; Ray is started."""
+def count_machines() -> int:
+    """Return the number of machines that Ray runs on, by their addresses. Ray must be started."""
     import ray
 
     return len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager
-def _own_handler(number: signal.Signals) -> Iterator[None]:
-    """Keep this process's handler of a signal: Ray puts its own in the place of it."""
+def _keep_signal_handler(number: signal.Signals) -> Iterator[None]:
+    """Restore this process's signal handler afterwards: Ray replaces it by its own."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -243,17 +246,14 @@ def _own_handler(number: signal.Signals) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def in_task() -> Iterator[None]:
-    """Around what a task does: it has a working directory, and an outage is raised as what it is, since an error loses what
-    caused it on its way to the driver."""
+def task_environment() -> Iterator[None]:
+    """Prepare a worker for a task: a working directory that exists, and transient errors raised as such, because an error
+    loses its cause on the way to the driver."""
     try:
         os.getcwd()
     except FileNotFoundError:
-        # Ray deletes the code of a job that died under a worker that goes on to work for the next one
+        # Ray deletes the code of a dead job, but its workers go on to serve the next one
         os.chdir(ROOT if ROOT.exists() else "/")
-    from lakehouse.errors import ShopSphereError
-    from lakehouse.transient_errors import as_transient_error
-
     try:
         yield
     except ShopSphereError:
@@ -264,19 +264,16 @@ def in_task() -> Iterator[None]:
         raise
 
 
-def _unwrapped(action: Callable[[], Any]) -> Any:
-    """Run a Ray Data action; an error of ours raised in a task comes out as itself."""
-    from lakehouse.errors import ShopSphereError
-    from lakehouse.transient_errors import causes_of
-
+def _raise_project_errors(action: Callable[[], Any]) -> Any:
+    """Call a Ray Data action; raise a ShopSphereError of a task as itself."""
     try:
         return action()
     except Exception as error:
-        ours = None
+        found = None
         for cause in causes_of(error):
-            # the innermost: what Ray makes of an error of ours is one too, but its text is the task's whole stack
-            ours = cause if isinstance(cause, ShopSphereError) else ours
-        if ours is None:
+            # the innermost one: Ray's copy of a ShopSphereError is one too, but its text is the task's whole stack trace
+            found = cause if isinstance(cause, ShopSphereError) else found
+        if found is None:
             raise
-        ours.args = (str(ours).split("\n", 1)[0], *ours.args[1:])  # Ray has put its own advice below
-        raise ours from None
+        found.args = (str(found).split("\n", 1)[0], *found.args[1:])  # Ray appends advice of its own
+        raise found from None

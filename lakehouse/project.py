@@ -1,4 +1,4 @@
-"""Declarations: everything that an application maintains. Frozen values, no I/O."""
+"""Declarations: the sources, tables and steps of an application. Frozen values, no I/O."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ if TYPE_CHECKING:
     from lakehouse.engine.step_result import StepResult
 
 Rebuild = Callable[["Engine"], "StepResult"]
-"""rebuild(engine) -> result: recompute one table from everything upstream."""
+"""rebuild(engine) -> result of recomputing one table from all upstream rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Project:
     """The sources, tables and steps of an application: the one list from which all others derive.
 
-    sources       sources(settings) -> the enabled ones
-    source_tables the tables that sources append to
-    steps         refreshed by every run
-    on_demand     steps that a run leaves alone: other commands refresh them. By table name: how each is rebuilt
-    other_tables  tables that neither a source nor a step writes
-    quarantine    the table of rows that cannot be read or break an expectation
+    sources            sources(settings) -> the enabled ones
+    source_tables      the tables that sources append to
+    steps              refreshed by every run
+    quarantine         the table of rows that cannot be parsed or violate an expectation
+    on_demand          steps that a run does not refresh
+    on_demand_refresh  what refreshes them, as a noun for texts
+    rebuild_on_demand  by table name, how each of their tables is rebuilt
+    other_tables       tables that neither a source nor a step writes
     """
 
     sources: Callable[[Any], tuple[Source, ...]]
@@ -37,6 +39,7 @@ class Project:
     steps: tuple[Step, ...]
     quarantine: Table
     on_demand: tuple[Step, ...] = ()
+    on_demand_refresh: str = "the next refresh on demand"
     rebuild_on_demand: Mapping[str, Rebuild] = field(default_factory=dict)
     other_tables: tuple[Table, ...] = ()
 
@@ -47,7 +50,7 @@ class Project:
 
     @cached_property
     def ordered_steps(self) -> tuple[Step, ...]:
-        """Return the steps of a run, each after all that it reads."""
+        """Return the steps of a run, each after the steps whose tables it reads."""
         return in_dependency_order(self.steps)
 
     @cached_property
@@ -70,5 +73,5 @@ class Project:
         return found[0]
 
     def is_on_demand(self, name: str) -> bool:
-        """Return whether a table is maintained by a command of its own."""
+        """Return whether a run leaves the table alone."""
         return any(step.target.name == name for step in self.on_demand)

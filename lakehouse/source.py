@@ -1,4 +1,4 @@
-"""Declarations: what a source of bronze rows is. The engine plans, extracts in parallel, commits, acknowledges."""
+"""The protocol of a source of bronze rows. The engine calls it to plan, reads in parallel, commits, and acknowledges."""
 
 from __future__ import annotations
 
@@ -9,32 +9,33 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 Position = Mapping[str, Any]
-"""How far a table has read its source: a JSON object, stored in the snapshot that holds the rows."""
+"""How far a source has been read for a table: a JSON object, stored in the snapshot that contains the rows."""
 
 RESNAPSHOT, EPOCH = "again", "generation"
+"""Keys of a position. Stored positions have the second, so its value stays."""
 
 
 def restart_position(position: Position | None) -> Position | None:
-    """The position to plan from when a table must be read from its beginning once more; None when it never was read.
+    """Return the position from which a re-snapshot is planned; None for a table that was never read. It is never stored.
 
-    What is read then is newer than all that was read before, and must sort so: it is the next generation. Never stored.
+    The rows of a re-snapshot supersede all earlier ones and must sort after them, so they belong to the next epoch.
     """
     return None if position is None else {**position, RESNAPSHOT: True, EPOCH: epoch(position) + 1}
 
 
 def is_resnapshot(position: Position | None) -> bool:
-    """Whether the table must be read from its beginning once more."""
+    """Return whether the table must be read from the beginning again."""
     return bool(position and position.get(RESNAPSHOT))
 
 
 def epoch(position: Position | None) -> int:
-    """How many times the table was begun anew, by the time the rows after this position are read."""
+    """Return the epoch of the rows after this position: the number of re-snapshots so far."""
     return int(position.get(EPOCH, 0)) if position else 0
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one bronze table, with the columns planned for it (without _ingested_at, which the engine stamps)."""
+    """Rows of one bronze table, with the planned columns (without `_ingested_at`, which the engine adds)."""
 
     table: str
     rows: pa.Table
@@ -42,29 +43,29 @@ class Rows:
 
 @dataclass(frozen=True)
 class Reached:
-    """The position of a table once everything its task gave is committed; overrides the plan's."""
+    """The position of a table once all rows of its task are committed; overrides the plan's."""
 
     table: str
     position: Position
 
 
 class Task(Protocol):
-    """A piece of reading: picklable, runs anywhere, and gives the same rows each time it is run."""
+    """A part of a plan: picklable, runs in any process, and reads the same rows each time."""
 
     def read(self) -> Iterator[Rows | Reached]:
-        """Give rows in batches of bounded size, and perhaps the position reached."""
+        """Yield rows in batches of bounded size, and optionally the position reached."""
         ...
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is new at a source.
+    """The new rows of a source.
 
-    tasks       run in parallel; none: nothing is new
-    schemas     for each bronze table the tasks may fill, its columns as the source has them now
-    positions   for each such table, the position that stands for all tasks' rows (unless a task says Reached)
-    rows        how many rows to expect, where the source can tell cheaply
-    held        whatever must stay open until the tasks are done (e.g. the connection that exports a snapshot)
+    tasks       run in parallel; none if nothing is new
+    schemas     for each bronze table that the tasks may fill, the current columns of the source
+    positions   for each such table, the position after the rows of all tasks (unless a task yields `Reached`)
+    rows        expected number of rows, if the source can count them cheaply
+    held        a resource to close after the tasks, for example the connection that exports a snapshot
     """
 
     tasks: tuple[Task, ...] = ()
@@ -75,23 +76,25 @@ class Plan:
 
 
 class Source(Protocol):
-    """A source system. Positions are the only memory: they come out of Iceberg and go back into it."""
+    """A source system. It keeps no state: positions are stored in Iceberg snapshots only."""
 
     name: str
     tables: tuple[str, ...]
 
     def plan(self, positions: Mapping[str, Position | None], schemas: Mapping[str, pa.Schema]) -> Plan:
-        """Find what is new past `positions` (by bronze table; None: never read; `is_again`: read all anew, in the next
-        generation). `schemas`: the tables' columns today.
+        """Return a plan that reads the rows after `positions`.
 
-        Raises SourceError when the source cannot be reached, OffsetGone when what comes next was deleted there.
+        positions  by bronze table; None: never read; `is_resnapshot`: read from the beginning, in the next epoch
+        schemas    the tables' current columns
+
+        Raises SourceError when the source is unreachable, OffsetExpired when the next rows were deleted there.
         """
         ...
 
     def acknowledge(self, plan: Plan) -> None:
-        """Everything of the plan is committed: the source may forget it. Called only then; harmless when repeated."""
+        """Tell the source that all rows of the plan are committed, so that it may discard them. Idempotent."""
         ...
 
     def lag(self, positions: Mapping[str, Position | None]) -> Mapping[str, str]:
-        """How far each table is behind its source, as a short text ('0 messages', '12 kB of WAL')."""
+        """Return how far each table is behind its source, as a short text ('0 messages', '12 kB of WAL')."""
         ...

@@ -1,4 +1,4 @@
-"""What `status` shows: for each table its rows, snapshot, position, lag and last run."""
+"""The status of every table: rows, snapshot, position, lag, last run, expectations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, Final, Literal
+from typing import Any
 
 import polars as pl
 
@@ -19,71 +19,85 @@ from lakehouse.run_history import last_results
 from lakehouse.step import upstream_names
 from lakehouse.table import DELETED, Table
 
-LOST: Final = "has lost a file"
-"""Instead of a lag."""
+MISSING_FILE = "has lost a file"
+"""The lag of a table whose files or metadata are missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableStatus:
+    """The status of one table.
+
+    snapshot      id of the current snapshot; None for a table that was never filled
+    position      how far its upstream tables or its source have been read
+    lag           how far it is behind them, as a short text
+    last_run      when the current snapshot was committed
+    expectations  '5 hold', or counts by severity of those that are violated; '' if none was evaluated
+    broken        the violated expectations, with their counts
+    """
+
+    table: str
+    rows: int = 0
+    snapshot: int | None = None
+    position: Any = None
+    lag: str = ""
+    last_run: datetime | None = None
+    files: int = 0
+    bytes: int = 0
+    expectations: str = ""
+    broken: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class TableStatus:
-    """The state of one table; None where it has never been filled."""
+class LoadedTable:
+    """A table as it was loaded; without a handle if it does not exist or its metadata is missing."""
 
-    table: str
-    rows: int
-    snapshot: int | None
-    position: Any
-    lag: str
-    last_run: datetime | None
-    files: int
-    bytes: int
-    expectations: str = ""
-    """'5 hold', or what does not; '' where none was judged."""
-    broken: tuple[str, ...] = ()
-    """The expectations that do not hold, with what was found."""
+    handle: TableHandle | None
+    is_missing_files: bool = False
 
 
 def statuses(lake: Lake, project: Project) -> list[TableStatus]:
-    """The state of every table, bronze first. A source that cannot be reached shows as such in `lag`."""
-    loaded = {name: _loaded(lake, table) for name, table in project.tables.items()}
-    handles = {name: None if handle == LOST else handle for name, handle in loaded.items()}
+    """Return the status of every table, bronze first. `lag` says so if a source is unreachable."""
+    loaded = {name: _load(lake, table) for name, table in project.tables.items()}
+    handles = {name: table.handle for name, table in loaded.items()}
     lags = {
         **_source_lags(lake, project, handles),
         **_step_lags(project, handles),
-        **{name: LOST for name in loaded if loaded[name] == LOST},
+        **{name: MISSING_FILE for name, table in loaded.items() if table.is_missing_files},
     }
-    judged: dict[str, list[ExpectationResult]] = {}
+    results: dict[str, list[ExpectationResult]] = {}
     for result in last_results(lake):
-        judged.setdefault(result.table, []).append(result)
+        results.setdefault(result.table, []).append(result)
     now = datetime.now(UTC)
     return [
-        replace(
-            _status(project.tables[name], handle, lags.get(name, "")), **_expectations(lake, handle, judged.get(name, []), now)
-        )
+        _with_expectations(_status(project.tables[name], handle, lags.get(name, "")), lake, handle, results.get(name, []), now)
         for name, handle in handles.items()
     ]
 
 
-def _loaded(lake: Lake, table: Table) -> TableHandle | Literal["has lost a file"] | None:
+def _load(lake: Lake, table: Table) -> LoadedTable:
     try:
-        return lake.load(table, create=False)
+        return LoadedTable(lake.load(table, create=False))
     except TableNotFound:
-        return None
+        return LoadedTable(None)
     except FileNotFoundError:
-        return LOST
+        return LoadedTable(None, is_missing_files=True)
 
 
-def _expectations(lake: Lake, handle: TableHandle | None, results: list[ExpectationResult], now: datetime) -> dict[str, Any]:
-    """How a table's expectations came out last; freshness is judged now. Of rules that are no longer declared nothing."""
+def _with_expectations(
+    status: TableStatus, lake: Lake, handle: TableHandle | None, results: list[ExpectationResult], now: datetime
+) -> TableStatus:
+    """Add the last results of the expectations that are still declared; freshness is evaluated now."""
     if handle is None or not results:
-        return {}
+        return status
     rules = {str(rule): rule for rule in handle.table.rules}
-    found = [result for result in results if result.expectation in rules and not isinstance(rules[result.expectation], Fresh)]
+    current = [result for result in results if result.expectation in rules and not isinstance(rules[result.expectation], Fresh)]
     if lake.settings.freshness:
         fresh = [rule for rule in rules.values() if isinstance(rule, Fresh)]
-        found += [evaluate_freshness(handle.table.name, rule, handle.max_value(rule.columns[0]), now) for rule in fresh]
-    broken = [result for result in found if result.outcome != "pass"]
-    counts = [(word, sum(result.outcome == word for result in broken)) for word in ("fail", "quarantine", "warn")]
-    text = ", ".join(f"{count} {word}" for word, count in counts if count) or f"{len(found)} hold"
-    return {"expectations": text, "broken": tuple(f"{result.outcome}: {result}" for result in broken)}
+        current += [evaluate_freshness(handle.table.name, rule, handle.max_value(rule.columns[0]), now) for rule in fresh]
+    broken = [result for result in current if result.outcome != "pass"]
+    counts = [(outcome, sum(result.outcome == outcome for result in broken)) for outcome in ("fail", "quarantine", "warn")]
+    text = ", ".join(f"{count} {outcome}" for outcome, count in counts if count) or f"{len(current)} hold"
+    return replace(status, expectations=text, broken=tuple(f"{result.outcome}: {result}" for result in broken))
 
 
 def _source_lags(lake: Lake, project: Project, handles: Mapping[str, TableHandle | None]) -> dict[str, str]:
@@ -93,7 +107,7 @@ def _source_lags(lake: Lake, project: Project, handles: Mapping[str, TableHandle
         try:
             lags |= source.lag(positions)
         except OffsetExpired:
-            lags |= dict.fromkeys(source.tables, "changes gone, see `run`")
+            lags |= dict.fromkeys(source.tables, f"changes expired at {source.name}")
         except SourceError:
             lags |= dict.fromkeys(source.tables, f"{source.name} unreachable")
     return lags
@@ -104,23 +118,23 @@ def _step_lags(project: Project, handles: Mapping[str, TableHandle | None]) -> d
     for step in project.all_steps:
         handle = handles[step.target.name]
         stored = handle.positions if handle else {}
-        late = [name for name in sorted(upstream_names(step)) if (above := handles[name]) and _unread(above, stored.get(name))]
-        behind = f"behind {', '.join(n.split('.')[1] for n in late)}"
-        # `run` leaves the model's tables to the commands that need them
-        until = " until the next train or monitor" if project.is_on_demand(step.target.name) else ""
-        lags[step.target.name] = f"{behind}{until}" if late else "up to date"
+        upstream = {name: handles[name] for name in sorted(upstream_names(step))}
+        unread = [name for name, table in upstream.items() if table is not None and _is_unread(table, stored.get(name))]
+        until = f" until {project.on_demand_refresh}" if project.is_on_demand(step.target.name) else ""
+        names = ", ".join(name.split(".")[1] for name in unread)
+        lags[step.target.name] = f"behind {names}{until}" if unread else "up to date"
     return lags
 
 
-def _unread(above: TableHandle, position: Any) -> bool:
-    """Whether a table upstream has what the position does not stand for; it may have been made anew."""
+def _is_unread(upstream: TableHandle, position: Any) -> bool:
+    """Return whether an upstream table has rows past the position, or was re-created since."""
     if position is None:
-        return above.data_sequence > 0
-    return bool(above.position["table"] != position["table"] or above.data_sequence > position["sequence"])
+        return upstream.data_sequence > 0
+    return bool(upstream.position["table"] != position["table"] or upstream.data_sequence > position["sequence"])
 
 
-def living_rows(handle: TableHandle) -> int:
-    """Rows of a table that are not deleted."""
+def count_live_rows(handle: TableHandle) -> int:
+    """Return the number of rows that are not deleted. Reads as little as the table allows."""
     files = handle.files()
     if handle.table.keeps_tombstones:
         return handle.reader.read(files, [DELETED], ~pl.col(DELETED).fill_null(False)).height
@@ -131,26 +145,26 @@ def living_rows(handle: TableHandle) -> int:
 
 def _status(table: Table, handle: TableHandle | None, lag: str) -> TableStatus:
     if handle is None or handle.snapshot is None:
-        return TableStatus(table.name, 0, None, None, lag, None, 0, 0)
+        return TableStatus(table=table.name, lag=lag)
     try:
         files = handle.files()
-        rows = living_rows(handle)
+        rows = count_live_rows(handle)
     except FileNotFoundError:
-        return TableStatus(table.name, 0, handle.snapshot.snapshot_id, None, LOST, None, 0, 0)
+        return TableStatus(table=table.name, snapshot=handle.snapshot.snapshot_id, lag=MISSING_FILE)
     return TableStatus(
-        table.name,
-        rows,
-        handle.snapshot.snapshot_id,
-        handle.positions,
-        lag,
-        datetime.fromtimestamp(handle.snapshot.timestamp_ms / 1000, UTC),
-        len(files),
-        sum(file.bytes for file in files),
+        table=table.name,
+        rows=rows,
+        snapshot=handle.snapshot.snapshot_id,
+        position=handle.positions,
+        lag=lag,
+        last_run=datetime.fromtimestamp(handle.snapshot.timestamp_ms / 1000, UTC),
+        files=len(files),
+        bytes=sum(file.bytes for file in files),
     )
 
 
 def short_position(position: Any) -> str:
-    """A position in a few words."""
+    """Return a position as a short text, for example 'orders_unified@12'."""
     if not position:
         return ""
     parts = []

@@ -1,4 +1,4 @@
-"""Declarations: what a table is. Frozen values, no I/O."""
+"""Declarations: tables and their columns. Frozen values, no I/O."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SEQUENCE = "_seq"
 GROUP_HASH = "_group_hash"
 DELETED = "_deleted"
 BOOKKEEPING = (SEQUENCE, GROUP_HASH, DELETED)
-"""Columns the engine adds and keeps: the commit that changed the row, a hash of its group, the tombstone mark."""
+"""Columns that the engine adds: sequence of the commit that wrote the row, hash of its group, tombstone flag."""
 
 
 Personal = str | tuple[tuple[str, str], ...]
@@ -24,10 +24,11 @@ Personal = str | tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Column:
-    """A column: name, Arrow type, what it means.
+    """A column: name, Arrow type, documentation.
 
-    personal  the kind of personal value it holds ('email', 'name', ...; see docs/concepts/erasure.md); '': none. Of a JSON column
-              pairs of a path and its kind ('': none, with all below it): what is not named there is not known to be harmless
+    personal  the kind of personal value it contains ('email', 'name', ...; see docs/concepts/erasure.md), '' for none. For a
+              JSON column: pairs of a path and its kind ('' for none, including everything below the path). Paths that are not
+              listed count as personal
     """
 
     name: str
@@ -53,14 +54,14 @@ class Partition:
 def year(column_name: str) -> Partition:
     """Partition by the year of a date or timestamp column.
 
-    Not finer without need: a full build writes a file per partition and bucket, and a look-up opens them all.
+    Partition no finer than needed: a full build writes a file per partition and bucket, and a lookup opens them all.
     """
     return Partition(column_name, "year")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A foreign key: a column whose values, where there is one, are those of a column of another table."""
+    """A foreign key: a column whose non-null values are values of a column of another table."""
 
     column: str
     table: Table
@@ -68,7 +69,7 @@ class Reference:
 
 
 def references(column_name: str, table: Table, to: str = "") -> Reference:
-    """Declare a foreign key; `to`: the column there, when it has another name."""
+    """Declare a foreign key. `to`: the column of the other table, if its name differs."""
     return Reference(column_name, table, to or column_name)
 
 
@@ -78,14 +79,14 @@ class Table:
 
     name         'layer.table', e.g. 'silver.orders_unified'
     key          columns that identify a row; empty in bronze, which is append-only
-    group        columns of the unit that is recomputed together; part of the key (default: the key)
-    traced       columns whose old value downstream tables must hear of: when one changes, the row with the old
-                 value stays as a tombstone
+    group        columns that identify the rows recomputed together; part of the key (default: the key)
+    tracked      columns whose old values downstream tables need: an update that changes one keeps a before-image, the
+                 row with the old value, as a tombstone
     sort_by      order of rows within a data file
-    references   foreign keys: what people join by; null where nothing is known
-    expectations what its rows must be like, beside what columns and key say by themselves: a required column is never
-                 null, a key is unique
-    named_by     columns of the key that messages may show (default: all of it); none that holds personal data
+    references   foreign keys
+    expectations on its rows, in addition to those that columns and key imply: a required column is never null, a key is
+                 unique
+    named_by     columns of the key that messages may show (default: all of it); none that contains personal data
     """
 
     name: str
@@ -104,31 +105,31 @@ class Table:
     def __post_init__(self) -> None:
         known = {item.name for item in self.columns}
         partitioned = tuple(item.column for item in self.partition_by)
-        pointing = tuple(item.column for item in self.references)
-        named = (*self.key, *self.group, *self.tracked, *partitioned, *self.sort_by, *pointing)
+        referencing = tuple(item.column for item in self.references)
+        named = (*self.key, *self.group, *self.tracked, *partitioned, *self.sort_by, *referencing)
         if missing := [name for name in named if name not in known]:
             raise ValueError(f"{self.name}: no column {missing}. Existing columns: {sorted(known)}")
         if absent := [f"{item.table.name}.{item.to}" for item in self.references if item.to not in item.table.schema.names]:
-            raise ValueError(f"{self.name}: no column {absent} to refer to.")
+            raise ValueError(f"{self.name}: no column {absent} to reference.")
         if not self.group:
             object.__setattr__(self, "group", self.key)
         types = {item.name: item.type for item in self.columns}
-        if wrong := [text for rule in self.rules if (text := declaration_error(rule, self.group, types))]:
-            raise ValueError(f"{self.name}: {wrong[0]}")
+        if errors := [text for rule in self.rules if (text := declaration_error(rule, self.group, types))]:
+            raise ValueError(f"{self.name}: {errors[0]}")
 
     @property
     def layer(self) -> str:
-        """The Iceberg namespace: bronze, silver or gold; operations for what the lakehouse notes of itself."""
+        """Return the Iceberg namespace: bronze, silver, gold, or operations for the run history."""
         return self.name.split(".")[0]
 
     @property
     def short_name(self) -> str:
-        """The name without its layer."""
+        """Return the name without its layer."""
         return self.name.split(".")[1]
 
     @property
     def rules(self) -> tuple[Expectation, ...]:
-        """All expectations: those that required columns and the key imply, then the declared ones."""
+        """Return all expectations: those that required columns and the key imply, then the declared ones."""
         required = tuple(item.name for item in self.columns if item.required)
         by_key = bool(self.key) and set(self.group) <= set(self.key)
         implied = (*((not_null(*required),) if required else ()), *((unique(*self.key),) if by_key else ()))
@@ -136,21 +137,21 @@ class Table:
 
     @property
     def quarantines(self) -> bool:
-        """Whether rows that break an expectation go to quarantine."""
+        """Return whether rows that violate an expectation go to quarantine."""
         return any(rule.severity == "quarantine" for rule in self.rules)
 
     @property
     def keeps_tombstones(self) -> bool:
-        """Silver keeps deleted rows as tombstones, so that gold hears of them."""
+        """Return whether deleted rows stay as tombstones: in silver, so that downstream tables can process them."""
         return self.layer == "silver"
 
     @property
     def identifier(self) -> tuple[str, ...]:
-        """What identifies a row for readers: the key of a gold table, if it is never null; else nothing."""
+        """Return the columns that identify a row for readers: the key of a gold table, if it is never null; else none."""
         never_null = {item.name for item in self.columns if item.required}
         return self.key if self.layer == "gold" and never_null.issuperset(self.key) else ()
 
     @property
     def schema(self) -> pa.Schema:
-        """The Arrow schema of the declared columns, without the engine's own."""
+        """Return the Arrow schema of the declared columns, without those that the engine adds."""
         return pa.schema([pa.field(item.name, item.type, nullable=not item.required) for item in self.columns])

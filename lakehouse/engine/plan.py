@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-Position = Mapping[str, Any]
+TablePosition = Mapping[str, Any]
 """How far a table has been read downstream: {"table": its UUID, "sequence": the last commit that changed rows}."""
 
 
@@ -24,7 +24,7 @@ class RefreshKind(Enum):
 class StagedSnapshot:
     """A snapshot on the audit branch that continues the table: the positions and the definition it was built from."""
 
-    positions: Position
+    positions: TablePosition
     fingerprint: str | None
 
 
@@ -42,12 +42,12 @@ class TableState:
     staged              a staged snapshot that could be published
     """
 
-    positions: Mapping[str, Position]
+    positions: Mapping[str, TablePosition]
     stored_fingerprint: str | None
     fingerprint: str
-    upstream: Mapping[str, Position]
+    upstream: Mapping[str, TablePosition]
     incremental: Set[str]
-    quarantine: Mapping[str, Position] = field(default_factory=dict)
+    quarantine: Mapping[str, TablePosition] = field(default_factory=dict)
     staged: StagedSnapshot | None = None
 
 
@@ -65,7 +65,7 @@ class RefreshPlan:
     kind: RefreshKind
     reason: str
     since: Mapping[str, int | None]
-    positions: Mapping[str, Position]
+    positions: Mapping[str, TablePosition]
     fingerprint: str
     redefined: bool
 
@@ -99,7 +99,7 @@ def plan_refresh(state: TableState, *, rebuild: bool = False, replay: bool = Fal
     )
 
 
-def _read_until(stored: Position | None, current: Position) -> int | None:
+def _read_until(stored: TablePosition | None, current: TablePosition) -> int | None:
     """Return the sequence up to which a table has been read; None if never, or if it was re-created since."""
     return stored["sequence"] if stored is not None and stored["table"] == current["table"] else None
 
@@ -125,7 +125,7 @@ def _kind(
     return RefreshKind.INCREMENTAL, f"new rows in {', '.join(new_rows)}"
 
 
-def _has_new_rows(since: int | None, position: Position) -> bool:
+def _has_new_rows(since: int | None, position: TablePosition) -> bool:
     return since is None or bool(position["sequence"] > since)
 
 

@@ -22,7 +22,7 @@ from cluster.shop import NODE_HOME, Shop, opened
 from support.waiting import wait_for
 
 from app import sandbox
-from lakehouse.parallel import IN_A_JOB
+from lakehouse.parallel import JOB_CONFIG_VARIABLE
 from ml.registry import Registry
 from serve.http.keys import Keys
 
@@ -207,7 +207,9 @@ def test_a_job_that_is_stopped_leaves_the_tables_whole(world: World) -> None:
     wait_for(lambda: cluster.ask("/api/jobs/stopped")["status"] == "STOPPED", "the job is stopped", 60)
     stopped.communicate(timeout=60)
     # its submitter is interrupted, and it goes on; as if nobody had submitted it, it has to send the code itself
-    left = cluster.submission("env", "-u", IN_A_JOB, "SHOPSPHERE_RAY__ADDRESS=auto", "python", "-m", "app", "run", job="left")
+    left = cluster.submission(
+        "env", "-u", JOB_CONFIG_VARIABLE, "SHOPSPHERE_RAY__ADDRESS=auto", "python", "-m", "app", "run", job="left"
+    )
     at_work(world, left)
     left.send_signal(signal.SIGINT)
     left.communicate(timeout=60)

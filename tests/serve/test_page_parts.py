@@ -201,6 +201,8 @@ def test_pages_request_nothing_from_other_sites() -> None:
 
 @pytest.mark.parametrize("rows", [0, 3])
 def test_table_without_runs_is_not_behind(rows: int) -> None:
-    status = TableStatus(ERASURES.name, rows, 1 if rows else None, None, "", T0 if rows else None, 1, 100)
+    status = TableStatus(
+        table=ERASURES.name, rows=rows, snapshot=1 if rows else None, last_run=T0 if rows else None, files=1, bytes=100
+    )
     assert condition(status).good
     assert condition(status).text
