@@ -1,1 +1,1 @@
-"""Erasure of a person: what is suppressed, and bronze rows without it. See docs/concepts/erasure.md."""
+"""Erasure and export of a person's data. See docs/concepts/erasure.md."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import boto3
 import pytest
-from support.erasure_world import context_of, somebody, texts_of
+from support.erasure_world import context_of, find_customer, personal_texts
 
 import pipelines
 from app import sandbox
@@ -96,7 +96,7 @@ def after_all_retentions():
 
 def assert_erased_from_store(settings: Settings) -> None:
     """Erase a person and assert that no object in the store contains their values."""
-    person = somebody(Lake(settings))
+    person = find_customer(Lake(settings))
     with open_engine(settings) as engine:
         (receipt,) = erase_person(context_of(engine), SubjectQuery(email=person["email"]))
     assert receipt.clean
@@ -111,4 +111,4 @@ def assert_erased_from_store(settings: Settings) -> None:
     assert keys
     for key in keys:
         content = client.get_object(Bucket="lake", Key=key)["Body"].read()
-        assert not search_bytes(key, content, SearchTerms(tuple(texts_of(person)))).matches
+        assert not search_bytes(key, content, SearchTerms(tuple(personal_texts(person)))).matches

@@ -1,4 +1,4 @@
-"""Bronze rows without what is suppressed: the pure part of erasure."""
+"""Bronze rows without suppressed values: the pure part of erasure."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def event(**values: Any) -> dict[str, Any]:
 
 
 def document(**values: Any) -> dict[str, Any]:
-    told = {
+    fields = {
         "_id": {"$oid": "65"},
         "platform": "lazada",
         "mp_order_id": "LZ-1",
@@ -74,13 +74,13 @@ def document(**values: Any) -> dict[str, Any]:
         **values,
     }
     return {
-        "document_id": "65", "platform": "lazada", "mp_order_id": "LZ-1", "document": json.dumps(told), "_op": "c",
+        "document_id": "65", "platform": "lazada", "mp_order_id": "LZ-1", "document": json.dumps(fields), "_op": "c",
         "_source_position": "1",
     }  # fmt: skip
 
 
 def once(table: Table, frame: pl.DataFrame, what: Suppression) -> pl.DataFrame:
-    """The rows as they must be; doing it again changes nothing, and what says so is right."""
+    """Return the anonymised rows; assert that a second time changes nothing and that `changed` is right."""
     edited = Anonymiser(what)(table, frame)
     again = Anonymiser(what)(table, edited.rows)
     assert again.rows.equals(edited.rows)
@@ -90,7 +90,7 @@ def once(table: Table, frame: pl.DataFrame, what: Suppression) -> pl.DataFrame:
     return edited.rows
 
 
-def test_an_account_of_the_person_has_only_pseudonyms_of_the_same_shape() -> None:
+def test_an_account_of_the_person_has_pseudonyms_of_the_same_format() -> None:
     row = once(USERS, rows(USERS, user()), suppression(account="7")).row(0, named=True)
     assert not {str(value) for value in row.values()} & {
         str(value) for name, value in ADA.items() if name not in ("user_id", "country")
@@ -102,20 +102,20 @@ def test_an_account_of_the_person_has_only_pseudonyms_of_the_same_shape() -> Non
     assert (row["user_id"], row["country"], row["created_at"], row["city"]) == (7, "ID", BEFORE, None)
 
 
-def test_spellings_of_one_value_have_one_pseudonym_and_other_values_another() -> None:
+def test_all_spellings_of_a_value_have_the_same_pseudonym() -> None:
     spelled = [user(), user(email="adalovelace@gmail.com", phone_number="+62 812-3456-7890", address="jalan mawar no. 8")]
     one, other = once(USERS, rows(USERS, *spelled), suppression(account="7")).to_dicts()
     assert [one[name] for name in ADA] == [other[name] for name in ADA]
     third = once(USERS, rows(USERS, user(email="ada@other.example")), suppression(account="7")).row(0, named=True)
     assert third["email"] != one["email"]
-    # the same address where an order is shipped to, as the graph links it
+    # the same pseudonym in an order that is shipped to the address, so that the identity graph links it
     shipped = rows(
         ORDERS, {"order_id": 1, "user_id": 7, "shipping_address": "Jl. Mawar 8, Bandung", "_op": "r", "_source_position": "1"}
     )
     assert once(ORDERS, shipped, suppression(account="7"))["shipping_address"][0] == one["address"]
 
 
-def test_in_rows_of_others_only_what_is_suppressed_goes_and_only_of_before() -> None:
+def test_rows_of_others_lose_only_suppressed_values_of_older_records() -> None:
     what = suppression(email="adalovelace@gmail.com", address="jalan mawar 8 bandung")
     housemate = user(user_id=8, name="Bo", phone_number="0811 111 1112", loyalty_id="L-8")
     stranger = user(user_id=9, email="eve@x.example", address="Jl. Mawar 88")
@@ -130,7 +130,7 @@ def test_in_rows_of_others_only_what_is_suppressed_goes_and_only_of_before() -> 
 
 
 @pytest.mark.parametrize("begun", [None, datetime(1969, 7, 20, tzinfo=UTC), datetime(1970, 1, 1, tzinfo=UTC)])
-def test_a_row_whose_beginning_nobody_knows_loses_what_is_suppressed_and_nothing_else(begun: datetime | None) -> None:
+def test_a_row_without_a_creation_time_loses_only_suppressed_values(begun: datetime | None) -> None:
     housemate = user(user_id=8, created_at=begun, phone_number="0811 111 1112")
     stranger = user(user_id=9, created_at=begun, email="eve@x.example", address="Elsewhere 1", phone_number="0811 111 1113")
     before = rows(USERS, housemate, stranger)
@@ -143,7 +143,7 @@ def test_a_row_whose_beginning_nobody_knows_loses_what_is_suppressed_and_nothing
     assert once(MARKETPLACE_ORDERS, frame, suppression(email="adalovelace@gmail.com")).equals(frame)
 
 
-def test_columns_that_no_declaration_knows_are_emptied_in_the_persons_rows_only() -> None:
+def test_undeclared_columns_are_emptied_in_the_persons_rows_only() -> None:
     frame = rows(
         USERS, user(nickname="Addie", born=3), user(user_id=8, nickname="Bo", born=4), nickname=pl.String(), born=pl.Int64()
     )
@@ -152,13 +152,13 @@ def test_columns_that_no_declaration_knows_are_emptied_in_the_persons_rows_only(
     assert after["born"].to_list() == [None, 4]
 
 
-def test_what_a_row_could_not_hold_keeps_its_name_alone() -> None:
+def test_undeclared_unreadable_values_keep_only_their_column_name() -> None:
     row = user(_unreadable=json.dumps({"created_at": "infinity", "nickname": "Addie"}))
     left = once(USERS, rows(USERS, row), suppression(account="7"))["_unreadable"][0]
     assert json.loads(left) == {"created_at": "infinity", "nickname": "erased"}
 
 
-def test_documents_keep_what_sums_need_and_lose_the_rest() -> None:
+def test_documents_keep_amounts_and_items_and_lose_the_rest() -> None:
     order = document(
         user_email="ada@x.example", buyer_phone="0812 3456 7890", buyer_name={"first": "Ada", "last": "L"},
         shipping_address=["Jl. Mawar 8", "Bandung"], gift_note="for Ada", amount={"$numberDecimal": "12.50"}, currency="IDR",
@@ -181,7 +181,7 @@ def test_documents_keep_what_sums_need_and_lose_the_rest() -> None:
     assert "for Ada" in mail
 
 
-def test_lines_and_chargebacks_of_the_persons_orders_lose_what_no_declaration_knows() -> None:
+def test_lines_and_chargebacks_of_the_persons_orders_lose_undeclared_columns() -> None:
     what = suppression(record=f"{ORDERS.name}|1")
     lines = rows(
         ORDER_ITEMS,
@@ -204,17 +204,17 @@ def test_lines_and_chargebacks_of_the_persons_orders_lose_what_no_declaration_kn
     assert once(CHARGEBACKS, charged, of_marketplace)["cardholder"].to_list() == ["Ada L", "Ada L", None]
 
 
-def test_whoever_ships_the_persons_order_keeps_their_device_and_loses_the_recipient() -> None:
-    told = event(event_type="order_shipped", device_id="scanner-3", metadata={"order_ref": "1", "recipient": "Ada L"})
+def test_a_shipping_event_keeps_its_device_and_loses_the_recipient() -> None:
+    sent = event(event_type="order_shipped", device_id="scanner-3", metadata={"order_ref": "1", "recipient": "Ada L"})
     other = event(event_id="E2", event_type="order_shipped", metadata={"order_ref": 2, "recipient": "Bo"})
-    frame = rows(EVENTS, message(told, key=b"Ada L"), message(other, 2, key=b"Bo"))
+    frame = rows(EVENTS, message(sent, key=b"Ada L"), message(other, 2, key=b"Bo"))
     after = once(EVENTS, frame, suppression(record=f"{ORDERS.name}|1"))
     assert after["key"].to_list() == [None, b"Bo"]
-    assert json.loads(after["value"][0]) == {**told, "metadata": {"order_ref": "1"}}
+    assert json.loads(after["value"][0]) == {**sent, "metadata": {"order_ref": "1"}}
     assert after["value"][1] == frame["value"][1]
 
 
-def test_items_of_the_persons_documents_keep_what_is_sold_and_their_wording_unless_it_names_them() -> None:
+def test_items_of_the_persons_documents_keep_product_texts_unless_they_mention_the_person() -> None:
     item = {"product_id": "P1", "product_name": "Mug", "quantity": {"$numberInt": "2"}, "variant": {"size": "M"}}
     frame = rows(MARKETPLACE_ORDERS, document(items=[{**item, "gift_message": "Dear Ada"}, "for Ada"]))
     mine = {"record": "order:lazada:LZ-1"}
@@ -225,15 +225,15 @@ def test_items_of_the_persons_documents_keep_what_is_sold_and_their_wording_unle
     assert kept == {**item, "product_name": "erased", "variant": "erased"}
 
 
-def test_a_key_or_header_that_mentions_the_person_goes() -> None:
+def test_a_message_key_or_header_that_mentions_the_person_is_removed() -> None:
     frame = rows(EVENTS, message(event(), key=b"ada@x.example", headers="[]"), message(event(event_id="E2"), 2, key=b"8"))
     after = once(EVENTS, frame, suppression(mention=f"{EVENTS.name}|events/0/1"))
     assert after.select("key", "headers").rows() == [(None, None), (b"8", None)]
     assert after["value"].equals(frame["value"])
 
 
-def test_messages_keep_their_place_and_what_is_counted() -> None:
-    told = event(
+def test_messages_keep_their_position_and_counted_fields() -> None:
+    sent = event(
         user_id=7,
         device_id="d-1",
         ip_address="10.0.0.1",
@@ -241,7 +241,7 @@ def test_messages_keep_their_place_and_what_is_counted() -> None:
         search="Ada L",
         metadata={"product_id": "P1", "note": "Ada"},
     )
-    frame = rows(EVENTS, message(told, key=b"7", headers="[]"), message(event(event_id="E2", user_id=8), 2, key=b"8"))
+    frame = rows(EVENTS, message(sent, key=b"7", headers="[]"), message(event(event_id="E2", user_id=8), 2, key=b"8"))
     after = once(EVENTS, frame, suppression(account="7"))
     assert after["key"].to_list() == [None, b"8"]
     was, now = parse_events(frame).rows, parse_events(after).rows
@@ -252,25 +252,25 @@ def test_messages_keep_their_place_and_what_is_counted() -> None:
 
 
 @pytest.mark.parametrize("account", [7, 7.0, "7", "+7", "007", "7.00", "7.", " 7\n", 8, "8.0", "7.5", "seven", True, None])
-def test_a_message_is_the_persons_as_silver_reads_its_account(account: Any) -> None:
+def test_a_message_belongs_to_the_account_that_silver_parses(account: Any) -> None:
     frame = rows(EVENTS, message(event(user_id=account, device_id="d-1")))
     mine = parse_events(frame).rows["user_id"][0] == 7
     after = once(EVENTS, frame, suppression(account="7"))
     assert is_pseudonym("device", parse_events(after).rows["device_id"][0]) == mine
 
 
-def test_a_served_score_is_the_persons_by_its_order() -> None:
+def test_a_served_score_belongs_to_the_account_of_its_order() -> None:
     entity = {"order_id": "1", "account": 7, "card": "c", "device": "d", "address": "jl mawar 8", "ip": "10.0.0.1", "amount": 5}
-    told = event(
+    sent = event(
         event_type="order_scored", metadata={"order_ref": "1", "order": entity, "features": {"hour": 3}, "answer": {"score": 0.5}}
     )
-    metadata = json.loads(once(EVENTS, rows(EVENTS, message(told)), suppression(account="7"))["value"][0])["metadata"]
+    metadata = json.loads(once(EVENTS, rows(EVENTS, message(sent)), suppression(account="7"))["value"][0])["metadata"]
     assert all(is_pseudonym(name, metadata["order"][name]) for name in ("card", "device", "address", "ip"))
     assert (metadata["features"], metadata["answer"], metadata["order"]["amount"]) == ({"hour": 3}, {"score": 0.5}, 5)
     assert Anonymiser(suppression(account="7")).scored_order({**entity, "placed_at": BEFORE})["card"] == metadata["order"]["card"]
 
 
-def test_what_cannot_be_read_goes_whole() -> None:
+def test_an_unreadable_message_is_replaced_as_a_whole() -> None:
     what = suppression(mention=f"{EVENTS.name}|events/0/1")
     after = once(EVENTS, rows(EVENTS, message(b"{broken ada@x.example"), message(b"{broken", 2)), what)
     assert after["value"].to_list() == [b"erased", b"{broken"]
@@ -288,7 +288,7 @@ FIELDS = st.sampled_from(
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.dictionaries(FIELDS, ANY, max_size=6), min_size=1, max_size=4), st.booleans())
-def test_whatever_comes_is_anonymised_once_and_for_all(given: list[dict[str, Any]], mine: bool) -> None:
+def test_anonymising_any_json_is_idempotent(given: list[dict[str, Any]], mine: bool) -> None:
     what = suppression(account="7", device="d", **({"record": f"{EVENTS.name}|events/0/0"} if mine else {}))
     once(EVENTS, rows(EVENTS, *(message(value, offset) for offset, value in enumerate(given))), what)
     documents = [{**document(), "document": json.dumps(value)} for value in given]
@@ -297,14 +297,14 @@ def test_whatever_comes_is_anonymised_once_and_for_all(given: list[dict[str, Any
 
 @settings(deadline=None)
 @given(st.sampled_from(["email", "phone", "address", "card", "device", "ip", "loyalty", "session"]), st.text(min_size=1))
-def test_a_pseudonym_stays_itself(kind: str, value: str) -> None:
+def test_a_pseudonym_is_its_own_normalised_form(kind: str, value: str) -> None:
     pseudonym = P.pseudonym(kind, value)
     assert is_pseudonym(kind, pseudonym)
     assert normalise_value(kind, pseudonym, "ID") == pseudonym
     assert P.pseudonym(kind, value) == pseudonym != Pseudonyms(b"another key", "ID").pseudonym(kind, value)
 
 
-def test_an_anonymiser_travels_without_what_it_saw() -> None:
+def test_a_pickled_anonymiser_contains_no_collected_values() -> None:
     seen: set[Any] = set()
     anonymiser = Anonymiser(suppression(account="7"), seen)
     anonymiser(USERS, rows(USERS, user()))
@@ -313,13 +313,13 @@ def test_an_anonymiser_travels_without_what_it_saw() -> None:
 
 
 @pytest.mark.parametrize("key", ["short", "a" * 64])
-def test_a_weak_key_is_refused_and_never_shown(key: str, tmp_path: Any) -> None:
+def test_a_weak_key_is_rejected_and_not_shown(key: str, tmp_path: Any) -> None:
     with pytest.raises(SettingsError, match="too weak") as error:
         erasure_key(Settings(home=tmp_path, erasure={"key": key}))
     assert key not in str(error.value)
 
 
-def test_the_key_file_is_made_once_for_its_owner(tmp_path: Any) -> None:
+def test_the_key_file_is_created_once_and_private(tmp_path: Any) -> None:
     settings = Settings(home=tmp_path)
     assert erasure_key(settings) is None
     key = erasure_key(settings, create=True)

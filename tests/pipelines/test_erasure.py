@@ -1,4 +1,4 @@
-"""Erasure of a person, end to end: real sources, a real lakehouse, and every file of it read afterwards."""
+"""Erasure of a person end to end: real sources and a real lakehouse, all of whose files are searched afterwards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pymongo
 import pytest
 from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
-from support.erasure_world import World, context_of, holding, shop, somebody, texts_of
+from support.erasure_world import World, context_of, files_containing, find_customer, personal_texts, shop
 from support.mlflow_server import mlflow_server
 from support.project import use_project
 from support.waiting import wait_for
@@ -65,7 +65,7 @@ def filled_shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 @pytest.fixture
 def world(filled_shop: World) -> World:
-    filled_shop.put_back()
+    filled_shop.restore()
     return filled_shop
 
 
@@ -78,10 +78,10 @@ def run(world: World) -> None:
         assert not run_once(engine, PROJECT, lambda name, report: None).errors
 
 
-def test_a_person_goes_from_every_file_and_every_sum_stays(world: World) -> None:
-    lake, person = world.lake, somebody(world.lake)
-    texts = texts_of(person)
-    assert holding(world.home, texts), "the person must be there to begin with"
+def test_erasure_removes_a_person_from_every_file_and_keeps_every_sum(world: World) -> None:
+    lake, person = world.lake, find_customer(world.lake)
+    texts = personal_texts(person)
+    assert files_containing(world.home, texts), "the person must be stored before the erasure"
     sales = lake.load(SALES_DAILY).read([c.name for c in SALES_DAILY.columns]).sort(SALES_DAILY.key)
     orders = lake.load(FACT_ORDERS).read(["order_id", "net_revenue", "store_id", "order_date", "master_user_id"]).sort("order_id")
     before, begun = digests(lake), datetime.now(UTC)
@@ -91,7 +91,7 @@ def test_a_person_goes_from_every_file_and_every_sum_stays(world: World) -> None
     assert receipt.clean
     assert receipt.values
     assert not receipt.searched.matches
-    assert holding(world.home, texts) == []
+    assert files_containing(world.home, texts) == []
     lake = world.lake
     assert lake.load(SALES_DAILY).read([c.name for c in SALES_DAILY.columns]).sort(SALES_DAILY.key).equals(sales)
     assert lake.load(FACT_ORDERS).read(orders.columns).sort("order_id").equals(orders)
@@ -99,14 +99,14 @@ def test_a_person_goes_from_every_file_and_every_sum_stays(world: World) -> None
     assert master.height == 1
     assert master["email"][0].endswith("@erased.invalid")
     assert master["phone"][0].startswith("+8839")
-    # the same engine made it: nothing is left to do, and a rebuild gives the same
+    # another run changes nothing, and a rebuild has the same result
     after = digests(lake)
     assert after != before
     run(world)
     with world.engine() as engine:
         rebuild_tables(engine, PROJECT, [name for name, table in pipelines.TABLES.items() if table.layer != "bronze"])
     assert digests(world.lake) == after
-    # no snapshot to travel back to, and the receipt tells nothing of the person
+    # older snapshots are gone, and the receipt contains no text of the person
     assert all(
         len(lake.load(table).iceberg_table.metadata.snapshots) <= 1
         for table in pipelines.TABLES.values()
@@ -119,16 +119,16 @@ def test_a_person_goes_from_every_file_and_every_sum_stays(world: World) -> None
 
 
 @pytest.mark.slow
-def test_a_source_that_still_has_the_row_does_not_bring_the_person_back(world: World) -> None:
-    person = somebody(world.lake)
+def test_rereading_a_source_does_not_restore_the_person(world: World) -> None:
+    person = find_customer(world.lake)
     with world.engine() as engine:
         erase_person(context_of(engine), SubjectQuery(master_user_id=person["master_user_id"]))
         after = digests(engine.lake)
         rebuild_tables(engine, PROJECT, [table.name for table in pipelines.BRONZE])
     run(world)
-    assert holding(world.home, texts_of(person)) == []
+    assert files_containing(world.home, personal_texts(person)) == []
     assert digests(world.lake) == after
-    # the account goes on at its source: what it says is theirs still; somebody new with the same e-mail is not
+    # new values of the erased account are replaced; a new account with the same e-mail is another person
     with psycopg.connect(world.settings.postgres.dsn.get_secret_value(), autocommit=True) as source:
         source.execute(
             "UPDATE users SET email = 'new.address@post.example', updated_at = now() WHERE user_id = %s",
@@ -145,7 +145,7 @@ def test_a_source_that_still_has_the_row_does_not_bring_the_person_back(world: W
         old = users.filter(pl.col("user_id") == int(person["primary_user_id"])).row(0, named=True)
         new = users.filter(pl.col("user_id") == 987654).row(0, named=True)
         assert old["email"].endswith("@erased.invalid")
-        assert holding(world.home, ["new.address@post.example"]) == []
+        assert files_containing(world.home, ["new.address@post.example"]) == []
         assert new["email"] == person["email"]
         assert new["master_user_id"] != person["master_user_id"]
     finally:
@@ -154,7 +154,7 @@ def test_a_source_that_still_has_the_row_does_not_bring_the_person_back(world: W
             source.execute("DELETE FROM users WHERE user_id = 987654")
 
 
-def test_a_broken_expectation_keeps_an_erasure_waiting_and_nothing_else(
+def test_a_failed_expectation_delays_an_erasure_and_nothing_else(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     strict = replace(FACT_ORDERS, expectations=(accepted("channel", {"web", "pos", "marketplace"}),))
@@ -162,7 +162,7 @@ def test_a_broken_expectation_keeps_an_erasure_waiting_and_nothing_else(
     use_project(monkeypatch, replace(PROJECT, steps=steps))
     monkeypatch.setenv("SHOPSPHERE_HOME", str(world.home))
     run(world)
-    person = somebody(world.lake, 2)
+    person = find_customer(world.lake, 2)
     with psycopg.connect(world.settings.postgres.dsn.get_secret_value(), autocommit=True) as source:
         source.execute(
             "INSERT INTO orders (order_id, source, status, currency, total_amount, created_at, updated_at) "
@@ -171,22 +171,22 @@ def test_a_broken_expectation_keeps_an_erasure_waiting_and_nothing_else(
         try:
             with world.engine() as engine:
                 one = request(context_of(engine), SubjectQuery(email=person["email_raw"]))
-                for known in pipelines.sources(world.settings):  # as a run does that is killed after this
+                for known in pipelines.sources(world.settings):  # like a run that is killed after ingestion
                     engine.ingest(known, pipelines.TABLES)
             capsys.readouterr()
             assert main(["maintain", "silver.products"]) == 1
-            told = capsys.readouterr()
-            assert "An erasure is pending and cannot be finished yet. gold.fact_orders: not published" in told.err
-            assert "silver.products" in told.out, "it maintains what it was asked to"
+            output = capsys.readouterr()
+            assert "An erasure is pending and cannot be finished yet. gold.fact_orders: not published" in output.err
+            assert "silver.products" in output.out, "the table is maintained all the same"
         finally:
             source.execute("DELETE FROM orders WHERE order_id = 876543")
-    assert main(["run"]) == 0, "the pass reads the correction, and the erasure ends after it"
+    assert main(["run"]) == 0, "the run reads the correction, then finishes the erasure"
     assert [found.finished for found in erasures(world.lake) if found.id == one.id] == [True]
-    assert holding(world.home, texts_of(person)) == []
+    assert files_containing(world.home, personal_texts(person)) == []
 
 
-def test_quarantined_rows_go_too_and_their_correction_does_not_bring_anything_back(world: World, tmp_path: Path) -> None:
-    person = somebody(world.lake, 1)
+def test_quarantined_rows_are_erased_and_their_correction_restores_nothing(world: World, tmp_path: Path) -> None:
+    person = find_customer(world.lake, 1)
     broken = {"_id": "erasure-broken", "platform": "lazada", "mp_order_id": "LZ-BROKEN", "user_email": person["email_raw"]}
     broken |= {
         "note": f"ring {person['phone_raw']}",
@@ -195,7 +195,7 @@ def test_quarantined_rows_go_too_and_their_correction_does_not_bring_anything_ba
     }
     collection = orders_of_marketplaces(world)
     collection.insert_one(broken)
-    # the slot of PostgreSQL has gone on since the lakehouse that was put back
+    # PostgreSQL's slot is ahead of the restored lakehouse
     world = world.without_postgres
     try:
         run(world)
@@ -204,8 +204,8 @@ def test_quarantined_rows_go_too_and_their_correction_does_not_bring_anything_ba
         with world.engine() as engine:
             (receipt,) = erase_person(context_of(engine), SubjectQuery(email=person["email"]))
         assert receipt.clean
-        texts = [*texts_of(person), "Xaver Ungelesen", "Hinterhof 77"]
-        assert holding(world.home, texts) == []
+        texts = [*personal_texts(person), "Xaver Ungelesen", "Hinterhof 77"]
+        assert files_containing(world.home, texts) == []
         kept = world.lake.load(QUARANTINE).read(["source_position", "source_table", "original"])
         (position,) = kept.filter(pl.col("original").bin.contains(b"LZ-BROKEN"))["source_position"]
         value = json.dumps(
@@ -218,21 +218,21 @@ def test_quarantined_rows_go_too_and_their_correction_does_not_bring_anything_ba
             again = replay_quarantined(engine, PROJECT, fixes)
         assert (done.corrections, again.corrections) == (1, 0)
         assert done.after == done.before - 1
-        assert holding(world.home, texts) == []
+        assert files_containing(world.home, texts) == []
     finally:
         collection.delete_one({"_id": "erasure-broken"})
 
 
-def test_what_names_the_person_goes_wherever_it_stands_in_what_concerns_them(world: World) -> None:
-    person = somebody(world.lake, 1)
+def test_texts_that_name_the_person_are_removed_from_undeclared_fields(world: World) -> None:
+    person = find_customer(world.lake, 1)
     name, email, account = person["name"], person["email_raw"], int(person["primary_user_id"])
     moment = datetime(2026, 1, 2, tzinfo=UTC)
     item = {"product_id": "P0001", "product_name": "Mug", "quantity": 1, "price": 5, "gift_message": f"Dear {name}"}
     order = {"_id": "erasure-gift", "platform": "lazada", "mp_order_id": "LZ-GIFT", "user_email": email, "amount": 5}
     order |= {"currency": "IDR", "order_time": moment, "items": [{**item, "variant": {"engraving": name}}]}
-    of_another = {**order, "_id": "erasure-other", "mp_order_id": "LZ-OTHER", "user_email": "somebody@else.example"}
-    of_another |= {"items": [{"product_id": "P0001", "product_name": "Mug", "quantity": 1, "price": 5}]}
-    of_another |= {"note": f"write to:\n{email}"}
+    other_order = {**order, "_id": "erasure-other", "mp_order_id": "LZ-OTHER", "user_email": "somebody@else.example"}
+    other_order |= {"items": [{"product_id": "P0001", "product_name": "Mug", "quantity": 1, "price": 5}]}
+    other_order |= {"note": f"write to:\n{email}"}
     shipped = {"event_id": "erasure-ship", "event_type": "order_shipped", "timestamp": moment.isoformat()}
     shipped |= {"metadata": {"order_ref": "lazada:LZ-GIFT", "recipient": name}}
     seen = {"event_id": "erasure-page", "event_type": "view_page", "timestamp": moment.isoformat(), "user_id": 1}
@@ -241,7 +241,7 @@ def test_what_names_the_person_goes_wherever_it_stands_in_what_concerns_them(wor
         orders_of_marketplaces(world),
         Producer({"bootstrap.servers": world.settings.kafka.bootstrap_servers}),
     )
-    collection.insert_many([order, of_another])
+    collection.insert_many([order, other_order])
     for number, value in enumerate((shipped, seen, {**seen, "event_id": "erasure-key", "metadata": {}})):
         producer.produce("events", json.dumps(value).encode(), key=email if number == 2 else None)
     producer.produce("events", json.dumps({**seen, "event_id": "erasure-header", "metadata": {}}), headers={"user": email})
@@ -255,11 +255,11 @@ def test_what_names_the_person_goes_wherever_it_stands_in_what_concerns_them(wor
         collection.delete_many({"_id": {"$in": ["erasure-gift", "erasure-other"]}})
     assert receipt.clean
     assert "name" not in receipt.shared
-    assert holding(world.home, [*texts_of(person), quote_plus(email), b64encode(email.encode()).decode()]) == []
+    assert files_containing(world.home, [*personal_texts(person), quote_plus(email), b64encode(email.encode()).decode()]) == []
 
 
-def test_a_row_that_claims_to_begin_in_the_future_is_no_hiding_place(world: World) -> None:
-    person = somebody(world.lake, 2)
+def test_rows_with_a_future_timestamp_are_erased(world: World) -> None:
+    person = find_customer(world.lake, 2)
     later = {"timestamp": "2090-01-01T00:00:00Z", "event_type": "view_page", "metadata": {}}
     mine = {**later, "event_id": "erasure-signed", "user_id": int(person["primary_user_id"]), "device_id": "d-of-the-future"}
     unsigned = {**later, "event_id": "erasure-unsigned", "device_id": "d-of-the-future"}
@@ -269,19 +269,19 @@ def test_a_row_that_claims_to_begin_in_the_future_is_no_hiding_place(world: Worl
     assert producer.flush(30) == 0
     world = world.without_postgres
     run(world)
-    assert holding(world.home, ["d-of-the-future"])
+    assert files_containing(world.home, ["d-of-the-future"])
     with world.engine() as engine:
         (receipt,) = erase_person(context_of(engine), SubjectQuery(email=person["email"]))
         assert receipt.clean
-        assert holding(world.home, [*texts_of(person), "d-of-the-future"]) == []
+        assert files_containing(world.home, [*personal_texts(person), "d-of-the-future"]) == []
         rebuild_tables(engine, PROJECT, [EVENTS.name])
     run(world)
-    assert holding(world.home, ["d-of-the-future"]) == []
+    assert files_containing(world.home, ["d-of-the-future"]) == []
 
 
 @pytest.mark.slow
-def test_others_keep_what_is_theirs(world: World) -> None:
-    lake, person = world.lake, somebody(world.lake, 2)
+def test_rows_of_other_customers_are_unchanged(world: World) -> None:
+    lake, person = world.lake, find_customer(world.lake, 2)
     columns = ["user_id", "email", "phone_number", "name", "master_user_id"]
     others = lake.load(USERS_SCD).read(columns, pl.col("master_user_id") != person["master_user_id"]).sort(columns)
     with world.engine() as engine:
@@ -290,21 +290,21 @@ def test_others_keep_what_is_theirs(world: World) -> None:
     assert after.equals(others)
 
 
-def test_the_list_of_what_to_look_for_outlives_no_erasure(world: World) -> None:
-    person, place = somebody(world.lake), world.home / "erasures"
+def test_the_search_list_is_deleted_with_the_end_of_its_erasure(world: World) -> None:
+    person, place = find_customer(world.lake), world.home / "erasures"
     with world.engine() as engine:
         one = request(context_of(engine), SubjectQuery(email=person["email"]))
         (kept,) = place.glob("*.order.json")
-        told = kept.read_bytes()
+        content = kept.read_bytes()
         assert finish(context_of(engine), one).clean
-        kept.write_bytes(told)  # as a process leaves it that was killed before its last step
+        kept.write_bytes(content)  # as left by a process that was killed before its last step
         assert erase_person(context_of(engine), None) == []
     assert not list(place.glob("*.order.json"))
     assert not list(place.glob(".*"))
 
 
-def test_whoever_is_erased_once_more_is_erased_still(world: World) -> None:
-    person = somebody(world.lake)
+def test_erasing_a_person_twice_changes_nothing_more(world: World) -> None:
+    person = find_customer(world.lake)
     with world.engine() as engine:
         (once,) = erase_person(context_of(engine), SubjectQuery(email=person["email"]))
         names = set(engine.lake.load(USERS_SCD).read(["name"])["name"])
@@ -315,8 +315,8 @@ def test_whoever_is_erased_once_more_is_erased_still(world: World) -> None:
     assert again.values == 0
 
 
-def test_half_written_files_go_with_what_they_hold_and_others_are_named(world: World) -> None:
-    person, warehouse = somebody(world.lake), world.home / "warehouse"
+def test_truncated_files_of_tables_are_deleted_and_others_are_reported(world: World) -> None:
+    person, warehouse = find_customer(world.lake), world.home / "warehouse"
     whole = next((warehouse / "gold" / "dim_stores").rglob("*.parquet")).read_bytes()
     left = [next((warehouse / place).rglob("data")) / "half.parquet" for place in ("gold/dim_stores", "operations/runs")]
     for file in left:
@@ -338,8 +338,8 @@ def test_half_written_files_go_with_what_they_hold_and_others_are_named(world: W
 
 
 @pytest.mark.slow
-def test_two_at_once_and_an_erasure_that_was_begun(world: World) -> None:
-    one, other = somebody(world.lake), somebody(world.lake, 3)
+def test_two_erasures_and_a_pending_one_are_all_finished(world: World) -> None:
+    one, other = find_customer(world.lake), find_customer(world.lake, 3)
     with world.engine() as engine:
         request(context_of(engine), SubjectQuery(email=one["email"]))
         request(context_of(engine), SubjectQuery(email=other["email"]))
@@ -347,13 +347,13 @@ def test_two_at_once_and_an_erasure_that_was_begun(world: World) -> None:
     with world.engine() as engine:
         receipts = erase_person(context_of(engine), None)
     assert [receipt.clean for receipt in receipts] == [True, True]
-    assert holding(world.home, [*texts_of(one), *texts_of(other)]) == []
+    assert files_containing(world.home, [*personal_texts(one), *personal_texts(other)]) == []
     assert all(item.finished for item in erasures(world.lake))
 
 
 @pytest.mark.slow
-def test_without_its_key_nothing_is_ingested(world: World) -> None:
-    person = somebody(world.lake)
+def test_ingestion_fails_without_the_erasure_key(world: World) -> None:
+    person = find_customer(world.lake)
     with world.engine() as engine:
         erase_person(context_of(engine), SubjectQuery(email=person["email"]))
     key = world.home / KEY_FILE
@@ -362,23 +362,23 @@ def test_without_its_key_nothing_is_ingested(world: World) -> None:
     with world.engine() as engine, pytest.raises(SettingsError, match="key"):
         run_once(engine, PROJECT, lambda name, report: None)
     with world.engine() as engine, pytest.raises(SettingsError, match="is missing"):
-        erase_person(context_of(engine), SubjectQuery(user_id=int(somebody(world.lake, 1)["primary_user_id"])))
-    assert not key.exists(), "another key would stand in the way of the former one"
+        erase_person(context_of(engine), SubjectQuery(user_id=int(find_customer(world.lake, 1)["primary_user_id"])))
+    assert not key.exists(), "a new key would replace the former one"
     key.write_text(os.urandom(32).hex())
     with world.engine() as engine, pytest.raises(SettingsError, match="differs"):
         run_once(engine, PROJECT, lambda name, report: None)
     (world.home / "elsewhere").unlink()
 
 
-def test_export_tells_everything_and_overwrites_nothing(world: World, tmp_path: Path) -> None:
-    person = somebody(world.lake)
+def test_export_writes_all_rows_and_overwrites_nothing(world: World, tmp_path: Path) -> None:
+    person = find_customer(world.lake)
     target = tmp_path / "export"
     done = export_person(world.lake, PROJECT.tables, SubjectQuery(email=person["email"]), target)
-    told = json.loads((target / "person.json").read_text())
-    assert told["person"]["masters"] == [person["master_user_id"]]
-    assert {USERS.name, EVENTS.name, "silver.identity_graph", "silver.users_scd", "gold.customer_360"} <= set(told["tables"])
+    exported = json.loads((target / "person.json").read_text())
+    assert exported["person"]["masters"] == [person["master_user_id"]]
+    assert {USERS.name, EVENTS.name, "silver.identity_graph", "silver.users_scd", "gold.customer_360"} <= set(exported["tables"])
     for name, rows in done.rows.items():
-        assert len(told["tables"][name]["rows"]) == rows == pl.read_csv(target / f"{name}.csv", infer_schema=False).height
+        assert len(exported["tables"][name]["rows"]) == rows == pl.read_csv(target / f"{name}.csv", infer_schema=False).height
     assert person["email_raw"] in (target / f"{USERS.name}.csv").read_text()
     orders = world.lake.load(FACT_ORDERS).read(["order_id"], pl.col("master_user_id") == person["master_user_id"])
     assert done.rows["gold.fact_orders"] == orders.height
@@ -390,8 +390,8 @@ def test_export_tells_everything_and_overwrites_nothing(world: World, tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_replica_forgets_too(world: World) -> None:
-    world, person = world.without_postgres, somebody(world.lake)
+def test_a_serving_replica_anonymises_events(world: World) -> None:
+    world, person = world.without_postgres, find_customer(world.lake)
     account = int(person["primary_user_id"])
     context = business_settings(world.settings)
     state = OnlineState(world.settings, ServeSettings(refresh_seconds=0.5), context, lambda follower: None)
@@ -416,19 +416,19 @@ def test_a_replica_forgets_too(world: World) -> None:
         send("tail-2")
         wait_for(lambda: len(devices()) == 2 and len(set(devices())) == 1 and is_pseudonym("device", devices()[0]))
         run(world)
-        assert holding(world.home, [*texts_of(person), "d-of-the-tail"]) == []
+        assert files_containing(world.home, [*personal_texts(person), "d-of-the-tail"]) == []
     finally:
         state.stop()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("taken_in", [True, False])
-def test_served_scores_of_before_go_from_their_topic(world: World, taken_in: bool) -> None:
-    kafka, name = world.settings.kafka, f"scores-{taken_in}".lower()
-    world, person = world.without_postgres, somebody(world.lake)
+@pytest.mark.parametrize("ingested", [True, False])
+def test_older_served_scores_are_deleted_from_their_topic(world: World, ingested: bool) -> None:
+    kafka, name = world.settings.kafka, f"scores-{ingested}".lower()
+    world, person = world.without_postgres, find_customer(world.lake)
     admin = AdminClient({"bootstrap.servers": kafka.bootstrap_servers})
     admin.create_topics([NewTopic(name, 2, 1)])[name].result(10)
-    topics = (*kafka.topics, name) if taken_in else kafka.topics
+    topics = (*kafka.topics, name) if ingested else kafka.topics
     settings = world.settings.model_copy(update={"kafka": kafka.model_copy(update={"topics": topics})})
     world = replace(world, settings=settings)
     producer = Producer({"bootstrap.servers": kafka.bootstrap_servers})
@@ -454,19 +454,19 @@ def test_served_scores_of_before_go_from_their_topic(world: World, taken_in: boo
             score(5)
             receipt = finish(context_of(engine), one)
         assert receipt.clean
-        assert in_topic() == 1, "what was sent afterwards stays"
+        assert in_topic() == 1, "scores sent after the request remain"
         run(world)
         scores = world.lake.load(EVENTS).read(["value"], pl.col("topic") == name)
-        assert scores.height == (6 if taken_in else 0)
-        assert holding(world.home, [*texts_of(person), "d-of-a-score"]) == []
+        assert scores.height == (6 if ingested else 0)
+        assert files_containing(world.home, [*personal_texts(person), "d-of-a-score"]) == []
 
 
 @pytest.mark.slow
-def test_an_erasure_waits_for_the_topic_of_scores(world: World) -> None:
+def test_an_erasure_stays_pending_until_the_scores_topic_is_reachable(world: World) -> None:
     away = world.settings.kafka.model_copy(update={"bootstrap_servers": "127.0.0.1:1"})
     apart = replace(world, settings=world.settings.model_copy(update={"kafka": away}))
     with apart.engine() as engine:
-        (receipt,) = erase_person(context_of(engine), SubjectQuery(email=somebody(world.lake)["email"]))
+        (receipt,) = erase_person(context_of(engine), SubjectQuery(email=find_customer(world.lake)["email"]))
         assert not receipt.clean
         message = "not reached topic fraud_scores could not be emptied: Kafka: request to 127.0.0.1:1 failed"
         assert message in "\n".join(receipt_lines(receipt))
@@ -476,8 +476,8 @@ def test_an_erasure_waits_for_the_topic_of_scores(world: World) -> None:
 
 
 @pytest.mark.slow
-def test_a_tracking_server_is_searched_too(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    person = somebody(world.lake)
+def test_a_remote_tracking_server_is_searched(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    person = find_customer(world.lake)
     with mlflow_server(tmp_path) as server, world.engine() as engine:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
         registry = Registry()
@@ -493,13 +493,13 @@ def test_a_tracking_server_is_searched_too(world: World, tmp_path: Path, monkeyp
         assert receipt.clean
         server.stop()
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        (receipt,) = erase_person(context_of(engine), SubjectQuery(email=somebody(world.lake, 1)["email"]))
+        (receipt,) = erase_person(context_of(engine), SubjectQuery(email=find_customer(world.lake, 1)["email"]))
         assert [what.split(" could")[0] for what in receipt.unreached] == [f"MLflow at {server.address}"]
 
 
 @pytest.mark.slow
-def test_a_shop_that_goes_on_selling_meanwhile_is_no_reason_to_stay_unfinished(world: World) -> None:
-    world, person = world.without_postgres, somebody(world.lake)
+def test_sales_during_an_erasure_do_not_keep_it_pending(world: World) -> None:
+    world, person = world.without_postgres, find_customer(world.lake)
     collection = orders_of_marketplaces(world)
     with world.engine() as engine:
         request(context_of(engine), SubjectQuery(email=person["email"]))
@@ -514,24 +514,24 @@ def test_a_shop_that_goes_on_selling_meanwhile_is_no_reason_to_stay_unfinished(w
     assert not receipt.sums_equal
     assert receipt.clean
     assert receipt.arrived >= 1
-    assert holding(world.home, texts_of(person)) == []
+    assert files_containing(world.home, personal_texts(person)) == []
 
 
 @pytest.mark.slow
-def test_a_sale_that_a_run_had_begun_to_read_is_no_difference_of_sums(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    world, person = world.without_postgres, somebody(world.lake)
+def test_a_sale_ingested_during_the_request_explains_changed_sums(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world, person = world.without_postgres, find_customer(world.lake)
     collection, begun = orders_of_marketplaces(world), pipelines.privacy.erase.refresh_all
     sale = {"_id": "sold-before", "platform": "lazada", "mp_order_id": "LZ-BEFORE", "amount": 5, "currency": "IDR"}
     item = {"product_id": "P0001", "product_name": "Thing", "quantity": 1, "price": 5}
 
-    def then_a_run_stores_it(context: ErasureContext) -> None:
+    def refresh_then_ingest(context: ErasureContext) -> None:
         begun(context)
         for source in pipelines.sources(world.settings):
             context.engine.ingest(source, pipelines.TABLES)
         monkeypatch.undo()
 
     collection.insert_one({**sale, "order_time": datetime.now(UTC), "items": [item]})
-    monkeypatch.setattr(pipelines.privacy.erase, "refresh_all", then_a_run_stores_it)
+    monkeypatch.setattr(pipelines.privacy.erase, "refresh_all", refresh_then_ingest)
     try:
         with world.engine() as engine:
             (receipt,) = erase_person(context_of(engine), SubjectQuery(email=person["email"]))
@@ -543,14 +543,14 @@ def test_a_sale_that_a_run_had_begun_to_read_is_no_difference_of_sums(world: Wor
 
 
 def orders_of_marketplaces(world: World) -> Any:
-    """The source's collection."""
+    """Return the source collection."""
     mongo = world.settings.mongo
     return pymongo.MongoClient(mongo.uri.get_secret_value())[mongo.database][mongo.collection]
 
 
 @pytest.mark.slow
-def test_the_features_of_every_order_stay_what_they_were(world: World) -> None:
-    person = somebody(world.lake)
+def test_the_features_of_every_order_are_unchanged(world: World) -> None:
+    person = find_customer(world.lake)
     names = [name for name in ORDER_FEATURES.schema.names if name != "customer"]
     with world.engine() as engine:
         feature_tables.refresh(engine)
@@ -559,4 +559,4 @@ def test_the_features_of_every_order_stay_what_they_were(world: World) -> None:
         after = engine.lake.load(ORDER_FEATURES).read(names).sort("order_id")
     assert receipt.clean
     assert after.equals(before)
-    assert holding(world.home, texts_of(person)) == []
+    assert files_containing(world.home, personal_texts(person)) == []

@@ -1,4 +1,4 @@
-"""`erase` killed at many moments: before or after any of its writes. Run again, it finishes, and nothing is left or lost."""
+"""Kills `erase` before or after any of its writes. The next `erase` finishes: nothing remains and nothing is lost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.erasure_world import World, context_of, holding, shop, somebody, texts_of
+from support.erasure_world import World, context_of, files_containing, find_customer, personal_texts, shop
 
 from app.project import PROJECT
 from lakehouse.digest import digest
@@ -25,7 +25,7 @@ from pipelines.runner import run_once
 pytestmark = pytest.mark.slow
 MOMENTS = 12
 
-# every write that others can see: commits, deleted files, files beside the warehouse; counted, and one of them is the last
+# counts the writes that other processes can see (commits, deleted files, receipts) and kills the process at one of them
 CHILD = """
 import os, signal, sys
 import pipelines.privacy.receipt, lakehouse.iceberg.table_handle, lakehouse.iceberg.rewrite
@@ -53,11 +53,11 @@ sys.exit(code)
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with shop(tmp_path_factory.mktemp("erasure-kill") / "home", orders=200, seed=11) as made:
-        yield made
+    with shop(tmp_path_factory.mktemp("erasure-kill") / "home", orders=200, seed=11) as world:
+        yield world
 
 
-def erase_in_a_process(home: Path, email: str, at: int, when: str) -> subprocess.CompletedProcess[str]:
+def erase_in_subprocess(home: Path, email: str, at: int, when: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "SHOPSPHERE_HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.run(
         [sys.executable, "-c", CHILD, str(at), when, email], env=environment, capture_output=True, text=True, timeout=600
@@ -65,11 +65,11 @@ def erase_in_a_process(home: Path, email: str, at: int, when: str) -> subprocess
 
 
 @pytest.mark.timeout(3600)
-def test_killed_at_any_moment_it_finishes_when_run_again(world: World) -> None:
-    person = somebody(world.lake)
-    asked, texts = SubjectQuery(email=person["email"]), texts_of(person)
+def test_an_erasure_killed_at_any_write_is_finished_by_the_next_one(world: World) -> None:
+    person = find_customer(world.lake)
+    asked, texts = SubjectQuery(email=person["email"]), personal_texts(person)
     sales = digest(world.lake.load(SALES_DAILY))
-    whole = erase_in_a_process(world.home, person["email_raw"], 0, "after")
+    whole = erase_in_subprocess(world.home, person["email_raw"], 0, "after")
     assert whole.returncode == 0, whole.stderr
     writes = int(whole.stderr.rsplit("writes ", 1)[1])
     draw = random.Random(3)
@@ -81,17 +81,17 @@ def test_killed_at_any_moment_it_finishes_when_run_again(world: World) -> None:
         *((draw.randint(3, writes), draw.choice(("before", "after"))) for _ in range(MOMENTS)),
     ]
     for at, when in moments:
-        world.put_back()
-        killed = erase_in_a_process(world.home, person["email_raw"], at, when)
+        world.restore()
+        killed = erase_in_subprocess(world.home, person["email_raw"], at, when)
         assert killed.returncode == -signal.SIGKILL, (at, when, killed.stderr)
         with world.engine() as engine:
-            # what `run` does first; where the erasure was not stored yet, the one who asked asks again
+            # `run` starts with this; if the erasure was not committed, it is requested again
             receipts = erase_person(context_of(engine), None)
             if not erasures(engine.lake):
                 receipts = erase_person(context_of(engine), asked)
         assert all(receipt.clean for receipt in receipts), (at, when)
         assert all(one.finished for one in erasures(world.lake))
-        assert holding(world.home, texts) == [], (at, when)
+        assert files_containing(world.home, texts) == [], (at, when)
         assert digest(world.lake.load(SALES_DAILY)) == sales
         assert not list((world.home / "erasures").glob("*.order.json"))
     with world.engine() as engine:

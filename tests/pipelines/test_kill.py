@@ -1,4 +1,4 @@
-"""Kill `run` at random moments, run two at once: nothing is lost, nothing is doubled."""
+"""Kills `run` at random times and runs two at once: nothing is lost or duplicated."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def shop(tmp_path):
 
 
 def kill_at_random(env: dict[str, str], chance: random.Random, longest: float) -> bool:
-    """Start a run and kill it after a random time; whether it was still running."""
+    """Start a run, kill it after a random time, and return whether it was still running."""
     process = subprocess.Popen(
         [sys.executable, "-m", "app", "run"], cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -60,39 +60,39 @@ def kill_at_random(env: dict[str, str], chance: random.Random, longest: float) -
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_thirty_kills_leave_the_tables_of_an_undisturbed_run(shop):
+def test_thirty_kills_leave_the_tables_of_an_uninterrupted_run(shop):
     folder, config, source = shop
     chance = random.Random(2026)
-    calm = environment(folder / "calm", config, SHOPSPHERE_POSTGRES__SLOT="calm")
-    struck = environment(folder / "struck", config, SHOPSPHERE_POSTGRES__SLOT="struck")
-    on_ray = {**struck, "SHOPSPHERE_RAY__INLINE_ROWS": "2000", "SHOPSPHERE_RAY__ROWS_PER_TASK": "4000"}
+    uninterrupted = environment(folder / "uninterrupted", config, SHOPSPHERE_POSTGRES__SLOT="uninterrupted")
+    interrupted = environment(folder / "killed", config, SHOPSPHERE_POSTGRES__SLOT="killed")
+    spread_on_ray = {**interrupted, "SHOPSPHERE_RAY__INLINE_ROWS": "2000", "SHOPSPHERE_RAY__ROWS_PER_TASK": "4000"}
     killed = 0
     for stage, kills in enumerate(KILLS_PER_STAGE):
         if stage:
             app("sandbox", "step", "--orders", "150", env=source)
         started = time.monotonic()
-        app("run", env=calm)
+        app("run", env=uninterrupted)
         length = time.monotonic() - started
         for number in range(4 * kills):
             if killed == sum(KILLS_PER_STAGE[: stage + 1]):
                 break
             spread = number % 3 == 2
-            killed += kill_at_random(on_ray if spread else struck, chance, length * (1.8 if spread else 0.9))
-        app("run", env=struck)
-        assert digests(struck) == digests(calm), f"after stage {stage}"
+            killed += kill_at_random(spread_on_ray if spread else interrupted, chance, length * (1.8 if spread else 0.9))
+        app("run", env=interrupted)
+        assert digests(interrupted) == digests(uninterrupted), f"after stage {stage}"
     assert killed == sum(KILLS_PER_STAGE)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_runs_at_once_double_nothing(shop):
+def test_two_concurrent_runs_duplicate_nothing(shop):
     folder, config, source = shop
-    calm = environment(folder / "calm", config, SHOPSPHERE_POSTGRES__SLOT="calm")
+    uninterrupted = environment(folder / "uninterrupted", config, SHOPSPHERE_POSTGRES__SLOT="uninterrupted")
     both = environment(folder / "both", config, SHOPSPHERE_POSTGRES__SLOT="both")
     for stage in range(2):
         if stage:
             app("sandbox", "step", "--orders", "200", env=source)
-        app("run", env=calm)
+        app("run", env=uninterrupted)
         runs = [
             subprocess.Popen(
                 [sys.executable, "-m", "app", "run"],
@@ -110,4 +110,4 @@ def test_two_runs_at_once_double_nothing(shop):
             assert "Traceback" not in errors
             assert code in (0, 1), errors
         app("run", env=both)
-        assert digests(both) == digests(calm), f"after stage {stage}"
+        assert digests(both) == digests(uninterrupted), f"after stage {stage}"

@@ -29,7 +29,7 @@ Bronze = Mapping[str, pl.DataFrame]
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Bronze, dict[str, str]]]:
-    """The bronze rows of a shop whose time went on twice, and the digests that the runs beside it left."""
+    """Yield the bronze rows of a shop with two batches of later orders, and the digests after its runs."""
     home = tmp_path_factory.mktemp("laws")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SHOPSPHERE_HOME", str(home))
@@ -88,7 +88,7 @@ def refresh_all(engine: Engine) -> list[str]:
 
 
 def arrivals(bronze: Bronze, chance: random.Random, runs: int) -> list[dict[str, pl.DataFrame]]:
-    """The rows shuffled, a few of them twice, dealt out to `runs` runs."""
+    """Return the rows in random order, some of them twice, distributed over `runs` runs."""
     dealt: list[dict[str, pl.DataFrame]] = [{} for _ in range(runs)]
     for name, rows in bronze.items():
         twice = rows.sample(min(rows.height, 25), seed=chance.randrange(10**6))
@@ -100,7 +100,7 @@ def arrivals(bronze: Bronze, chance: random.Random, runs: int) -> list[dict[str,
 
 
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
-def test_any_order_duplication_and_split_gives_the_same_tables(shop, fresh, seed):
+def test_any_order_duplication_and_split_of_arrivals_gives_the_same_tables(shop, fresh, seed):
     bronze, expected = shop
     chance = random.Random(seed)
     for part in arrivals(bronze, chance, runs=4):
@@ -124,12 +124,12 @@ def test_a_rebuild_from_nothing_gives_the_same_tables(shop, fresh):
 
 
 @pytest.mark.parametrize("runs", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_maintenance_beside_a_running_writer_loses_nothing(shop, fresh, runs):
+def test_maintenance_during_a_run_loses_nothing(shop, fresh, runs):
     bronze, expected = shop
     stop = threading.Event()
     done: list[str] = []
 
-    def keep_tidy() -> None:
+    def maintain_until_stopped() -> None:
         while not stop.is_set():
             for table in pipelines.TABLES.values():
                 if fresh.lake.exists(table):
@@ -139,25 +139,25 @@ def test_maintenance_beside_a_running_writer_loses_nothing(shop, fresh, runs):
                     except CommitConflict:
                         done.append("conflict")
 
-    tidier = threading.Thread(target=keep_tidy)
-    tidier.start()
+    maintainer = threading.Thread(target=maintain_until_stopped)
+    maintainer.start()
     try:
         for part in arrivals(bronze, random.Random(9), runs=runs):
             for name, rows in part.items():
                 if rows.height:
-                    patiently(lambda name=name, rows=rows: append(fresh, name, rows))
+                    retry_on_conflict(lambda name=name, rows=rows: append(fresh, name, rows))
             refresh_all(fresh)
     finally:
         stop.set()
-        tidier.join()
+        maintainer.join()
     assert len(done) > len(pipelines.TABLES)
     assert digests(fresh) == expected
 
 
-def patiently(action) -> None:
+def retry_on_conflict(action) -> None:
     for _ in range(50):
         try:
             return action()
         except CommitConflict:
             continue
-    raise AssertionError("never got in")
+    raise AssertionError("every attempt met a conflict")

@@ -1,4 +1,4 @@
-"""Who is meant, on tables of a few rows."""
+"""Which person an identifier names, on tables of a few rows."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from pipelines.silver.identity_graph import IDENTITY_GRAPH
 from pipelines.silver.orders_unified import ORDERS_UNIFIED
 from pipelines.silver.users_scd import USERS_SCD
 
-ABSENT: dict[pa.DataType, Any] = {
+DEFAULTS: dict[pa.DataType, Any] = {
     pa.string(): "",
     pa.bool_(): True,
     pa.int32(): 0,
     pa.int64(): 0,
     TIMESTAMP: datetime(2026, 1, 1, tzinfo=UTC),
 }
-"""What stands in a required column that nothing is said of."""
+"""Defaults of required columns that a test leaves out."""
 
 
 def write(lake: Lake, table: Table, *rows: dict[str, Any]) -> None:
     handle = lake.load(table)
     schema = polars_schema(table.schema)
-    absent = {column.name: ABSENT[column.type] for column in table.columns if column.required and column.type in ABSENT}
-    told = [{name: {**absent, **row}.get(name) for name in schema} for row in rows]
-    frame = conform(pl.DataFrame(told, schema=schema), table)
+    defaults = {column.name: DEFAULTS[column.type] for column in table.columns if column.required and column.type in DEFAULTS}
+    complete = [{name: {**defaults, **row}.get(name) for name in schema} for row in rows]
+    frame = conform(pl.DataFrame(complete, schema=schema), table)
     handle.commit(handle.writer.write(stamp(table, with_deleted_flag(table, frame, False), handle.next_sequence)), positions={})
 
 
@@ -49,7 +49,7 @@ def user(number: int, email: str, name: str, master: str | None = None) -> dict[
     return {"user_id": number, "email": email, "name": name, "master_user_id": master}
 
 
-def test_a_closed_account_is_theirs_who_show_its_email_on_a_marketplace_alone(tmp_path: Path) -> None:
+def test_a_closed_account_belongs_to_the_person_who_used_its_email_on_a_marketplace(tmp_path: Path) -> None:
     lake = Lake(Settings(home=tmp_path))
     write(lake, IDENTITY_GRAPH, node("order:lazada:1", "email:ada@x.example", "M-1"), node("user:8", "email:bo@x.example", "M-2"))
     write(lake, USERS_SCD, user(7, "ada@x.example", "Ada"), user(8, "bo@x.example", "Bo", "M-2"))
@@ -62,7 +62,7 @@ def test_a_closed_account_is_theirs_who_show_its_email_on_a_marketplace_alone(tm
         find_person(lake, SubjectQuery(user_id=9))
 
 
-def test_closed_accounts_of_a_crowd_are_nobodys(tmp_path: Path) -> None:
+def test_closed_accounts_with_a_shared_email_are_not_attributed(tmp_path: Path) -> None:
     lake = Lake(Settings(home=tmp_path))
     write(lake, IDENTITY_GRAPH, node("user:8", "email:none@x.example", "M-2"))
     write(lake, USERS_SCD, user(8, "none@x.example", "Bo", "M-2"), *(user(n, "none@x.example", f"No {n}") for n in range(20, 30)))

@@ -1,4 +1,4 @@
-"""A source that went on without us: the error says what to do, and doing it makes silver equal to the source again."""
+"""Sources that moved on without ShopSphere: the command that the error names makes silver equal to the source again."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ EARLY = "timestamptz '2026-01-01 00:00+00'"
 
 
 class Database:
-    """A database with the shop's tables."""
+    """A PostgreSQL database with the tables of the shop."""
 
     def __init__(self, server: str) -> None:
-        self.server, self.name = server, f"anew_{time.time_ns():x}"
+        self.server, self.name = server, f"rebuild_{time.time_ns():x}"
         with psycopg.connect(server, autocommit=True) as admin:
             admin.execute(f"CREATE DATABASE {self.name}")  # type: ignore[call-overload]
         self.dsn = make_conninfo(server, dbname=self.name)
@@ -47,7 +47,7 @@ class Database:
             return cursor.fetchall() if cursor.description else []
 
     def add(self, first: int, last: int, price: str = "1") -> None:
-        """Users, products and orders with these numbers."""
+        """Insert users, products and orders with these numbers."""
         self(
             f"INSERT INTO users SELECT i, 'u' || i || '@x.com', false, NULL, false, 'User ' || i, NULL, NULL, 'DE', NULL, "
             f"{EARLY}, {EARLY} + make_interval(mins => i) FROM generate_series({first}, {last}) i; "
@@ -73,7 +73,7 @@ class Database:
 
 @pytest.fixture
 def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Run a command on a lakehouse of its own, with all sources off; gives exit code, standard output, standard error."""
+    """Return a function that runs a command on an empty lakehouse without sources: (exit code, stdout, stderr)."""
     monkeypatch.setenv("SHOPSPHERE_HOME", str(tmp_path / "home"))
     for name in ("POSTGRES", "MONGO", "KAFKA"):
         monkeypatch.setenv(f"SHOPSPHERE_{name}__ENABLED", "false")
@@ -98,7 +98,7 @@ def database(servers: Addresses, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> I
 def follow(monkeypatch: pytest.MonkeyPatch, shop: Database) -> None:
     monkeypatch.setenv("SHOPSPHERE_POSTGRES__ENABLED", "true")
     monkeypatch.setenv("SHOPSPHERE_POSTGRES__DSN", shop.dsn)
-    monkeypatch.setenv("SHOPSPHERE_POSTGRES__SLOT", "anew")
+    monkeypatch.setenv("SHOPSPHERE_POSTGRES__SLOT", "rebuild")
 
 
 def rows(cli: Cli, statement: str) -> list[dict[str, Any]]:
@@ -113,8 +113,8 @@ def run(cli: Cli) -> None:
     assert code == 0, err
 
 
-def advised(cli: Cli) -> list[str]:
-    """The command that the error of a run advises."""
+def suggested_command(cli: Cli) -> list[str]:
+    """Return the command that the error of a run suggests."""
     code, _, err = cli("run", "--json")
     assert code == 1
     found = re.search(r"python -m app (rebuild( \w+\.\w+)+)", err)
@@ -132,18 +132,18 @@ def assert_silver_equals(cli: Cli, shop: Database) -> None:
     assert [row["id"] for row in orders] == [row[0] for row in shop("SELECT order_id FROM orders ORDER BY order_id")]
 
 
-def test_a_slot_that_is_gone_is_recovered_by_the_advised_command(cli: Cli, database: Database) -> None:
+def test_a_dropped_slot_is_recovered_by_the_suggested_command(cli: Cli, database: Database) -> None:
     database.add(1, 4)
     run(cli)
     history = rows(cli, "SELECT * FROM silver.users_scd WHERE user_id IN (1, 3) ORDER BY user_id, valid_from")
-    database("SELECT pg_drop_replication_slot('anew')")
+    database("SELECT pg_drop_replication_slot('rebuild')")
     database.lose(2)
     database.lose(4)
     database.add(5, 5)
     database("UPDATE products SET list_price = 7 WHERE product_id = 'P1'")
-    command = advised(cli)
+    command = suggested_command(cli)
     assert len(command) == 8
-    assert cli(*command[:2])[0] == 1, "one table alone cannot be read anew while the others are not"
+    assert cli(*command[:2])[0] == 1, "one table cannot be reread without the others"
     code, _, err = cli(*command)
     assert code == 0, err
     run(cli)
@@ -155,7 +155,7 @@ def test_a_slot_that_is_gone_is_recovered_by_the_advised_command(cli: Cli, datab
     database.lose(1)
     run(cli)
     assert_silver_equals(cli, database)
-    # and once more, a table alone: nothing happened meanwhile, so nothing changes
+    # rereading one table without changes at the source changes nothing
     before = json.loads(cli("digest", "--json")[1].splitlines()[-1])
     assert cli("rebuild", "bronze.bronze_postgres__users", "silver.users_scd", "gold.dim_users")[0] == 0
     run(cli)
@@ -165,7 +165,7 @@ def test_a_slot_that_is_gone_is_recovered_by_the_advised_command(cli: Cli, datab
     }
 
 
-def test_another_server_with_lower_positions_takes_over(
+def test_a_replaced_server_with_lower_positions_is_followed(
     cli: Cli, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for _ in range(6):
@@ -179,7 +179,7 @@ def test_another_server_with_lower_positions_takes_over(
         ahead = "SELECT pg_current_wal_lsn() - '0/0'::pg_lsn"
         assert other(ahead)[0][0] < database(ahead)[0][0]
         follow(monkeypatch, other)
-        code, _, err = cli(*advised(cli))
+        code, _, err = cli(*suggested_command(cli))
         assert code == 0, err
         run(cli)
         assert_silver_equals(cli, other)
@@ -187,12 +187,12 @@ def test_another_server_with_lower_positions_takes_over(
         other.lose(3)
         run(cli)
         assert_silver_equals(cli, other)
-        assert other("SELECT count(*) FROM pg_replication_slots WHERE slot_name = 'anew' AND NOT temporary") == [(1,)]
+        assert other("SELECT count(*) FROM pg_replication_slots WHERE slot_name = 'rebuild' AND NOT temporary") == [(1,)]
     finally:
         stop_servers(tmp_path / "second")
 
 
-def test_unreadable_values_of_the_initial_read_are_quarantined_row_by_row(cli: Cli, database: Database) -> None:
+def test_unreadable_values_of_the_initial_read_are_quarantined_by_row(cli: Cli, database: Database) -> None:
     database.add(1, 3)
     database("UPDATE products SET list_price = 'NaN' WHERE product_id <> 'P2'")
     run(cli)
@@ -200,7 +200,7 @@ def test_unreadable_values_of_the_initial_read_are_quarantined_row_by_row(cli: C
     assert sorted(json.loads(row["original"])["product_id"] for row in found) == ["P1", "P3"]
 
 
-def test_deletes_that_a_watermark_cannot_see_are_found_by_a_rebuild(
+def test_a_rebuild_finds_deletes_that_a_watermark_cannot_detect(
     cli: Cli, servers: Addresses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = f"m{time.time_ns():x}"
@@ -228,10 +228,10 @@ def test_deletes_that_a_watermark_cannot_see_are_found_by_a_rebuild(
         client.close()
 
 
-def test_a_topic_created_anew_is_recovered_by_the_advised_command(
+def test_a_recreated_topic_is_recovered_by_the_suggested_command(
     cli: Cli, servers: Addresses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    topic = f"anew-{time.time_ns():x}"
+    topic = f"rebuild-{time.time_ns():x}"
     for setting, value in {"ENABLED": "true", "BOOTSTRAP_SERVERS": servers.kafka_bootstrap, "TOPICS": topic}.items():
         monkeypatch.setenv(f"SHOPSPHERE_KAFKA__{setting}", value)
     admin = AdminClient({"bootstrap.servers": servers.kafka_bootstrap})
@@ -258,7 +258,7 @@ def test_a_topic_created_anew_is_recovered_by_the_advised_command(
         assert found() == (["a1", "a2"], ["a"])
         admin.delete_topics([topic])[topic].result(10)
         make_and_fill("b", 5)
-        command = advised(cli)
+        command = suggested_command(cli)
         assert command == ["rebuild", "bronze.bronze_kafka__events"]
         assert cli(*command)[0] == 0
         run(cli)
@@ -269,16 +269,16 @@ def test_a_topic_created_anew_is_recovered_by_the_advised_command(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_rebuild_killed_at_any_moment_is_finished_by_what_the_errors_advise(cli: Cli, database: Database) -> None:
+def test_a_rebuild_killed_at_any_time_is_finished_by_the_suggested_command(cli: Cli, database: Database) -> None:
     database.add(0, 40)
     run(cli)
     chance = random.Random(4)
     longest, killed = 60.0, 0
     for number in range(9):
-        database("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = 'anew'")
+        database("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = 'rebuild'")
         database.lose(number)
         database.add(41 + number, 41 + number)
-        command = advised(cli)
+        command = suggested_command(cli)
         process = subprocess.Popen([sys.executable, "-m", "app", *command], cwd=ROOT, stdout=subprocess.DEVNULL)
         begun = time.monotonic()
         if number == 0:
@@ -293,14 +293,14 @@ def test_a_rebuild_killed_at_any_moment_is_finished_by_what_the_errors_advise(cl
         for _ in range(3):
             if cli("run", "--json")[0] == 0:
                 break
-            assert cli(*advised(cli))[0] == 0
+            assert cli(*suggested_command(cli))[0] == 0
         run(cli)
         assert_silver_equals(cli, database)
     assert killed >= 3
 
 
 @pytest.mark.parametrize("table", ["users", "products"])
-def test_one_table_is_read_anew_whichever_changed_last(cli: Cli, database: Database, table: str) -> None:
+def test_one_table_can_be_reread_whichever_changed_last(cli: Cli, database: Database, table: str) -> None:
     database.add(1, 3)
     run(cli)
     database("UPDATE users SET city = 'x' WHERE user_id = 1")  # only users gets a newer position
@@ -312,7 +312,7 @@ def test_one_table_is_read_anew_whichever_changed_last(cli: Cli, database: Datab
     assert_silver_equals(cli, database)
 
 
-def test_what_a_healthy_slot_holds_of_a_table_that_is_read_anew_is_history(cli: Cli, database: Database) -> None:
+def test_pending_changes_of_a_healthy_slot_become_history_when_its_table_is_reread(cli: Cli, database: Database) -> None:
     database.add(1, 3)
     run(cli)
     database("UPDATE users SET city = 'B', updated_at = '2026-02-01 00:00+00' WHERE user_id = 1")
@@ -328,9 +328,7 @@ def test_what_a_healthy_slot_holds_of_a_table_that_is_read_anew_is_history(cli: 
     assert_silver_equals(cli, database)
 
 
-def test_corrections_of_a_file_with_an_error_are_not_stored_and_may_come_twice(
-    cli: Cli, database: Database, tmp_path: Path
-) -> None:
+def test_corrections_are_stored_once_and_only_from_a_valid_file(cli: Cli, database: Database, tmp_path: Path) -> None:
     database.add(1, 3)
     database("UPDATE products SET list_price = 'NaN' WHERE product_id = 'P2'")
     database("UPDATE orders SET total_amount = 'NaN' WHERE order_id = 2")
@@ -357,26 +355,26 @@ def test_corrections_of_a_file_with_an_error_are_not_stored_and_may_come_twice(
     assert rows(cli, "SELECT count(*) AS n FROM bronze.bronze_postgres__orders WHERE _op = 'fix'") == [{"n": 1}]
 
 
-def test_an_emptied_topic_is_read_anew(cli: Cli, servers: Addresses, monkeypatch: pytest.MonkeyPatch) -> None:
-    topic = f"anew-{time.time_ns():x}"
+def test_an_emptied_topic_can_be_reread(cli: Cli, servers: Addresses, monkeypatch: pytest.MonkeyPatch) -> None:
+    topic = f"rebuild-{time.time_ns():x}"
     for setting, value in {"ENABLED": "true", "BOOTSTRAP_SERVERS": servers.kafka_bootstrap, "TOPICS": topic}.items():
         monkeypatch.setenv(f"SHOPSPHERE_KAFKA__{setting}", value)
     admin, producer = (kind({"bootstrap.servers": servers.kafka_bootstrap}) for kind in (AdminClient, Producer))
 
-    def transform(name: str) -> None:
+    def produce_events(name: str) -> None:
         for number in range(3):
             event = {"event_id": f"{name}{number}", "event_type": "click", "timestamp": "2026-01-02T10:00:00Z"}
             producer.produce(topic, value=json.dumps(event))
         assert producer.flush(10) == 0
 
     admin.create_topics([NewTopic(topic, 1, 1)])[topic].result(10)
-    transform("a")
+    produce_events("a")
     run(cli)
     admin.delete_topics([topic])[topic].result(10)
     admin.create_topics([NewTopic(topic, 1, 1)])[topic].result(10)
     assert cli("run")[0] == 1
     assert cli("rebuild", "bronze.bronze_kafka__events")[0] == 0
     run(cli)
-    transform("b")
+    produce_events("b")
     run(cli)
     assert rows(cli, "SELECT count(*) AS n FROM silver.events_clean") == [{"n": 6}]

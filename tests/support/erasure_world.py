@@ -1,4 +1,4 @@
-"""A small shop whose lakehouse is put back before each test of erasure, and a search that shares no code with the product's."""
+"""A small shop whose lakehouse is restored before each test of erasure, and a search that shares no code with the product."""
 
 from __future__ import annotations
 
@@ -24,21 +24,20 @@ from pipelines.runner import open_engine, run_once
 from pipelines.settings import Settings, load_settings
 from pipelines.silver.users_scd import USERS_SCD
 
-PARTS = ("warehouse", "catalog.db", "erasures", "erasure.key", "mlflow")
+LAKEHOUSE_FILES = ("warehouse", "catalog.db", "erasures", "erasure.key", "mlflow")
 
 
 @dataclass(frozen=True)
 class World:
-    """A sandbox that runs, and the lakehouse made from it."""
+    """A running sandbox and its lakehouse, with a backup of the lakehouse."""
 
     home: Path
     backup: Path
     settings: Settings
 
-    def put_back(self) -> None:
-        """The lakehouse as it was filled, and its replication slot. (Tables name their files by absolute paths, so it must be at
-        the same place.)"""
-        for part in PARTS:
+    def restore(self) -> None:
+        """Restore the lakehouse and its replication slot. Tables name their files by absolute paths, so the place is the same."""
+        for part in LAKEHOUSE_FILES:
             place, kept = self.home / part, self.backup / part
             shutil.rmtree(place, ignore_errors=True) if place.is_dir() else place.unlink(missing_ok=True)
             if kept.is_dir():
@@ -52,18 +51,18 @@ class World:
 
     @property
     def lake(self) -> Lake:
-        """The lakehouse, opened anew."""
+        """Return the lakehouse, newly opened."""
         return Lake(self.settings)
 
     @property
     def without_postgres(self) -> World:
-        """With that source switched off."""
+        """Return the world with PostgreSQL disabled."""
         off = self.settings.postgres.model_copy(update={"enabled": False})
         return replace(self, settings=self.settings.model_copy(update={"postgres": off}))
 
     @contextmanager
     def engine(self) -> Iterator[Engine]:
-        """As the commands have it."""
+        """Open an engine as the commands do."""
         with open_engine(self.settings) as engine:
             yield engine
 
@@ -75,7 +74,7 @@ def context_of(engine: Engine) -> ErasureContext:
 
 @contextmanager
 def shop(home: Path, orders: int, seed: int) -> Iterator[World]:
-    """A shop of so many orders, its servers running."""
+    """Yield a shop with that many orders, its servers running."""
     sandbox.start(home, orders=orders, seed=seed)
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -88,7 +87,7 @@ def shop(home: Path, orders: int, seed: int) -> Iterator[World]:
             source.execute("SELECT pg_copy_logical_replication_slot(%s, 'kept')", [settings.postgres.slot])
         world = World(home, home.with_name(home.name + "-kept"), settings)
         world.backup.mkdir()
-        for part in PARTS:
+        for part in LAKEHOUSE_FILES:
             if (home / part).is_dir():
                 shutil.copytree(home / part, world.backup / part)
             elif (home / part).exists():
@@ -98,8 +97,8 @@ def shop(home: Path, orders: int, seed: int) -> Iterator[World]:
         sandbox.stop(home)
 
 
-def somebody(lake: Lake, rank: int = 0) -> dict[str, str]:
-    """A person with an account, an e-mail, a phone, an address, and marketplace orders; the `rank`th by number of records."""
+def find_customer(lake: Lake, rank: int = 0) -> dict[str, str]:
+    """Return a customer with an account, e-mail, phone, address and at least two orders: the `rank`th by number of records."""
     people = lake.load(CUSTOMER_360).read(["master_user_id", "records", "accounts", "orders", "primary_user_id", "email"])
     users = lake.load(USERS_SCD).read(
         ["user_id", "email", "email_raw", "phone_number", "phone_raw", "name", "address", "city"], pl.col("is_current")
@@ -114,27 +113,27 @@ def somebody(lake: Lake, rank: int = 0) -> dict[str, str]:
     return {name: str(value) for name, value in row.items() if value is not None}
 
 
-def texts_of(person: dict[str, str]) -> list[str]:
-    """What must not be found of a person."""
+def personal_texts(person: dict[str, str]) -> list[str]:
+    """Return the texts of a person that an erasure has to remove."""
     texts = [person[name] for name in ("email", "email_raw", "phone_number", "phone_raw", "address") if name in person]
     return [*texts, person["name"]]
 
 
-def holding(home: Path, texts: list[str]) -> list[str]:
-    """The files of a local warehouse that hold one of the texts, decoded: read whole and looked through in lower case."""
+def files_containing(home: Path, texts: list[str]) -> list[str]:
+    """Return the files of a local warehouse that contain one of the texts: decoded and compared in lower case."""
     found = []
     lower = [text.lower() for text in texts] + [json.dumps(text)[1:-1].lower() for text in texts]
     for file in sorted((home / "warehouse").rglob("*")):
         if not file.is_file():
             continue
-        held = file.read_bytes().decode("latin-1").lower()
+        content = file.read_bytes().decode("latin-1").lower()
         if file.suffix == ".parquet":
             rows = pl.read_parquet(file)
             for column in rows.get_columns():
                 if column.dtype == pl.Binary:
-                    held += "\n".join((value or b"").decode("utf-8", "replace") for value in column.to_list()).lower()
+                    content += "\n".join((value or b"").decode("utf-8", "replace") for value in column.to_list()).lower()
                 elif column.dtype == pl.String:
-                    held += "\n".join(value or "" for value in column.to_list()).lower()
-        if any(text in held for text in lower):
+                    content += "\n".join(value or "" for value in column.to_list()).lower()
+        if any(text in content for text in lower):
             found.append(str(file))
     return found
