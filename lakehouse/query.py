@@ -52,10 +52,9 @@ def resolve_snapshot(handle: TableHandle, reference: TableReference) -> int | No
     except ValueError:
         raise QueryError(f"'{as_of.value}' is not a time. Expected a time such as '2026-01-31 12:00:00' (UTC).") from None
     limit = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000
-    before = [s for s in handle.published_snapshots if s.timestamp_ms <= limit]
-    if not before:
+    if (snapshot_id := handle.snapshot_id_at(limit)) is None:
         raise QueryError(f"{reference.name} has no snapshot at or before {as_of.value}.")
-    return max(before, key=lambda s: (s.timestamp_ms, s.sequence_number or 0)).snapshot_id
+    return snapshot_id
 
 
 def _snapshot_of_version(handle: TableHandle, name: str, version: str) -> int:

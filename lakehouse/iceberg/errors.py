@@ -6,6 +6,7 @@ from a server.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,7 @@ from pyiceberg.exceptions import (
     OAuthError,
     RESTError,
     UnauthorizedError,
+    ValidationException,
 )
 from requests.exceptions import RequestException
 from sqlalchemy.exc import SQLAlchemyError
@@ -35,6 +37,16 @@ REFUSED_ERRORS = (ForbiddenError, OAuthError, UnauthorizedError)
 
 NO_RESPONSE_ERRORS: tuple[type[Exception], ...] = (RESTError, RequestException, SQLAlchemyError, ValidationError, *AWS_ERRORS)
 """No response, or none that shows whether the request succeeded. (ValidationError: the response cannot be parsed.)"""
+
+STALE_METADATA = re.compile(
+    r"Cannot add snapshot with sequence number|Cannot add a snapshot with first row id|Cannot set \S+ to unknown snapshot"
+    r"|Cannot remove \S+ ref with unknown snapshot|[Ss]napshot with snapshot id \d+ does not exist|Cannot find starting snapshot"
+)
+"""The messages with which PyIceberg refuses to apply an update that another writer's commit has overtaken.
+
+The SQL and Glue catalogs apply updates to the newest metadata. A commit to another branch leaves our requirements fulfilled
+and still takes our sequence number, and an expiry removes the snapshots that ours removes.
+"""
 
 
 @contextmanager
@@ -62,7 +74,7 @@ def committing(table: str) -> Iterator[None]:
         yield
     except (CommitFailedException, NoSuchTableError, FileNotFoundError) as error:
         # a file is missing when the snapshot that was loaded has expired since
-        raise CommitConflict(f"{table}: another writer committed first ({type(error).__name__}). Run again.") from error
+        raise overtaken_error(table, error) from error
     except REFUSED_ERRORS as error:
         raise refused_error(table, error) from error
     except NO_RESPONSE_ERRORS as error:
@@ -74,6 +86,15 @@ def committing(table: str) -> Iterator[None]:
             f"{table}: the catalog is busy or unreachable, so it is unknown whether the commit succeeded "
             f"({type(error).__name__}). Run again: nothing is lost or written twice."
         ) from error
+    except (ValueError, ValidationException) as error:
+        if not STALE_METADATA.search(str(error)):
+            raise
+        raise overtaken_error(table, error) from error
+
+
+def overtaken_error(table: str, error: Exception) -> CommitConflict:
+    """Return the error for a commit that another writer's commit has overtaken."""
+    return CommitConflict(f"{table}: another writer committed first ({type(error).__name__}). Run again.")
 
 
 def refused_error(table: str, error: Exception) -> ShopSphereError:

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
-from pyiceberg.exceptions import CommitFailedException
 from pyiceberg.io.pyarrow import PyArrowFileIO
 
-from lakehouse.errors import CommitConflict
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.compaction import MAX_ATTEMPTS, compact
-from lakehouse.iceberg.errors import catalog_errors
+from lakehouse.iceberg.errors import committing
 from lakehouse.iceberg.table_files import file_system, list_files, referenced_files
 from lakehouse.retry import retry_commit
 from lakehouse.table import Table
@@ -70,11 +68,8 @@ def expire(lake: Lake, table: Table, retention_hours: float, now: datetime) -> i
     old = [before.snapshot_id for before, after in pairwise(snapshots) if after.timestamp_ms < limit]
     old = [snapshot_id for snapshot_id in old if snapshot_id not in handle.lineage_snapshot_ids and snapshot_id not in heads]
     if old:
-        try:
-            with catalog_errors(table.name):
-                handle.iceberg_table.maintenance.expire_snapshots().by_ids(old).commit()
-        except CommitFailedException as error:
-            raise CommitConflict(f"{table.name}: another writer committed while snapshots were expired. Run again.") from error
+        with committing(table.name):
+            handle.iceberg_table.maintenance.expire_snapshots().by_ids(old).commit()
     return len(old) + discarded
 
 

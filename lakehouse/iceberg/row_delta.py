@@ -1,8 +1,8 @@
 """One Iceberg snapshot that adds and removes data files and position deletes.
 
 PyIceberg 0.12 has neither a row delta nor a merge-on-read write, so this module extends its private snapshot producer.
-There are no conflict checks. It is safe only with commit retries off and from a handle loaded before the read, so that any
-commit in between makes it fail.
+There are no conflict checks. It is safe only from a handle loaded before the read, and because a commit in between makes it
+fail: it is never rebased, whatever the table property `commit.retry.num-retries` is.
 
 A snapshot that is audited before publication is staged on a branch: its parent is main's head, but main does not move.
 A table has at most one staged snapshot; the next one replaces it.
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from pyiceberg.exceptions import CommitFailedException
 from pyiceberg.manifest import (
     DataFile,
     DataFileContent,
@@ -85,7 +86,14 @@ class RowDelta(_SnapshotProducer["RowDelta"]):
         return (*remove_staged, *updates), (*requirements, main_unchanged)
 
     def _validate_concurrency(self) -> None:
-        """Check nothing: a commit in between makes this one fail, since retries are off."""
+        """Check nothing: a commit in between makes this one fail."""
+
+    def _refresh_for_retry(self) -> None:
+        """Refuse the rebase that PyIceberg attempts if the table's properties allow retries.
+
+        The files and positions were computed from the parent snapshot. After a rebase they would be committed twice.
+        """
+        raise CommitFailedException("A row delta cannot be rebased on another writer's commit.")
 
     def _clean_all_uncommitted(self) -> None:
         """Delete nothing.

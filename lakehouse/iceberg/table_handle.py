@@ -120,6 +120,15 @@ class TableHandle:
         """Return the id of the snapshot with this sequence number, or None if it has expired."""
         return next((s.snapshot_id for s in self.iceberg_table.metadata.snapshots if s.sequence_number == sequence), None)
 
+    def snapshot_id_at(self, timestamp_ms: float) -> int | None:
+        """Return the id of the snapshot that was current at a time, or None if there was none or it has expired.
+
+        The snapshot log counts, not when a snapshot was committed: it may have been staged, on a branch, or rolled back.
+        """
+        metadata = self.iceberg_table.metadata
+        current = next((entry for entry in reversed(metadata.snapshot_log) if entry.timestamp_ms <= timestamp_ms), None)
+        return current.snapshot_id if current and metadata.snapshot_by_id(current.snapshot_id) else None
+
     @property
     def position(self) -> dict[str, Any]:
         """The position that a downstream table stores for this one: its identity and the last commit that changed rows."""
