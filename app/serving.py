@@ -1,4 +1,4 @@
-"""The entry point of `serve deploy serve/deploy.yaml`."""
+"""The application that `serve deploy serve/deploy.yaml` imports."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from serve import deployment
 
 
 def build(arguments: Mapping[str, Any] | None = None) -> Any:
-    """Return the Ray Serve application; `arguments` are settings of serving and win over the environment."""
+    """Return the Ray Serve application; `arguments` are settings of serving and take precedence over the environment."""
     return deployment.build(PROJECT, arguments)

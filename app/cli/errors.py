@@ -84,7 +84,7 @@ def describe(error: BaseException) -> str:
     if isinstance(error, ShopSphereError):
         return f"{error} {_remedy(error)}".rstrip()
     if (outage := as_transient_error(error)) is not None:
-        return str(outage)
+        return describe(outage)
     first_line = str(error).splitlines()[0][:300] if str(error) else ""
     return f"{type(error).__name__}: {first_line}. Run again with --debug to see the traceback, and please report this error."
 
@@ -92,4 +92,4 @@ def describe(error: BaseException) -> str:
 def _remedy(error: ShopSphereError) -> str:
     """Return the command that fixes an error, or '' when the message is complete."""
     tables = " ".join(error.remedy_tables) or getattr(error, "table", "TABLE")
-    return REMEDIES[error.remedy].format(table=tables) if error.remedy else ""
+    return REMEDIES.get(error.remedy, "").format(table=tables)

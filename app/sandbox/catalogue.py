@@ -1,4 +1,4 @@
-"""What the shop sells, and what a dollar is worth on a day."""
+"""Generated products and exchange rates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOMINAL = CURRENCIES | {"GBP": 0.79, "AUD": 1.52, "CHF": 0.88, "MYR": 4.5, "THB"
 
 @dataclass(frozen=True)
 class Product:
-    """One product; `dollars` is its list price in US dollars, `popularity` its weight in baskets."""
+    """One product. `dollars` is its list price in US dollars, `popularity` its weight in baskets."""
 
     product_id: str
     name: str
@@ -33,31 +33,31 @@ class Product:
 
 
 def products(seed: int, count: int) -> tuple[Product, ...]:
-    """The catalogue of this seed."""
+    """Return the products of this seed."""
     random = Random(f"{seed}/products")
-    made = []
+    catalogue = []
     for number in range(count):
         category = tuple(CATEGORIES)[number % len(CATEGORIES)]
         names, (low, high) = CATEGORIES[category]
         brand = random.choice(BRANDS)
         dollars = round(math.exp(random.uniform(math.log(low), math.log(high)))) - 0.01
         kind = names[number // len(CATEGORIES) % len(names)]
-        made.append(
+        catalogue.append(
             Product(
                 f"P{number + 1:04d}", f"{brand} {kind} {number + 1}", category, brand, dollars, 1 / (1 + random.random() * 12)
             )
         )
-    return tuple(made)
+    return tuple(catalogue)
 
 
 def local_price(dollars: float, country: Country) -> int:
-    """The price in a country, in minor units of its currency, rounded as its shops do."""
+    """Return the price in a country, in minor units of its currency, rounded to the country's step."""
     minor = dollars * country.nominal * (100 if country.digits else 1)
     return max(country.step, round(minor / country.step) * country.step)
 
 
 def decimal_text(minor: int, digits: int) -> str:
-    """An amount in minor units as a decimal number."""
+    """Return an amount in minor units as decimal text."""
     if digits == 0:
         return str(minor)
     sign, minor = ("-", -minor) if minor < 0 else ("", minor)
@@ -66,7 +66,7 @@ def decimal_text(minor: int, digits: int) -> str:
 
 
 def rates(seed: int, day: int, base: str) -> list[tuple[str, str]]:
-    """(currency, units of `base` per unit with 8 decimals) on a day; a slow wave and a little noise."""
+    """Return (currency, units of `base` per unit with 8 decimals) on a day: a slow wave with some noise."""
     currencies = sorted({country.currency for country in COUNTRIES} | {base})
 
     def per_dollar(currency: str) -> float:

@@ -1,4 +1,4 @@
-"""Marketplace orders as the marketplaces write them: old and new shapes, amounts and phones in any spelling."""
+"""Documents of marketplace orders: old and new formats, amounts and phone numbers in several spellings."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ class MarketplaceLine:
 
 
 def order_number(platform: str, number: int) -> str:
-    """The marketplace's order id."""
+    """Return the marketplace's order id."""
     return f"ORD-{PLATFORM_CODES[platform]}-{number}"
 
 
 def object_id(seed: int, time: int, number: int) -> ObjectId:
-    """The `_id` of the document with this number; the same seed gives the same ids."""
+    """Return the `_id` of the n-th document; the same seed gives the same ids."""
     return ObjectId(f"{time // 1000 & 0xFFFFFFFF:08x}{seed & 0xFFFFFFFF:08x}{number & 0xFFFFFFFF:08x}")
 
 
 def moment(time: int) -> datetime:
-    """Milliseconds since 1970 as a date."""
+    """Return milliseconds since 1970 as a datetime."""
     return datetime.fromtimestamp(time / 1000, UTC)
 
 
 def plain_amount(minor: int, country: Country) -> int | float:
-    """An amount as a number: an int where the currency has no minor units, else a double."""
+    """Return an amount as a number: an int if the currency has no minor units, otherwise a double."""
     return minor if country.digits == 0 else minor / 100
 
 
 def spelled_amount(random: Random, minor: int, country: Country) -> int | float | str:
-    """An amount in one of the spellings that this currency's marketplaces use."""
+    """Return an amount in one of the spellings that marketplaces use for this currency."""
     style = random.random()
     if style < 0.6:
         return plain_amount(minor, country)
@@ -60,15 +60,15 @@ def spelled_amount(random: Random, minor: int, country: Country) -> int | float 
 
 
 def service_phone(country: Country) -> str:
-    """The phone of a parcel shop, which many buyers give instead of their own."""
+    """Return the phone number of a parcel shop, which many buyers enter instead of their own."""
     return f"+{country.dial}{country.prefixes[0]}{'55500000'[: country.subscriber_digits]}"
 
 
 def contact(random: Random, person: SandboxPerson, profile: PersonProfile, platform: str) -> Document:
-    """Who the buyer says to be. Most give an e-mail or a phone; some only a name and an address."""
+    """Return the buyer's contact fields. Most have an e-mail address or a phone number; some only a name and an address."""
     draw = random.random()
     email = profile.email
-    # A second e-mail comes only beside the own phone, so there is always something to recognise a person by.
+    # the second e-mail address is used only with the own phone number, so every buyer remains identifiable
     if draw < 0.45 and person.own_phone and person.phone_given and random.random() < 0.12:
         email = person.other_email
     style = random.random()
@@ -85,7 +85,7 @@ def contact(random: Random, person: SandboxPerson, profile: PersonProfile, platf
     elif draw < 0.925:
         given = {"user_email": email} if not (person.own_phone and person.phone_given) else {"buyer_phone": phone}
     elif draw < 0.95:
-        # An identifier that a crowd shares stands beside a good one.
+        # an identifier shared by many people, next to a good one
         if person.own_phone and person.phone_given and draw < 0.937:
             given = {"user_email": "noreply@marketplace.example", "buyer_phone": phone}
         elif person.country.code != "ID":
@@ -111,7 +111,7 @@ def contact(random: Random, person: SandboxPerson, profile: PersonProfile, platf
 
 
 def items(random: Random, lines: list[MarketplaceLine], catalogue: tuple[Product, ...], country: Country) -> list[Document]:
-    """The lines as a marketplace writes them."""
+    """Return the lines in the format of the marketplace."""
     written: list[Document] = []
     for line in lines:
         product = catalogue[line.product]
@@ -148,40 +148,40 @@ def document(
     updated: int,
     old: bool,
 ) -> Document:
-    """One marketplace order; `old` ones carry a product name and no items. Times are milliseconds."""
+    """Return one marketplace order. old: with a product name and no items. Times are milliseconds since 1970."""
     total = sum(line.quantity * line.price for line in lines)
-    made: Document = {"_id": identifier, "mp_order_id": number, "platform": platform} | buyer
+    content: Document = {"_id": identifier, "mp_order_id": number, "platform": platform} | buyer
     if old:
-        made["product_name"] = catalogue[lines[0].product].name
+        content["product_name"] = catalogue[lines[0].product].name
     else:
-        made["items"] = items(random, lines, catalogue, country)
-    made |= {"amount": spelled_amount(random, total, country), "currency": country.currency, "status": status}
-    made |= {"order_time": moment(placed), "updated_at": moment(updated)}
+        content["items"] = items(random, lines, catalogue, country)
+    content |= {"amount": spelled_amount(random, total, country), "currency": country.currency, "status": status}
+    content |= {"order_time": moment(placed), "updated_at": moment(updated)}
     draw = random.random()
     if draw < 0.003:
-        del made["status"]
+        del content["status"]
     elif draw < 0.006:
-        del made["currency"]
+        del content["currency"]
     elif draw < 0.008:
-        del made["updated_at"]
-    return made
+        del content["updated_at"]
+    return content
 
 
 def unreadable(random: Random, identifier: ObjectId, number: int, placed: int) -> Document:
-    """A document that breaks the contract: no order id, a time that is none, an amount that is none."""
-    made: Document = {
+    """Return a document that violates the contract: no order id, an invalid time, or an invalid amount."""
+    content: Document = {
         "_id": identifier,
         "mp_order_id": f"ORD-XX-{number}",
         "platform": "tokopedia",
         "currency": "IDR",
         "status": "paid",
     }
-    made |= {"amount": 100_000, "product_name": "Mystery box", "order_time": moment(placed), "updated_at": moment(placed)}
+    content |= {"amount": 100_000, "product_name": "Mystery box", "order_time": moment(placed), "updated_at": moment(placed)}
     style = random.randrange(3)
     if style == 0:
-        del made["mp_order_id"]
+        del content["mp_order_id"]
     elif style == 1:
-        made["order_time"] = "last tuesday"
+        content["order_time"] = "last tuesday"
     else:
-        made["amount"] = "ask the seller"
-    return made
+        content["amount"] = "ask the seller"
+    return content

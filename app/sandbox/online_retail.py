@@ -1,13 +1,13 @@
-"""A real shop's invoices in the sandbox: a Parquet file with the columns of the UCI Online Retail data set.
+"""Loads real invoices into the sandbox: a Parquet file with the columns of the UCI Online Retail data set.
 
-Every line of the file becomes an order line, exactly: cancellations, adjustments, fees, free and repeated
-lines included. An order is an invoice, split where its lines lie in different months, countries or customers,
-so that an order's date and store say the month and country of each of its lines. The country is that of the
-order's store, one online store per spelling in the file. Times are taken as UTC, prices are GBP.
+Every line of the file becomes exactly one order line, including cancellations, adjustments, fees, free and repeated lines.
+An order is an invoice, split where its lines are in different months, countries or customers, so that an order's date and
+store are those of each of its lines. The country is that of the order's store; each spelling in the file has one online
+store. Times are taken as UTC, prices are in GBP.
 
-Stock events go with the lines: `stock_sold`; `stock_returned` on cancellations (`C...`); `stock_adjusted`
-where a line is negative without being a cancellation; and a `stock_received` before the first day, large
-enough for all that is taken out. Fees and postage have no stock.
+Stock events follow from the lines: `stock_sold`; `stock_returned` for cancellations (`C...`); `stock_adjusted` for negative
+lines that are no cancellation; and one `stock_received` before the first day, enough for all units that leave. Fees and
+postage have no stock.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ COLUMNS: dict[str, pl.DataType | type[pl.DataType]] = {
     "CustomerID": pl.Float64,
     "Country": pl.String,
 }
-NEEDED = ("InvoiceNo", "Quantity", "InvoiceDate", "UnitPrice")
-# Invoice numbers up to this many digits are order ids themselves; the others get ids above them.
+REQUIRED = ("InvoiceNo", "Quantity", "InvoiceDate", "UnitPrice")
 OWN_ID_DIGITS = 15
+"""Invoice numbers of up to this many digits are used as order ids; other orders get ids above them."""
 EVENTS_AT_ONCE = 50_000
 
-# What is no single country has a code that ISO 3166 leaves to its users (XC, XE, ZZ).
+# regions that are no country have user-assigned codes of ISO 3166 (XC, XE, ZZ)
 COUNTRY_CODES: dict[str, str] = {
     "Argentina": "AR",
     "Australia": "AU",
@@ -108,17 +108,17 @@ COUNTRY_CODES: dict[str, str] = {
     "Bermuda": "BM",
 }
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-# For spellings that are not in the table: the user-assigned codes, then codes that begin with a digit, which no country has.
 SPARE_CODES: tuple[str, ...] = (
     *(f"Q{letter}" for letter in _LETTERS[12:]),
     *(f"X{letter}" for letter in _LETTERS if letter not in "CEW"),
     *(f"{digit}{letter}" for digit in "0123456789" for letter in _LETTERS + "0123456789"),
 )
+"""For spellings that are not in COUNTRY_CODES: user-assigned codes, then codes that start with a digit."""
 FEE = re.compile(r"^(POST|DOT|D|M|m|S|B|C2|CRUK|PADS|BANK CHARGES|AMAZONFEE|gift_.*|TEST.*|ADJUST.*)$")
 
 
 def check(file: Path) -> None:
-    """Whether the file can be loaded at all. Raises SandboxError."""
+    """Raise SandboxError when the file cannot be loaded."""
     try:
         found = pl.read_parquet_schema(file)
     except (OSError, pl.exceptions.PolarsError) as error:
@@ -131,17 +131,17 @@ def check(file: Path) -> None:
 
 
 def country_codes(spellings: list[str]) -> dict[str, str]:
-    """A code of two characters for each spelling; no two get the same, and the same spellings get the same codes."""
+    """Return a unique code of two characters for each spelling; the same spellings always get the same codes."""
     known = {spelling: COUNTRY_CODES[spelling] for spelling in spellings if spelling in COUNTRY_CODES}
     unknown = sorted({spelling for spelling in spellings if spelling not in known})
     spare = [code for code in SPARE_CODES if code not in known.values()]
     if len(unknown) > len(spare):
-        raise SandboxError(f"The file names {len(unknown)} unknown countries; at most {len(spare)} can be told apart.")
+        raise SandboxError(f"The file contains {len(unknown)} unknown countries, expected at most {len(spare)}.")
     return known | dict(zip(unknown, spare, strict=False))
 
 
 def read_lines(file: Path) -> pl.DataFrame:
-    """The file's lines in their order, with `order_id`, `line_no`, `store_id`, `country`, and `price` in 1/10000.
+    """Return the lines of the file in their order, with `order_id`, `line_no`, `store_id`, `country`, and `price` in 1/10000.
 
     Raises SandboxError.
     """
@@ -151,11 +151,11 @@ def read_lines(file: Path) -> pl.DataFrame:
     try:
         frame = frame.select(pl.col(name).cast(kind) for name, kind in COLUMNS.items()).with_row_index("line")
     except pl.exceptions.PolarsError as error:
-        raise SandboxError(f"{file} holds values of another type than expected: {' '.join(str(error).split())[:200]}.") from None
-    holes = frame.filter(pl.any_horizontal(pl.col(*NEEDED).is_null()))
-    if holes.height:
+        raise SandboxError(f"{file} contains values of an unexpected type: {' '.join(str(error).split())[:200]}.") from None
+    incomplete = frame.filter(pl.any_horizontal(pl.col(*REQUIRED).is_null()))
+    if incomplete.height:
         raise SandboxError(
-            f"{file} has {holes.height} lines without {' or '.join(NEEDED)}, the first is line {holes['line'][0]}."
+            f"{file} has {incomplete.height} lines without {' or '.join(REQUIRED)}, the first is line {incomplete['line'][0]}."
         )
     frame = frame.with_columns(
         price=(pl.col("UnitPrice") * 10_000).round().cast(pl.Int64),
@@ -171,7 +171,7 @@ def read_lines(file: Path) -> pl.DataFrame:
     frame = frame.with_columns(country=pl.col("Country").replace_strict(codes, return_dtype=pl.String))
     key = ["InvoiceNo", "Country", "user_id", "month"]
     orders = frame.group_by(key).agg(first=pl.col("line").min()).sort("first")
-    # The invoice number itself, for the first order of an invoice whose number is one; the others follow above.
+    # the first order of an invoice gets the invoice number, if it is a number; the others get ids above
     own = pl.col("InvoiceNo").str.contains(rf"^[1-9][0-9]{{0,{OWN_ID_DIGITS - 1}}}$") & (
         pl.int_range(pl.len()).over("InvoiceNo") == 0
     )
@@ -188,8 +188,8 @@ def read_lines(file: Path) -> pl.DataFrame:
     )
 
 
-def load(addresses: Addresses, file: Path, report: Callable[[str, int, int], None] | None = None) -> None:
-    """Fill the sources from the file. Raises SandboxError."""
+def load(addresses: Addresses, file: Path, show: Callable[[str, int, int], None] | None = None) -> None:
+    """Load the file into the sources. Raises SandboxError."""
     lines = read_lines(file)
     tables = {
         "stores": _stores(lines),
@@ -203,15 +203,15 @@ def load(addresses: Addresses, file: Path, report: Callable[[str, int, int], Non
         for table, frame in tables.items():
             copy_frame(connection, table, frame)
             done += frame.height if table == "order_items" else 0
-            if report:
-                report("lines", done, total)
-    _send(addresses, _events(lines), (lambda sent: report("lines", done + sent, total)) if report else None)
-    if report:
-        report("lines", total, total)
+            if show:
+                show("lines", done, total)
+    _send(addresses, _events(lines), (lambda sent: show("lines", done + sent, total)) if show else None)
+    if show:
+        show("lines", total, total)
 
 
 def copy_frame(connection: psycopg.Connection[tuple[object, ...]], table: str, frame: pl.DataFrame) -> None:
-    """Append a frame to a table whose columns have the frame's names."""
+    """Append a frame to a table that has columns of the same names."""
     columns = ", ".join(frame.columns)
     with connection.cursor() as cursor, cursor.copy(f"COPY {table} ({columns}) FROM STDIN (FORMAT csv)") as copy:
         for part in frame.iter_slices(100_000):
@@ -233,7 +233,7 @@ def _stores(lines: pl.DataFrame) -> pl.DataFrame:
 
 
 def _products(lines: pl.DataFrame) -> pl.DataFrame:
-    """Each stock code with its most frequent description and its median price."""
+    """Return each stock code with its most frequent description and its median price."""
     names = (
         lines.filter(pl.col("Description").str.strip_chars() != "")
         .group_by("StockCode", name=pl.col("Description").str.strip_chars())
@@ -260,7 +260,7 @@ def _products(lines: pl.DataFrame) -> pl.DataFrame:
 
 
 def is_fee() -> pl.Expr:
-    """Whether the stock code stands for a fee, postage, discount or voucher instead of a thing in stock."""
+    """Return whether the stock code is a fee, postage, discount or voucher, which has no stock."""
     return pl.col("StockCode").str.contains(FEE.pattern)
 
 
@@ -310,14 +310,14 @@ def _order_items(lines: pl.DataFrame) -> pl.DataFrame:
 
 
 def _decimal(units: pl.Expr, digits: int) -> pl.Expr:
-    """An integer number of 10^-digits as decimal text."""
+    """Return an integer number of 10^-digits as decimal text."""
     size = 10**digits
     sign = pl.when(units < 0).then(pl.lit("-")).otherwise(pl.lit(""))
     return pl.format("{}{}.{}", sign, units.abs() // size, (units.abs() % size).cast(pl.String).str.zfill(digits))
 
 
 def _events(lines: pl.DataFrame) -> pl.DataFrame:
-    """`key`, `value` and `time` (milliseconds) of the messages, in the order of their times."""
+    """Return `key`, `value` and `time` (milliseconds since 1970) of the messages, ordered by time."""
     moved = lines.filter((pl.col("Quantity") != 0) & ~is_fee()).sort("InvoiceDate", "line")
     out = pl.col("Quantity") > 0
     moved = moved.select(
@@ -334,7 +334,7 @@ def _events(lines: pl.DataFrame) -> pl.DataFrame:
         .then(pl.lit("stock_returned"))
         .otherwise(pl.lit("stock_adjusted")),
     )
-    # As much as keeps the shelf from ever going below nothing.
+    # enough to keep the stock from becoming negative
     lowest = pl.col("change").cum_sum().min()
     opening = moved.group_by("store_id", "StockCode", maintain_order=True).agg(quantity=pl.max_horizontal(-lowest, 0) + 1)
     opening = opening.with_columns(
@@ -378,7 +378,7 @@ def _events(lines: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _send(addresses: Addresses, events: pl.DataFrame, report: Callable[[int], None] | None) -> None:
+def _send(addresses: Addresses, events: pl.DataFrame, on_sent: Callable[[int], None] | None) -> None:
     producer = Producer(
         {
             "bootstrap.servers": addresses.kafka_bootstrap,
@@ -409,8 +409,8 @@ def _send(addresses: Addresses, events: pl.DataFrame, report: Callable[[int], No
                     producer.poll(0.1)
         sent += part.height
         producer.poll(0)
-        if report:
-            report(sent)
+        if on_sent:
+            on_sent(sent)
     if producer.flush(120) or failures:
-        why = (failures or ["time is up"])[0]
-        raise SandboxError(f"The sandbox's broker did not take all events ({why}); see kafka.log in the sandbox directory.")
+        reason = (failures or ["timeout"])[0]
+        raise SandboxError(f"The sandbox's broker did not accept all events ({reason}). See kafka.log in the sandbox directory.")

@@ -1,8 +1,8 @@
-"""The shop's customers. A person is a pure function of the seed and a number, so none has to be remembered.
+"""Generated customers. A person is a pure function of the seed and a number, so none has to be stored.
 
-A person has one e-mail, perhaps another one, a phone, an address (a quarter live in a household that shares
-it), devices and cards; and shows parts of that as `users` rows (a web account, sometimes a second one, a
-loyalty card in the shops) and on marketplaces, where nobody asks for an account.
+A person has an e-mail address, perhaps a second one, a phone, an address (a quarter share it with their household),
+devices and cards. Parts of that appear in `users` rows (a web account, sometimes a second one, a loyalty card in the
+stores) and in marketplace orders, which need no account.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MASK = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class PersonProfile:
-    """What a person tells a shop at some time. `phone` is E.164."""
+    """A person's contact data at one time. `phone` is E.164."""
 
     email: str
     phone: str
@@ -72,7 +72,7 @@ class SandboxPerson:
 
 
 def mixed(seed: int, number: int, salt: int) -> float:
-    """A number in [0, 1) that looks random and depends on nothing but its arguments."""
+    """Return a pseudo-random number in [0, 1) that depends only on the arguments."""
     value = (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + salt * 0x94D049BB133111EB) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -80,13 +80,13 @@ def mixed(seed: int, number: int, salt: int) -> float:
 
 
 def activity(seed: int, number: int) -> float:
-    """How often somebody buys, relative to the most faithful customers."""
+    """Return how often a person orders, relative to the most loyal customers."""
     draw = mixed(seed, number, 1)
     return 1.0 if draw < 0.15 else 0.5 if draw < 0.45 else 0.2
 
 
 def phone_number(country: Country, number: int, version: int) -> str:
-    """A phone number (E.164) of the country's mobile plan; no two people get the same."""
+    """Return a mobile phone number (E.164) of the country, unique per person."""
     room = 10**country.subscriber_digits
     spread = (number * 7_368_787 + version * 1_299_709 + 2_345_678) % (room // 10 * 8)
     prefix = country.prefixes[(number + version) % len(country.prefixes)]
@@ -94,7 +94,7 @@ def phone_number(country: Country, number: int, version: int) -> str:
 
 
 def street_address(seed: int, country: Country, household: int, version: int) -> tuple[str, str]:
-    """(street with number, city) of a household; version counts its moves."""
+    """Return (street with number, city) of a household. version: the number of its moves."""
     random = mixed(seed, household, 20 + version)
     if random < 0.012:
         tower = (
@@ -113,7 +113,7 @@ def street_address(seed: int, country: Country, household: int, version: int) ->
 
 
 def make_person(seed: int, number: int, joined: int) -> SandboxPerson:
-    """The person of this number."""
+    """Return the person with this number."""
     random = Random((seed << 40) ^ (number * 2_654_435_761 + 12_345))
     household = number // 3
     shares_home = mixed(seed, household, 2) < 0.25
@@ -127,7 +127,7 @@ def make_person(seed: int, number: int, joined: int) -> SandboxPerson:
         draw -= candidate.share
     first = random.choice(country.first_names)
     if shares_home:
-        # People of one household have different first names.
+        # members of a household have different first names
         base = int(mixed(seed, household, 7) * len(country.first_names))
         first = country.first_names[(base + 7 * (number % 3)) % len(country.first_names)]
     last = Random((seed << 20) ^ home).choice(country.last_names)
@@ -175,25 +175,25 @@ def make_person(seed: int, number: int, joined: int) -> SandboxPerson:
 
 
 def changes_until(person: SandboxPerson, time: int) -> int:
-    """How many profile changes the person has made by then."""
+    """Return the number of profile changes that the person has made by this time."""
     if person.first_change is None or time < person.first_change:
         return 0
     return 1 + (time - person.first_change) // CHANGE_EVERY
 
 
 def change_time(person: SandboxPerson, count: int) -> int | None:
-    """When the person makes the change of this count (from 1)."""
+    """Return when the person makes the n-th change (from 1), or None."""
     return None if person.first_change is None else person.first_change + (count - 1) * CHANGE_EVERY
 
 
 def changed_field(seed: int, person: SandboxPerson, count: int) -> str:
-    """What the change of this count changes: `address`, `phone` or `email`."""
+    """Return the field of the n-th change: `address`, `phone` or `email`."""
     draw = mixed(seed, person.number, 100 + count)
     return "address" if draw < 0.6 or not person.own_phone else "phone" if draw < 0.85 else "email"
 
 
 def profile_at(seed: int, person: SandboxPerson, time: int) -> PersonProfile:
-    """The person's profile at a time."""
+    """Return the person's profile at a time."""
     profile = person.first_profile
     for count in range(1, changes_until(person, time) + 1):
         field = changed_field(seed, person, count)
@@ -211,7 +211,7 @@ def profile_at(seed: int, person: SandboxPerson, time: int) -> PersonProfile:
 
 
 def spelled_phone(random: Random, phone: str, country: Country) -> str:
-    """The phone number as somebody of the country might type it."""
+    """Return the phone number as people of the country might type it."""
     national = phone[1 + len(country.dial) :]
     grouped = f"{national[:3]}-{national[3:7]}-{national[7:]}".rstrip("-")
     style = random.randrange(5)
@@ -227,7 +227,7 @@ def spelled_phone(random: Random, phone: str, country: Country) -> str:
 
 
 def with_typo(random: Random, text: str) -> str:
-    """The text with two neighbouring letters swapped, one left out, or one doubled."""
+    """Return the text with two adjacent letters swapped, one missing, or one doubled."""
     at = random.randrange(1, max(2, len(text) - 2))
     style = random.randrange(3)
     if style == 0:

@@ -1,4 +1,4 @@
-"""Where the shop trades: countries with their currency, names, streets, cities, phone numbers and marketplaces."""
+"""Countries with their currency, names, streets, cities, phone numbers and marketplaces; stores and warehouses."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Country:
-    """One country the shop sells in. `nominal` is local currency per US dollar, `digits` its minor units,
-    `step` the multiple that prices are rounded to, in minor units."""
+    """A country with customers. `nominal`: local currency per US dollar. `digits`: decimals of the currency. `step`: the
+    multiple that prices are rounded to, in minor units."""
 
     code: str
     share: float
@@ -234,14 +234,14 @@ PLATFORM_CODES = {
     "rakuten": "RK",
     "zalando": "ZL",
 }
-# The country whose buyers a marketplace expects; others write their phone numbers with the country code.
 HOME_OF: dict[str, str] = {platform: country.code for country in reversed(COUNTRIES) for platform in country.platforms}
+"""The home country of a marketplace. Buyers from other countries write phone numbers with the country code."""
 CURRENCIES: dict[str, float] = {country.currency: country.nominal for country in COUNTRIES}
 
 
 @dataclass(frozen=True)
 class Store:
-    """A place that holds stock."""
+    """A store or warehouse with stock."""
 
     store_id: str
     name: str

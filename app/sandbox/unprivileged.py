@@ -1,11 +1,11 @@
-"""Run a program as another user, keeping only the right to pass file permissions. Standard library only.
+"""Run a program as another user that may still bypass file permissions. Standard library only.
 
-PostgreSQL refuses to run as root. A plain change of user would fail where the program or its data lie below
-a directory that only root may enter (a virtual environment under /root), so the one capability DAC_OVERRIDE
-is kept, in the ambient set, over the change of user. Where the kernel refuses that (a container without
-SETPCAP, another operating system) the user is changed plainly, which is enough when the paths are readable.
+PostgreSQL refuses to run as root. Changing the user alone would fail if the program or its data are in a directory that
+only root may enter (a virtual environment under /root), so the capability DAC_OVERRIDE is kept in the ambient set. Where
+the kernel refuses that (a container without SETPCAP, another operating system), only the user is changed, which is
+enough if the paths are readable.
 
-Run as root: `python unprivileged.py UID GID PROGRAM [ARGUMENT...]`. Replaces itself by the program.
+Run as root: `python unprivileged.py UID GID PROGRAM [ARGUMENT...]`. Replaces itself with the program.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ CAPABILITY_VERSION_3 = 0x20080522
 
 
 def become(uid: int, gid: int) -> bool:
-    """Become the user for good; returns whether DAC_OVERRIDE was kept."""
+    """Change to the user permanently. Return whether DAC_OVERRIDE was kept."""
     os.setgroups([])
     os.setgid(gid)
     libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-    # Without this bit access(2), which initdb uses on its own files, would ignore the capability.
+    # without this bit, access(2), which initdb uses on its own files, would ignore the capability
     kept = libc is not None and libc.prctl(PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP, 0, 0, 0) == 0
     os.setuid(uid)
     if libc is None or not kept:
@@ -35,10 +35,10 @@ def become(uid: int, gid: int) -> bool:
     header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
     data = (ctypes.c_uint32 * 6)(bit, bit, bit, 0, 0, 0)
     if libc.capset(header, data) != 0:
-        # Full capabilities must not stay: an unprivileged user it is, or nothing.
+        # the process must not keep all capabilities: give up every one, or fail
         nothing = (ctypes.c_uint32 * 6)()
         if libc.capset(header, nothing) != 0:
-            raise OSError(ctypes.get_errno(), "capabilities cannot be given up")
+            raise OSError(ctypes.get_errno(), "capabilities cannot be dropped")
         return False
     return bool(libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, CAP_DAC_OVERRIDE, 0, 0) == 0)
 

@@ -1,4 +1,4 @@
-"""The command line on a small real shop: what it prints, its errors, and what it leaves behind."""
+"""The command line on a small sandbox: output, errors, and the state it leaves."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A sandbox with a small shop and a lakehouse filled from it."""
+    """Yield the home directory of a sandbox with 400 orders and a lakehouse that contains them."""
     folder = tmp_path_factory.mktemp("cli")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SHOPSPHERE_HOME", str(folder))
@@ -51,7 +51,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def cli(home, capsys):
-    """Run a command in this process; gives exit code, standard output, standard error."""
+    """Return a function that runs a command in this process: exit code, standard output, standard error."""
 
     def call(*arguments: str) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -78,7 +78,7 @@ def test_a_second_run_commits_nothing(cli):
     assert {s["table"]: s["snapshot"] for s in from_json(cli("status", "--json")[1])} == before
 
 
-def test_run_reports_each_step_in_words_and_in_json(cli, home):
+def test_run_prints_each_step_as_text_and_as_json(cli, home):
     sandbox.step(home, 30)
     code, out, _err = cli("run")
     assert code == 0
@@ -108,7 +108,7 @@ def test_status_shows_rows_snapshot_position_lag_and_last_run(cli):
     assert "gold.customer_360" in out
 
 
-def test_the_models_tables_are_listed_and_wait_for_train(cli):
+def test_model_tables_are_listed_as_behind_until_train(cli):
     found = {s["table"]: s for s in from_json(cli("status", "--json")[1])}
     entities = found["silver.order_entities"]
     assert entities["rows"] == 0
@@ -125,7 +125,7 @@ def test_sql_gives_an_array_of_objects(cli):
     assert set(rows[0]) == {"order_id", "net_revenue"}
 
 
-def test_sql_travels_in_time(cli, home):
+def test_sql_time_travel(cli, home):
     count = "SELECT count(*) AS n FROM gold.fact_orders"
     snapshot = next(s for s in from_json(cli("status", "--json")[1]) if s["table"] == "gold.fact_orders")["snapshot"]
     before = from_json(cli("sql", count, "--json")[1])[0]["n"]
@@ -138,7 +138,7 @@ def test_sql_travels_in_time(cli, home):
     assert from_json(cli("sql", f"{count} FOR TIMESTAMP AS OF '{moment}'", "--json")[1])[0]["n"] == before
 
 
-def test_sql_travels_in_time_with_names_quoted_qualified_and_aliased(cli):
+def test_sql_time_travel_with_names_quoted_qualified_and_aliased(cli):
     snapshot = next(s for s in from_json(cli("status", "--json")[1]) if s["table"] == "gold.dim_stores")["snapshot"]
     plain = from_json(cli("sql", "SELECT store_id FROM gold.dim_stores ORDER BY 1", "--json")[1])
     assert plain
@@ -193,7 +193,7 @@ def test_rebuild_gives_the_same_digest(cli):
     assert cli("rebuild", "no_such_table")[0] == 1
 
 
-def test_reading_a_source_again_changes_no_silver_or_gold_table(cli):
+def test_rereading_a_source_changes_no_silver_or_gold_table(cli):
     before = digests(cli)
     assert cli("rebuild", "bronze.bronze_postgres__orders")[0] == 0
     assert cli("rebuild", "bronze.bronze_kafka__events")[0] == 0
@@ -272,8 +272,8 @@ def test_broken_rows_are_quarantined_corrected_and_replayed(cli, home):
         assert cli("rebuild", table)[0] == 0
     assert digests(cli) == before
 
-    # the same again is nothing new; but what can be read is not corrected otherwise: the order of two corrections would
-    # decide what the tables say
+    # the same correction again changes nothing; a different one for a readable row is refused, because the tables would
+    # depend on the order of the corrections
     assert cli("replay", "--fix", str(fixes))[0] == 0
     assert digests(cli) == before
     fixes.write_text(fixes.read_text().replace("350000", "360000"))
@@ -323,12 +323,12 @@ def test_a_postgres_row_with_an_unreadable_value_is_quarantined_corrected_and_re
     for table in ("silver.order_items_unified", "gold.fact_orders"):
         assert cli("rebuild", table)[0] == 0
     assert digests(cli) == before
-    # a lakehouse that begins now would have it in quarantine, at a position of its own
+    # otherwise a new lakehouse would quarantine the row too, at another position
     with psycopg.connect(load_settings().postgres.dsn.get_secret_value(), autocommit=True) as connection:
         connection.execute("UPDATE order_items SET unit_price = 12.5 WHERE order_id = %s AND line_no = %s", row)
 
 
-def test_a_table_that_cannot_be_filled_does_not_stop_the_others(cli, home, monkeypatch):
+def test_a_table_that_cannot_be_refreshed_does_not_stop_the_others(cli, home, monkeypatch):
     sandbox.step(home, 10)
     refresh = Engine.refresh
 
@@ -349,7 +349,7 @@ def test_a_table_that_cannot_be_filled_does_not_stop_the_others(cli, home, monke
 
 
 @pytest.mark.parametrize("lost", ["data", "metadata", "metadata/*.avro"])
-def test_a_table_that_lost_files_is_named_and_made_anew(cli, home, monkeypatch, lost):
+def test_a_table_that_lost_files_is_named_and_rebuilt(cli, home, monkeypatch, lost):
     monkeypatch.setattr("lakehouse.retry.MAX_ATTEMPTS", 2)
     before, folder = digests(cli), home / "warehouse" / "gold" / "fact_orders"
     for one in folder.glob(lost):
@@ -369,7 +369,7 @@ def test_a_table_that_lost_files_is_named_and_made_anew(cli, home, monkeypatch, 
     assert digests(cli) == before
 
 
-def test_a_bronze_table_that_lost_a_file_is_not_thrown_away(cli, home, tmp_path, monkeypatch):
+def test_a_bronze_table_that_lost_a_file_is_kept(cli, home, tmp_path, monkeypatch):
     monkeypatch.setattr("lakehouse.retry.MAX_ATTEMPTS", 2)
     before = digests(cli)
     needed = Lake(load_settings()).load(EVENTS).files()[0].path
@@ -385,7 +385,7 @@ def test_a_bronze_table_that_lost_a_file_is_not_thrown_away(cli, home, tmp_path,
     assert digests(cli) == before
 
 
-def test_a_correction_that_meets_another_writer_is_tried_again(cli, home, monkeypatch):
+def test_a_correction_is_retried_after_a_commit_conflict(cli, home, monkeypatch):
     producer = Producer({"bootstrap.servers": load_settings().kafka.bootstrap_servers})
     producer.produce("events", key="1", value=b'{"event_id": "broken-2", "event_type": "cl')
     producer.flush(10)
@@ -504,7 +504,7 @@ def test_a_settings_file_that_is_not_toml_is_named(cli, monkeypatch, tmp_path):
     assert str(file) in err
 
 
-def test_an_unknown_command_or_option_says_what_there_is(cli):
+def test_an_unknown_command_or_option_is_a_usage_error(cli):
     assert cli("frobnicate")[0] == 2
     assert cli("run", "--frobnicate")[0] == 2
     code, _, err = cli("run", "--every", "soon")
@@ -519,7 +519,7 @@ def test_a_second_sandbox_in_the_same_home_is_refused(cli):
 
 
 @pytest.mark.parametrize(("number", "code", "message"), [(signal.SIGTERM, 143, "Stopped"), (signal.SIGINT, 130, "Interrupted")])
-def test_a_signal_ends_a_command_and_says_so(number, code, message):
+def test_a_signal_ends_a_command_with_a_message(number, code, message):
     waits = (
         "import sys, time; from app.cli import main as command_line\n"
         "@command_line.app.command()\n"
@@ -540,7 +540,7 @@ def test_a_signal_ends_a_command_and_says_so(number, code, message):
     assert err.strip() == f"{message}. No partial data was committed. Run the command again to continue."
 
 
-def test_sigterm_while_ray_starts_is_no_other_than_any(tmp_path):
+def test_sigterm_while_ray_starts_ends_the_command(tmp_path):
     starts = (
         "import os, signal, sys; from app.cli import main as command_line; from lakehouse.parallel import TaskPool\n"
         "from lakehouse.settings import RaySettings\n"
@@ -558,7 +558,7 @@ def test_sigterm_while_ray_starts_is_no_other_than_any(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_run_every_that_waits_for_a_server(home, tmp_path, number):
-    """The catalog's server takes connections and never answers."""
+    """The catalog's server accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         catalog = {"type": "rest", "uri": f"http://127.0.0.1:{silent.getsockname()[1]}"}
         env = {**os.environ, "SHOPSPHERE_HOME": str(tmp_path), "SHOPSPHERE_CATALOG__PROPERTIES": json.dumps(catalog)}
@@ -580,7 +580,7 @@ def test_a_second_signal_ends_run_every_that_waits_for_a_server(home, tmp_path, 
 
 
 def run_every_second(env: dict[str, str]) -> tuple[subprocess.Popen[str], Iterator[dict[str, Any]]]:
-    """`run --every 1s`, and what it prints of each pass."""
+    """Start `run --every 1s`; return the process and the JSON object of each run."""
     process = subprocess.Popen(
         [sys.executable, "-m", "app", "run", "--every", "1s", "--json"],
         cwd=ROOT,
@@ -594,11 +594,11 @@ def run_every_second(env: dict[str, str]) -> tuple[subprocess.Popen[str], Iterat
 
 
 @pytest.mark.slow
-def test_run_every_on_ray_stops_cleanly_too(home, tmp_path):
+def test_run_every_on_ray_stops_cleanly(home, tmp_path):
     env = {**os.environ, "SHOPSPHERE_HOME": str(tmp_path), "SHOPSPHERE_CONFIG": str(home / "shopsphere.toml")}
     env |= {"SHOPSPHERE_POSTGRES__SLOT": "on_ray", "SHOPSPHERE_RAY__INLINE_ROWS": "0"}
-    process, passes = run_every_second(env)
-    assert any(step["parallel"] for step in next(passes)["steps"])
+    process, runs = run_every_second(env)
+    assert any(step["parallel"] for step in next(runs)["steps"])
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
@@ -606,8 +606,8 @@ def test_run_every_on_ray_stops_cleanly_too(home, tmp_path):
 
 def test_run_every_keeps_going_and_stops_cleanly(home):
     env = {**os.environ, "SHOPSPHERE_HOME": str(home)}
-    process, passes = run_every_second(env)
-    seen = [next(passes) for _ in range(2)]
+    process, runs = run_every_second(env)
+    seen = [next(runs) for _ in range(2)]
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
@@ -616,7 +616,7 @@ def test_run_every_keeps_going_and_stops_cleanly(home):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare (util-linux) to mount a small file system")
-def test_a_full_disk_is_said_and_loses_nothing(home, tmp_path):
+def test_a_full_disk_is_reported_and_loses_nothing(home, tmp_path):
     keep = tmp_path / "keep"
     env = {
         **os.environ,
@@ -628,9 +628,9 @@ def test_a_full_disk_is_said_and_loses_nothing(home, tmp_path):
     namespace = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
     probe = subprocess.run([*namespace, "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(keep)], capture_output=True)
     if probe.returncode:
-        pytest.skip("this machine lets nobody mount a small file system")
+        pytest.skip("this machine does not allow mounting a small file system")
     app = f"{sys.executable} -m app"
-    # the first run meets a disk of 200 kB; then there is room, and a second run goes on from what the first left
+    # the first run has a disk of 200 kB; after it has grown, a second run continues
     script = (
         f"mount -t tmpfs -o size=200k tmpfs {keep} && {app} run; echo code $?; mount -o remount,size=100m {keep} "
         f"&& {app} run --json > /dev/null && {app} digest --json"
@@ -640,10 +640,10 @@ def test_a_full_disk_is_said_and_loses_nothing(home, tmp_path):
     assert "The disk is full" in done.stderr
     assert "Traceback" not in done.stderr
     found = from_json(done.stdout)
-    calm = {**env, "SHOPSPHERE_HOME": str(tmp_path / "calm"), "SHOPSPHERE_POSTGRES__SLOT": "calm"}
+    undisturbed = {**env, "SHOPSPHERE_HOME": str(tmp_path / "undisturbed"), "SHOPSPHERE_POSTGRES__SLOT": "undisturbed"}
     for command in (["run", "--json"], ["digest", "--json"]):
         last = subprocess.run(
-            [sys.executable, "-m", "app", *command], cwd=ROOT, env=calm, capture_output=True, text=True, timeout=200
+            [sys.executable, "-m", "app", *command], cwd=ROOT, env=undisturbed, capture_output=True, text=True, timeout=200
         )
         assert last.returncode == 0, last.stderr
     assert from_json(last.stdout) == found

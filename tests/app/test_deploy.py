@@ -1,4 +1,4 @@
-"""The files that put it on a cluster: against Ray's and KubeRay's own schemas, and what a job takes along."""
+"""The deployment files match the schemas of Ray and KubeRay, and a job package contains only code."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def loaded(file: Path) -> Any:
     return yaml.safe_load(file.read_text())
 
 
-def test_the_cluster_launcher_takes_cluster_yaml() -> None:
+def test_the_cluster_launcher_accepts_cluster_yaml() -> None:
     config = prepare_config(loaded(ROOT / "cluster.yaml"))
     validate_config(config)
     assert config["head_node_type"] == "head"
-    # the head does the cluster's own work only
+    # the head runs no tasks
     assert config["available_node_types"]["head"]["resources"]["CPU"] == 0
     with pytest.raises(Exception, match="max_workrs"):
         validate_config({**config, "max_workrs": 1})
 
 
-def test_the_cluster_launcher_writes_where_the_ssh_user_may() -> None:
-    """Ray makes the directories of file_mounts as ssh_user, without sudo, before any other command."""
+def test_the_cluster_launcher_writes_only_below_the_home_of_the_ssh_user() -> None:
+    """Ray creates the directories of file_mounts as ssh_user, without sudo, before any other command."""
     config = loaded(ROOT / "cluster.yaml")
     mounts = config["file_mounts"]
     assert all(remote.startswith("~/") for remote in mounts)
@@ -57,8 +57,8 @@ def test_the_cluster_launcher_writes_where_the_ssh_user_may() -> None:
         assert f". {environment}" in " ".join(config[f"{kind}_start_ray_commands"])
 
 
-def test_kuberays_serving_nodes_have_the_fast_path() -> None:
-    """HAProxy's node has it in its own environment, or each request's path goes to whatever listens on UDP port 514."""
+def test_kuberay_serving_nodes_have_the_fast_path() -> None:
+    """Without it in the node's environment, HAProxy sends the path of each request to UDP port 514."""
     groups = loaded(ROOT / "deploy" / "kuberay" / "serve.yaml")["spec"]["rayClusterConfig"]
     for group in (groups["headGroupSpec"], *groups["workerGroupSpecs"]):
         (container,) = group["template"]["spec"]["containers"]
@@ -67,7 +67,7 @@ def test_kuberays_serving_nodes_have_the_fast_path() -> None:
     assert all(f"{name}={value}" in (ROOT / "serve" / "deploy.yaml").read_text() for name, value in FAST_PATH.items())
 
 
-def test_serve_takes_both_of_its_files() -> None:
+def test_serve_accepts_both_files() -> None:
     plain = ServeDeploySchema.model_validate(loaded(ROOT / "serve" / "deploy.yaml"))
     spread = ServeDeploySchema.model_validate(yaml.safe_load(loaded(ROOT / "deploy/kuberay/serve.yaml")["spec"]["serveConfigV2"]))
     for one in (plain, spread):
@@ -79,7 +79,7 @@ def test_serve_takes_both_of_its_files() -> None:
 
 
 @pytest.mark.parametrize("file", [ROOT / "cluster.yaml", *KUBERAY], ids=lambda file: file.name)
-def test_no_secret_and_no_account_stands_in_a_file(file: Path) -> None:
+def test_no_file_contains_a_secret_or_an_account(file: Path) -> None:
     def texts(value: Any) -> Iterator[tuple[str, str]]:
         if isinstance(value, dict):
             for key, inner in value.items():
@@ -97,7 +97,7 @@ def test_no_secret_and_no_account_stands_in_a_file(file: Path) -> None:
         assert not (text.isdigit() and len(text) == 12), f"an account id: {text}"
 
 
-def test_a_job_takes_the_code_and_nothing_else(tmp_path: Path) -> None:
+def test_a_job_package_contains_only_code(tmp_path: Path) -> None:
     copied = tmp_path / "project"
     skipped = shutil.ignore_patterns(".git", ".venv", ".shopsphere", "__pycache__")
     shutil.copytree(ROOT, copied, ignore=skipped)
@@ -119,7 +119,7 @@ def test_a_job_takes_the_code_and_nothing_else(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def definitions() -> dict[str, dict[str, Any]]:
-    """KubeRay's custom resource definitions by kind, through Go's module proxy."""
+    """Return KubeRay's custom resource definitions by kind, from Go's module proxy."""
     missing = f"needs Go and its module proxy for {OPERATOR}: install Go from your system's packages"
     try:
         got = subprocess.run(
@@ -144,7 +144,7 @@ def definitions() -> dict[str, dict[str, Any]]:
 
 
 def strict(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema as `kubectl --validate=strict` sees it: a field that is not known is an error, not dropped."""
+    """Return the schema as `kubectl --validate=strict` applies it: an unknown field is an error."""
     schema = copy.copy(schema)
     if schema.get("x-kubernetes-int-or-string"):
         return {"type": ["integer", "string"]}
@@ -160,13 +160,13 @@ def strict(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def whole(schema: dict[str, Any]) -> dict[str, Any]:
-    """With what every Kubernetes object has."""
+    """Return the schema with the fields that every Kubernetes object has."""
     return {**schema, "properties": {**schema["properties"], "metadata": {"type": "object"}}}
 
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("file", KUBERAY, ids=lambda file: file.name)
-def test_kuberay_takes_its_files(file: Path, definitions: dict[str, dict[str, Any]]) -> None:
+def test_kuberay_accepts_the_manifests(file: Path, definitions: dict[str, dict[str, Any]]) -> None:
     manifest = loaded(file)
     schema = whole(definitions[manifest["kind"]])
     jsonschema.validate(manifest, schema)

@@ -1,4 +1,4 @@
-"""The commands about models, as far as they go without a shop."""
+"""The model commands, without a sandbox."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_models_without_any(home: Path) -> None:
     assert isinstance(runner.invoke(APP, ["monitor"]).exception, MonitorError)
 
 
-def test_a_tracking_server_that_is_down_is_told_before_anything_is_done(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_tracking_server_is_reported_first(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     found = CliRunner().invoke(APP, ["train"]).exception
     assert isinstance(found, RegistryError)
@@ -47,7 +47,7 @@ def test_a_tracking_server_that_is_down_is_told_before_anything_is_done(home: Pa
     assert not (home / "warehouse").exists()
 
 
-def test_wrong_values_name_the_right_ones(home: Path) -> None:
+def test_errors_name_the_valid_values(home: Path) -> None:
     for arguments, told in (
         (["train", "--cutoff", "yesterday"], "2026-01-31"),
         (["train", "--capacity", "7"], "share of orders"),
@@ -59,7 +59,7 @@ def test_wrong_values_name_the_right_ones(home: Path) -> None:
         assert told in str(found)
 
 
-def test_the_leak_check_sees_a_leak_and_only_a_leak() -> None:
+def test_the_leak_check_detects_leaks_only() -> None:
     from datetime import UTC, datetime, timedelta
 
     begin = datetime(2026, 1, 1, tzinfo=UTC)
@@ -91,7 +91,7 @@ def test_the_leak_check_sees_a_leak_and_only_a_leak() -> None:
 
 
 def compute_ready(rows: pl.DataFrame) -> pl.DataFrame:
-    """All columns that an order has."""
+    """Return all columns of an order."""
     return rows.with_columns(
         pl.lit(None, dtype).alias(name) for name, dtype in ORDER_COLUMNS.items() if name not in rows.columns
     ).select(pl.col(name).cast(dtype) for name, dtype in ORDER_COLUMNS.items())

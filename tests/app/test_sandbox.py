@@ -1,4 +1,4 @@
-"""The sandbox's shop: the same seed gives the same sources, and what is in them makes sense."""
+"""The generated data: the same seed gives the same sources, and their content is consistent."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def documents(addresses: sandbox.Addresses) -> list[dict[str, Any]]:
 
 
 def messages(addresses: sandbox.Addresses, topic: str = TOPIC) -> list[list[tuple[bytes | None, bytes | None, int]]]:
-    """(key, value, timestamp) of all messages, per partition, in order."""
+    """Return (key, value, timestamp) of all messages, per partition, in order."""
     found: list[list[tuple[bytes | None, bytes | None, int]]] = []
     consumer = Consumer({"bootstrap.servers": addresses.kafka_bootstrap, "group.id": "test", "log_level": 0})
     try:
@@ -57,7 +57,7 @@ def messages(addresses: sandbox.Addresses, topic: str = TOPIC) -> list[list[tupl
 
 
 def events(addresses: sandbox.Addresses) -> dict[str, dict[str, Any]]:
-    """The readable events by id."""
+    """Return the readable events by id."""
     found: dict[str, dict[str, Any]] = {}
     for _, value, _ in (message for partition in messages(addresses) for message in partition):
         try:
@@ -71,7 +71,7 @@ def events(addresses: sandbox.Addresses) -> dict[str, dict[str, Any]]:
 
 
 def contents(addresses: sandbox.Addresses) -> dict[str, Any]:
-    """Everything in the sources."""
+    """Return the whole content of the sources."""
     tables = {table: rows(addresses, f"SELECT * FROM {table} ORDER BY 1, 2") for table in TABLES}
     return {**tables, "documents": json_util.dumps(documents(addresses)), "messages": messages(addresses)}
 
@@ -82,7 +82,7 @@ def shown_truth(home: Path) -> dict[str, list[tuple[Any, ...]]]:
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, sandbox.Addresses]]:
-    """A small shop that has gone two steps further."""
+    """A small sandbox after two steps."""
     home = tmp_path_factory.mktemp("shop")
     addresses = sandbox.start(home, orders=ORDERS, seed=SEED)
     sandbox.step(home, 30)
@@ -114,7 +114,7 @@ def test_the_same_seed_and_steps_give_the_same_sources(
     assert shown_truth(shop[0]) == shown_truth(tmp_path)
 
 
-def test_another_seed_gives_another_shop(everything: dict[str, Any], tmp_path: Path) -> None:
+def test_another_seed_gives_other_data(everything: dict[str, Any], tmp_path: Path) -> None:
     addresses = sandbox.start(tmp_path, orders=60, seed=SEED + 1)
     try:
         assert rows(addresses, "SELECT email FROM users ORDER BY 1 LIMIT 20") != [(row[1],) for row in everything["users"][:20]]
@@ -122,14 +122,14 @@ def test_another_seed_gives_another_shop(everything: dict[str, Any], tmp_path: P
         sandbox.stop(tmp_path)
 
 
-def test_it_holds_the_orders_asked_for(shop: tuple[Path, sandbox.Addresses], everything: dict[str, Any]) -> None:
+def test_it_has_the_requested_number_of_orders(shop: tuple[Path, sandbox.Addresses], everything: dict[str, Any]) -> None:
     readable = [document for document in documents(shop[1]) if not str(document.get("mp_order_id", "-XX-")).startswith("ORD-XX")]
     assert len(everything["orders"]) + len(readable) == ORDERS + 30 + 12
     assert {row[2] for row in everything["orders"]} == {"web", "pos"}
     assert len({document["platform"] for document in readable}) > 3
 
 
-def test_orders_are_what_their_lines_say(shop: tuple[Path, sandbox.Addresses]) -> None:
+def test_orders_equal_the_sum_of_their_lines(shop: tuple[Path, sandbox.Addresses]) -> None:
     wrong = """
         SELECT o.order_id FROM orders o JOIN order_items i USING (order_id)
         GROUP BY o.order_id, o.total_amount, o.status
@@ -143,7 +143,7 @@ def test_orders_are_what_their_lines_say(shop: tuple[Path, sandbox.Addresses]) -
     assert all(isinstance(amount, Decimal) for (amount,) in rows(shop[1], "SELECT total_amount FROM orders"))
 
 
-def test_stock_never_goes_below_nothing(shop: tuple[Path, sandbox.Addresses]) -> None:
+def test_stock_is_never_negative(shop: tuple[Path, sandbox.Addresses]) -> None:
     on_hand: Counter[tuple[str, str]] = Counter()
     reserved: Counter[tuple[str, str]] = Counter()
     incoming: Counter[tuple[str, str]] = Counter()
@@ -195,20 +195,20 @@ def test_the_truth_covers_every_record_and_is_in_no_source(
     assert not any("person-" in str(content) for content in everything.values())
 
 
-def test_phones_can_be_read_where_they_belong(shop: tuple[Path, sandbox.Addresses], everything: dict[str, Any]) -> None:
+def test_phone_numbers_are_valid_in_their_country(shop: tuple[Path, sandbox.Addresses], everything: dict[str, Any]) -> None:
     for row in everything["users"]:
         if row[3]:
             assert phonenumbers.is_valid_number(phonenumbers.parse(row[3], row[8])), row[3]
 
 
-def test_documents_come_in_old_and_new_shapes_and_any_spelling(shop: tuple[Path, sandbox.Addresses]) -> None:
+def test_documents_have_old_and_new_formats_and_several_spellings(shop: tuple[Path, sandbox.Addresses]) -> None:
     found = documents(shop[1])
     assert {type(document.get("amount")) for document in found} >= {int, float, str}
     assert any("items" not in document for document in found)
     assert any("items" in document for document in found)
 
 
-def test_steps_change_and_delete_what_was_there(shop: tuple[Path, sandbox.Addresses], everything: dict[str, Any]) -> None:
+def test_steps_update_and_delete_existing_rows(shop: tuple[Path, sandbox.Addresses], everything: dict[str, Any]) -> None:
     (column,) = rows(shop[1], "SELECT count(*) FROM information_schema.columns WHERE column_name = 'marketing_consent'")
     assert column == (1,)
     moved = rows(shop[1], "SELECT count(*) FROM orders WHERE updated_at > '2026-02-01' AND created_at < '2026-02-01'")
@@ -216,7 +216,7 @@ def test_steps_change_and_delete_what_was_there(shop: tuple[Path, sandbox.Addres
     assert any(document.get("updated_at") and document["updated_at"].month == 2 for document in documents(shop[1]))
 
 
-def test_messages_come_late_twice_and_unreadable(tmp_path: Path) -> None:
+def test_some_messages_are_late_repeated_or_unreadable(tmp_path: Path) -> None:
     addresses = sandbox.start(tmp_path, orders=2000, seed=3)
     try:
         values = [value or b"" for partition in messages(addresses) for _, value, _ in partition]
@@ -268,7 +268,7 @@ def test_the_settings_file_gets_the_addresses_and_keeps_the_rest(tmp_path: Path)
         sandbox.step(tmp_path, 5)
 
 
-def test_a_step_that_was_cut_off_is_not_gone_on_from(tmp_path: Path) -> None:
+def test_an_interrupted_step_cannot_be_continued(tmp_path: Path) -> None:
     def interrupt(_what: str, _done: int, _total: int) -> None:
         raise KeyboardInterrupt
 

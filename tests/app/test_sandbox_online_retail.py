@@ -1,4 +1,4 @@
-"""A real shop's invoices in the sandbox: every line, in its month and its country, to the penny."""
+"""Real invoices in the sandbox: every line, in its month and country, to the penny."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def small(tmp_path: Path) -> Path:
     return file
 
 
-def test_every_line_lands_in_its_month_and_country(small: Path, tmp_path: Path) -> None:
+def test_every_line_has_its_month_and_country(small: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     addresses = sandbox.start(home, source_file=small)
     try:
@@ -103,10 +103,10 @@ def test_codes_are_one_to_one_and_do_not_depend_on_order() -> None:
         (pl.col("InvoiceNo").alias("Invoice"), None),
         (pl.lit(0.123456).alias("UnitPrice"), "more than four decimals"),
         (pl.lit(None, pl.Int64).alias("Quantity"), "lines without"),
-        (pl.lit("many").alias("Quantity"), "another type"),
+        (pl.lit("many").alias("Quantity"), "an unexpected type"),
     ],
 )
-def test_a_file_that_does_not_fit_is_an_error(small: Path, change: pl.Expr, message: str | None) -> None:
+def test_a_file_with_wrong_content_is_an_error(small: Path, change: pl.Expr, message: str | None) -> None:
     pl.read_parquet(small).with_columns(change).write_parquet(small)
     if message is None:
         read_lines(small)
@@ -127,7 +127,7 @@ def test_a_missing_column_or_file_is_named_before_anything_starts(small: Path, t
 @pytest.mark.skipif(
     not REAL.exists(), reason=f"needs {REAL.name}, the UCI Online Retail data, in shared/data beside the repository"
 )
-def test_the_real_shop_to_the_penny(tmp_path: Path) -> None:
+def test_the_real_data_set_to_the_penny(tmp_path: Path) -> None:
     addresses = sandbox.start(tmp_path, source_file=REAL)
     try:
         found = revenue(addresses)
@@ -138,7 +138,7 @@ def test_the_real_shop_to_the_penny(tmp_path: Path) -> None:
 
 
 def revenue(addresses: sandbox.Addresses) -> dict[tuple[str, str], tuple[Decimal, int]]:
-    """Revenue and lines per month and country, from PostgreSQL."""
+    """Return revenue and lines per month and country, from PostgreSQL."""
     statement = """
         SELECT to_char(o.created_at, 'YYYY-MM'), s.name, sum(i.quantity * i.unit_price), count(*)
         FROM orders o JOIN order_items i USING (order_id) JOIN stores s USING (store_id) GROUP BY 1, 2"""
@@ -149,7 +149,7 @@ def revenue(addresses: sandbox.Addresses) -> dict[tuple[str, str], tuple[Decimal
 
 
 def expected(file: Path) -> dict[tuple[str, str], tuple[Decimal, int]]:
-    """The same, from the file."""
+    """Return revenue and lines per month and country, from the file."""
     frame = pl.read_parquet(file).group_by(pl.col("InvoiceDate").dt.strftime("%Y-%m"), pl.col("Country").fill_null("(none)"))
     sums = frame.agg(total=((pl.col("UnitPrice") * 10_000).round().cast(pl.Int64) * pl.col("Quantity")).sum(), count=pl.len())
     return {(month, country): (Decimal(total) / 10_000, count) for month, country, total, count in sums.iter_rows()}

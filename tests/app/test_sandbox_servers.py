@@ -1,4 +1,4 @@
-"""The sandbox's servers: started, stopped, restarted, and never mistaken for somebody else's process."""
+"""The sandbox's servers: started, stopped, restarted, and never confused with another process."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_servers_outlive_the_process_that_started_them(tmp_path: Path) -> None:
 def test_a_recycled_process_id_is_not_signalled(tmp_path: Path) -> None:
     directory = tmp_path / "sandbox"
     directory.mkdir()
-    # Our own process has the id, but it began at another time.
+    # this process has the id, but another start time
     mine = {"pid": os.getpid(), "started": "long ago", "port": 1}
     state = {"password": "x", "ports": {}, "processes": dict.fromkeys(("postgres", "mongo", "kafka"), mine)}
     (directory / "servers.json").write_text(json.dumps(state))
@@ -82,7 +82,7 @@ def test_a_server_that_does_not_start_is_named_and_the_others_are_stopped(
     assert any_running(tmp_path) == []
 
 
-def test_they_listen_where_they_are_told_and_stay_there(tmp_path: Path) -> None:
+def test_servers_listen_on_the_given_host_and_keep_it(tmp_path: Path) -> None:
     host = "127.0.0.2"
     try:
         start_servers(tmp_path)
@@ -100,7 +100,7 @@ def test_they_listen_where_they_are_told_and_stay_there(tmp_path: Path) -> None:
         start_servers(tmp_path, host="198.51.100.1")
 
 
-def test_the_broker_gives_exact_offsets(servers: Addresses) -> None:
+def test_the_broker_returns_exact_offsets(servers: Addresses) -> None:
     topic = "exact"
     admin = AdminClient({"bootstrap.servers": servers.kafka_bootstrap})
     for made in admin.create_topics([NewTopic(topic, 2, 1)]).values():
@@ -121,7 +121,7 @@ def test_the_broker_gives_exact_offsets(servers: Addresses) -> None:
         gone.result(10)
 
 
-def test_the_broker_knows_offsets_by_time_and_remembers_commits(servers: Addresses) -> None:
+def test_the_broker_finds_offsets_by_time_and_stores_commits(servers: Addresses) -> None:
     topic = "timed"
     for time in (1_000, 2_000, 3_000):
         _produce(servers, topic, [str(time)], timestamp=time)
@@ -134,7 +134,7 @@ def test_the_broker_knows_offsets_by_time_and_remembers_commits(servers: Address
     consumer.close()
 
 
-def test_transactions_are_seen_when_committed_and_never_when_aborted(servers: Addresses) -> None:
+def test_transactions_are_visible_when_committed_and_never_when_aborted(servers: Addresses) -> None:
     topic = "transactions"
     producer = Producer({"bootstrap.servers": servers.kafka_bootstrap, "transactional.id": "t", "log_level": 0})
     producer.init_transactions(10)
