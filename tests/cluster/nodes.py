@@ -1,15 +1,15 @@
 """A Ray cluster of several nodes on one machine, for tests and fault injection.
 
-Each node is what a machine of its own would be: processes of its own (a PID namespace: all end when its first one is
-killed), an address of its own (a network namespace on a bridge), and disks of its own (a mount namespace with an empty
-/tmp, /dev/shm and working copy of this project; of the latter only the virtual environment is there). The tests' own
-servers listen on the bridge's address, which every node reaches. It takes root and Linux; elsewhere the nodes are
-raylets on loopback that share the machine's disk. `Cluster.kind` says which it is.
+Each node resembles a separate machine: its own processes (a PID namespace: all end when the first one is killed), its own
+address (a network namespace on a bridge), and its own disks (a mount namespace with an empty /tmp, /dev/shm and working copy
+of this project, of which only the virtual environment exists). The tests' servers listen on the bridge's address, which every
+node reaches. Needs root and Linux; otherwise the nodes are raylets on loopback that share the machine's disk. `Cluster.kind`
+is the kind in use.
 
-    with Cluster(tmp_path, environment) as cluster:     # environment: of every process on every node, secrets too
+    with Cluster(tmp_path, environment) as cluster:     # environment of every process on every node, including secrets
         head, first, second = cluster.start(workers=2)
         done = cluster.submit("python", "-m", "app", "run")
-        cluster.kill(first)                             # SIGKILL to everything on it
+        cluster.kill(first)                             # SIGKILL to all its processes
         third = cluster.add()
 """
 
@@ -47,7 +47,7 @@ QUICK: Mapping[str, str] = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_worker_niceness": "0",
-    # a node that is gone is noticed within seconds, not half a minute
+    # detect a lost node within seconds instead of half a minute
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "4000",
@@ -69,16 +69,16 @@ mount --bind /mnt/hosts /etc/hosts
 mkdir -p "$HOME"
 cd /tmp
 """
-"""What is done inside a node's namespaces before Ray is started there."""
+"""Script that runs inside a node's namespaces before Ray starts there."""
 
 
 class ClusterError(Exception):
-    """The cluster cannot be started, or a node does not do what was asked."""
+    """The cluster cannot be started, or a command on a node failed."""
 
 
 @dataclass(eq=False)
 class Node:
-    """A node: `process` is the first one on it, `address` its own address, `namespace` its network namespace if it has one."""
+    """A node: its first process, its address, and its network namespace, if it has one."""
 
     name: str
     address: str
@@ -89,12 +89,12 @@ class Node:
 
     @property
     def alive(self) -> bool:
-        """Whether it was not killed and did not end."""
+        """Whether the node runs."""
         return self.process.poll() is None
 
     def processes(self, named: str = "") -> list[psutil.Process]:
-        """What runs on it, as seen from outside; `named`: only what has this in its command line. Ray's workers call
-        themselves by what they do: 'ray::MapBatches(run)', 'ray::ServeReplica:...', 'ray::IDLE'."""
+        """Return the node's processes as seen from outside. named: only those with this in their command line, which Ray's
+        workers set to their task: 'ray::MapBatches(run)', 'ray::ServeReplica:...', 'ray::IDLE'."""
         found = []
         with contextlib.suppress(psutil.NoSuchProcess):
             for process in psutil.Process(self.process.pid).children(recursive=True):
@@ -104,7 +104,7 @@ class Node:
         return found
 
     def path(self, inside: str) -> Path:
-        """Where a file of the node's own disk can be read from outside while it lives."""
+        """Return the path of a file on the node's disk as seen from outside, while the node runs."""
         if not self.namespace:
             return Path(inside)
         first = psutil.Process(self.process.pid).children()[0]
@@ -113,7 +113,7 @@ class Node:
 
 @functools.cache
 def namespaces_allowed() -> bool:
-    """Whether this machine lets us make network, mount and PID namespaces."""
+    """Return whether this machine allows creating network, mount and PID namespaces."""
     if sys.platform != "linux" or os.geteuid() != 0 or not all(map(shutil.which, ("ip", "unshare", "hostname", "bash"))):
         return False
     name = f"ss{secrets.token_hex(3)}"
@@ -130,7 +130,7 @@ def namespaces_allowed() -> bool:
 
 
 class Cluster:
-    """A Ray cluster with a node for each `add`. `environment` is that of every process on the nodes started from then on."""
+    """A Ray cluster with a node for each `add`. environment: of every process on nodes that start from now on."""
 
     def __init__(
         self, directory: Path, environment: Mapping[str, str], *, namespaces: bool | None = None, store: int = OBJECT_STORE_BYTES
@@ -170,12 +170,12 @@ class Cluster:
 
     @property
     def head(self) -> Node:
-        """The node with the control store, the dashboard and the jobs' drivers."""
+        """The node with the control store, the dashboard and the drivers of jobs."""
         return self.nodes[0]
 
     @property
     def workers(self) -> list[Node]:
-        """The other nodes that live."""
+        """The other running nodes."""
         return [node for node in self.nodes[1:] if node.alive]
 
     @property
@@ -184,7 +184,7 @@ class Cluster:
         return f"http://{self.head.address}:{self.dashboard_port}"
 
     def start(self, workers: int = 2, *, cpus: int = 1, head_cpus: int = 0) -> list[Node]:
-        """Start the head and the workers, and wait until all are there."""
+        """Start the head and the workers, and wait until all have joined."""
         head = self._start_node(head_cpus)
         wait_for(self._listens, f"the control store of the head (see {head.log})", START_SECONDS)
         for _ in range(workers):
@@ -198,13 +198,13 @@ class Cluster:
         return list(self.nodes)
 
     def add(self, cpus: int = 1) -> Node:
-        """Start another worker, and wait until the cluster has it."""
+        """Start another worker and wait until it has joined."""
         node = self._start_node(cpus)
         self._wait_until_known()
         return node
 
     def kill(self, node: Node) -> None:
-        """SIGKILL to everything on the node; its disks are gone with it."""
+        """Kill all processes of the node; its disks are lost."""
         if self.kind == "namespaces":
             node.process.kill()  # the kernel takes the whole PID namespace with it
         else:
@@ -215,15 +215,15 @@ class Cluster:
         node.process.wait(30)
 
     def cut(self, node: Node) -> None:
-        """Take the node off the network; it goes on running."""
+        """Disconnect the node from the network; it keeps running."""
         _run("ip", "link", "set", self._link(node), "down")
 
     def mend(self, node: Node) -> None:
-        """Put the node on the network again."""
+        """Reconnect the node to the network."""
         _run("ip", "link", "set", self._link(node), "up")
 
     def stop(self) -> None:
-        """End every node and submitter, and take away what was made for them."""
+        """Stop every node and submitter, and remove their networks and directories."""
         for submitter in self._submitters:
             if submitter.poll() is None:
                 submitter.kill()
@@ -241,12 +241,12 @@ class Cluster:
     # --- jobs
 
     def client_environment(self, **more: str) -> dict[str, str]:
-        """For commands that speak to the cluster from outside: its token, nothing of the nodes' environment."""
+        """The environment of commands outside the cluster: its token, but not the nodes' environment."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SHOPSPHERE_", "MLFLOW_"))}
         return {**kept, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, "RAY_USAGE_STATS_ENABLED": "0", **more}
 
     def submission(self, *command: str, job: str = "") -> subprocess.Popen[str]:
-        """`ray job submit` of this project with a command."""
+        """Start `ray job submit` of this project with a command."""
         ray = str(Path(sys.prefix) / "bin" / "ray")
         named = ["--submission-id", job] if job else []
         submitter = subprocess.Popen(
@@ -261,31 +261,31 @@ class Cluster:
         return submitter
 
     def submit(self, *command: str, job: str = "", seconds: float = 240) -> subprocess.CompletedProcess[str]:
-        """The same, waited for: the submitter's exit code, and its output with the job's."""
+        """Submit a job and wait; return the submitter's exit code, and its output with the job's."""
         submitter = self.submission(*command, job=job)
         said, _ = submitter.communicate(timeout=seconds)
         return subprocess.CompletedProcess(command, submitter.returncode, said)
 
     def stop_job(self, job: str) -> None:
-        """What `ray job stop` does."""
+        """Stop a job, like `ray job stop`."""
         self.ask(f"/api/jobs/{job}/stop", method="POST")
 
     def ask(self, path: str, timeout: float = 10.0, method: str = "GET") -> Any:
-        """What the dashboard's HTTP interface answers."""
+        """Return the response of the dashboard's HTTP interface."""
         headers = {"Authorization": f"Bearer {self.token}"}
         request = urllib.request.Request(self.dashboard + path, headers=headers, method=method)
         with urllib.request.urlopen(request, timeout=timeout) as response:
             return json.load(response)
 
     def states(self, what: str, **equal: str) -> list[dict[str, Any]]:
-        """The cluster's own list of 'nodes', 'tasks', 'actors', ..., those whose fields are as given."""
+        """Return the cluster's list of 'nodes', 'tasks', 'actors', ..., filtered by fields."""
         filters = "".join(f"&filter_keys={key}&filter_predicates=%3D&filter_values={value}" for key, value in equal.items())
         answer = self.ask(f"/api/v0/{what}?limit=10000&detail=1{filters}")
         found: list[dict[str, Any]] = answer["data"]["result"]["result"]
         return found
 
     def ids(self) -> dict[str, str]:
-        """Ray's own id of each living node, by the node's name."""
+        """Return Ray's id of each running node, by the node's name."""
         return {one["labels"]["name"]: one["node_id"] for one in self.states("nodes", state="ALIVE")}
 
     # --- how
@@ -391,7 +391,7 @@ class Cluster:
 
 
 def _free_network() -> str:
-    """The first three numbers of a private network that this machine has nothing in."""
+    """Return the first three numbers of an unused private network."""
     taken = subprocess.run(["ip", "-o", "addr"], capture_output=True, text=True, check=True).stdout
     for _ in range(100):
         network = f"10.{200 + secrets.randbelow(50)}.{secrets.randbelow(250) + 1}"
@@ -416,7 +416,7 @@ def _tail(log: Path) -> str:
 
 @contextlib.contextmanager
 def started(directory: Path, environment: Mapping[str, str], workers: int = 2) -> Iterator[Cluster]:
-    """A cluster with its head and workers, stopped at the end."""
+    """Yield a cluster with its head and workers; stop it at the end."""
     with Cluster(directory, environment) as cluster:
         cluster.start(workers)
         yield cluster

@@ -22,18 +22,18 @@ ACCESS_KEY, SECRET_KEY, BUCKET = "fault-tests", "fault-tests-secret", "lake"
 
 
 def toxiproxy() -> Path:
-    """Toxiproxy's server, built when it is not there yet."""
+    """Return Toxiproxy's server, built on first use."""
     program = BUILD / "toxiproxy" / "server"
     if not program.exists():
         if shutil.which("go") is None:
-            skip_or_fail("Toxiproxy needs Go to be built: install Go (https://go.dev/dl).")
+            skip_or_fail("Building Toxiproxy needs Go: install it (https://go.dev/dl).")
         subprocess.run(["go", "install", TOXIPROXY], env={**os.environ, "GOBIN": str(program.parent)}, check=True)
     return program
 
 
 @dataclass
 class ObjectStore:
-    """A bucket of an S3-compatible store; what listens at `endpoint` is the proxy."""
+    """A bucket of an S3-compatible store, reached through a proxy at `endpoint`."""
 
     folder: Path
     host: str = "127.0.0.1"
@@ -43,7 +43,7 @@ class ObjectStore:
     _proxy: dict[str, str] = field(default_factory=dict)
 
     def start(self) -> None:
-        """Start the store and the proxy, and make the bucket."""
+        """Start the store and the proxy, and create the bucket."""
         program = toxiproxy()
         behind, proxied, control = free_port(self.host), free_port(self.host), free_port()
         self._run([sys.executable, "-m", "moto.server", "-H", self.host, "-p", str(behind)], "store")
@@ -61,32 +61,32 @@ class ObjectStore:
         eventually(lambda: client.create_bucket(Bucket=BUCKET))
 
     def refuse(self) -> None:
-        """Close what is open, accept nothing."""
+        """Close all connections and refuse new ones."""
         self._ask("/proxies/store", {"enabled": False})
 
     def slow(self) -> None:
-        """Every answer comes 700 ms later, at 2 MB/s."""
+        """Delay every response by 700 ms and limit it to 2 MB/s."""
         self._ask("/proxies/store/toxics", {"type": "latency", "attributes": {"latency": 700}})
         self._ask("/proxies/store/toxics", {"type": "bandwidth", "attributes": {"rate": 2000}})
 
     def cut(self) -> None:
-        """Connections are reset after a few kB of the answer."""
+        """Reset connections after a few kB of the response."""
         self._ask("/proxies/store/toxics", {"type": "limit_data", "attributes": {"bytes": 20_000}})
 
-    def heal(self) -> None:
-        """A proxy made anew: Toxiproxy's own reset waits for connections that are slow, sometimes without end."""
+    def repair(self) -> None:
+        """Re-create the proxy. Toxiproxy's own reset waits for slow connections, sometimes forever."""
         self._ask("/proxies/store", {}, "DELETE")
         eventually(lambda: self._ask("/proxies", self._proxy))
 
     def stop(self) -> None:
-        """End both."""
+        """Stop the store and the proxy."""
         for process in self.processes:
             process.terminate()
         for process in self.processes:
             process.wait()
 
     def properties(self) -> dict[str, str]:
-        """PyIceberg's properties of the store."""
+        """Return PyIceberg's properties of the store."""
         return {
             "warehouse": f"s3://{BUCKET}/warehouse",
             "s3.endpoint": self.endpoint,
@@ -108,5 +108,5 @@ class ObjectStore:
             urllib.request.urlopen(request, timeout=10).close()
         except urllib.error.HTTPError as error:
             said = error.read().decode()
-            if "toxic already exists" not in said:  # struck twice at once
+            if "toxic already exists" not in said:  # injected twice at once
                 raise AssertionError(f"Toxiproxy refused {path}: {said}") from None

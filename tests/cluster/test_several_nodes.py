@@ -1,4 +1,4 @@
-"""Ingest, refine, train and serve on a cluster of three nodes, a node killed in each: the tables of one undisturbed process."""
+"""Ingest, refine, train and serve on three nodes, with a node killed in each: the tables equal those of a single process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 import mlflow
 import pytest
 from cluster.nodes import Cluster
-from cluster.shop import NODE_HOME, Shop, opened
+from cluster.services import NODE_HOME, Services, running_services
 from support.waiting import wait_for
 
 from app import sandbox
@@ -41,30 +41,30 @@ SPREAD = {
 
 
 @dataclass
-class World:
-    """The cluster, what it works with, and the settings of its lakehouse and of that of the one process."""
+class ClusterWorld:
+    """The cluster, its services, and the settings of its lakehouse and of the single process's lakehouse."""
 
     cluster: Cluster
-    shop: Shop
+    shop: Services
     spread: dict[str, str]
     plain: dict[str, str]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterWorld]:
     directory: Path = tmp_path_factory.mktemp("cluster")
-    with Cluster(directory, SPREAD) as cluster, opened(directory, cluster.host, ORDERS, SEED) as shop:
+    with Cluster(directory, SPREAD) as cluster, running_services(directory, cluster.host, ORDERS, SEED) as shop:
         print(f"nodes are {cluster.kind}")
         spread = shop.environment("spread", MLFLOW_TRACKING_URI=shop.mlflow, **SPREAD)
         plain = shop.environment("plain", str(directory / "plain"))
         cluster.environment.update(spread)
         cluster.start(workers=2)
-        yield World(cluster, shop, spread, plain)
+        yield ClusterWorld(cluster, shop, spread, plain)
 
 
-def strike_while(world: World, job: subprocess.Popen[str], *doing: str) -> str:
-    """Kill the worker node on which a process of such a name runs, as soon as there is one, and start another node.
-    Gives what was struck. The job has to be under way until then."""
+def kill_node_during(world: ClusterWorld, job: subprocess.Popen[str], *doing: str) -> str:
+    """Kill the first worker node that runs a process of one of these names, and start another node. Return a description.
+    The job must be running until then."""
     begun = time.monotonic()
     while time.monotonic() < begun + 200:
         assert job.poll() is None, f"the job ended before a node could be killed: {job.communicate()[0][-3000:]}"
@@ -78,53 +78,53 @@ def strike_while(world: World, job: subprocess.Popen[str], *doing: str) -> str:
     raise AssertionError(f"no worker node did any of {doing} within 200 s")
 
 
-def finished(job: subprocess.Popen[str]) -> str:
-    """What a job that succeeded said."""
+def wait_for_success(job: subprocess.Popen[str]) -> str:
+    """Wait for a job to succeed and return its output."""
     said, _ = job.communicate(timeout=300)
     assert job.returncode == 0, said[-4000:]
     return said
 
 
-def test_ingest_and_refine_lose_a_node_each(world: World) -> None:
+def test_ingest_and_refine_lose_a_node_each(world: ClusterWorld) -> None:
     cluster, shop = world.cluster, world.shop
     first = cluster.submission("python", "-m", "app", "run")
     # the first of Ray Data's tasks are those that read the sources
-    ingest = strike_while(world, first, "Map")
-    finished(first)
-    # the other process sees the sources at the same two moments: bronze tells of updates between them
+    ingest = kill_node_during(world, first, "Map")
+    wait_for_success(first)
+    # the single process reads the sources at the same two times, because bronze contains updates between them
     shop.app(world.plain, "run")
     sandbox.step(shop.home, 200)
     second = cluster.submission("python", "-m", "app", "run", job="refine")
-    wait_for(lambda: "silver.orders_unified ..." in so_far(cluster, second, "refine"), "refining", 200)
-    refine = strike_while(world, second, "Map")
-    finished(second)
+    wait_for(lambda: "silver.orders_unified ..." in output_so_far(cluster, second, "refine"), "refining", 200)
+    refine = kill_node_during(world, second, "Map")
+    wait_for_success(second)
     print("killed while ingesting:", ingest, "; while refining:", refine)
     shop.app(world.plain, "run")
-    digests(world)
+    assert_equal_digests(world)
 
 
-def digests(world: World) -> None:
-    """Of the cluster's tables and those of the one process: they have to be equal."""
+def assert_equal_digests(world: ClusterWorld) -> None:
+    """Assert that the cluster's tables equal those of the single process."""
     here = {**world.spread, "SHOPSPHERE_HOME": str(world.shop.home / "look")}
     assert world.shop.digests(here) == world.shop.digests(world.plain)
 
 
 def output_of(said: str) -> dict[str, Any]:
-    """The JSON object that a job printed."""
+    """Return the JSON object that a job printed."""
     found: dict[str, Any] = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
     return found
 
 
-def test_training_loses_a_node(world: World) -> None:
+def test_training_loses_a_node(world: ClusterWorld) -> None:
     cluster, shop = world.cluster, world.shop
     job = cluster.submission("python", "-m", "app", *TRAIN, "--json")
-    print("killed:", strike_while(world, job, "RayTrainWorker", "_RayTrainWorker"))
-    trained = output_of(finished(job))
+    print("killed:", kill_node_during(world, job, "RayTrainWorker", "_RayTrainWorker"))
+    trained = output_of(wait_for_success(job))
     plain = json.loads(shop.app(world.plain, *TRAIN, "--json").stdout.splitlines()[-1])
     for one in (trained, plain):
         for timing in ("seconds", "cpu_seconds", "mlflow"):
             one.pop(timing)
-    # the check of latency says how long it took
+    # the text of the latency check has a duration
     trained["checks"], plain["checks"] = ([(c["name"], c["passed"]) for c in one["checks"]] for one in (trained, plain))
     assert trained == plain
     ours = Registry(shop.mlflow).version(1).tags
@@ -132,8 +132,8 @@ def test_training_loses_a_node(world: World) -> None:
 
 
 @dataclass
-class Asking:
-    """Asks the same again and again until the end of the block."""
+class RepeatedRequest:
+    """Sends the same request repeatedly until the end of the block."""
 
     address: str
     key: str
@@ -145,7 +145,7 @@ class Asking:
         with urllib.request.urlopen(request, timeout=10) as response:
             return json.load(response)
 
-    def __enter__(self) -> Asking:
+    def __enter__(self) -> RepeatedRequest:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -164,61 +164,61 @@ class Asking:
                 self.bad.append((time.monotonic(), repr(error)))
 
 
-def test_serving_loses_a_node(world: World) -> None:
+def test_serving_loses_a_node(world: ClusterWorld) -> None:
     cluster, shop = world.cluster, world.shop
     file = cluster.head.path(NODE_HOME) / "serve_keys.json"
     key = Keys().add(file, "test", ("inventory", "score", "customers"))
     job = cluster.submission("python", "-m", "app", "serve", job="serving")
-    asking = Asking(f"http://{cluster.head.address}:8000", key)
-    wait_for(lambda: "Serving on" in so_far(cluster, job, "serving"), "serving", 200)
+    asking = RepeatedRequest(f"http://{cluster.head.address}:8000", key)
+    wait_for(lambda: "Serving on" in output_so_far(cluster, job, "serving"), "serving", 200)
     stock = asking.ask("/v1/inventory/P0001")["stores"]
     query = "SELECT store_id, on_hand FROM gold.inventory_health WHERE product_id = 'P0001' ORDER BY store_id"
     known = json.loads(shop.app(world.plain, "sql", query, "--json").stdout.splitlines()[-1])
     assert [(one["store_id"], one["on_hand"]) for one in stock] == [(one["store_id"], one["on_hand"]) for one in known]
     with asking:
-        print("killed:", strike_while(world, job, "ServeReplica"))
+        print("killed:", kill_node_during(world, job, "ServeReplica"))
         killed = time.monotonic()
         replicas = [node.name for node in cluster.nodes if node.alive for _ in node.processes("ray::ServeReplica")]
         wait_for(lambda: sum(at > killed for at in asking.good) >= 50, "answers after the kill", 120)
     print(f"{len(asking.good)} answers, {len(asking.bad)} failures {asking.bad[:5]}; replicas on {replicas}")
     assert asking.ask("/v1/inventory/P0001")["stores"] == stock
     cluster.stop_job("serving")
-    finished(job)
-    digests(world)
+    wait_for_success(job)
+    assert_equal_digests(world)
 
 
-def so_far(cluster: Cluster, job: subprocess.Popen[str], name: str) -> str:
-    """What a job that runs has printed."""
+def output_so_far(cluster: Cluster, job: subprocess.Popen[str], name: str) -> str:
+    """Return the output of a running job so far."""
     assert job.poll() is None, job.communicate()[0][-3000:]
     try:
         return str(cluster.ask(f"/api/jobs/{name}/logs")["logs"])
     except urllib.error.HTTPError as error:
         if error.code != 404:
             raise
-        return ""  # it is just being submitted
+        return ""  # it is being submitted
 
 
-def test_a_job_that_is_stopped_leaves_the_tables_whole(world: World) -> None:
+def test_a_job_that_is_stopped_leaves_the_tables_whole(world: ClusterWorld) -> None:
     cluster, shop = world.cluster, world.shop
     sandbox.step(shop.home, 200)
     stopped = cluster.submission("python", "-m", "app", "run", job="stopped")
-    at_work(world, stopped)
+    wait_until_working(world, stopped)
     cluster.stop_job("stopped")
     wait_for(lambda: cluster.ask("/api/jobs/stopped")["status"] == "STOPPED", "the job is stopped", 60)
     stopped.communicate(timeout=60)
-    # its submitter is interrupted, and it goes on; as if nobody had submitted it, it has to send the code itself
+    # its submitter is interrupted and the job continues; without the variable it must send the code itself
     left = cluster.submission(
         "env", "-u", JOB_CONFIG_VARIABLE, "SHOPSPHERE_RAY__ADDRESS=auto", "python", "-m", "app", "run", job="left"
     )
-    at_work(world, left)
+    wait_until_working(world, left)
     left.send_signal(signal.SIGINT)
     left.communicate(timeout=60)
     wait_for(lambda: cluster.ask("/api/jobs/left")["status"] == "SUCCEEDED", "the job that was left alone is done", 200)
     shop.app(world.plain, "run")
-    digests(world)
+    assert_equal_digests(world)
 
 
-def at_work(world: World, job: subprocess.Popen[str]) -> None:
+def wait_until_working(world: ClusterWorld, job: subprocess.Popen[str]) -> None:
     """Wait until tasks of a job run on a worker node."""
     until = time.monotonic() + 200
     while not any(node.processes("ray::Map") for node in world.cluster.workers):
@@ -227,13 +227,13 @@ def at_work(world: World, job: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-def test_what_is_wrong_is_said_and_a_token_is_asked_for(world: World) -> None:
+def test_errors_are_printed_and_a_token_is_required(world: ClusterWorld) -> None:
     cluster = world.cluster
     done = cluster.submit("python", "-m", "app", "rebuild", "gold.nothing", job="wrong")
     assert "error: There is no table 'gold.nothing'" in done.stdout
     assert done.returncode == 1
     assert cluster.ask("/api/jobs/wrong")["driver_exit_code"] == 1
-    # tables on the disk of the head, which the workers have not got
+    # tables on the disk of the head, which the workers cannot reach
     local = ("SHOPSPHERE_CATALOG__PROPERTIES={}", "SHOPSPHERE_POSTGRES__SLOT=local")
     done = cluster.submit("env", *local, "python", "-m", "app", "run", job="local")
     assert "machines, but /tmp/shopsphere/warehouse is on the disk of this one" in done.stdout
@@ -244,18 +244,18 @@ def test_what_is_wrong_is_said_and_a_token_is_asked_for(world: World) -> None:
 
 
 LISTED = ("jobs", "tasks", "actors", "workers", "runtime_envs", "nodes", "objects")
-LOOKED_AT = (
+INSPECTED_PATHS = (
     *("/api/jobs/", "/nodes?view=details", "/api/serve/applications/", "/api/actors/", "/logical/actors"),
     *(f"/api/v0/{what}?limit=10000&detail=1" for what in LISTED),
 )
 
 
-def test_no_secret_is_shown(world: World) -> None:
-    """After everything else: in no log, in nothing that Ray tells of jobs, in nothing that MLflow keeps."""
+def test_no_secret_is_shown(world: ClusterWorld) -> None:
+    """Runs last: no log, no answer of Ray's dashboard and no MLflow run contains a secret."""
     cluster, shop = world.cluster, world.shop
     secrets = {**shop.secrets, "token": cluster.token}
     shown: dict[str, str] = {}
-    for path in LOOKED_AT:
+    for path in INSPECTED_PATHS:
         with contextlib.suppress(urllib.error.HTTPError):
             shown[path] = json.dumps(cluster.ask(path, timeout=60))
     assert len(shown) >= 8, shown.keys()
@@ -277,5 +277,5 @@ def test_no_secret_is_shown(world: World) -> None:
 
 
 def leaks(secrets: dict[str, str], shown: dict[str, str]) -> list[tuple[str, str]]:
-    """Which secret is shown where."""
+    """Return (secret, place) of every secret that is shown."""
     return [(what, where) for where, text in shown.items() for what, secret in secrets.items() if secret in text]

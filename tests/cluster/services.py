@@ -1,4 +1,4 @@
-"""What a cluster works with, on an address that all nodes reach: sources, catalog, object store, MLflow."""
+"""The services of a cluster, on an address that all nodes reach: sources, catalog, object store, MLflow."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from app import sandbox
 from serve.deployment import FAST_PATH
 
 NODE_HOME = "/tmp/shopsphere"
-"""SHOPSPHERE_HOME on every node: a directory of its own disk."""
+"""SHOPSPHERE_HOME on every node: a directory on its own disk."""
 
 
 @dataclass(frozen=True)
-class Shop:
-    """A running shop.
+class Services:
+    """Running services.
 
-    home     where the sandbox's files are; no node sees it
-    secrets  by what they are for; none may be shown anywhere
+    home     directory of the sandbox, which no node can reach
+    secrets  by purpose; none may appear in logs or answers
     """
 
     home: Path
@@ -40,7 +40,7 @@ class Shop:
     secrets: Mapping[str, str]
 
     def catalog(self, name: str) -> dict[str, str]:
-        """The properties of a catalog of that name, in the sandbox's PostgreSQL, with a warehouse in the object store."""
+        """Return the properties of a catalog in the sandbox's PostgreSQL, with a warehouse in the object store."""
         return {
             "type": "sql",
             "uri": self._database(name).replace("postgresql://", "postgresql+psycopg://"),
@@ -54,8 +54,8 @@ class Shop:
     def _database(self, name: str) -> str:
         return self.addresses.postgres_dsn.rpartition("/")[0] + f"/{name}"
 
-    def environment(self, name: str, home: str = NODE_HOME, **more: str) -> dict[str, str]:
-        """Settings of a lakehouse of that name, with a catalog and a replication slot of its own. Makes its database."""
+    def environment(self, name: str, home: str = NODE_HOME, **settings: str) -> dict[str, str]:
+        """Return the settings of a lakehouse with its own catalog and replication slot. Creates its database."""
         with psycopg.connect(self.addresses.postgres_dsn, autocommit=True) as connection:
             if not connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name]).fetchone():
                 connection.execute(f'CREATE DATABASE "{name}"')
@@ -67,11 +67,11 @@ class Shop:
             "SHOPSPHERE_POSTGRES__SLOT": name,
             "SHOPSPHERE_MONGO__URI": self.addresses.mongo_uri,
             "SHOPSPHERE_KAFKA__BOOTSTRAP_SERVERS": self.addresses.kafka_bootstrap,
-            **more,
+            **settings,
         }
 
     def app(self, environment: Mapping[str, str], *arguments: str, seconds: float = 600) -> subprocess.CompletedProcess[str]:
-        """`python -m app` in a process of its own on this machine, with these settings. It has to succeed."""
+        """Run `python -m app` on this machine with these settings, and assert that it succeeds."""
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "SHOPSPHERE_", "MLFLOW_"))}
         done = subprocess.run(
             [sys.executable, "-m", "app", *arguments],
@@ -85,14 +85,14 @@ class Shop:
         return done
 
     def digests(self, environment: Mapping[str, str], *tables: str) -> dict[str, str]:
-        """The digests of the tables."""
+        """Return the digests of the tables."""
         found: dict[str, str] = json.loads(self.app(environment, "digest", *tables, "--json").stdout.splitlines()[-1])
         return found
 
 
 @contextlib.contextmanager
-def opened(directory: Path, host: str, orders: int = 1500, seed: int = 11) -> Iterator[Shop]:
-    """A filled shop whose servers listen on `host`."""
+def running_services(directory: Path, host: str, orders: int = 1500, seed: int = 11) -> Iterator[Services]:
+    """Yield services with generated data, which listen on `host`."""
     key_id, key = f"KEY{secrets.token_hex(8)}", secrets.token_hex(20)
     home = directory / "shop"
     with contextlib.ExitStack() as stack:
@@ -101,8 +101,8 @@ def opened(directory: Path, host: str, orders: int = 1500, seed: int = 11) -> It
         addresses = sandbox.start(home, orders=orders, seed=seed, host=host)
         stack.callback(sandbox.stop, home)
         password = addresses.postgres_dsn.partition("://")[2].partition("@")[0].partition(":")[2]
-        told = {"postgres password": password, "s3 key id": key_id, "s3 key": key}
-        yield Shop(home, addresses, s3, mlflow, told)
+        passwords = {"postgres password": password, "s3 key id": key_id, "s3 key": key}
+        yield Services(home, addresses, s3, mlflow, passwords)
 
 
 @contextlib.contextmanager
