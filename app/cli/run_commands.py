@@ -18,7 +18,7 @@ import typer
 from app.cli.errors import describe
 from app.cli.options import Json, parse_seconds
 from app.cli.output import Output
-from app.cli.step_report import print_run, print_steps, step_progress
+from app.cli.step_report import print_run, print_steps, step_json, step_progress
 from app.cli.unfinished_erasures import finish_erasures
 from app.project import PROJECT
 from pipelines.settings import load_settings
@@ -94,7 +94,7 @@ def rebuild(tables: Annotated[list[str], typer.Argument(help="Tables, e.g. gold.
     with open_engine(load_settings()) as engine:
         results = rebuild_tables(engine, PROJECT, tables)
     if json:
-        output.json([asdict(result) for result in results])
+        output.json([step_json(result) for result in results])
     else:
         print_steps(output, results)
         output.say("Done. `python -m app run` applies the changes to the downstream tables.")
@@ -112,7 +112,7 @@ def replay(
     with open_engine(load_settings()) as engine:
         done = replay_quarantined(engine, PROJECT, fix)
     if json:
-        output.json(asdict(done))
+        output.json({**asdict(done), "reports": [step_json(result) for result in done.reports]})
     else:
         print_steps(output, done.reports)
         output.say(f"{done.corrections} corrections stored. Quarantined rows: {done.before} before, {done.after} now.")

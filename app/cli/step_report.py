@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from app.cli.errors import describe
 from app.cli.output import Output, ShowProgress
@@ -12,6 +12,7 @@ from lakehouse.format_bytes import format_bytes
 
 if TYPE_CHECKING:
     from lakehouse.engine.step_result import StepResult
+    from lakehouse.expectations import ExpectationResult
     from pipelines.runner import ProgressCallback, RunResult
 
 STEP_COLUMNS = ("step", "status", "rows read", "rows written", "deleted", "written", "seconds", "cpu s")
@@ -31,7 +32,7 @@ def print_run(output: Output, run: RunResult) -> None:
     if output.as_json:
         output.json(
             {
-                "steps": [asdict(result) for result in run.results],
+                "steps": [step_json(result) for result in run.results],
                 "errors": [describe(error) for error in run.errors],
                 "seconds": run.seconds,
                 "cpu_seconds": run.cpu_seconds,
@@ -44,6 +45,17 @@ def print_run(output: Output, run: RunResult) -> None:
     # a step that only read upstream rows has the status "read"
     changed = sum(result.status == "changed" for result in run.results)
     output.say(f"{changed} of {len(run.results)} tables changed, in {run.seconds:.1f} s ({run.cpu_seconds:.1f} CPU s).")
+
+
+def step_json(result: StepResult) -> dict[str, Any]:
+    """Return the result of a step for JSON output."""
+    return {**asdict(result), "results": [expectation_json(one) for one in result.results]}
+
+
+def expectation_json(result: ExpectationResult) -> dict[str, Any]:
+    """Return the result of an expectation for JSON output, in which the total has the name `standing`."""
+    fields = asdict(result)
+    return {**fields, "standing": fields.pop("total_violations")}
 
 
 def print_steps(output: Output, results: Sequence[StepResult]) -> None:

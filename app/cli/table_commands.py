@@ -10,6 +10,7 @@ import typer
 
 from app.cli.options import Json
 from app.cli.output import Output
+from app.cli.step_report import expectation_json
 from app.project import PROJECT
 from lakehouse.format_bytes import format_bytes
 from pipelines.settings import load_settings
@@ -41,7 +42,7 @@ def status(
         return
     results, past = last_results(lake) if expectations else [], past_runs(lake, runs) if runs else []
     if json:
-        output.json({"expectations": [asdict(result) for result in results], "runs": [asdict(run) for run in past]})
+        output.json({"expectations": [expectation_json(result) for result in results], "runs": [asdict(run) for run in past]})
         return
     if expectations:
         print_results(output, results)
