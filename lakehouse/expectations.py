@@ -210,7 +210,7 @@ class ExpectationResult:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluatedRows:
     """Rows split by their expectations, and the result of each expectation.
 
     quarantined  has the extra column `REASON`, which names the violated expectations and never shows a value
@@ -226,22 +226,22 @@ class Evaluation:
         return any(result.outcome == "fail" for result in self.results)
 
 
-def evaluate(table: str, expectations: Sequence[Expectation], rows: pl.DataFrame, shown: Sequence[str]) -> Evaluation:
+def evaluate(table: str, expectations: Sequence[Expectation], rows: pl.DataFrame, shown: Sequence[str]) -> EvaluatedRows:
     """Evaluate the expectations of rows. `shown`: the columns that examples show; none that holds personal data."""
     rules = [rule for rule in expectations if isinstance(rule, RowExpectation)]
     if not rules:
-        return Evaluation(rows, _without_reason(rows.clear()))
+        return EvaluatedRows(rows, _without_reason(rows.clear()))
     violated = rows.select(rule.violated().alias(str(number)) for number, rule in enumerate(rules))
     results = tuple(
         _result(table, rule, rows, violated[str(number)].fill_null(False), shown) for number, rule in enumerate(rules)
     )
     if not any(result.outcome == "quarantine" for result in results):
-        return Evaluation(rows, _without_reason(rows.clear()), results)
+        return EvaluatedRows(rows, _without_reason(rows.clear()), results)
     quarantining = [(rule, str(number)) for number, rule in enumerate(rules) if rule.severity == "quarantine"]
     bad = violated.select(pl.any_horizontal([name for _, name in quarantining])).to_series()
     texts = [pl.when(pl.col(name)).then(pl.lit(f"breaks {rule}")) for rule, name in quarantining]
     reason = violated.select(pl.concat_str(texts, separator="; ", ignore_nulls=True).alias(REASON))
-    return Evaluation(rows.filter(~bad), pl.concat([rows, reason], how="horizontal").filter(bad), results)
+    return EvaluatedRows(rows.filter(~bad), pl.concat([rows, reason], how="horizontal").filter(bad), results)
 
 
 def _without_reason(rows: pl.DataFrame) -> pl.DataFrame:

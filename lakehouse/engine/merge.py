@@ -16,7 +16,7 @@ from lakehouse.engine.quarantine import quarantine_rows
 from lakehouse.engine.row_diff import row_diff, with_current_hashes
 from lakehouse.engine.stored_rows import StoredRows
 from lakehouse.engine.upstream_table import UpstreamTable
-from lakehouse.expectations import Evaluation, ExpectationResult, count_violations, evaluate
+from lakehouse.expectations import EvaluatedRows, ExpectationResult, count_violations, evaluate
 from lakehouse.iceberg.group_hash import group_hash
 from lakehouse.iceberg.writer import FileWriter
 from lakehouse.parallel import Blocks
@@ -107,7 +107,7 @@ def merge(task: Merge, extracted: Blocks) -> MergeResult:
     return _with_files(task, result, evaluation, old)
 
 
-def _with_files(task: Merge, result: MergeResult, evaluation: Evaluation, old: pl.DataFrame) -> MergeResult:
+def _with_files(task: Merge, result: MergeResult, evaluation: EvaluatedRows, old: pl.DataFrame) -> MergeResult:
     """Write the difference between the stored and the wanted rows, unless the expectations forbid even staging it."""
     target = task.step.target
     if evaluation.failed and not can_be_staged(target, evaluation.results):
