@@ -1,4 +1,4 @@
-"""The laws, on small tables of every kind of step: any order, any duplication, any split, rerun, rebuild."""
+"""The engine on small tables of every kind of step: any order, duplication and split into runs gives equal tables."""
 
 from __future__ import annotations
 
@@ -111,13 +111,13 @@ def newest(rows: pl.DataFrame) -> pl.DataFrame:
     return rows.sort("_source_position", "_op").unique("id", keep="last", maintain_order=True).filter(pl.col("_op") != "d")
 
 
-def fill_accounts(frames, context):
+def transform_accounts(frames, context):
     rates = frames["rates"].select("city", "rate")
     rows = newest(frames["rows"]).join(rates, on="city", how="left")
     return rows.select("id", "city", "amount", (pl.col("amount") * pl.col("rate").fill_null(1)).alias("rated"))
 
 
-def fill_cities(frames, context):
+def transform_cities(frames, context):
     return (
         frames["accounts"].group_by("city").agg(pl.len().cast(pl.Int64).alias("accounts"), pl.col("rated").sum().alias("amount"))
     )
@@ -137,7 +137,7 @@ def parse_events(rows: pl.DataFrame) -> Parsed:
     )
 
 
-def fill_events(frames, context):
+def transform_events(frames, context):
     rows = pl.concat([frames["new"], frames["old"]])
     return rows.sort("at", "city", "amount").unique("id", keep="first", maintain_order=True)
 
@@ -146,7 +146,7 @@ def replace_erased(rows, context):
     return rows
 
 
-def fill_ledger(frames, context):
+def transform_ledger(frames, context):
     opening = frames["opening"].select("city", pl.col("balance").alias("start"))
     rows = frames["events"].sort("at", "id").join(opening, on="city", how="left")
     return rows.select(
@@ -161,14 +161,14 @@ STEPS = (
             "rows": Grouped(BRONZE, ((pl.col("id"),),)),
             "rates": Broadcast(RATES, affects=lambda new: pl.col("city").is_in(new["city"].implode())),
         },
-        fill_accounts,
+        transform_accounts,
     ),
-    Step(CITIES, {"accounts": Grouped(ACCOUNTS, ((pl.col("city"),),))}, fill_cities),
-    Step(EVENTS, {"new": Delta(BRONZE, parse_events, erase=replace_erased)}, fill_events),
+    Step(CITIES, {"accounts": Grouped(ACCOUNTS, ((pl.col("city"),),))}, transform_cities),
+    Step(EVENTS, {"new": Delta(BRONZE, parse_events, erase=replace_erased)}, transform_events),
     Step(
         LEDGER,
         {"events": Grouped(EVENTS, ((pl.col("city"),),), columns=("city", "at", "id", "amount"))},
-        fill_ledger,
+        transform_ledger,
         ordered_by="at",
     ),
 )
@@ -243,7 +243,7 @@ histories = st.lists(
 
 
 @property_test(histories, st.data(), fast=6, slow=25, suppress_health_check=list(HealthCheck))
-def test_any_order_duplication_and_split_gives_the_tables_of_one_run(history, data):
+def test_any_order_duplication_and_split_gives_equal_tables(history, data):
     rows = [(number, *item) for number, item in enumerate(history)]
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as many:
         whole = make_engine(Path(one))
@@ -292,7 +292,7 @@ def test_a_stale_writer_fails_instead_of_repeating_rows(tmp_path):
     assert engine.lake.load(BRONZE).read(["id"]).height == 2
 
 
-def test_one_snapshot_for_replaced_and_new_rows(tmp_path):
+def test_deletes_and_new_rows_are_one_snapshot(tmp_path):
     engine = make_engine(tmp_path)
     append(engine, bronze_rows([(0, 1, "x", 5, 0, "c"), (1, 2, "x", 1, 0, "c")]))
     run(engine)
@@ -306,7 +306,7 @@ def test_one_snapshot_for_replaced_and_new_rows(tmp_path):
     assert engine.lake.load(CITIES).read(["city", "amount"]).sort("city").rows() == [("x", 1), ("y", 7)]
 
 
-def test_a_correction_ends_the_quarantine_of_its_row(tmp_path):
+def test_a_correction_releases_its_row_from_quarantine(tmp_path):
     engine = make_engine(tmp_path)
     append(engine, bronze_rows([(0, 1, "x", 5, 0, "c"), (1, 2, "x", 0, 0, "c")]))
     run(engine)
@@ -317,7 +317,7 @@ def test_a_correction_ends_the_quarantine_of_its_row(tmp_path):
     assert sorted(engine.lake.load(EVENTS).read(["id", "amount"]).rows()) == [(1, 5), (2, 9)]
 
 
-def test_a_correction_that_cannot_be_read_either_leaves_what_was_received_in_quarantine(tmp_path):
+def test_an_unreadable_correction_leaves_the_received_row_in_quarantine(tmp_path):
     engine = make_engine(tmp_path)
     append(engine, bronze_rows([(0, 1, "x", 0, 0, "c")]).with_columns(_source_time=START + timedelta(hours=1)))
     append(engine, bronze_rows([(0, 1, "y", 0, 0, "fix")]))
@@ -326,8 +326,8 @@ def test_a_correction_that_cannot_be_read_either_leaves_what_was_received_in_qua
     assert kept.rows() == [("000000", b"bad", START + timedelta(hours=1))]
 
 
-def test_a_rejected_row_is_judged_with_its_position_alone(tmp_path):
-    """One call of parse for all positions, however many rows were rejected."""
+def test_rejected_rows_are_parsed_again_in_one_call(tmp_path):
+    """`parse` is called once for all positions, however many rows were rejected."""
     engine, calls = make_engine(tmp_path), []
 
     def counting(rows: pl.DataFrame) -> Parsed:
@@ -341,7 +341,7 @@ def test_a_rejected_row_is_judged_with_its_position_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_on_ray_and_in_the_driver_the_tables_are_the_same(tmp_path):
+def test_ray_and_driver_give_equal_tables(tmp_path):
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     rows = [(n, n % 700, "xyz"[n % 3], n % 7, n % 50, "u" if n % 11 else "d") for n in range(5000)]
     inline, spread = make_engine(tmp_path / "a"), make_engine(tmp_path / "b", inline_rows=0, rows_per_task=700, cpus=2)
@@ -375,7 +375,7 @@ def test_a_slow_copy_of_the_job_cannot_bring_back_a_released_row(tmp_path, monke
     assert sorted(slow.lake.load(EVENTS).read(["id", "amount"]).rows()) == [(1, 5), (2, 9)]
 
 
-def test_a_rebuild_keeps_nothing_of_what_was_there(tmp_path):
+def test_a_rebuild_does_not_use_stored_rows(tmp_path):
     engine = make_engine(tmp_path)
     append(engine, bronze_rows([(0, 1, "x", 5, 0, "c"), (1, 2, "y", 5, 0, "c")]))
     run(engine)
@@ -387,7 +387,7 @@ def test_a_rebuild_keeps_nothing_of_what_was_there(tmp_path):
     assert engine.lake.load(EVENTS).read(["id"]).rows() == [(1,)]
 
 
-def test_a_table_made_anew_upstream_replaces_what_the_old_one_gave(tmp_path):
+def test_a_re_created_upstream_table_replaces_the_rows_of_the_old_one(tmp_path):
     engine = make_engine(tmp_path)
     append(engine, bronze_rows([(0, 1, "x", 5, 0, "c"), (1, 2, "y", 5, 0, "c")]))
     set_rates(engine, {"x": 2, "y": 3})
@@ -403,12 +403,12 @@ def test_a_table_made_anew_upstream_replaces_what_the_old_one_gave(tmp_path):
     assert engine.lake.load(ACCOUNTS).read(["id", "rated"]).rows() == [(1, 7)]
 
 
-def test_a_setting_that_shapes_results_recomputes_everything(tmp_path):
+def test_a_changed_business_setting_recomputes_everything(tmp_path):
     engine = make_engine(tmp_path)
     append(engine, bronze_rows([(0, 1, "x", 5, 0, "c")]))
     step = replace(
         STEPS[0],
-        transform=lambda frames, context: fill_accounts(frames, context).with_columns(city=pl.lit(context.base_currency)),
+        transform=lambda frames, context: transform_accounts(frames, context).with_columns(city=pl.lit(context.base_currency)),
     )
     engine.refresh(step)
     assert engine.refresh(step).status == "unchanged"
@@ -418,18 +418,20 @@ def test_a_setting_that_shapes_results_recomputes_everything(tmp_path):
     assert engine.refresh(step).status == "unchanged"
 
 
-def test_a_column_added_to_a_declaration_is_filled(tmp_path):
+def test_a_new_declared_column_is_filled(tmp_path):
     engine = make_engine(tmp_path)
     append(engine, bronze_rows([(0, 1, "x", 5, 0, "c")]))
     engine.refresh(STEPS[0])
     wider = replace(ACCOUNTS, columns=(*ACCOUNTS.columns, column("twice", pa.int64(), "amount * 2")))
-    step = replace(STEPS[0], target=wider, transform=lambda f, c: fill_accounts(f, c).with_columns(twice=pl.col("amount") * 2))
+    step = replace(
+        STEPS[0], target=wider, transform=lambda f, c: transform_accounts(f, c).with_columns(twice=pl.col("amount") * 2)
+    )
     engine.refresh(step)
     assert engine.lake.load(wider).read(["id", "twice"]).rows() == [(1, 10)]
 
 
 @pytest.mark.parametrize("rows_per_task", [10**9, 2])
-def test_another_group_in_a_declaration_doubles_no_row(tmp_path, rows_per_task):
+def test_a_changed_group_duplicates_no_row(tmp_path, rows_per_task):
     engine = make_engine(tmp_path)
     append(engine, bronze_rows([(n, n, "xyz"[n % 3], 5, 0, "c") for n in range(9)]))
     run(engine)
@@ -448,7 +450,7 @@ def test_another_group_in_a_declaration_doubles_no_row(tmp_path, rows_per_task):
 
 
 @pytest.mark.parametrize(
-    ("before", "type_", "made_anew"),
+    ("before", "type_", "recreated"),
     [
         (pa.int32(), pa.string(), True),
         (pa.int32(), pa.decimal128(20, 2), True),
@@ -458,7 +460,7 @@ def test_another_group_in_a_declaration_doubles_no_row(tmp_path, rows_per_task):
     ],
     ids=str,
 )
-def test_another_type_of_a_declared_column(tmp_path, before, type_, made_anew):
+def test_a_changed_column_type(tmp_path, before, type_, recreated):
     engine = make_engine(tmp_path)
     append(engine, bronze_rows([(0, 1, "x", 5, 0, "c")]))
     narrow = replace(CITIES, columns=(CITIES.columns[0], column("accounts", before, "n"), CITIES.columns[2]))
@@ -469,19 +471,21 @@ def test_another_type_of_a_declared_column(tmp_path, before, type_, made_anew):
     engine.refresh(replace(STEPS[1], target=other))
     assert engine.lake.load(other).arrow_schema.field("accounts").type == type_
     assert str(engine.lake.load(other).read(["accounts"]).item()).startswith("1")
-    assert (engine.lake.load(other).metadata.table_uuid != before) is made_anew
+    assert (engine.lake.load(other).metadata.table_uuid != before) is recreated
 
 
-def test_a_key_of_fewer_columns_in_a_declaration(tmp_path):
+def test_a_key_with_fewer_columns(tmp_path):
     engine = make_engine(tmp_path)
     fine = replace(EVENTS, key=("id", "city"), group=("id", "city"), tracked=())
     append(engine, bronze_rows([(0, 1, "x", 5, 0, "c"), (1, 1, "y", 5, 0, "u"), (2, 2, "x", 5, 0, "c")]))
 
-    def fill_fine(frames, context):
+    def transform_fine(frames, context):
         return frames["new"].select("id", "city", "amount", "at").unique(["id", "city"])
 
     engine.refresh(
-        replace(STEPS[2], target=fine, reads={"new": Grouped(BRONZE, ((pl.col("id"), pl.col("city")),))}, transform=fill_fine)
+        replace(
+            STEPS[2], target=fine, reads={"new": Grouped(BRONZE, ((pl.col("id"), pl.col("city")),))}, transform=transform_fine
+        )
     )
     assert engine.lake.load(fine).read(["id"]).height == 3
     step = replace(
@@ -494,7 +498,7 @@ def test_a_key_of_fewer_columns_in_a_declaration(tmp_path):
     assert sorted(engine.lake.load(EVENTS).read(["id", "city"]).rows()) == [(1, "y"), (2, "x")]
 
 
-def test_two_versions_of_a_declaration_do_not_take_each_others_table_away(tmp_path):
+def test_two_versions_of_a_declaration_do_not_drop_each_others_table(tmp_path):
     engine = make_engine(tmp_path)
     append(engine, bronze_rows([(0, 1, "x", 5, 0, "c"), (1, 2, "x", 5, 0, "c")]))
     engine.refresh(STEPS[0])
@@ -509,7 +513,7 @@ def test_two_versions_of_a_declaration_do_not_take_each_others_table_away(tmp_pa
     assert len(found) == 1
 
 
-def test_another_partitioning_of_a_declaration(tmp_path):
+def test_a_changed_partitioning(tmp_path):
     engine = make_engine(tmp_path)
     append(engine, bronze_rows([(0, 1, "x", 5, 0, "c"), (1, 2, "y", 5, 0, "c")]))
     run(engine)
@@ -522,7 +526,7 @@ def test_another_partitioning_of_a_declaration(tmp_path):
     assert digests_with(engine, cut) == expected
 
 
-def test_reading_a_table_never_makes_it_anew(tmp_path):
+def test_reading_a_table_never_re_creates_it(tmp_path):
     engine = make_engine(tmp_path)
     append(engine, bronze_rows([(0, 1, "x", 5, 0, "c")]))
     run(engine)
@@ -531,7 +535,7 @@ def test_reading_a_table_never_makes_it_anew(tmp_path):
     assert engine.lake.load(CITIES).read(["accounts"]).item() == 1
 
 
-def test_a_quarantine_made_anew_is_filled_again(tmp_path):
+def test_a_re_created_quarantine_table_is_filled_again(tmp_path):
     engine = make_engine(tmp_path)
     append(engine, bronze_rows([(0, 1, "x", 5, 0, "c"), (1, 2, "x", 0, 0, "c")]))
     run(engine)
@@ -541,7 +545,7 @@ def test_a_quarantine_made_anew_is_filled_again(tmp_path):
     assert run(engine) == ["unchanged"] * len(STEPS)
 
 
-def test_values_that_join_to_the_same_text_have_different_digests(tmp_path):
+def test_values_with_the_same_concatenation_have_different_digests(tmp_path):
     engine, found = make_engine(tmp_path), []
     for number, row in enumerate([("a\x1f=b", "c"), ("a", "b\x1f=c"), ("1:a", ""), ("", "1:a"), ("a1:", "b"), ("a", "1:b")]):
         table = Table(f"silver.pair{number}", "p", (column("l", pa.string(), "l"), column("r", pa.string(), "r")), key=("l",))
@@ -550,7 +554,7 @@ def test_values_that_join_to_the_same_text_have_different_digests(tmp_path):
     assert len(set(found)) == len(found)
 
 
-def test_a_full_disk_under_the_catalog_is_no_conflict(tmp_path):
+def test_a_full_catalog_disk_is_no_commit_conflict(tmp_path):
     engine = make_engine(tmp_path)
     handle = engine.lake.load(BRONZE)
     files = handle.writer.write(bronze_rows([(0, 1, "x", 5, 0, "c")]))
@@ -558,14 +562,14 @@ def test_a_full_disk_under_the_catalog_is_no_conflict(tmp_path):
     @event.listens_for(engine.lake.catalog.engine, "before_cursor_execute")
     def full(connection, cursor, statement, parameters, context, many):
         if statement.startswith("UPDATE"):
-            raise sqlite3.OperationalError("database or disk is full")  # what SQLite says when its journal cannot grow
+            raise sqlite3.OperationalError("database or disk is full")  # SQLite's error when its journal cannot grow
 
     with pytest.raises(ShopSphereError, match="full") as caught:
         handle.commit(files, positions={})
     assert not isinstance(caught.value, CommitConflict)
 
 
-def test_what_hangs_on_a_table_in_a_statement_stays_and_other_time_travel_is_refused(tmp_path):
+def test_table_suffixes_in_sql_are_kept_and_unsupported_time_travel_is_refused(tmp_path):
     engine = make_engine(tmp_path)
     append(engine, bronze_rows([(n, n, "xyz"[n % 3], 5, 0, "c") for n in range(6)]))
     run(engine)
@@ -588,7 +592,7 @@ def test_what_hangs_on_a_table_in_a_statement_stays_and_other_time_travel_is_ref
             ask(f"SELECT count(*) FROM silver.accounts {clause}")
 
 
-def test_finding_a_property_does_not_walk_the_whole_chain_of_snapshots(tmp_path, monkeypatch):
+def test_a_property_is_found_without_reading_the_whole_snapshot_history(tmp_path, monkeypatch):
     engine = make_engine(tmp_path)
     for number in range(5):
         append(engine, bronze_rows([(number, 1, "x", 5, 0, "c")]))
@@ -600,7 +604,7 @@ def test_finding_a_property_does_not_walk_the_whole_chain_of_snapshots(tmp_path,
     assert len(asked) <= 1
 
 
-def test_a_change_that_a_step_does_not_read_concerns_it_not(tmp_path):
+def test_a_change_in_a_column_that_is_not_read_affects_nothing(tmp_path):
     engine = make_engine(tmp_path)
     goods = Table(
         "bronze.goods",
@@ -625,7 +629,7 @@ def test_a_change_that_a_step_does_not_read_concerns_it_not(tmp_path):
                 affects=lambda new: pl.col("city").is_in(new["city"].implode()),
             ),
         },
-        lambda frames, context: fill_cities(frames, context).join(frames["goods"], on="city", how="left"),
+        lambda frames, context: transform_cities(frames, context).join(frames["goods"], on="city", how="left"),
     )
     append(engine, bronze_rows([(n, n, "xyz"[n % 3], 5, 0, "c") for n in range(9)]))
     engine.refresh(STEPS[0])
@@ -646,27 +650,27 @@ def test_a_change_that_a_step_does_not_read_concerns_it_not(tmp_path):
     assert engine.refresh(step).status == "unchanged"
 
 
-def test_a_commit_of_another_engine_loses_no_position(tmp_path):
+def test_commits_of_other_engines_keep_positions(tmp_path):
     engine = make_engine(tmp_path)
     handle = engine.lake.load(BRONZE)
     rows = as_arrow(bronze_rows([(0, 1, "x", 5, 0, "c")]), handle.writer.schema)
     handle.commit(handle.writer.write(rows), positions={"kafka": {"events:0": 100}})
     engine.lake.load(BRONZE).iceberg_table.append(rows)
     assert engine.lake.load(BRONZE).positions == {"kafka": {"events:0": 100}}
-    # nor does maintenance long after it
+    # nor does a later maintenance
     assert expire(engine.lake, BRONZE, 24, datetime.now(UTC) + timedelta(days=30)) == 0
     assert engine.lake.load(BRONZE).positions == {"kafka": {"events:0": 100}}
     assert engine.lake.load(BRONZE).data_sequence > 0
 
 
-def test_expiry_counts_from_when_a_snapshot_was_replaced(tmp_path):
+def test_expiry_is_measured_from_the_time_a_snapshot_was_replaced(tmp_path):
     engine = make_engine(tmp_path)
     append(engine, bronze_rows([(0, 1, "x", 5, 0, "c")]))
     append(engine, bronze_rows([(1, 2, "y", 5, 0, "c")]))
     reader = engine.lake.load(BRONZE)
     long_after = datetime.now(UTC) + timedelta(days=8)
     compact(engine.lake, BRONZE)
-    # compacted just now, though the snapshot before it is eight days old by then
+    # just compacted, though the snapshot before it is eight days old
     assert expire(engine.lake, BRONZE, 24 * 9, long_after) == 0
     assert delete_orphans(engine.lake, BRONZE, 24, long_after) == (0, 0)
     assert reader.read(["id"]).height == 2
@@ -677,7 +681,7 @@ def test_expiry_counts_from_when_a_snapshot_was_replaced(tmp_path):
 
 @pytest.mark.parametrize("commits", [10, pytest.param(30, marks=pytest.mark.slow)])
 def test_other_readers_see_the_same_rows(tmp_path, commits):
-    """PyIceberg's own reader understands the position deletes and the manifests written here."""
+    """PyIceberg's own reader reads our position deletes and manifests."""
     engine = make_engine(tmp_path)
     for number in range(commits):
         append(engine, bronze_rows([(number, number % 5, "xyz"[number % 3], number, number, "u")]))

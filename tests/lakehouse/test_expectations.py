@@ -1,4 +1,4 @@
-"""Expectations: judged on what a run recomputes; a build that breaks one is never seen by a reader."""
+"""Expectations are evaluated on recomputed rows; readers never see a snapshot that violates one."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from support.sales_lake import (
     SALES_STEP,
     TOTALS,
     TOTALS_STEP,
-    fill_sales,
     receive,
     sales_engine,
+    transform_sales,
 )
 
 from lakehouse.digest import digest
@@ -71,11 +71,11 @@ def outcomes(report: StepResult) -> dict[str, tuple[str, int]]:
     return {result.expectation: (result.outcome, result.violations) for result in report.results}
 
 
-def held(engine: Engine) -> list[tuple[str, str]]:
+def quarantined(engine: Engine) -> list[tuple[str, str]]:
     return sorted(engine.lake.load(QUARANTINE).read(["source_position", "reason"]).iter_rows())
 
 
-# what is declared
+# declarations
 
 
 def test_required_columns_and_the_key_imply_expectations():
@@ -92,29 +92,29 @@ def test_required_columns_and_the_key_imply_expectations():
         (row_count_drift(0.5, severity="quarantine"), "cannot be quarantined"),
     ],
 )
-def test_a_wrong_declaration_is_refused(rule, message):
+def test_an_invalid_declaration_is_refused(rule, message):
     with pytest.raises(ValueError, match=message):
         replace(SALES, expectations=(rule,))
 
 
-def test_a_step_that_builds_on_its_own_rows_may_not_hold_rows_back():
+def test_a_step_that_builds_on_its_own_rows_cannot_quarantine():
     changes = Delta(SALES_RECEIVED, parse=lambda rows: Parsed(rows), erase=lambda rows, context: rows)
     with pytest.raises(ValueError, match="order of arrival"):
-        Step(SALES, {"rows": changes}, fill_sales)
+        Step(SALES, {"rows": changes}, transform_sales)
     with pytest.raises(ValueError, match="order of arrival"):
         replace(SALES_STEP, ordered_by="at")
 
 
-# how rows are judged
+# evaluation of rows
 
 
-def test_each_kind_of_expectation_counts_what_breaks_it():
+def test_each_kind_of_expectation_counts_violations():
     rows = pl.DataFrame(
         {"k": [1, 2, 3, 4], "a": [None, 1, 2, 2], "b": ["x", "y", None, "x"], "c": [0.0, 5.0, None, float("nan")]}
     )
     rules = (not_null("a", "b"), unique("a"), accepted("b", {"x"}), within("c", 1, 4), within("c", None, 5), within("c", 0, None))
-    judged = evaluate("t", rules, rows, ["k"])
-    assert [(str(result.expectation), result.violations, result.examples) for result in judged.results] == [
+    evaluation = evaluate("t", rules, rows, ["k"])
+    assert [(str(result.expectation), result.violations, result.examples) for result in evaluation.results] == [
         ("not_null(a, b)", 2, ("k=1", "k=3")),
         ("unique(a)", 2, ("k=3", "k=4")),
         ("accepted(b: x)", 1, ("k=2",)),
@@ -122,11 +122,11 @@ def test_each_kind_of_expectation_counts_what_breaks_it():
         ("within(c <= 5)", 1, ("k=4",)),
         ("within(c >= 0)", 1, ("k=4",)),
     ]
-    assert judged.failed
-    assert judged.accepted.equals(rows)
+    assert evaluation.failed
+    assert evaluation.accepted.equals(rows)
 
 
-def test_a_range_holds_values_of_every_type_with_an_order():
+def test_ranges_support_every_ordered_type():
     rows = pl.DataFrame(
         {
             "k": [1, 2, 3],
@@ -139,13 +139,13 @@ def test_a_range_holds_values_of_every_type_with_an_order():
     assert [result.examples for result in evaluate("t", rules, rows, ["k"]).results] == [("k=2",)] * 3
 
 
-def test_no_rows_break_nothing():
+def test_no_rows_violate_nothing():
     rows = pl.DataFrame(schema={"k": pl.Int64, "a": pl.String})
-    judged = evaluate("t", (not_null("a"), unique("k"), accepted("a", {"x"}), within("k", 0, 1)), rows, ["k"])
-    assert {result.outcome for result in judged.results} == {"pass"}
+    evaluation = evaluate("t", (not_null("a"), unique("k"), accepted("a", {"x"}), within("k", 0, 1)), rows, ["k"])
+    assert {result.outcome for result in evaluation.results} == {"pass"}
 
 
-def test_drift_needs_something_to_be_compared_with():
+def test_drift_passes_without_enough_earlier_rows():
     rule = row_count_drift(0.5, at_least=100)
     assert evaluate_row_count_drift("t", rule, None, 5_000).outcome == "pass"
     assert evaluate_row_count_drift("t", rule, 0, 5_000).outcome == "pass"
@@ -155,7 +155,7 @@ def test_drift_needs_something_to_be_compared_with():
     assert evaluate_row_count_drift("t", rule, 200, 301).outcome == "warn"
 
 
-def test_freshness_is_judged_against_the_clock():
+def test_freshness_is_measured_against_the_clock():
     rule = fresh("at", hours=24)
     assert evaluate_freshness("t", rule, None, NOW).outcome == "pass"
     assert evaluate_freshness("t", rule, NOW - timedelta(hours=24), NOW).outcome == "pass"
@@ -163,7 +163,7 @@ def test_freshness_is_judged_against_the_clock():
     assert evaluate_freshness("t", rule, NOW + timedelta(hours=1), NOW).outcome == "pass"
 
 
-# what a run does
+# effects of a run
 
 
 def test_warnings_keep_the_row(engine):
@@ -173,7 +173,7 @@ def test_warnings_keep_the_row(engine):
     assert totals(engine) == {"moon": 20, "north": 10}
 
 
-def test_a_warning_stays_as_long_as_its_rows(engine):
+def test_a_warning_lasts_as_long_as_the_violating_rows(engine):
     rule = "accepted(shop: east, north, south)"
     receive(engine, (1, "north", 10), (2, "moon", 20), (3, "moon", 30))
     run(engine)
@@ -190,7 +190,7 @@ def test_a_warning_stays_as_long_as_its_rows(engine):
     assert outcomes(run(engine)[0])[rule] == ("pass", 0)
 
 
-def test_any_split_counts_the_same_rows_that_break_an_expectation(tmp_path):
+def test_any_split_into_runs_counts_the_same_violations(tmp_path):
     chance = random.Random(8)
     sales = [(chance.randrange(9), chance.choice(["north", "moon", "mars"]), 1, f"{n:03}") for n in range(24)]
     counted = set()
@@ -209,7 +209,7 @@ def test_any_split_counts_the_same_rows_that_break_an_expectation(tmp_path):
     assert len(counted) == 1
 
 
-def test_rows_published_by_hand_are_warned_of_and_keep_no_other_from_readers(engine):
+def test_rows_published_by_hand_only_warn_and_block_no_others(engine):
     receive(engine, (1, "north", -10))
     refused(engine)
     engine.lake.load(TOTALS).publish()
@@ -220,40 +220,42 @@ def test_rows_published_by_hand_are_warned_of_and_keep_no_other_from_readers(eng
     assert totals(engine) == {"north": -10, "south": 5}
 
 
-def test_a_quarantined_row_is_held_back_until_it_is_good(engine):
+def test_a_row_stays_in_quarantine_until_it_is_valid(engine):
     receive(engine, (1, "north", 10), (2, "north", 2_000_000))
     sales, _ = run(engine)
     assert outcomes(sales)["within(-1000 <= amount <= 1000000)"] == ("quarantine", 1)
     assert totals(engine) == {"north": 10}
-    assert held(engine) == [('{"id":"2"}', "breaks within(-1000 <= amount <= 1000000)")]
+    assert quarantined(engine) == [('{"id":"2"}', "breaks within(-1000 <= amount <= 1000000)")]
     receive(engine, (3, "north", 1), position="2")
     run(engine)
-    assert len(held(engine)) == 1, "other groups leave it where it is"
+    assert len(quarantined(engine)) == 1, "other groups do not affect it"
     receive(engine, (2, "north", 20), position="3")
     run(engine)
-    assert held(engine) == []
+    assert quarantined(engine) == []
     assert totals(engine) == {"north": 31}
     receive(engine, (2, "north", 3_000_000), position="4")
     run(engine)
-    assert totals(engine) == {"north": 11}, "the good version of before does not stay"
+    assert totals(engine) == {"north": 11}, "the earlier valid version is not kept"
     receive(engine, (2, "north", 3_000_000), position="5", op="d")
     run(engine)
-    assert held(engine) == []
+    assert quarantined(engine) == []
 
 
-def test_a_table_with_a_reason_of_its_own_holds_rows_back(engine):
+def test_a_table_with_its_own_reason_column_can_quarantine(engine):
     table = replace(SALES, columns=(*SALES.columns, column("reason", pa.string(), "why it was sold")))
     step = replace(
-        SALES_STEP, target=table, transform=lambda frames, context: fill_sales(frames, context).with_columns(reason=pl.lit("x"))
+        SALES_STEP,
+        target=table,
+        transform=lambda frames, context: transform_sales(frames, context).with_columns(reason=pl.lit("x")),
     )
     receive(engine, (1, "north", 10), (2, "north", 2_000_000))
     engine.refresh(step)
-    assert held(engine) == [('{"id":"2"}', "breaks within(-1000 <= amount <= 1000000)")]
+    assert quarantined(engine) == [('{"id":"2"}', "breaks within(-1000 <= amount <= 1000000)")]
     assert engine.lake.load(table).read(["id", "reason"]).rows() == [(1, "x")]
 
 
 @pytest.mark.parametrize("orders", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_any_order_and_split_gives_the_same_tables_and_the_same_quarantine(tmp_path, orders):
+def test_any_order_and_split_gives_equal_tables_and_quarantine(tmp_path, orders):
     chance = random.Random(5)
     sales = [(chance.randrange(12), "north", chance.choice([5, 70, 2_000_000]), str(n)) for n in range(60)]
     found = []
@@ -264,23 +266,23 @@ def test_any_order_and_split_gives_the_same_tables_and_the_same_quarantine(tmp_p
             for id_, shop, amount, position in sales[start : start + 60 // (number + 1)]:
                 receive(engine, (id_, shop, amount), position=f"{int(position):03}")
             run(engine)
-        found.append((digest(engine.lake.load(SALES)), digest(engine.lake.load(TOTALS)), held(engine)))
+        found.append((digest(engine.lake.load(SALES)), digest(engine.lake.load(TOTALS)), quarantined(engine)))
         for step in (SALES_STEP, TOTALS_STEP):
             engine.refresh(step, rebuild=True)
-        found.append((digest(engine.lake.load(SALES)), digest(engine.lake.load(TOTALS)), held(engine)))
-    assert found[0][2], "some row is held back"
+        found.append((digest(engine.lake.load(SALES)), digest(engine.lake.load(TOTALS)), quarantined(engine)))
+    assert found[0][2], "some row is quarantined"
     assert all(one == found[0] for one in found)
 
 
-def test_another_expectation_is_judged_on_all_rows(engine):
+def test_a_changed_expectation_is_evaluated_on_all_rows(engine):
     receive(engine, (1, "north", 10), (2, "north", 20))
     run(engine)
     stricter = replace(SALES_STEP, target=replace(SALES, expectations=(within("amount", 0, 15, severity="quarantine"),)))
     report = engine.refresh(stricter)
     assert outcomes(report)["within(0 <= amount <= 15)"] == ("quarantine", 1)
-    assert held(engine) == [('{"id":"2"}', "breaks within(0 <= amount <= 15)")]
+    assert quarantined(engine) == [('{"id":"2"}', "breaks within(0 <= amount <= 15)")]
     engine.refresh(SALES_STEP)
-    assert held(engine) == []
+    assert quarantined(engine) == []
 
 
 def test_a_silver_table_that_fails_is_not_committed(engine):
@@ -296,7 +298,7 @@ def test_a_silver_table_that_fails_is_not_committed(engine):
     assert totals(engine) == {"north": 10, "south": 20}
 
 
-def test_row_counts_are_kept_with_each_snapshot(engine):
+def test_row_counts_are_stored_in_each_snapshot(engine):
     receive(engine, (1, "north", 10), (2, "south", 20), (3, "east", 5))
     run(engine)
     receive(engine, (2, "south", 20), position="2", op="d")
@@ -308,7 +310,7 @@ def test_row_counts_are_kept_with_each_snapshot(engine):
     assert outcomes(report)["row_count_drift(50%)"] == ("pass", 0)
     receive(engine, (1, "north", 10), (3, "east", 5), position="3", op="d")
     _, report = run(engine)
-    assert outcomes(report)["row_count_drift(50%)"] == ("pass", 0), "below three rows it may do as it likes"
+    assert outcomes(report)["row_count_drift(50%)"] == ("pass", 0), "tables below three rows are exempt"
     maintain(engine.lake, SALES, NOW)
     assert engine.lake.load(SALES).snapshot_property("shopsphere.rows") == "0"
 
@@ -323,7 +325,7 @@ def test_freshness_warns_and_publishes(engine):
     assert outcomes(report)["fresh(newest: 24 h)"] == ("pass", 0)
 
 
-# what readers see
+# staged snapshots
 
 
 def refused(engine: Engine) -> ExpectationsFailed:
@@ -332,7 +334,7 @@ def refused(engine: Engine) -> ExpectationsFailed:
     return caught.value
 
 
-def test_a_refused_build_waits_on_its_branch_for_a_look(engine):
+def test_a_refused_snapshot_can_be_inspected_on_its_branch(engine):
     receive(engine, (1, "north", 10))
     run(engine)
     receive(engine, (2, "north", -500), position="2")
@@ -352,22 +354,24 @@ def test_a_refused_build_waits_on_its_branch_for_a_look(engine):
         query(engine.lake, tables, "SELECT amount FROM gold.totals FOR VERSION AS OF 'nothing'")
 
 
-def test_a_refused_build_is_not_built_again_until_something_comes(engine):
+def test_a_refused_snapshot_is_not_rebuilt_without_new_rows(engine):
     receive(engine, (1, "north", -10))
     first = refused(engine)
-    build = engine.lake.load(TOTALS).staged
+    staged = engine.lake.load(TOTALS).staged
     again = refused(engine)
-    assert engine.lake.load(TOTALS).staged == build
+    assert engine.lake.load(TOTALS).staged == staged
     assert str(again) == str(first)
     receive(engine, (2, "north", 15), position="2")
     run(engine)
     handle = engine.lake.load(TOTALS)
     assert totals(engine) == {"north": 5}
     assert handle.staged is None
-    assert build.snapshot_id not in {s.snapshot_id for s in handle.iceberg_table.metadata.snapshots}, "the refused build is gone"
+    assert staged.snapshot_id not in {s.snapshot_id for s in handle.iceberg_table.metadata.snapshots}, (
+        "the refused snapshot is deleted"
+    )
 
 
-def test_a_build_is_published_by_hand(engine):
+def test_a_staged_snapshot_can_be_published_by_hand(engine):
     receive(engine, (1, "north", -10))
     refused(engine)
     assert totals(engine) == {}
@@ -377,7 +381,7 @@ def test_a_build_is_published_by_hand(engine):
     assert run(engine)[1].status == "unchanged"
 
 
-def test_a_build_that_does_not_continue_the_table_is_not_published(engine):
+def test_a_stale_staged_snapshot_is_not_published(engine):
     receive(engine, (1, "north", 10))
     run(engine)
     receive(engine, (2, "north", -500), position="2")
@@ -392,14 +396,14 @@ def test_a_build_that_does_not_continue_the_table_is_not_published(engine):
     assert totals(engine) == {"north": 10}
 
 
-def test_a_build_that_the_table_has_passed_over_is_dropped(engine):
+def test_a_stale_staged_snapshot_is_discarded(engine):
     receive(engine, (1, "north", 10))
     run(engine)
     receive(engine, (2, "north", -500), position="2")
     refused(engine)
     receive(engine, (2, "north", -500), position="3", op="d")
     _, report = run(engine)
-    assert report.status == "read", "the table is as it was: nothing is built"
+    assert report.status == "read", "the table is unchanged: nothing is staged"
     assert engine.lake.load(TOTALS).staged is None
     receive(engine, (2, "north", -500), position="4")
     refused(engine)
@@ -407,14 +411,14 @@ def test_a_build_that_the_table_has_passed_over_is_dropped(engine):
     engine.refresh(SALES_STEP)
     handle = engine.lake.load(TOTALS)
     behind = {SALES.name: engine.lake.load(SALES).position}
-    handle.commit(positions={**handle.positions, **behind}, changes_rows=False)  # as one that is killed right after it
+    handle.commit(positions={**handle.positions, **behind}, changes_rows=False)  # as if it was killed right afterwards
     assert engine.lake.load(TOTALS).staged is not None
     assert engine.refresh(TOTALS_STEP).status == "unchanged"
     assert engine.lake.load(TOTALS).staged is None
     assert totals(engine) == {"north": 10}
 
 
-def test_two_builds_at_once_publish_one(engine):
+def test_of_two_concurrent_staged_snapshots_one_is_published(engine):
     receive(engine, (1, "north", 10))
     run(engine)
     receive(engine, (2, "north", 5), position="2")
@@ -429,7 +433,7 @@ def test_two_builds_at_once_publish_one(engine):
     assert totals(engine) == {"north": 15}
 
 
-def test_maintenance_leaves_a_young_build_and_takes_an_old_one_with_its_files(engine, tmp_path):
+def test_maintenance_keeps_a_recent_staged_snapshot_and_deletes_an_old_one_with_its_files(engine, tmp_path):
     receive(engine, (1, "north", 10))
     run(engine)
     receive(engine, (2, "north", -500), position="2")
@@ -447,7 +451,7 @@ def test_maintenance_leaves_a_young_build_and_takes_an_old_one_with_its_files(en
     assert totals(engine) == {"north": 10}
 
 
-def test_readers_never_see_a_bad_build(tmp_path):
+def test_readers_never_see_a_refused_snapshot(tmp_path):
     engine, reader = sales_engine(tmp_path), sales_engine(tmp_path)
     receive(engine, (1, "north", 10))
     run(engine)
@@ -474,7 +478,7 @@ def test_readers_never_see_a_bad_build(tmp_path):
     finally:
         stop.set()
         watching.join()
-    assert len(set(seen)) > 1, "the table moved while it was watched"
+    assert len(set(seen)) > 1, "the table changed while it was read"
     assert all(len(rows) == 1 and rows[0] >= 0 for rows in seen)
 
 
@@ -495,7 +499,7 @@ engine.refresh(here.TOTALS_STEP)
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_a_kill_around_the_publication_loses_and_shows_nothing(tmp_path, before):
+def test_a_kill_around_publishing_loses_and_exposes_nothing(tmp_path, before):
     engine = sales_engine(tmp_path)
     receive(engine, (1, "north", 10))
     run(engine)
@@ -514,10 +518,10 @@ def test_a_kill_around_the_publication_loses_and_shows_nothing(tmp_path, before)
     assert engine.lake.load(TOTALS).staged is None
     if before:
         assert report.rows_written == 1
-        assert report.rows_read == 0, "what the killed run built is audited and published, not built again"
+        assert report.rows_read == 0, "the staged snapshot of the killed run is audited and published, not built again"
 
 
-def test_positions_and_data_are_one_snapshot(engine):
+def test_positions_and_rows_are_in_one_snapshot(engine):
     receive(engine, (1, "north", 10))
     run(engine)
     handle = engine.lake.load(TOTALS)
@@ -525,7 +529,7 @@ def test_positions_and_data_are_one_snapshot(engine):
     assert {r.outcome for r in results_from_json(handle.snapshot_property(EXPECTATIONS))} == {"pass"}
 
 
-def test_rows_that_break_a_new_expectation_are_refused_too(engine):
+def test_stored_rows_that_violate_a_new_expectation_are_refused(engine):
     receive(engine, (1, "north", 10))
     run(engine)
     stricter = replace(TOTALS_STEP, target=replace(TOTALS, expectations=(within("amount", 11, None),)))

@@ -1,4 +1,4 @@
-"""Errors in Ray tasks come to the driver as what they are: an outage as an outage, a mistake as a mistake."""
+"""Errors of Ray tasks reach the driver with their own type: transient errors, project errors, programming errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pool() -> Iterator[TaskPool]:
     made.close()
 
 
-def test_a_worker_whose_working_directory_was_deleted_goes_on(pool: TaskPool) -> None:
+def test_a_worker_survives_the_deletion_of_its_working_directory(pool: TaskPool) -> None:
     def lose(*_: object) -> str:
         gone = tempfile.mkdtemp()
         os.chdir(gone)
@@ -45,7 +45,7 @@ def test_a_worker_whose_working_directory_was_deleted_goes_on(pool: TaskPool) ->
     assert not set(found) & set(places)
 
 
-def store_away() -> None:
+def unreachable_store() -> None:
     raise OSError("AWS Error NETWORK_CONNECTION during GetObject operation")
 
 
@@ -53,7 +53,7 @@ def disk_full() -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def caused_by_an_outage() -> None:
+def caused_by_a_transient_error() -> None:
     raise ValueError("no rows") from ConnectionResetError("reset by peer")
 
 
@@ -61,27 +61,27 @@ def new_column() -> None:
     raise UnknownColumn("silver.stores", "colour", "text", pa.string())
 
 
-def mistake() -> None:
+def programming_error() -> None:
     raise KeyError("column")
 
 
 @pytest.mark.parametrize(
     ("fail", "comes_out"),
     [
-        (store_away, TransientError),
+        (unreachable_store, TransientError),
         (disk_full, TransientError),
-        (caused_by_an_outage, TransientError),
+        (caused_by_a_transient_error, TransientError),
         (new_column, UnknownColumn),
-        (mistake, KeyError),
+        (programming_error, KeyError),
     ],
 )
-def test_an_error_in_a_task_is_what_it_is(pool: TaskPool, fail: Callable[[], None], comes_out: type[Exception]) -> None:
+def test_an_error_of_a_task_keeps_its_type(pool: TaskPool, fail: Callable[[], None], expected: type[Exception]) -> None:
     def work(*_: object) -> list[Block]:
         fail()
         return []
 
     for run in (pool.map, pool.transform):
-        with pytest.raises(comes_out) as met:
+        with pytest.raises(expected) as met:
             run(work, [1, 2], Blocks(), parallel=True)
         assert isinstance(met.value, TransientError) or as_transient_error(met.value) is None
-        assert comes_out is KeyError or "\n" not in str(met.value), "one line for people, without Ray's stack"
+        assert expected is KeyError or "\n" not in str(met.value), "one line for people, without Ray's stack"

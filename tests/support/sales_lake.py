@@ -1,4 +1,4 @@
-"""A lakehouse of two steps: sales as received, each sale once, and the totals of a shop."""
+"""A lakehouse of two steps: the current version of each sale, and the totals per shop."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ TOTALS = Table(
 )
 
 
-def fill_sales(frames, context):
+def transform_sales(frames, context):
     rows = frames["rows"].sort("_source_position", "amount").unique("id", keep="last", maintain_order=True)
     return rows.filter(pl.col("_op") != "d").select(SALES.schema.names)
 
 
-def fill_totals(frames, context):
+def transform_totals(frames, context):
     return (
         frames["sales"]
         .group_by("shop")
@@ -84,10 +84,10 @@ def fill_totals(frames, context):
     )
 
 
-SALES_STEP = Step(SALES, {"rows": Grouped(SALES_RECEIVED, keys=((pl.col("id"),),))}, fill_sales)
+SALES_STEP = Step(SALES, {"rows": Grouped(SALES_RECEIVED, keys=((pl.col("id"),),))}, transform_sales)
 
 
-TOTALS_STEP = Step(TOTALS, {"sales": Grouped(SALES, keys=((pl.col("shop"),),))}, fill_totals)
+TOTALS_STEP = Step(TOTALS, {"sales": Grouped(SALES, keys=((pl.col("shop"),),))}, transform_totals)
 
 
 def sales_engine(home: Path) -> Engine:
