@@ -66,7 +66,7 @@ def programming_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fail", "comes_out"),
+    ("fail", "expected"),
     [
         (unreachable_store, TransientError),
         (disk_full, TransientError),
