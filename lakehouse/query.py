@@ -1,7 +1,7 @@
 """SQL queries over all tables by layer and name, with time travel, on DuckDB.
 
 Time travel: `gold.sales_daily FOR VERSION AS OF <snapshot id>` or `FOR TIMESTAMP AS OF '<time>'`. A version may also be
-the name of a branch or tag: `FOR VERSION AS OF 'audit'` is the staged snapshot.
+the name of a branch or tag: `FOR VERSION AS OF 'shopsphere_audit'` is the staged snapshot.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from lakehouse.expectations import (
     results_from_json,
 )
 from lakehouse.iceberg.snapshot_properties import EXPECTATIONS, ROWS
-from lakehouse.iceberg.table_handle import AUDIT_BRANCH, TableHandle
+from lakehouse.iceberg.staging import AUDIT_BRANCH
+from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.table import Table
 
 

@@ -21,7 +21,8 @@ from lakehouse.expectations import (
     with_total_violations,
 )
 from lakehouse.iceberg.snapshot_properties import EXPECTATIONS, FINGERPRINT, ROWS, ROWS_CHANGED, VIOLATIONS
-from lakehouse.iceberg.table_handle import AUDIT_BRANCH, TableHandle
+from lakehouse.iceberg.staging import AUDIT_BRANCH
+from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.step import Context, Step
 
 

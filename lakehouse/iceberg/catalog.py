@@ -13,8 +13,9 @@ from pyiceberg.exceptions import (
     NoSuchTableError,
     TableAlreadyExistsError,
 )
+from pyiceberg.table import Table as IcebergTable
 
-from lakehouse.errors import SettingsError, TableNotFound
+from lakehouse.errors import SettingsError, ShopSphereError, TableNotFound
 from lakehouse.iceberg.errors import catalog_errors
 from lakehouse.iceberg.file_io import NonEmptyFileIO
 from lakehouse.iceberg.schema import can_evolve, declared_types, iceberg_schema, partition_spec
@@ -22,8 +23,10 @@ from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.settings import LakeSettings
 from lakehouse.table import Table
 
+FORMAT_VERSION = 2
+"""Of the Iceberg specification. Version 3 has row lineage and deletion vectors, which this code does not write."""
 TABLE_PROPERTIES = {
-    "format-version": "2",
+    "format-version": str(FORMAT_VERSION),
     # a stale writer must fail instead of writing its rows twice
     "commit.retry.num-retries": "0",
     "commit.manifest-merge.enabled": "true",
@@ -69,7 +72,7 @@ class Lake:
 
         Declared columns that the stored table lacks are added. `evolve` is for the writer of a derived table: a column whose
         declared type is wider is promoted, and a table that Iceberg cannot evolve to its declaration is dropped and created
-        again, empty. Raises CatalogUnreachable.
+        again, empty. Raises CatalogUnreachable, and ShopSphereError for a table of another Iceberg format version.
         """
         catalog = self.catalog
         with catalog_errors(table.name):
@@ -77,7 +80,7 @@ class Lake:
 
     def _load(self, catalog: Catalog, table: Table, *, create: bool, evolve: bool) -> TableHandle:
         try:
-            handle = TableHandle(table, catalog.load_table(table.name))
+            handle = TableHandle(table, _of_supported_version(catalog.load_table(table.name)))
         except NoSuchTableError:
             if not create:
                 raise TableNotFound(
@@ -107,7 +110,7 @@ class Lake:
                 properties={**TABLE_PROPERTIES, "comment": table.doc, "owner": table.owner},
             )
         except TableAlreadyExistsError:
-            iceberg_table = catalog.load_table(table.name)
+            iceberg_table = _of_supported_version(catalog.load_table(table.name))
         return TableHandle(table, iceberg_table)
 
     def drop(self, table: Table) -> None:
@@ -121,3 +124,14 @@ class Lake:
         catalog = self.catalog
         with catalog_errors(table.name):
             return catalog.table_exists(table.name)
+
+
+def _of_supported_version(iceberg_table: IcebergTable) -> IcebergTable:
+    """Return the table. Raises ShopSphereError if it has another Iceberg format version than the one that is written here."""
+    if (version := iceberg_table.metadata.format_version) != FORMAT_VERSION:
+        raise ShopSphereError(
+            f"{'.'.join(iceberg_table.name())} has Iceberg format version {version}, expected {FORMAT_VERSION}. Another engine "
+            "has probably upgraded it, which cannot be undone: restore the table's metadata from before the upgrade, or copy "
+            "its rows to a new table of that name with format version 2."
+        )
+    return iceberg_table

@@ -11,11 +11,13 @@ from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
 from pyiceberg.io.pyarrow import PyArrowFileIO
+from pyiceberg.table.refs import SnapshotRefType
+from pyiceberg.table.snapshots import ancestors_of
 
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.compaction import MAX_ATTEMPTS, compact
-from lakehouse.iceberg.errors import committing
 from lakehouse.iceberg.table_files import file_system, list_files, referenced_files
+from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.retry import retry_commit
 from lakehouse.table import Table
 
@@ -51,26 +53,69 @@ def maintain(lake: Lake, table: Table, now: datetime) -> MaintenanceResult:
 
 
 def expire(lake: Lake, table: Table, retention_hours: float, now: datetime) -> int:
-    """Expire the snapshots that were replaced longer ago than the retention; return their number.
+    """Expire snapshots that were replaced longer ago than the retention, and a staged snapshot of that age.
 
-    A snapshot that has been staged for that long is discarded. The current snapshot always stays, and so do the heads of
-    branches and tags that others have created. Raises CommitConflict and CatalogUnreachable.
+    The current snapshot always stays. Other branches and tags keep what their own retention asks for: a branch its head and
+    the snapshots within its `min-snapshots-to-keep` or `max-snapshot-age-ms`, a tag its snapshot. One that is older than its
+    `max-ref-age-ms` is removed. Returns the number of expired snapshots. Raises CommitConflict.
     """
     handle = lake.load(table, create=False)
+    snapshots_before = len(handle.iceberg_table.metadata.snapshots)
     limit = (now - timedelta(hours=retention_hours)).timestamp() * 1000
-    discarded = 0
     if (staged := handle.staged) is not None and staged.timestamp_ms < limit:
         handle.discard_staged()
-        handle, discarded = lake.load(table, create=False), 1
-    snapshots = sorted(handle.published_snapshots, key=lambda s: s.sequence_number or 0)
-    heads = {ref.snapshot_id for ref in handle.iceberg_table.metadata.refs.values()}
-    # the age counts from the moment a snapshot was replaced, not committed: readers and time travel rely on that
-    old = [before.snapshot_id for before, after in pairwise(snapshots) if after.timestamp_ms < limit]
-    old = [snapshot_id for snapshot_id in old if snapshot_id not in handle.lineage_snapshot_ids and snapshot_id not in heads]
+        handle = lake.load(table, create=False)
+    if outlived := _outlived_refs(handle, now):
+        handle.remove_refs(outlived)
+        handle = lake.load(table, create=False)
+    kept = handle.lineage_snapshot_ids | _retained_by_refs(handle, now)
+    replaced_at = _replacement_times(handle)
+    old = [
+        snapshot.snapshot_id
+        for snapshot in handle.published_snapshots
+        if replaced_at.get(snapshot.snapshot_id, snapshot.timestamp_ms) < limit and snapshot.snapshot_id not in kept
+    ]
     if old:
-        with committing(table.name):
-            handle.iceberg_table.maintenance.expire_snapshots().by_ids(old).commit()
-    return len(old) + discarded
+        handle.expire_snapshots(old)
+    return snapshots_before - len(handle.iceberg_table.metadata.snapshots)
+
+
+def _replacement_times(handle: TableHandle) -> dict[int, int]:
+    """Return when each snapshot ceased to be the current one, in milliseconds since 1970.
+
+    This is what readers and time travel depend on, and the snapshot log records it: a staged snapshot is created long before it
+    is published. Without those that were never current, and the one that is.
+    """
+    metadata = handle.iceberg_table.metadata
+    times = {entry.snapshot_id: later.timestamp_ms for entry, later in pairwise(metadata.snapshot_log)}
+    return {number: time for number, time in times.items() if number != metadata.current_snapshot_id}
+
+
+def _outlived_refs(handle: TableHandle, now: datetime) -> list[str]:
+    """Return the branches and tags of others that are older than their `max-ref-age-ms`."""
+    moment, metadata = now.timestamp() * 1000, handle.iceberg_table.metadata
+    return [
+        name
+        for name, ref in handle.other_refs.items()
+        if ref.max_ref_age_ms is not None
+        and (head := metadata.snapshot_by_id(ref.snapshot_id)) is not None
+        and moment - head.timestamp_ms > ref.max_ref_age_ms
+    ]
+
+
+def _retained_by_refs(handle: TableHandle, now: datetime) -> set[int]:
+    """Return the heads of all branches and tags, and the snapshots that the retention of others' branches asks for."""
+    metadata = handle.iceberg_table.metadata
+    retained = {ref.snapshot_id for ref in metadata.refs.values()}
+    for ref in handle.other_refs.values():
+        if ref.snapshot_ref_type is SnapshotRefType.BRANCH:
+            oldest = now.timestamp() * 1000 - (ref.max_snapshot_age_ms or 0)
+            history = ancestors_of(metadata.snapshot_by_id(ref.snapshot_id), metadata)
+            for count, snapshot in enumerate(history):
+                if count >= (ref.min_snapshots_to_keep or 1) and snapshot.timestamp_ms < oldest:
+                    break
+                retained.add(snapshot.snapshot_id)
+    return retained
 
 
 def delete_orphans(lake: Lake, table: Table, retention_hours: float, now: datetime) -> tuple[int, int]:

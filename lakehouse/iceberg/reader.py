@@ -22,12 +22,13 @@ FILE, POS = "_file", "_pos"
 
 @dataclass(frozen=True, kw_only=True)
 class File:
-    """A data file of one snapshot, with the position deletes that apply to it."""
+    """A data file of one snapshot, with the position deletes that apply to it. spec_id: of its partition spec."""
 
     path: str
     deletes: tuple[str, ...]
     rows: int
     bytes: int
+    spec_id: int
     partition: Record = field(compare=False)
 
 

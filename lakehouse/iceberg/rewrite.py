@@ -16,16 +16,14 @@ from typing import Any
 import polars as pl
 from pyarrow.fs import FileInfo, FileSystem
 from pyiceberg.io.pyarrow import PyArrowFileIO
-from pyiceberg.table.refs import MAIN_BRANCH
 from pyiceberg.table.snapshots import Snapshot
 
 from lakehouse.iceberg.catalog import Lake
-from lakehouse.iceberg.errors import committing
 from lakehouse.iceberg.maintenance import expire
 from lakehouse.iceberg.reader import File
 from lakehouse.iceberg.snapshot_properties import REWRITTEN, REWRITTEN_FILES, REWRITTEN_ROWS
 from lakehouse.iceberg.table_files import file_system, list_files, referenced_files
-from lakehouse.iceberg.table_handle import AUDIT_BRANCH, TableHandle
+from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.table import DELETED, SEQUENCE, Table
 
 Edit = Callable[[pl.DataFrame], tuple[pl.DataFrame, pl.Series, pl.Series | None]]
@@ -52,6 +50,17 @@ class PurgeResult:
     snapshots_expired: int
     files_deleted: int
     bytes_deleted: int
+
+    def __add__(self, later: PurgeResult) -> PurgeResult:
+        """Return the sums of two removals from the same table."""
+        return PurgeResult(
+            table=self.table,
+            files_rewritten=self.files_rewritten + later.files_rewritten,
+            tombstones=self.tombstones + later.tombstones,
+            snapshots_expired=self.snapshots_expired + later.snapshots_expired,
+            files_deleted=self.files_deleted + later.files_deleted,
+            bytes_deleted=self.bytes_deleted + later.bytes_deleted,
+        )
 
 
 def find_rewrite(handle: TableHandle, reason: str) -> Snapshot | None:
@@ -123,19 +132,21 @@ def _paths_to_remove(files: Iterable[File], removed: Iterable[File]) -> frozense
     return frozenset(removed_paths | {path for file in files for path in file.deletes if path not in needed})
 
 
-def purge_history(lake: Lake, table: Table, *, tombstones: bool) -> PurgeResult:
+def purge_history(lake: Lake, table: Table, *, tombstones_read_to: int | None) -> PurgeResult:
     """Reduce a table to its live rows, in files without deletes, and its current snapshot.
 
-    Branches and tags of others are removed, since they would keep older snapshots. tombstones: remove these too; only after
-    every downstream table has read them. A concurrent writer fails and retries. Unreferenced files are deleted at once if they
-    were referenced before or are older than the last commit: their writer can no longer commit. Raises CommitConflict.
+    tombstones_read_to  remove the tombstones up to this sequence, which every downstream table has read; None: keep all
+
+    Branches and tags of others are removed, since they would keep older snapshots. A concurrent writer fails and retries.
+    Unreferenced files are deleted at once if they were referenced before or are older than the last commit to main: their
+    writer can no longer commit. Raises CommitConflict.
     """
     handle = lake.load(table)
-    files_rewritten, tombstones_removed = _apply_deletes(handle, tombstones)
+    files_rewritten, tombstones_removed = _apply_deletes(handle, tombstones_read_to)
     if files_rewritten:
         handle = lake.load(table)
-    if refs := [name for name in handle.iceberg_table.metadata.refs if name not in (MAIN_BRANCH, AUDIT_BRANCH)]:
-        _remove_refs(handle, refs)
+    if refs := list(handle.other_refs):
+        handle.remove_refs(refs)
         handle = lake.load(table)
     # the current snapshot may be another engine's, with the positions in an earlier one; or on a branch that was removed
     needs_commit = len(handle.lineage_snapshot_ids) > 1 or bool(refs)
@@ -158,33 +169,23 @@ def purge_history(lake: Lake, table: Table, *, tombstones: bool) -> PurgeResult:
     )
 
 
-def _remove_refs(handle: TableHandle, names: Iterable[str]) -> None:
-    """Remove branches and tags of others, whose snapshots could not be expired."""
-    with committing(handle.table.name), handle.iceberg_table.manage_snapshots() as snapshots:
-        for name in names:
-            snapshots.remove_tag(name)  # also removes a branch: the update contains only the name
-
-
 def _records_removals(handle: TableHandle) -> bool:
     """Return whether a manifest of the current snapshot records removed files."""
     snapshot = handle.snapshot
     return snapshot is not None and any(m.deleted_files_count != 0 for m in snapshot.manifests(handle.iceberg_table.io))
 
 
-def _apply_deletes(handle: TableHandle, tombstones: bool) -> tuple[int, int]:
-    """Replace the files with deleted rows, and with tombstones if asked; return the number of files and of tombstones."""
+def _apply_deletes(handle: TableHandle, tombstones_read_to: int | None) -> tuple[int, int]:
+    """Replace the files with deleted rows or with tombstones that can go; return the number of files and of those tombstones."""
+    obsolete = _tombstones(handle, tombstones_read_to) if tombstones_read_to is not None else None
     files, columns = handle.files(), handle.reader.schema.names
     added: list[Any] = []
     removed, tombstones_removed = [], 0
     for file in files:
-        in_file = 0
-        if tombstones and DELETED in columns:
-            in_file = int(handle.reader.read([file], [DELETED])[DELETED].fill_null(False).sum())
+        in_file = handle.reader.read([file], [SEQUENCE], obsolete).height if obsolete is not None else 0
         if not file.deletes and not in_file:
             continue
-        rows = handle.reader.read([file], columns)
-        if in_file:
-            rows = rows.filter(~pl.col(DELETED).fill_null(False))
+        rows = handle.reader.read([file], columns, ~obsolete if obsolete is not None else None)
         tombstones_removed += in_file
         removed.append(file)
         added += handle.writer.write(rows)
@@ -193,14 +194,32 @@ def _apply_deletes(handle: TableHandle, tombstones: bool) -> tuple[int, int]:
     return len(removed), tombstones_removed
 
 
+def has_tombstones(handle: TableHandle, until: int) -> bool:
+    """Return whether a table has tombstones up to a sequence."""
+    return handle.reader.read(handle.files(), [SEQUENCE], _tombstones(handle, until)).height > 0
+
+
+def _tombstones(handle: TableHandle, until: int) -> pl.Expr:
+    """Return the predicate of the tombstones up to a sequence."""
+    if DELETED not in handle.reader.schema.names:
+        return pl.lit(False)
+    return pl.col(DELETED).fill_null(False) & (pl.col(SEQUENCE) <= until)
+
+
 def _unreferenced_files(handle: TableHandle) -> tuple[list[FileInfo], list[FileInfo]]:
-    """Return the unreferenced files: those older than the last commit, and those that an active writer may still commit."""
+    """Return the unreferenced files: those older than the last commit to main, and those that a writer may still commit.
+
+    The metadata file does not show that time: expiry writes a new one without moving main, and a writer that loaded the
+    table before can still commit then.
+    """
     io = handle.iceberg_table.io
     filesystem, _ = file_system(handle)
     assert isinstance(io, PyArrowFileIO)
     found = list_files(handle)
     keep = {io.parse_location(path)[2] for path in referenced_files(handle)}
-    last_commit = filesystem.get_file_info([io.parse_location(handle.iceberg_table.metadata_location)[2]])[0].mtime
+    last_commit = None
+    if handle.snapshot is not None:
+        last_commit = filesystem.get_file_info([io.parse_location(handle.snapshot.manifest_list)[2]])[0].mtime
     unreferenced = [info for info in found if info.path not in keep]
     older = [info for info in unreferenced if last_commit and info.mtime < last_commit]
     return older, [info for info in unreferenced if info not in older]

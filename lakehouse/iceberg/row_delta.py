@@ -5,7 +5,7 @@ There are no conflict checks. It is safe only from a handle loaded before the re
 fail: it is never rebased, whatever the table property `commit.retry.num-retries` is.
 
 A snapshot that is audited before publication is staged on a branch: its parent is main's head, but main does not move.
-A table has at most one staged snapshot; the next one replaces it.
+A table has at most one staged snapshot; the next one replaces it (staging.py).
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from pyiceberg.table.snapshots import Operation, SnapshotSummaryCollector, Summa
 from pyiceberg.table.update import AssertRefSnapshotId, RemoveSnapshotsUpdate, UpdatesAndRequirements
 from pyiceberg.table.update.snapshot import _ManifestMergeManager, _SnapshotProducer
 from pyiceberg.utils.properties import property_as_bool, property_as_int
+
+from lakehouse.iceberg.staging import is_only_staged, staged_snapshot
 
 if TYPE_CHECKING:
     from pyiceberg.io import FileIO
@@ -80,8 +82,10 @@ class RowDelta(_SnapshotProducer["RowDelta"]):
         if self._target_branch == MAIN_BRANCH:
             return updates, requirements
         metadata = self._transaction.table_metadata
-        staged = metadata.refs.get(str(self._target_branch))
-        remove_staged = (RemoveSnapshotsUpdate(snapshot_ids=[staged.snapshot_id]),) if staged else ()
+        staged = staged_snapshot(metadata)
+        remove_staged = (
+            (RemoveSnapshotsUpdate(snapshot_ids=[staged.snapshot_id]),) if staged and is_only_staged(metadata, staged) else ()
+        )
         main_unchanged = AssertRefSnapshotId(ref=MAIN_BRANCH, snapshot_id=metadata.current_snapshot_id)
         return (*remove_staged, *updates), (*requirements, main_unchanged)
 
@@ -152,9 +156,17 @@ class RowDelta(_SnapshotProducer["RowDelta"]):
 
     def _manifests(self) -> list[ManifestFile]:
         manifests = super()._manifests()
-        if self._added_delete_files:
-            with self._writer(ManifestContent.DELETES, self._transaction.table_metadata.default_spec_id) as writer:
-                for file in self._added_delete_files:
+        return [*manifests, *self._added_delete_manifests()]
+
+    def _added_delete_manifests(self) -> list[ManifestFile]:
+        """Write one manifest per partition spec, since the partition values of its entries have the columns of that spec."""
+        by_spec: dict[int, list[DataFile]] = {}
+        for file in self._added_delete_files:
+            by_spec.setdefault(file.spec_id, []).append(file)
+        manifests = []
+        for spec_id, files in by_spec.items():
+            with self._writer(ManifestContent.DELETES, spec_id) as writer:
+                for file in files:
                     writer.add_entry(
                         ManifestEntry.from_args(
                             status=ManifestEntryStatus.ADDED,
@@ -201,10 +213,13 @@ class RowDelta(_SnapshotProducer["RowDelta"]):
     def _summary(self, snapshot_properties: dict[str, str] | None = None) -> Summary:
         metadata = self._transaction.table_metadata
         collector = SnapshotSummaryCollector()
-        for file in (*self._added_data_files, *self._added_delete_files):
+        specs = metadata.specs()
+        for file in self._added_data_files:
             collector.add_file(data_file=file, partition_spec=metadata.spec(), schema=metadata.schema())
+        for file in self._added_delete_files:
+            collector.add_file(data_file=file, partition_spec=specs[file.spec_id], schema=metadata.schema())
         for file in self._removed_files:
-            collector.remove_file(data_file=file, partition_spec=metadata.specs()[file.spec_id], schema=metadata.schema())
+            collector.remove_file(data_file=file, partition_spec=specs[file.spec_id], schema=metadata.schema())
         parent = metadata.snapshot_by_id(self._parent_snapshot_id) if self._parent_snapshot_id is not None else None
         return update_snapshot_summaries(
             summary=Summary(operation=self._operation, **collector.build(), **self.snapshot_properties),

@@ -26,9 +26,10 @@ def list_files(handle: TableHandle) -> list[FileInfo]:
 
 
 def referenced_files(handle: TableHandle) -> set[str]:
-    """Return the locations of all files that a snapshot of the table needs, and of its metadata files."""
+    """Return the locations of all files that a snapshot of the table needs, of its metadata files and registered statistics."""
     metadata, io = handle.iceberg_table.metadata, handle.iceberg_table.io
     paths = {handle.iceberg_table.metadata_location, *(entry.metadata_file for entry in metadata.metadata_log)}
+    paths |= {file.statistics_path for file in (*metadata.statistics, *metadata.partition_statistics)}
     for snapshot in metadata.snapshots:
         paths.add(snapshot.manifest_list)
         for manifest in snapshot.manifests(io):

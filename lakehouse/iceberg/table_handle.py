@@ -3,7 +3,7 @@
 Everything read through a `TableHandle` comes from that moment, and a commit through it succeeds only if no other writer
 has committed since. Commit retries are off, so that a stale writer fails instead of writing its rows twice.
 
-A snapshot that must be audited before readers see it is staged: it is committed to the branch `audit`, continues main,
+A snapshot that must be audited before readers see it is staged: it is committed to the branch AUDIT_BRANCH, continues main,
 and becomes the table's current snapshot with `publish` (write-audit-publish).
 """
 
@@ -22,14 +22,17 @@ from pyiceberg.manifest import DataFile
 from pyiceberg.table import Table as IcebergTable
 from pyiceberg.table import Transaction
 from pyiceberg.table.metadata import TableMetadata
-from pyiceberg.table.refs import MAIN_BRANCH, SnapshotRefType
+from pyiceberg.table.refs import MAIN_BRANCH, SnapshotRef, SnapshotRefType
 from pyiceberg.table.snapshots import Snapshot
 from pyiceberg.table.update import (
     AssertRefSnapshotId,
     AssertTableUUID,
+    RemovePartitionStatisticsUpdate,
     RemoveSnapshotRefUpdate,
     RemoveSnapshotsUpdate,
     SetSnapshotRefUpdate,
+    TableRequirement,
+    TableUpdate,
 )
 from pyiceberg.types import DateType, TimestamptzType
 
@@ -39,11 +42,10 @@ from lakehouse.iceberg.reader import File, FileReader, live_rows
 from lakehouse.iceberg.row_delta import RowDelta
 from lakehouse.iceberg.schema import arrow_schema, is_compatible, promoted_type, stored_columns
 from lakehouse.iceberg.snapshot_properties import DATA_SEQUENCE, FINGERPRINT, POSITIONS, ROWS, VIOLATIONS
+from lakehouse.iceberg.staging import AUDIT_BRANCH, discard_update, is_only_staged, staged_snapshot
 from lakehouse.iceberg.writer import FileWriter
 from lakehouse.table import SEQUENCE, Table
 
-AUDIT_BRANCH = "audit"
-"""The branch with a snapshot that is staged until it is published."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 greater_than: Any = GreaterThan
@@ -76,8 +78,9 @@ class TableHandle:
     @property
     def published_snapshots(self) -> list[Snapshot]:
         """All snapshots that readers have seen, that is, all but a staged one."""
-        staged = self.iceberg_table.metadata.refs.get(AUDIT_BRANCH)
-        return [s for s in self.iceberg_table.metadata.snapshots if staged is None or s.snapshot_id != staged.snapshot_id]
+        staged, metadata = self.staged, self.iceberg_table.metadata
+        hidden = staged.snapshot_id if staged is not None and is_only_staged(metadata, staged) else None
+        return [s for s in metadata.snapshots if s.snapshot_id != hidden]
 
     def _lineage(self, snapshot: Snapshot | None) -> Iterator[Snapshot]:
         """Yield the snapshot and its ancestors, back to the newest one that ShopSphere committed.
@@ -168,6 +171,7 @@ class TableHandle:
                 deletes=tuple(sorted(delete.file_path for delete in task.delete_files)),
                 rows=task.file.record_count,
                 bytes=task.file.file_size_in_bytes,
+                spec_id=task.file.spec_id,
                 partition=task.file.partition,
             )
             for task in scan.plan_files()
@@ -274,9 +278,14 @@ class TableHandle:
 
     @property
     def staged(self) -> Snapshot | None:
-        """The snapshot that is staged for publication, or None."""
-        ref = self.iceberg_table.metadata.refs.get(AUDIT_BRANCH)
-        return self.iceberg_table.metadata.snapshot_by_id(ref.snapshot_id) if ref else None
+        """The snapshot that is staged for publication, or None. Only gold tables have one."""
+        return staged_snapshot(self.iceberg_table.metadata) if self.table.layer == "gold" else None
+
+    @property
+    def other_refs(self) -> dict[str, SnapshotRef]:
+        """The branches and tags that ShopSphere did not create, by name."""
+        own = {MAIN_BRANCH, AUDIT_BRANCH} if self.staged is not None else {MAIN_BRANCH}
+        return {name: ref for name, ref in self.iceberg_table.metadata.refs.items() if name not in own}
 
     @property
     def staged_is_stale(self) -> bool:
@@ -296,7 +305,7 @@ class TableHandle:
                 "changed since. The next run discards it and stages a new one if there is a change to publish.",
                 remedy="run",
             )
-        self._move_refs(
+        self._update(
             (
                 SetSnapshotRefUpdate(
                     ref_name=MAIN_BRANCH,
@@ -308,22 +317,40 @@ class TableHandle:
                 ),
                 RemoveSnapshotRefUpdate(ref_name=AUDIT_BRANCH),
             ),
-            staged,
+            (MAIN_BRANCH, AUDIT_BRANCH),
         )
         return staged.snapshot_id
 
     def discard_staged(self) -> None:
-        """Remove the staged snapshot, if there is one. Raises CommitConflict if the branch has moved since."""
-        if (staged := self.staged) is not None:
-            self._move_refs((RemoveSnapshotsUpdate(snapshot_ids=[staged.snapshot_id]),), staged)
+        """Remove the branch of the staged snapshot, if there is one, and the snapshot unless another branch or tag needs it.
 
-    def _move_refs(self, updates: tuple[Any, ...], staged: Snapshot) -> None:
-        """Commit changes of branches, on condition that main and the staged snapshot are as they were loaded."""
-        main = self.snapshot
-        requirements = (
-            AssertTableUUID(uuid=self.iceberg_table.metadata.table_uuid),
-            AssertRefSnapshotId(ref=MAIN_BRANCH, snapshot_id=main.snapshot_id if main else None),
-            AssertRefSnapshotId(ref=AUDIT_BRANCH, snapshot_id=staged.snapshot_id),
+        Raises CommitConflict if the branch has moved since.
+        """
+        if (staged := self.staged) is not None:
+            self._update((discard_update(self.iceberg_table.metadata, staged),), (MAIN_BRANCH, AUDIT_BRANCH))
+
+    def remove_refs(self, names: Iterable[str]) -> None:
+        """Remove branches and tags; their snapshots stay. Raises CommitConflict if one of them has moved since."""
+        if names := tuple(names):
+            self._update(tuple(RemoveSnapshotRefUpdate(ref_name=name) for name in names), names)
+
+    def expire_snapshots(self, snapshot_ids: Iterable[int]) -> None:
+        """Remove snapshots and their statistics. Raises CommitConflict."""
+        expired = list(snapshot_ids)
+        statistics = self.iceberg_table.metadata.partition_statistics
+        updates: list[TableUpdate] = [
+            RemovePartitionStatisticsUpdate(snapshot_id=file.snapshot_id) for file in statistics if file.snapshot_id in expired
+        ]
+        # PyIceberg's own removal of snapshots leaves their partition statistics behind
+        self._update((*updates, RemoveSnapshotsUpdate(snapshot_ids=expired)), self.iceberg_table.metadata.refs)
+
+    def _update(self, updates: tuple[TableUpdate, ...], unchanged: Iterable[str]) -> None:
+        """Commit changes of refs and snapshots, on condition that the `unchanged` refs are as they were loaded."""
+        metadata = self.iceberg_table.metadata
+        heads = {name: ref.snapshot_id for name, ref in metadata.refs.items()}
+        requirements: tuple[TableRequirement, ...] = (
+            AssertTableUUID(uuid=metadata.table_uuid),
+            *(AssertRefSnapshotId(ref=name, snapshot_id=heads.get(name)) for name in unchanged),
         )
         with committing(self.table.name):
             response = self.iceberg_table.catalog.commit_table(self.iceberg_table, requirements, updates)

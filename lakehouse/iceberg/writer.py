@@ -59,17 +59,18 @@ class FileWriter:
             return []
         paths = pl.DataFrame({FILE: pl.Series(range(len(files)), dtype=pl.UInt32), "file_path": [file.path for file in files]})
         located = locations.select(FILE, pl.col(POS).cast(pl.Int64).alias("pos")).join(paths, on=FILE).sort("file_path", "pos")
-        by_partition: dict[str, list[int]] = {}
+        by_partition: dict[tuple[int, str], list[int]] = {}
         for number, file in enumerate(files):
-            by_partition.setdefault(repr(file.partition), []).append(number)
+            by_partition.setdefault((file.spec_id, repr(file.partition)), []).append(number)
         result = []
         for numbers in by_partition.values():
             part = located.filter(pl.col(FILE).is_in(numbers))
             if part.height:
-                result.append(self._write_delete_file(part, files[numbers[0]].partition))
+                file = files[numbers[0]]
+                result.append(self._write_delete_file(part, file.spec_id, file.partition))
         return result
 
-    def _write_delete_file(self, part: pl.DataFrame, partition: Record) -> DataFile:
+    def _write_delete_file(self, part: pl.DataFrame, spec_id: int, partition: Record) -> DataFile:
         columns = part.select("file_path", "pos").to_arrow(compat_level=pl.CompatLevel.oldest())
         table = pa.table([columns["file_path"].cast(pa.string()), columns["pos"]], schema=POSITION_DELETE_SCHEMA)
         location = f"{self.metadata.location}/data/{uuid.uuid4()}-deletes.parquet"
@@ -77,7 +78,7 @@ class FileWriter:
         with output.create() as stream:
             pq.write_table(table, stream, compression="zstd")
         first, last = part["file_path"].min(), part["file_path"].max()
-        return DataFile.from_args(
+        deletes = DataFile.from_args(
             content=DataFileContent.POSITION_DELETES,
             file_path=location,
             file_format=FileFormat.PARQUET,
@@ -90,3 +91,5 @@ class FileWriter:
             equality_ids=None,
             key_metadata=None,
         )
+        deletes.spec_id = spec_id
+        return deletes

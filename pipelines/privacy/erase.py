@@ -6,17 +6,16 @@ import secrets
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 
 from lakehouse.byte_search import FileSearchResult, SearchTerms
 from lakehouse.errors import ShopSphereError
 from lakehouse.iceberg.catalog import Lake
-from lakehouse.iceberg.rewrite import PurgeResult, purge_history
 from lakehouse.retry import retry_commit
 from pipelines.privacy.bronze_rewrite import replace_delta_rows, rewrite_bronze
 from pipelines.privacy.context import ErasureContext, StageProgress
 from pipelines.privacy.erasure_plan import ErasurePlan, plan_erasure
-from pipelines.privacy.leftovers import existing_tables, search_tables_and_home
+from pipelines.privacy.history import forget_history, refresh_all
+from pipelines.privacy.leftovers import search_tables_and_home
 from pipelines.privacy.person import SubjectQuery, find_person
 from pipelines.privacy.pseudonyms import Pseudonyms, erasure_key
 from pipelines.privacy.receipt import (
@@ -135,7 +134,7 @@ def _run_stages(context: ErasureContext, erasure: Erasure, search_list: SearchLi
     timer.complete("rewrite")
     refresh_all(context)
     timer.complete("follow")
-    forgotten = _forget_history(context)
+    forgotten = forget_history(context)
     timer.complete("forget")
     texts = search_list.texts if search_list is not None else ()
     searched, unreached = _search(context, erasure, texts)
@@ -157,22 +156,6 @@ def _run_stages(context: ErasureContext, erasure: Erasure, search_list: SearchLi
         seconds=round(time.monotonic() - timer.started, 3),
         stages=timer.seconds,
         unreached=unreached,
-    )
-
-
-def refresh_all(context: ErasureContext) -> None:
-    """Bring every table up to date with its upstream, including those of the model where they exist."""
-    for step in context.project.ordered_steps:
-        context.engine.refresh(step)
-    context.refresh_on_demand(context.engine)
-
-
-def _forget_history(context: ErasureContext) -> tuple[PurgeResult, ...]:
-    """Remove tombstones, deleted rows, old snapshots and unreferenced files of all tables."""
-    lake = context.lake
-    return tuple(
-        retry_commit(partial(purge_history, lake, table, tombstones=table.keeps_tombstones))
-        for table in existing_tables(lake, context.project)
     )
 
 

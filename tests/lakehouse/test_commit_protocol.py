@@ -17,12 +17,13 @@ import pytest
 from lakehouse.errors import CommitConflict
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.maintenance import expire
-from lakehouse.iceberg.table_handle import AUDIT_BRANCH, TableHandle
+from lakehouse.iceberg.staging import AUDIT_BRANCH
+from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.query import query
 from lakehouse.table import Table, column
 from pipelines.settings import Settings
 
-TABLE = Table("bronze.things", "Things.", (column("id", pa.int64(), "Id."), column("text", pa.string(), "Text.")))
+TABLE = Table("gold.things", "Things.", (column("id", pa.int64(), "Id."), column("text", pa.string(), "Text.")))
 
 
 @pytest.fixture
@@ -144,5 +145,5 @@ def from_milliseconds(timestamp: int) -> datetime:
 
 
 def ids_at(lake: Lake, moment: datetime) -> list[int]:
-    statement = f"SELECT id FROM bronze.things FOR TIMESTAMP AS OF '{moment.isoformat()}' ORDER BY id"
+    statement = f"SELECT id FROM gold.things FOR TIMESTAMP AS OF '{moment.isoformat()}' ORDER BY id"
     return [row["id"] for row in query(lake, {TABLE.name: TABLE}, statement).to_pylist()]

@@ -48,6 +48,7 @@ from lakehouse.expectations import (
 )
 from lakehouse.iceberg.maintenance import expire, maintain
 from lakehouse.iceberg.snapshot_properties import EXPECTATIONS, VIOLATIONS
+from lakehouse.iceberg.staging import AUDIT_BRANCH
 from lakehouse.query import query
 from lakehouse.step import Delta, Parsed, Step
 from lakehouse.table import column
@@ -340,11 +341,11 @@ def test_a_refused_snapshot_can_be_inspected_on_its_branch(engine):
     receive(engine, (2, "north", -500), position="2")
     error = refused(engine)
     assert "within(amount >= 0): 1 of 1 rows violate it, for example shop=north" in str(error)
-    assert "staged snapshot is on branch 'audit'" in str(error)
+    assert "staged snapshot is on branch 'shopsphere_audit'" in str(error)
     assert "example.org" not in str(error)
     assert totals(engine) == {"north": 10}
     tables = {table.name: table for table in (SALES, TOTALS)}
-    seen = query(engine.lake, tables, "SELECT amount FROM gold.totals FOR VERSION AS OF 'audit'").to_pylist()
+    seen = query(engine.lake, tables, "SELECT amount FROM gold.totals FOR VERSION AS OF 'shopsphere_audit'").to_pylist()
     assert seen == [{"amount": -490}]
     later = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
     assert query(engine.lake, tables, f"SELECT amount FROM gold.totals FOR TIMESTAMP AS OF '{later}'").to_pylist() == [
@@ -424,9 +425,9 @@ def test_of_two_concurrent_staged_snapshots_one_is_published(engine):
     receive(engine, (2, "north", 5), position="2")
     engine.refresh(SALES_STEP)
     slow, quick = engine.lake.load(TOTALS), engine.lake.load(TOTALS)
-    slow.commit(positions={}, branch="audit")
+    slow.commit(positions={}, branch=AUDIT_BRANCH)
     with pytest.raises(CommitConflict):
-        quick.commit(positions={}, branch="audit")
+        quick.commit(positions={}, branch=AUDIT_BRANCH)
     engine.refresh(TOTALS_STEP)
     with pytest.raises(CommitConflict):
         slow.publish()

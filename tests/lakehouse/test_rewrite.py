@@ -19,6 +19,7 @@ from lakehouse.table import Table, column
 from pipelines.settings import Settings
 
 TABLE = Table("silver.things", "Things.", (column("id", pa.int64(), "Id."), column("text", pa.string(), "Text.")), key=("id",))
+NEWEST = 2**62
 
 
 def write(handle: TableHandle, ids: list[int], text: str, deleted: bool = False) -> None:
@@ -93,7 +94,7 @@ def test_a_purge_leaves_only_the_live_rows(lake: Lake) -> None:
     write(lake.load(TABLE), [71], "last")
     expected, positions = digest(lake.load(TABLE)), lake.load(TABLE).positions
     sequence = lake.load(TABLE).data_sequence
-    done = purge_history(lake, TABLE, tombstones=True)
+    done = purge_history(lake, TABLE, tombstones_read_to=NEWEST)
     after = lake.load(TABLE)
     assert done.tombstones == 1
     assert digest(after) == expected
@@ -107,16 +108,16 @@ def test_a_purge_leaves_only_the_live_rows(lake: Lake) -> None:
     filesystem, _ = file_system(after)
     assert search_files(filesystem, list_files(after), SearchTerms(("one", "buried"))).matches == ()
     assert len(search_files(filesystem, list_files(after), SearchTerms(("three",))).matches) == 2
-    assert purge_history(lake, TABLE, tombstones=True).files_deleted == 0
+    assert purge_history(lake, TABLE, tombstones_read_to=NEWEST).files_deleted == 0
 
 
 def test_files_that_a_killed_writer_left_after_the_last_commit_are_deleted(lake: Lake) -> None:
     handle = lake.load(TABLE)
-    purge_history(lake, TABLE, tombstones=True)
+    purge_history(lake, TABLE, tombstones_read_to=NEWEST)
     stray = Path(list_files(lake.load(TABLE))[0].path + ".left.parquet")
     stray.write_bytes(b"PAR1 half a file")
     expected = digest(lake.load(TABLE))
-    assert purge_history(lake, TABLE, tombstones=True).files_deleted >= 1
+    assert purge_history(lake, TABLE, tombstones_read_to=NEWEST).files_deleted >= 1
     assert not stray.exists()
     assert digest(lake.load(TABLE)) == expected
     with pytest.raises(CommitConflict):  # from a writer that may have written the file
@@ -135,7 +136,7 @@ def test_branches_tags_and_commits_of_other_engines_do_not_keep_history(lake: La
     iceberg_table = lake.load(TABLE).iceberg_table
     iceberg_table.append(pa.table({**extra, "text": ["of another engine"]}, schema=schema))
     expected, positions = digest(lake.load(TABLE)), lake.load(TABLE).positions
-    purge_history(lake, TABLE, tombstones=True)
+    purge_history(lake, TABLE, tombstones_read_to=NEWEST)
     after = lake.load(TABLE)
     assert (digest(after), after.positions) == (expected, positions)
     assert list(after.iceberg_table.metadata.refs) == ["main"]
@@ -147,7 +148,7 @@ def test_a_writer_that_is_active_during_a_purge_fails_and_retries(lake: Lake) ->
     handle = lake.load(TABLE)
     written = handle.writer.write(pl.DataFrame({"id": [5], "text": ["x"], "_seq": [9], "_group_hash": [0], "_deleted": [False]}))
     write(lake.load(TABLE), [6], "first")
-    purge_history(lake, TABLE, tombstones=False)
+    purge_history(lake, TABLE, tombstones_read_to=None)
     with pytest.raises(CommitConflict):
         handle.commit(written, positions={})
     write(lake.load(TABLE), [7], "next")

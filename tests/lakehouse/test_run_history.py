@@ -20,6 +20,7 @@ from lakehouse.expectations import ExpectationsFailed
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.maintenance import maintain
 from lakehouse.iceberg.reader import File, FileReader
+from lakehouse.iceberg.staging import AUDIT_BRANCH
 from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.project import Project
 from lakehouse.query import query
@@ -264,7 +265,7 @@ def test_status_and_publish_on_the_command_line(tmp_path, monkeypatch, capsys):
     with open_engine(Settings(home=tmp_path)) as engine:
         handle = engine.lake.load(dim_date.DIM_DATE)
         handle.commit(positions={})
-        handle.commit(positions=handle.positions, branch="audit")
+        handle.commit(positions=handle.positions, branch=AUDIT_BRANCH)
         assert engine.lake.load(ORDERS_UNIFIED) is not None
     assert main(["publish", "gold.dim_date", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["table"] == "gold.dim_date"

@@ -163,7 +163,7 @@ def test_freshness_page_shows_violated_expectations(filled: Settings) -> None:
         kept = ExpectationResult(
             SALES_DAILY.name, rule, "fail", "fail", rows=10, violations=3, examples=("order_date=2026-01-01, channel=<web>",)
         )
-        error = ExpectationsFailed(SALES_DAILY.name, [kept], "audit")
+        error = ExpectationsFailed(SALES_DAILY.name, [kept], "shopsphere_audit")
         RunHistory(engine.lake).record(RunRecord("run"), [StepResult("gold.dim_date", "changed")], [error])
     with running(replica(filled, scores_topic="")) as client:
         text = get_page(client, "/freshness").text

@@ -1,0 +1,36 @@
+"""The staged snapshot of a table, told apart from branches that other engines create and move."""
+
+from __future__ import annotations
+
+from pyiceberg.table.metadata import TableMetadata
+from pyiceberg.table.refs import SnapshotRefType
+from pyiceberg.table.snapshots import Snapshot, ancestors_of
+from pyiceberg.table.update import RemoveSnapshotRefUpdate, RemoveSnapshotsUpdate, TableUpdate
+
+from lakehouse.iceberg.snapshot_properties import POSITIONS
+
+AUDIT_BRANCH = "shopsphere_audit"
+"""The branch with a snapshot that is staged until it is published."""
+
+
+def staged_snapshot(metadata: TableMetadata) -> Snapshot | None:
+    """Return the head of the audit branch; None if there is no such branch or its head is another engine's commit."""
+    ref = metadata.refs.get(AUDIT_BRANCH)
+    if ref is None or ref.snapshot_ref_type is not SnapshotRefType.BRANCH:
+        return None
+    snapshot = metadata.snapshot_by_id(ref.snapshot_id)
+    is_ours = snapshot is not None and snapshot.summary is not None and POSITIONS in snapshot.summary.additional_properties
+    return snapshot if is_ours else None
+
+
+def is_only_staged(metadata: TableMetadata, staged: Snapshot) -> bool:
+    """Return whether no other branch or tag has the staged snapshot in its history."""
+    heads = (metadata.snapshot_by_id(ref.snapshot_id) for name, ref in metadata.refs.items() if name != AUDIT_BRANCH)
+    return all(ancestor.snapshot_id != staged.snapshot_id for head in heads for ancestor in ancestors_of(head, metadata))
+
+
+def discard_update(metadata: TableMetadata, staged: Snapshot) -> TableUpdate:
+    """Return the update that removes the audit branch, with its snapshot unless another branch or tag needs that."""
+    if is_only_staged(metadata, staged):
+        return RemoveSnapshotsUpdate(snapshot_ids=[staged.snapshot_id])
+    return RemoveSnapshotRefUpdate(ref_name=AUDIT_BRANCH)
