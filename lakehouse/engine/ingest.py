@@ -12,6 +12,7 @@ import pyarrow as pa
 from pyiceberg.manifest import DataFile
 
 from lakehouse.engine.step_result import StepResult, Stopwatch
+from lakehouse.errors import SourceError
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.iceberg.writer import FileWriter
@@ -62,6 +63,9 @@ class Ingestion:
         """
         watch = Stopwatch()
         handles = {name: self.lake.load(table) for name, table in tables.items() if name in self.source.tables}
+        for name, handle in handles.items():
+            if name not in resnapshot:
+                self._check_position(handle)
         positions = {name: handle.positions.get(self.source.name) for name, handle in handles.items()}
         positions |= {name: restart_position(positions[name]) for name in resnapshot & positions.keys()}
         for name, handle in handles.items():
@@ -92,6 +96,17 @@ class Ingestion:
         if plan.tasks:
             self.source.acknowledge(plan)
         return results
+
+    def _check_position(self, handle: TableHandle) -> None:
+        """Raise SourceError if a table has rows of the source and no position: reading would skip or double rows."""
+        if self.source.name not in handle.positions and handle.has_rows:
+            name = handle.table.name
+            raise SourceError(
+                f"{name} has rows, but no position of '{self.source.name}': another program has removed the snapshots and table "
+                "properties that stored it. The table must be read from the beginning.",
+                remedy="rebuild",
+                remedy_tables=[name],
+            )
 
     def _read(
         self, plan: Plan, handles: Mapping[str, TableHandle], transform: IngestTransform | None

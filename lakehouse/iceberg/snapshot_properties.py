@@ -20,3 +20,7 @@ REWRITTEN = "shopsphere.rewritten"
 """The reason for rewriting the table's history; each reason is applied once."""
 REWRITTEN_ROWS = "shopsphere.rewritten-rows"
 REWRITTEN_FILES = "shopsphere.rewritten-files"
+COPIED = (POSITIONS, DATA_SEQUENCE, FINGERPRINT, ROWS, VIOLATIONS)
+"""Properties that the same commit also sets on the table: another engine may expire the snapshot."""
+COPIED_SEQUENCE = "shopsphere.committed-sequence"
+"""Property of the table: the sequence number of the snapshot with the copied properties."""

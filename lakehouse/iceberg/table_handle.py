@@ -28,8 +28,10 @@ from pyiceberg.table.update import (
     AssertRefSnapshotId,
     AssertTableUUID,
     RemovePartitionStatisticsUpdate,
+    RemovePropertiesUpdate,
     RemoveSnapshotRefUpdate,
     RemoveSnapshotsUpdate,
+    SetPropertiesUpdate,
     SetSnapshotRefUpdate,
     TableRequirement,
     TableUpdate,
@@ -41,7 +43,15 @@ from lakehouse.iceberg.errors import committing
 from lakehouse.iceberg.reader import File, FileReader, live_rows
 from lakehouse.iceberg.row_delta import RowDelta
 from lakehouse.iceberg.schema import arrow_schema, is_compatible, promoted_type, stored_columns
-from lakehouse.iceberg.snapshot_properties import DATA_SEQUENCE, FINGERPRINT, POSITIONS, ROWS, VIOLATIONS
+from lakehouse.iceberg.snapshot_properties import (
+    COPIED,
+    COPIED_SEQUENCE,
+    DATA_SEQUENCE,
+    FINGERPRINT,
+    POSITIONS,
+    ROWS,
+    VIOLATIONS,
+)
 from lakehouse.iceberg.staging import AUDIT_BRANCH, discard_update, is_only_staged, staged_snapshot
 from lakehouse.iceberg.writer import FileWriter
 from lakehouse.table import SEQUENCE, Table
@@ -71,6 +81,11 @@ class TableHandle:
         return self.iceberg_table.metadata.current_snapshot()
 
     @property
+    def has_rows(self) -> bool:
+        """Whether the current snapshot has data files; deleted rows count until their file is compacted."""
+        return self.snapshot is not None and bool(self.files())
+
+    @property
     def next_sequence(self) -> int:
         """The sequence number of the next commit, provided that no other writer commits first."""
         return self.iceberg_table.metadata.next_sequence_number()
@@ -95,13 +110,27 @@ class TableHandle:
             snapshot = self.iceberg_table.metadata.snapshot_by_id(parent) if parent is not None else None
 
     def snapshot_property(self, name: str, snapshot_id: int | None = None) -> str | None:
-        """Return a property as of a snapshot (default: the current one), from the newest snapshot of its lineage that has it."""
+        """Return a property as of a snapshot (default: the current one), from the newest snapshot of its lineage that has it.
+
+        If another engine expired that one, the copy in the table's properties counts for the current snapshot.
+        """
         start = self.snapshot if snapshot_id is None else self.iceberg_table.metadata.snapshot_by_id(snapshot_id)
         for snapshot in self._lineage(start):
             properties = snapshot.summary.additional_properties if snapshot.summary else {}
             if name in properties:
                 return str(properties[name])
-        return None
+            if POSITIONS in properties:
+                return None
+        return self._copied_property(name) if start is not None and start == self.snapshot else None
+
+    def _copied_property(self, name: str) -> str | None:
+        """Return a property's copy in the table's properties, or None if it is of a snapshot after the current one."""
+        properties, snapshot = self.iceberg_table.metadata.properties, self.snapshot
+        committed = properties.get(COPIED_SEQUENCE)
+        # another engine may have rolled the table back
+        if committed is None or snapshot is None or int(committed) > (snapshot.sequence_number or 0):
+            return None
+        return properties.get(name)
 
     @property
     def lineage_snapshot_ids(self) -> frozenset[int]:
@@ -271,10 +300,21 @@ class TableHandle:
             branch=branch or MAIN_BRANCH,
         )
         with committing(self.table.name):
+            if branch is None:
+                copied, obsolete = self._copies(summary, self.next_sequence)
+                transaction.set_properties(copied)
+                if obsolete:
+                    transaction.remove_properties(*obsolete)
             delta.commit()
             transaction.commit_transaction()
         self._transaction = None
         return delta.snapshot_id
+
+    def _copies(self, summary: Mapping[str, str], sequence: int) -> tuple[dict[str, str], list[str]]:
+        """Return the table properties that copy a snapshot's, and the names of those to remove."""
+        copied = {name: str(summary[name]) for name in COPIED if name in summary} | {COPIED_SEQUENCE: str(sequence)}
+        stored = self.iceberg_table.metadata.properties
+        return copied, [name for name in COPIED if name in stored and name not in copied]
 
     @property
     def staged(self) -> Snapshot | None:
@@ -305,8 +345,12 @@ class TableHandle:
                 "changed since. The next run discards it and stages a new one if there is a change to publish.",
                 remedy="run",
             )
+        summary = staged.summary.additional_properties if staged.summary else {}
+        copied, obsolete = self._copies(summary, staged.sequence_number or 0)
         self._update(
             (
+                SetPropertiesUpdate(updates=copied),
+                *((RemovePropertiesUpdate(removals=obsolete),) if obsolete else ()),
                 SetSnapshotRefUpdate(
                     ref_name=MAIN_BRANCH,
                     type=SnapshotRefType.BRANCH,

@@ -5,7 +5,9 @@ An interleaving is forced by calling the other writer from a patched function, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,16 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 import pytest
+from support.engines import make_engine
 
-from lakehouse.errors import CommitConflict
+from lakehouse.errors import CommitConflict, SourceError
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.maintenance import expire
+from lakehouse.iceberg.snapshot_properties import FINGERPRINT, POSITIONS, ROWS
 from lakehouse.iceberg.staging import AUDIT_BRANCH
 from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.query import query
+from lakehouse.source import Plan, Position, Rows
 from lakehouse.table import Table, column
 from pipelines.settings import Settings
 
@@ -147,3 +152,99 @@ def from_milliseconds(timestamp: int) -> datetime:
 def ids_at(lake: Lake, moment: datetime) -> list[int]:
     statement = f"SELECT id FROM gold.things FOR TIMESTAMP AS OF '{moment.isoformat()}' ORDER BY id"
     return [row["id"] for row in query(lake, {TABLE.name: TABLE}, statement).to_pylist()]
+
+
+def expired_by_another_engine(lake: Lake) -> None:
+    """Let another engine compact the table and expire every snapshot but its own."""
+    table = lake.load(TABLE).iceberg_table
+    rows = engine_rows(lake.load(TABLE), *stored_ids(lake))
+    table.overwrite(rows)
+    table.refresh()
+    old = [one.snapshot_id for one in table.metadata.snapshots if one.snapshot_id != table.metadata.current_snapshot_id]
+    table.maintenance.expire_snapshots().by_ids(old).commit()
+
+
+def test_positions_survive_the_expiry_of_another_engine(lake: Lake) -> None:
+    append(lake.load(TABLE), 1, 2, properties={FINGERPRINT: "f", ROWS: "2"})
+    before = lake.load(TABLE)
+    expired_by_another_engine(lake)
+    after = lake.load(TABLE)
+    assert after.positions == {"up": 2}
+    assert after.data_sequence == before.data_sequence > 0
+    assert (after.snapshot_property(FINGERPRINT), after.snapshot_property(ROWS)) == ("f", "2")
+
+
+def test_positions_of_a_staged_snapshot_are_kept_from_its_publication_on(lake: Lake) -> None:
+    append(lake.load(TABLE), 1)
+    append(lake.load(TABLE), 2, branch=AUDIT_BRANCH)
+    assert json.loads(lake.load(TABLE).metadata.properties[POSITIONS]) == {"up": 1}
+    lake.load(TABLE).publish()
+    expired_by_another_engine(lake)
+    assert lake.load(TABLE).positions == {"up": 2}
+
+
+def test_a_rollback_of_another_engine_takes_the_positions_back(lake: Lake) -> None:
+    append(lake.load(TABLE), 1)
+    lake.load(TABLE).iceberg_table.append(engine_rows(lake.load(TABLE), 5))
+    foreign = lake.load(TABLE).snapshot.snapshot_id
+    append(lake.load(TABLE), 6)
+    with lake.load(TABLE).iceberg_table.manage_snapshots() as snapshots:
+        snapshots.rollback_to_snapshot(foreign)
+    assert lake.load(TABLE).positions == {"up": 1}
+    table = lake.load(TABLE).iceberg_table
+    old = [one.snapshot_id for one in table.metadata.snapshots if one.snapshot_id != foreign]
+    table.maintenance.expire_snapshots().by_ids(old).commit()
+    assert lake.load(TABLE).positions == {}  # those of the table's properties are past its rows
+
+
+@dataclass(frozen=True)
+class NumberSource:
+    """A source of the numbers 1 to `upto`, read from the stored position on."""
+
+    upto: int
+    name: str = "numbers"
+    tables: tuple[str, ...] = (TABLE.name,)
+
+    def plan(self, positions: Mapping[str, Position | None], schemas: Mapping[str, pa.Schema]) -> Plan:
+        start = (positions[TABLE.name] or {}).get("number", 0)
+        return Plan(tasks=(NumberTask(start, self.upto),), positions={TABLE.name: {"number": self.upto}})
+
+    def acknowledge(self, plan: Plan) -> None:
+        pass
+
+    def lag(self, positions: Mapping[str, Position | None]) -> Mapping[str, str]:
+        return {}
+
+
+@dataclass(frozen=True)
+class NumberTask:
+    """Reads the numbers after `start` up to `upto`."""
+
+    start: int
+    upto: int
+
+    def read(self) -> Iterator[Rows]:
+        numbers = range(self.start + 1, self.upto + 1)
+        yield Rows(TABLE.name, pa.table({"id": pa.array(numbers, pa.int64()), "text": [str(number) for number in numbers]}))
+
+
+def test_ingestion_continues_after_the_expiry_of_another_engine(tmp_path: Path) -> None:
+    engine = make_engine(tmp_path)
+    engine.ingest(NumberSource(3), {TABLE.name: TABLE})
+    expired_by_another_engine(engine.lake)
+    engine.ingest(NumberSource(5), {TABLE.name: TABLE})
+    assert stored_ids(engine.lake) == [1, 2, 3, 4, 5]
+
+
+def test_a_table_with_rows_and_no_position_is_not_ingested(tmp_path: Path) -> None:
+    engine = make_engine(tmp_path)
+    engine.ingest(NumberSource(3), {TABLE.name: TABLE})
+    expired_by_another_engine(engine.lake)
+    with engine.lake.load(TABLE).iceberg_table.transaction() as transaction:
+        transaction.remove_properties(POSITIONS)
+    with pytest.raises(SourceError, match=r"gold\.things has rows, but no position of 'numbers'") as caught:
+        engine.ingest(NumberSource(5), {TABLE.name: TABLE})
+    assert (caught.value.remedy, caught.value.remedy_tables) == ("rebuild", (TABLE.name,))
+    assert stored_ids(engine.lake) == [1, 2, 3]
+    engine.ingest(NumberSource(5), {TABLE.name: TABLE}, resnapshot=frozenset({TABLE.name}))
+    assert engine.lake.load(TABLE).positions == {"numbers": {"number": 5}}
