@@ -64,7 +64,13 @@ def _compact(handle: TableHandle) -> CompactionResult:
     deletes = {path for file in files for path in file.deletes}
     merged = {path for path in deletes if not any(path in file.deletes for file in files if file.path not in removed)}
     if removed:
-        handle.commit(added, positions=handle.positions, removed_paths=frozenset(removed | merged), changes_rows=False)
+        handle.commit(
+            added,
+            positions=handle.positions,
+            removed_paths=frozenset(removed | merged),
+            changes_rows=False,
+            replaces_files=True,
+        )
     return CompactionResult(
         files_before=len(files), files_after=len(files) - len(removed) + len(added), deletes_merged=len(merged)
     )

@@ -190,7 +190,13 @@ def _apply_deletes(handle: TableHandle, tombstones_read_to: int | None) -> tuple
         removed.append(file)
         added += handle.writer.write(rows)
     if removed:
-        handle.commit(added, positions=handle.positions, removed_paths=_paths_to_remove(files, removed), changes_rows=False)
+        handle.commit(
+            added,
+            positions=handle.positions,
+            removed_paths=_paths_to_remove(files, removed),
+            changes_rows=False,
+            replaces_files=not tombstones_removed,
+        )
     return len(removed), tombstones_removed
 
 

@@ -61,10 +61,13 @@ class RowDelta(_SnapshotProducer["RowDelta"]):
         removed_paths: frozenset[str] = frozenset(),
         properties: dict[str, str],
         branch: str = MAIN_BRANCH,
+        replaces_files: bool = False,
     ) -> None:
+        """Prepare a row delta. replaces_files: the added files have the rows of the removed ones, so no row changes."""
         added = tuple(added)
         deletes = [file for file in added if file.content != DataFileContent.DATA]
-        operation = Operation.OVERWRITE if deletes or removed_paths else Operation.APPEND
+        changed = Operation.REPLACE if replaces_files else Operation.OVERWRITE
+        operation = changed if deletes or removed_paths else Operation.APPEND
         super().__init__(operation, transaction, io, snapshot_properties=properties, branch=branch)
         for file in added:
             if file.content == DataFileContent.DATA:
@@ -221,7 +224,9 @@ class RowDelta(_SnapshotProducer["RowDelta"]):
         for file in self._removed_files:
             collector.remove_file(data_file=file, partition_spec=specs[file.spec_id], schema=metadata.schema())
         parent = metadata.snapshot_by_id(self._parent_snapshot_id) if self._parent_snapshot_id is not None else None
-        return update_snapshot_summaries(
-            summary=Summary(operation=self._operation, **collector.build(), **self.snapshot_properties),
+        # PyIceberg computes no totals for a replace
+        summary = update_snapshot_summaries(
+            summary=Summary(operation=Operation.OVERWRITE, **collector.build(), **self.snapshot_properties),
             previous_summary=parent.summary if parent is not None else None,
         )
+        return Summary(operation=self._operation, **summary.additional_properties)

@@ -271,12 +271,15 @@ class TableHandle:
         positions: Mapping[str, Any],
         removed_paths: frozenset[str] = frozenset(),
         changes_rows: bool = True,
+        replaces_files: bool = False,
         properties: Mapping[str, str] | None = None,
         branch: str | None = None,
     ) -> int:
         """Commit files and positions in one snapshot and return its id.
 
         With `branch=AUDIT_BRANCH` (default: main) the snapshot is staged: readers do not see it until `publish`.
+
+        With `replaces_files` the added files have exactly the rows of the removed ones.
 
         Raises CommitConflict if another writer committed first or the catalog's answer was lost. In the latter case the
         commit may have succeeded; the positions of the reloaded table show whether it did.
@@ -298,6 +301,7 @@ class TableHandle:
             removed_paths=removed_paths,
             properties=summary,
             branch=branch or MAIN_BRANCH,
+            replaces_files=replaces_files,
         )
         with committing(self.table.name):
             if branch is None:

@@ -15,10 +15,12 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 import pytest
+from pyiceberg.table.snapshots import Operation
 from support.engines import make_engine
 
 from lakehouse.errors import CommitConflict, SourceError
 from lakehouse.iceberg.catalog import Lake
+from lakehouse.iceberg.compaction import compact
 from lakehouse.iceberg.maintenance import expire
 from lakehouse.iceberg.snapshot_properties import FINGERPRINT, POSITIONS, ROWS
 from lakehouse.iceberg.staging import AUDIT_BRANCH
@@ -248,3 +250,23 @@ def test_a_table_with_rows_and_no_position_is_not_ingested(tmp_path: Path) -> No
     assert stored_ids(engine.lake) == [1, 2, 3]
     engine.ingest(NumberSource(5), {TABLE.name: TABLE}, resnapshot=frozenset({TABLE.name}))
     assert engine.lake.load(TABLE).positions == {"numbers": {"number": 5}}
+
+
+def test_a_compaction_is_a_replace_with_the_totals_of_the_files(lake: Lake) -> None:
+    for number in (1, 2, 3):
+        append(lake.load(TABLE), number)
+    handle = lake.load(TABLE)
+    files = handle.files()
+    located = handle.reader.read(files, ["id"], pl.col("id") == 2, positions=True).select("_file", "_pos")
+    handle.commit(handle.writer.write_deletes(files, located), positions=handle.positions)
+    compact(lake, TABLE)
+    table = lake.load(TABLE).iceberg_table
+    summary = table.current_snapshot().summary
+    assert summary.operation == Operation.REPLACE
+    totals = ("total-records", "total-data-files", "total-delete-files", "total-position-deletes")
+    assert [summary[name] for name in totals] == ["2", "1", "0", "0"]
+    assert int(summary["total-files-size"]) == sum(file.bytes for file in lake.load(TABLE).files())
+    assert sorted(table.scan().to_arrow()["id"].to_pylist()) == stored_ids(lake) == [1, 3]
+    append(lake.load(TABLE), 4)
+    summary = lake.load(TABLE).snapshot.summary
+    assert (summary.operation, summary["total-records"], summary["total-data-files"]) == (Operation.APPEND, "3", "2")
