@@ -24,6 +24,7 @@ from lakehouse.iceberg.compaction import MAX_ATTEMPTS
 from lakehouse.iceberg.errors import committing
 from lakehouse.iceberg.reader import File
 from lakehouse.iceberg.schema import polars_schema
+from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.retry import retry_commit
 from lakehouse.table import SEQUENCE, TIMESTAMP, Partition, Table, column
 
@@ -117,15 +118,26 @@ class RunHistory:
         self._errors = frozenset(str(error) for error in errors)
 
     def _append(self, table: Table, rows: list[dict[str, Any]]) -> None:
+        attempted: list[int] = []
+
         def attempt() -> None:
             with committing(table.name):
                 handle = self.lake.load(table)
+            if attempted and _has_run(handle, rows[0]["run_id"], since=attempted[0] - 1):
+                return  # committed by an earlier attempt, of which the response was lost
+            attempted.append(handle.next_sequence)
             frame = pl.DataFrame(rows, schema=polars_schema(table.schema)).sort(table.sort_by)
             stamped = frame.with_columns(pl.lit(handle.next_sequence, pl.Int64).alias(SEQUENCE))
             handle.commit(handle.writer.write(stamped), positions={})
 
         if rows:
             retry_commit(attempt)
+
+
+def _has_run(handle: TableHandle, run_id: str, since: int) -> bool:
+    """Return whether rows of a run were committed after the sequence `since`."""
+    rows = handle.reader.read(handle.files(since=since), ["run_id"], (pl.col("run_id") == run_id) & (pl.col(SEQUENCE) > since))
+    return rows.height > 0
 
 
 def _outcome(result: ExpectationResult) -> tuple[str, int, int | None]:

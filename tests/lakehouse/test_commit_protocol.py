@@ -15,9 +15,11 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 import pytest
+from pyiceberg.exceptions import CommitFailedException, ServerError
 from pyiceberg.table.snapshots import Operation
 from support.engines import make_engine
 
+from lakehouse.engine.step_result import StepResult
 from lakehouse.errors import CommitConflict, SourceError
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.compaction import compact
@@ -26,6 +28,7 @@ from lakehouse.iceberg.snapshot_properties import FINGERPRINT, POSITIONS, ROWS
 from lakehouse.iceberg.staging import AUDIT_BRANCH
 from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.query import query
+from lakehouse.run_history import RUNS, RunHistory, RunRecord
 from lakehouse.source import Plan, Position, Rows
 from lakehouse.table import Table, column
 from pipelines.settings import Settings
@@ -270,3 +273,24 @@ def test_a_compaction_is_a_replace_with_the_totals_of_the_files(lake: Lake) -> N
     append(lake.load(TABLE), 4)
     summary = lake.load(TABLE).snapshot.summary
     assert (summary.operation, summary["total-records"], summary["total-data-files"]) == (Operation.APPEND, "3", "2")
+
+
+@pytest.mark.parametrize("error", [CommitFailedException("lost"), ServerError("lost")])
+def test_a_run_is_recorded_once_although_the_response_was_lost(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr("lakehouse.retry.time.sleep", lambda seconds: None)
+    commit, lost = lake.catalog.commit_table, [error]
+
+    def losing_the_first_response(*arguments: Any, **named: Any) -> Any:
+        response = commit(*arguments, **named)
+        if lost:
+            raise lost.pop()
+        return response
+
+    step = StepResult("gold.totals", "changed", rows_read=1)
+    RunHistory(lake).record(RunRecord("run"), [step])
+    monkeypatch.setattr(lake.catalog, "commit_table", losing_the_first_response)
+    RunHistory(lake).record(RunRecord("run"), [step])
+    assert not lost
+    assert lake.load(RUNS).read(["run_id"])["run_id"].n_unique() == lake.load(RUNS).read(["run_id"]).height == 2
