@@ -93,9 +93,20 @@ class Lake:
                 handle.evolve_schema(pa.schema([f for f in declared_types(table) if evolve or f.name not in stored]))
                 handle.update_documentation()
                 return handle
-            with contextlib.suppress(NoSuchTableError):
-                catalog.drop_table(table.name)
+            if not self._drop_if_unchanged(catalog, handle):
+                return self._load(catalog, table, create=create, evolve=evolve)
         return self._create(catalog, table)
+
+    def _drop_if_unchanged(self, catalog: Catalog, handle: TableHandle) -> bool:
+        """Drop a table unless another driver has re-created it since it was loaded; return whether it is gone.
+
+        Catalogs have no conditional drop: a table re-created between this check and the drop is still dropped.
+        """
+        with contextlib.suppress(NoSuchTableError):
+            if catalog.load_table(handle.table.name).metadata.table_uuid != handle.metadata.table_uuid:
+                return False
+            catalog.drop_table(handle.table.name)
+        return True
 
     def _create(self, catalog: Catalog, table: Table) -> TableHandle:
         """Create a table, or load it if another writer has just created it."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -294,3 +294,22 @@ def test_a_run_is_recorded_once_although_the_response_was_lost(
     RunHistory(lake).record(RunRecord("run"), [step])
     assert not lost
     assert lake.load(RUNS).read(["run_id"])["run_id"].n_unique() == lake.load(RUNS).read(["run_id"]).height == 2
+
+
+def test_a_table_that_another_driver_has_re_created_is_not_dropped(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    append(lake.load(TABLE), 1)
+    changed = replace(TABLE, columns=(column("id", pa.int64(), "Id."), column("text", pa.int64(), "Text.")))
+    load, pending = lake.catalog.load_table, [True]
+
+    def loaded_before_the_other_driver(identifier: str) -> Any:
+        stored = load(identifier)
+        if pending:
+            pending.clear()
+            other = lake.load(changed, evolve=True)
+            other.commit(other.writer.write(pl.DataFrame({"id": [7], "text": [7], "_seq": [1]})), positions={"up": 7})
+        return stored
+
+    monkeypatch.setattr(lake.catalog, "load_table", loaded_before_the_other_driver)
+    slow = lake.load(changed, evolve=True)
+    assert slow.read(["text"])["text"].to_list() == [7]
+    assert slow.positions == {"up": 7}
