@@ -69,7 +69,7 @@ def statuses(lake: Lake, project: Project) -> list[TableStatus]:
         results.setdefault(result.table, []).append(result)
     now = datetime.now(UTC)
     return [
-        _with_expectations(_status(project.tables[name], handle, lags.get(name, "")), lake, handle, results.get(name, []), now)
+        with_expectations(_status(project.tables[name], handle, lags.get(name, "")), lake, handle, results.get(name, []), now)
         for name, handle in handles.items()
     ]
 
@@ -83,7 +83,7 @@ def _load(lake: Lake, table: Table) -> LoadedTable:
         return LoadedTable(None, is_missing_files=True)
 
 
-def _with_expectations(
+def with_expectations(
     status: TableStatus, lake: Lake, handle: TableHandle | None, results: list[ExpectationResult], now: datetime
 ) -> TableStatus:
     """Add the last results of the expectations that are still declared; freshness is evaluated now."""

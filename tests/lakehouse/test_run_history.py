@@ -221,7 +221,7 @@ def test_the_newest_runs_are_read_without_older_days(engine, monkeypatch):
 
 def test_a_manual_publication_is_recorded_with_the_published_snapshot(tmp_path, monkeypatch, capsys):
     from app.cli.main import main
-    from lakehouse import status as tables_status
+    from lakehouse.status import TableStatus, with_expectations
 
     monkeypatch.setenv("SHOPSPHERE_HOME", str(tmp_path))
     for source in ("POSTGRES", "MONGO", "KAFKA"):
@@ -233,8 +233,8 @@ def test_a_manual_publication_is_recorded_with_the_published_snapshot(tmp_path, 
 
     def shown() -> tuple[str, str]:
         results = [result for result in last_results(lake) if result.table == TOTALS.name]
-        found = tables_status._expectations(lake, lake.load(TOTALS), results, NOW)
-        return found["expectations"], "; ".join(found["broken"])
+        found = with_expectations(TableStatus(table=TOTALS.name), lake, lake.load(TOTALS), results, NOW)
+        return found.expectations, "; ".join(found.broken)
 
     assert shown()[0] == "1 fail"
     assert main(["publish", "totals"]) == 0
