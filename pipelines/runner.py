@@ -95,8 +95,8 @@ def run_once(
 ) -> RunResult:
     """Read the changes of every source, then bring every table up to date.
 
-    A source that cannot be read, a table that cannot be refreshed and an outage do not stop the others: their errors are in
-    the result. Raises SettingsError, and errors that are not expected.
+    A source that cannot be read, a table that cannot be refreshed and a transient error do not stop the others: the result
+    has their errors. Raises SettingsError, and errors that are not expected.
 
     stop_requested  checked before each source and table
     history         where the run is recorded; default: a new one
@@ -141,8 +141,8 @@ def _reason(error: BaseException) -> ShopSphereError:
     """Return the error to record. The text of an unforeseen error is left out: it may contain values of rows."""
     if isinstance(error, ShopSphereError):
         return error
-    if (outage := as_transient_error(error)) is not None:
-        return outage
+    if (transient := as_transient_error(error)) is not None:
+        return transient
     if isinstance(error, Exception):
         return ShopSphereError(
             f"The run ended early with an unforeseen {type(error).__name__}. Run again with --debug to see the traceback."

@@ -17,7 +17,7 @@ def finish_erasures(engine: Engine, output: Output, *, keep_going: bool = False)
     """Finish the erasures that an interrupted `erase` left behind and print their receipts on standard error.
 
     Return False when an erasure cannot be finished yet because rows fail an expectation: only a run can read their
-    correction, so the caller continues. keep_going: return False on an outage as well instead of raising it.
+    correction, so the caller continues. keep_going: return False on a transient error as well instead of raising it.
     """
     from app.cli.erasure_receipt import receipt_lines
     from app.erasure import erasure_context
@@ -32,10 +32,10 @@ def finish_erasures(engine: Engine, output: Output, *, keep_going: bool = False)
         print(f"error: An erasure is pending and cannot be finished yet. {describe(error)}", file=sys.stderr, flush=True)
         return False
     except Exception as error:
-        outage = error if isinstance(error, CatalogUnreachable) else as_transient_error(error)
-        if not keep_going or outage is None:
+        transient = error if isinstance(error, CatalogUnreachable) else as_transient_error(error)
+        if not keep_going or transient is None:
             raise
-        print(f"error: {describe(outage)}", file=sys.stderr, flush=True)
+        print(f"error: {describe(transient)}", file=sys.stderr, flush=True)
         return False
     for receipt in receipts:
         for line in receipt_lines(receipt):
