@@ -28,8 +28,8 @@ REJECTED: dict[str, Any] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluatedRows:
-    """The rows of a step's own table that were evaluated.
+class EvaluatedGroups:
+    """The groups of a step's own table that were evaluated, with their quarantined rows.
 
     quarantined  rows in the form of the quarantine table
     groups       the groups they are of
@@ -39,7 +39,9 @@ class EvaluatedRows:
     groups: Sequence[pl.DataFrame]
 
 
-def update_quarantine(tables: StepTables, extracted: Blocks, evaluated: EvaluatedRows, *, full: bool, reparse_all: bool) -> None:
+def update_quarantine(
+    tables: StepTables, extracted: Blocks, evaluated: EvaluatedGroups, *, full: bool, reparse_all: bool
+) -> None:
     """Write the rows that were rejected, and delete those that are valid now.
 
     full         every group of the table was evaluated

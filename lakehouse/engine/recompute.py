@@ -13,7 +13,7 @@ from lakehouse.engine.affected import AffectedGroups
 from lakehouse.engine.extract import Extraction, extract, records_of_several_groups
 from lakehouse.engine.merge import Merge, MergeResult, merge
 from lakehouse.engine.plan import RefreshPlan
-from lakehouse.engine.quarantine import EvaluatedRows
+from lakehouse.engine.quarantine import EvaluatedGroups
 from lakehouse.engine.step_tables import StepTables
 from lakehouse.engine.upstream_table import UpstreamTable, batch_files, open_upstream
 from lakehouse.expectations import ExpectationResult, combine_results
@@ -70,9 +70,9 @@ class Recomputed:
         return combine_results(result for part in self.merges for result in part.results)
 
     @property
-    def evaluated(self) -> EvaluatedRows:
+    def evaluated(self) -> EvaluatedGroups:
         """Return the rows and groups that were evaluated, for the quarantine."""
-        return EvaluatedRows(
+        return EvaluatedGroups(
             quarantined=[part.quarantined for part in self.merges if part.quarantined is not None],
             groups=[part.groups for part in self.merges if part.groups is not None],
         )
