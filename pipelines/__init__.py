@@ -67,7 +67,7 @@ GOLD_STEPS: tuple[Step, ...] = (
 )
 
 
-def sources(settings: Settings) -> tuple[Source, ...]:
+def enabled_sources(settings: Settings) -> tuple[Source, ...]:
     """Return the enabled sources."""
     enabled: list[Source] = []
     if settings.postgres.enabled:
@@ -80,7 +80,7 @@ def sources(settings: Settings) -> tuple[Source, ...]:
 
 
 PROJECT = Project(
-    sources=sources,
+    sources=enabled_sources,
     source_tables=tables.TABLES,
     steps=(*SILVER_STEPS, *GOLD_STEPS),
     quarantine=QUARANTINE,

@@ -279,7 +279,7 @@ def test_broken_rows_are_quarantined_corrected_and_replayed(cli, home):
     fixes.write_text(fixes.read_text().replace("350000", "360000"))
     code, _, err = cli("replay", "--fix", str(fixes))
     assert code == 1
-    assert "can be read" in err
+    assert "is readable" in err
 
 
 def test_a_postgres_row_with_an_unreadable_value_is_quarantined_corrected_and_replayed(cli, home):

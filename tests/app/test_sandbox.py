@@ -262,7 +262,7 @@ def test_the_settings_file_gets_the_addresses_and_keeps_the_rest(tmp_path: Path)
             sandbox.step(tmp_path, 5)
     finally:
         sandbox.stop(tmp_path)
-    with pytest.raises(SandboxError, match="another sandbox"):
+    with pytest.raises(SandboxError, match="another, stopped sandbox"):
         sandbox.start(tmp_path, orders=10)
     with pytest.raises(SandboxError, match="No sandbox is running"):
         sandbox.step(tmp_path, 5)

@@ -171,7 +171,7 @@ def test_a_failed_expectation_delays_an_erasure_and_nothing_else(
         try:
             with world.engine() as engine:
                 one = request(context_of(engine), SubjectQuery(email=person["email_raw"]))
-                for known in pipelines.sources(world.settings):  # like a run that is killed after ingestion
+                for known in pipelines.enabled_sources(world.settings):  # like a run that is killed after ingestion
                     engine.ingest(known, pipelines.TABLES)
             capsys.readouterr()
             assert main(["maintain", "silver.products"]) == 1
@@ -526,7 +526,7 @@ def test_a_sale_ingested_during_the_request_explains_changed_sums(world: World, 
 
     def refresh_then_ingest(context: ErasureContext) -> None:
         begun(context)
-        for source in pipelines.sources(world.settings):
+        for source in pipelines.enabled_sources(world.settings):
             context.engine.ingest(source, pipelines.TABLES)
         monkeypatch.undo()
 
