@@ -55,7 +55,8 @@ def step_json(result: StepResult) -> dict[str, Any]:
 def expectation_json(result: ExpectationResult) -> dict[str, Any]:
     """Return the result of an expectation for JSON output, in which the total has the name `standing`."""
     fields = asdict(result)
-    return {**fields, "standing": fields.pop("total_violations")}
+    standing = fields.pop("total_violations")
+    return {**fields, "standing": standing}
 
 
 def print_steps(output: Output, results: Sequence[StepResult]) -> None:

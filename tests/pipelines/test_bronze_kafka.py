@@ -76,9 +76,11 @@ def separate_broker(directory: Path, *, without_topic_ids: bool = False) -> Iter
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    script = Path(__file__).parents[2] / "app" / "sandbox" / "broker.py"
-    start = "broker.SUPPORTED[broker.METADATA] = (1, 8); " if without_topic_ids else ""
-    program = f"import sys; sys.path.insert(0, {str(script.parent)!r}); import broker; {start}broker.main()"
+    root = Path(__file__).parents[2]
+    start = "protocol.SUPPORTED_VERSIONS[protocol.METADATA] = (1, 8); " if without_topic_ids else ""
+    program = (
+        f"import sys; sys.path.insert(0, {str(root)!r}); from app.kafka_broker import protocol, server; {start}server.main()"
+    )
     broker = subprocess.Popen([sys.executable, "-c", program, "--directory", str(directory), "--port", str(port)])
     try:
         yield broker, f"127.0.0.1:{port}"
