@@ -5,65 +5,43 @@ from __future__ import annotations
 from lakehouse.project import Project
 from lakehouse.source import Source
 from lakehouse.step import Step
+from lakehouse.step_list import declared_steps
 from lakehouse.table import Table
 from pipelines.bronze import tables
-from pipelines.gold import (
-    cohort_retention,
-    customer_360,
-    dim_date,
-    dim_products,
-    dim_stores,
-    dim_users,
-    fact_orders,
-    inventory_health,
-    inventory_shrinkage,
-    sales_daily,
-    user_risk_scores,
-)
 from pipelines.privacy.suppression import ERASURES
 from pipelines.settings import Settings
-from pipelines.silver import (
-    chargebacks,
-    events_clean,
-    exchange_rates,
-    identity_graph,
-    inventory_snapshots,
-    order_items_unified,
-    orders_unified,
-    products,
-    stores,
-    users_scd,
-)
 from pipelines.silver.quarantine import QUARANTINE
 from pipelines.sources.kafka.source import KafkaSource
 from pipelines.sources.mongo.source import MongoSource
 from pipelines.sources.postgres.source import PostgresSource
 
-SILVER_STEPS: tuple[Step, ...] = (
-    products.STEP,
-    stores.STEP,
-    exchange_rates.STEP,
-    chargebacks.STEP,
-    identity_graph.STEP,
-    users_scd.STEP,
-    orders_unified.STEP,
-    order_items_unified.STEP,
-    events_clean.STEP,
-    inventory_snapshots.STEP,
+SILVER_STEPS: tuple[Step, ...] = declared_steps(
+    "pipelines",
+    "silver.products",
+    "silver.stores",
+    "silver.exchange_rates",
+    "silver.chargebacks",
+    "silver.identity_graph",
+    "silver.users_scd",
+    "silver.orders_unified",
+    "silver.order_items_unified",
+    "silver.events_clean",
+    "silver.inventory_snapshots",
 )
 
-GOLD_STEPS: tuple[Step, ...] = (
-    fact_orders.STEP,
-    dim_users.STEP,
-    dim_products.STEP,
-    dim_stores.STEP,
-    dim_date.STEP,
-    customer_360.STEP,
-    sales_daily.STEP,
-    cohort_retention.STEP,
-    inventory_health.STEP,
-    inventory_shrinkage.STEP,
-    user_risk_scores.STEP,
+GOLD_STEPS: tuple[Step, ...] = declared_steps(
+    "pipelines",
+    "gold.fact_orders",
+    "gold.dim_users",
+    "gold.dim_products",
+    "gold.dim_stores",
+    "gold.dim_date",
+    "gold.customer_360",
+    "gold.sales_daily",
+    "gold.cohort_retention",
+    "gold.inventory_health",
+    "gold.inventory_shrinkage",
+    "gold.user_risk_scores",
 )
 
 
