@@ -351,6 +351,7 @@ def test_a_table_that_cannot_be_refreshed_does_not_stop_the_others(cli, home, mo
 @pytest.mark.parametrize("lost", ["data", "metadata", "metadata/*.avro"])
 def test_a_table_that_lost_files_is_named_and_rebuilt(cli, home, monkeypatch, lost):
     monkeypatch.setattr("lakehouse.retry.MAX_ATTEMPTS", 2)
+    assert cli("run")[0] == 0  # an earlier test may have changed a source since the last run
     before, folder = digests(cli), home / "warehouse" / "gold" / "fact_orders"
     for one in folder.glob(lost):
         shutil.rmtree(one) if one.is_dir() else one.unlink()
@@ -371,6 +372,7 @@ def test_a_table_that_lost_files_is_named_and_rebuilt(cli, home, monkeypatch, lo
 
 def test_a_bronze_table_that_lost_a_file_is_kept(cli, home, tmp_path, monkeypatch):
     monkeypatch.setattr("lakehouse.retry.MAX_ATTEMPTS", 2)
+    assert cli("run")[0] == 0  # an earlier test may have changed a source since the last run
     before = digests(cli)
     needed = Lake(load_settings()).load(EVENTS).files()[0].path
     file = Path(needed.removeprefix("file://"))
