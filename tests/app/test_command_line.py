@@ -194,6 +194,7 @@ def test_rebuild_gives_the_same_digest(cli):
 
 
 def test_rereading_a_source_changes_no_silver_or_gold_table(cli):
+    assert cli("run")[0] == 0  # an earlier test may have changed a source since the last run
     before = digests(cli)
     assert cli("rebuild", "bronze.bronze_postgres__orders")[0] == 0
     assert cli("rebuild", "bronze.bronze_kafka__events")[0] == 0
