@@ -99,7 +99,7 @@ def test_the_added_tables_are_maintained(copy: Path) -> None:
         run(copy, "app", "run")
         run(copy, "app", "sandbox", "step", "--orders", "30")
         run(copy, "app", "run")
-        counted = query(copy, "SELECT sum(attempts) AS n FROM gold.payment_success_daily")
+        counted = query(copy, "SELECT CAST(sum(attempts) AS BIGINT) AS n FROM gold.payment_success_daily")
         expected = query(copy, "SELECT count(*) AS n FROM silver.events_clean WHERE event_type = 'payment_attempted'")
         assert counted == expected
         assert counted[0]["n"] > 0
