@@ -119,4 +119,5 @@ def test_add_a_feature(copy: Path) -> None:
         "ml/features/online/online_features.py",
         "CHANGELOG.md",
         "docs/reference/features.md",
+        "docs/reference/tables.md",
     }
