@@ -10,6 +10,7 @@ import logging
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -102,8 +103,9 @@ class TaskPool:
         paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
         address = self.settings.address or os.environ.get("RAY_ADDRESS") or None
-        if not address:
-            # the default of Ray, which prints a notice on every start unless it is set
+        if not address and "ray" not in sys.modules:
+            # the default of Ray, which prints a notice on every start unless it is set. Ray reads it when it is imported: set
+            # later, the processes that it starts would require a token that this one does not send
             os.environ.setdefault("RAY_AUTH_MODE", "token")
         import ray
 
