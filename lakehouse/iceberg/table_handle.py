@@ -1,7 +1,7 @@
 """A table as it was when it was loaded: its files, rows and positions, and the one commit that may follow.
 
 Everything read through a `TableHandle` comes from that moment, and a commit through it succeeds only if no other writer
-has committed since. Commit retries are off, so that a stale writer fails instead of writing its rows twice.
+has committed since. A stale commit is never rebased: it fails instead of writing its rows twice.
 
 A snapshot that must be audited before readers see it is staged: it is committed to the branch AUDIT_BRANCH, continues main,
 and becomes the table's current snapshot with `publish` (write-audit-publish).
