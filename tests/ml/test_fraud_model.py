@@ -207,7 +207,7 @@ def test_refusal_forced_promotion_and_rollback(shop: Shop, cli: Any) -> None:
     assert registry.load("champion").model.digest == registry.load("challenger").model.digest
     code, out, _ = cli("models", "compare")
     assert code == 0
-    assert "Average precision of challenger over champion: +0.0000" in out
+    assert "Average precision of challenger minus champion: +0.0000" in out
     code, _, err = cli("models", "promote", "challenger")
     assert code == 1
     assert "was not promoted, the gate refused: gain" in err
