@@ -18,11 +18,21 @@ from pipelines.settings import Settings, load_settings
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep tests that share a module fixture in one process of `pytest -n 2 --dist loadgroup`; all others are spread."""
+    """Keep tests that share a module fixture, or the filled lakehouse, in one process of `pytest -n 2 --dist loadgroup`; all
+    others are spread."""
     for item in items:
         fixtures = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
-        if any(fixture.scope in ("class", "module") for found in fixtures.values() for fixture in found):
+        if "filled" in fixtures:
+            item.add_marker(pytest.mark.xdist_group("filled"))
+        elif any(fixture.scope in ("class", "module") for found in fixtures.values() for fixture in found):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Fail when pytest-xdist ignores the groups, as some versions of pytest make it do: each process would set up everything."""
+    grouped = [item for item in session.items if item.get_closest_marker("xdist_group")]
+    if getattr(session.config.option, "loadgroup", False) and not all("@" in item.nodeid for item in grouped):
+        raise pytest.UsageError("pytest-xdist ignores xdist_group: use the versions in requirements.lock.")
 
 
 @pytest.fixture
