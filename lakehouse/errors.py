@@ -11,6 +11,7 @@ ShopSphereError            any error that this project raises on purpose (one li
 |- TableNotFound           the table does not exist
 |- MissingFilesError       a file of a table is missing
 |- TransientError          the disk, the object store, the catalog or Ray failed; committed data is complete
+|- UnforeseenError         an exception that nobody expected, in one source or table; the others went on
 |- QueryError              a SQL statement cannot be run
 |- ExpectationsFailed      a staged snapshot violates an expectation and was not published (lakehouse/expectations.py)
 |- SandboxError            a sandbox server cannot be started, or is not running
@@ -97,6 +98,26 @@ class MissingFilesError(ShopSphereError):
 
 class TransientError(ShopSphereError):
     """The disk, the object store, the catalog or Ray failed, and may recover without a change to the project."""
+
+
+class UnforeseenError(ShopSphereError):
+    """An exception that nobody expected ended the work on one source or table, and nothing else. `__cause__` is that exception.
+
+    The message leaves the exception's text out, since it may quote values of rows.
+    """
+
+    remedy = "debug"
+
+    def __init__(self, table: str, kind: str, place: str) -> None:
+        """table: the source or table. kind: the exception's type. place: where it was raised, as file:line, or ''."""
+        self.table, self.kind, self.place = table, kind, place
+        super().__init__(
+            f"{table}: unforeseen {kind}{f' at {place}' if place else ''}. Committed data is complete, nothing else was stopped, "
+            "and the next run tries again."
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (UnforeseenError, (self.table, self.kind, self.place))
 
 
 class QueryError(ShopSphereError):

@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from lakehouse.errors import SettingsError, ShopSphereError
+from lakehouse.errors import SettingsError, ShopSphereError, TransientError
 from lakehouse.settings import RaySettings
-from lakehouse.transient_errors import as_transient_error, causes_of
+from lakehouse.transient_errors import NOTHING_LOST, as_transient_error, causes_of
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set in the environment of the driver of a submitted job."""
 EVERY_BUCKET = -1
+START_AGAIN_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,23 @@ class TaskPool:
         self.settings = settings
         self.on_disk = on_disk
         self.started = False
+        self._failed_start: tuple[float, ShopSphereError] | None = None
 
     def start(self) -> None:
-        """Connect to Ray, or start it, once. Raises SettingsError when the cluster is unreachable."""
+        """Connect to Ray, or start it, once. Raises SettingsError when the cluster is unreachable, TransientError when Ray does
+        not start here. For START_AGAIN_SECONDS after a failure it is raised again at once: each attempt may take a minute, and
+        every step of a run may need Ray."""
         if self.started:
             return
+        if self._failed_start is not None and time.monotonic() < self._failed_start[0] + START_AGAIN_SECONDS:
+            raise self._failed_start[1]
+        try:
+            self._start()
+        except ShopSphereError as error:
+            self._failed_start = time.monotonic(), error
+            raise
+
+    def _start(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
@@ -112,9 +125,12 @@ class TaskPool:
         try:
             with _keep_signal_handler(signal.SIGTERM):
                 self._init(address)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # of many types, some of them only a timeout
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+            if not address:
+                raise TransientError(f"Ray cannot be started on this machine: {reason}. Run again: {NOTHING_LOST}.") from error
             raise SettingsError(
-                f"Ray at {address or 'this machine'} cannot be used: {str(error).splitlines()[0][:200]}. "
+                f"Ray at {address} cannot be used: {reason}. "
                 "Correct SHOPSPHERE_RAY__ADDRESS, or leave it empty to start Ray here."
             ) from error
         context = ray.data.DataContext.get_current()

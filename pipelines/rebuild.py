@@ -11,7 +11,7 @@ from lakehouse.iceberg.missing_files import find_missing_file, missing_files_err
 from lakehouse.project import Project
 from lakehouse.step import Delta, Grouped, Step
 from pipelines.privacy.suppression import ERASURES
-from pipelines.runner import as_expected_error, recorded, tables_of
+from pipelines.runner import expected_error, recorded, tables_of
 from pipelines.silver.quarantine import QUARANTINE
 
 
@@ -65,7 +65,9 @@ def _recompute(engine: Engine, project: Project, step: Step) -> StepResult:
         return engine.refresh(step, rebuild=True)
     except FileNotFoundError as error:
         tables = [project.tables[name] for name in tables_of(step)]
-        raise as_expected_error(error, engine.lake, tables) from error
+        if (missing := expected_error(error, engine.lake, tables)) is None:
+            raise
+        raise missing from error
 
 
 def bronze_reads(step: Step) -> set[str]:

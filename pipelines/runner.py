@@ -8,10 +8,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
+from polars.exceptions import PanicException
+
 from lakehouse.code_version import code_version
 from lakehouse.engine.engine import Engine
 from lakehouse.engine.step_result import StepResult
-from lakehouse.errors import CatalogUnreachable, SettingsError, ShopSphereError
+from lakehouse.errors import CatalogUnreachable, ShopSphereError
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.missing_files import missing_files_error
 from lakehouse.openlineage import LineageEvents, emit_events
@@ -23,6 +25,7 @@ from lakehouse.step import Step, upstream_names
 from lakehouse.storage import local_warehouse
 from lakehouse.table import Table
 from lakehouse.transient_errors import as_transient_error, is_file_missing
+from lakehouse.unforeseen_errors import unforeseen_error
 from pipelines.privacy.anonymise import Anonymiser, OnArrival
 from pipelines.privacy.suppression import ERASURES, load_suppression
 from pipelines.settings import Settings, business_settings
@@ -95,8 +98,8 @@ def run_once(
 ) -> RunResult:
     """Read the changes of every source, then bring every table up to date.
 
-    A source that cannot be read, a table that cannot be refreshed and a transient error do not stop the others: the result
-    has their errors. Raises SettingsError, and errors that are not expected.
+    A source that cannot be read or a table that cannot be refreshed does not stop the others, whatever the exception: the
+    result has their errors.
 
     stop_requested  checked before each source and table
     history         where the run is recorded; default: a new one
@@ -116,7 +119,7 @@ def run_once(
         try:
             history.record(run, outcome.results, errors)
         except Exception as error:
-            errors.append(as_expected_error(error))
+            errors.append(expected_error(error) or unforeseen_error("operations.runs", error))
     worker_cpu = sum(result.worker_cpu_seconds for result in outcome.results)
     return RunResult(tuple(outcome.results), tuple(errors), time.monotonic() - started, time.process_time() - cpu + worker_cpu)
 
@@ -138,14 +141,11 @@ def _record_failure(
 
 
 def _reason(error: BaseException) -> ShopSphereError:
-    """Return the error to record. The text of an unforeseen error is left out: it may contain values of rows."""
-    if isinstance(error, ShopSphereError):
-        return error
-    if (transient := as_transient_error(error)) is not None:
-        return transient
+    """Return the error to record for an exception that ended a run."""
     if isinstance(error, Exception):
-        return ShopSphereError(
-            f"The run ended early with an unforeseen {type(error).__name__}. Run again with --debug to see the traceback."
+        unforeseen = unforeseen_error("", error)
+        return expected_error(error) or ShopSphereError(
+            f"The run ended early: unforeseen {unforeseen.kind} at {unforeseen.place or 'an unknown place'}.", remedy="debug"
         )
     return ShopSphereError("The run was stopped before its end.")
 
@@ -190,11 +190,11 @@ class _Runner:
         self.on_progress(source.name, None)
         try:
             results = self.engine.ingest(source, self.project.bronze)
-        except Exception as error:
-            expected = self._record_error(error, source.tables)
+        except (Exception, PanicException) as error:
+            recorded_error = self._record_error(source.name, error, source.tables)
             if self.events:
                 self.events.failures += 1
-            _end_phase_without_catalog(expected)
+            _end_phase_without_catalog(recorded_error)
             return
         for result in results:
             self.on_progress(result.table, result)
@@ -207,24 +207,22 @@ class _Runner:
         self.on_progress(name, None)
         try:
             result = self.engine.refresh(step)
-        except Exception as error:
-            expected = self._record_error(error, tables_of(step))
+        except (Exception, PanicException) as error:
+            recorded_error = self._record_error(name, error, tables_of(step))
             if self.events:
-                self.events.fail(name, expected)
-            _end_phase_without_catalog(expected)
+                self.events.fail(name, recorded_error)
+            _end_phase_without_catalog(recorded_error)
             return
         self.on_progress(name, result)
         if self.events:
             self.events.complete(result)
         self.outcome.results.append(result)
 
-    def _record_error(self, error: Exception, tables: Sequence[str]) -> ShopSphereError:
-        """Record an error that the run continues after. Raises SettingsError and unexpected errors again."""
-        if isinstance(error, SettingsError):
-            raise error
-        expected = as_expected_error(error, self.engine.lake, [self.project.tables[name] for name in tables])
-        self.outcome.errors.append(expected)
-        return expected
+    def _record_error(self, name: str, error: BaseException, tables: Sequence[str]) -> ShopSphereError:
+        """Record the error of a source or table; the run continues."""
+        found = expected_error(error, self.engine.lake, [self.project.tables[table] for table in tables])
+        self.outcome.errors.append(found := found or unforeseen_error(name, error))
+        return found
 
 
 def _end_phase_without_catalog(error: ShopSphereError) -> None:
@@ -237,11 +235,10 @@ def tables_of(step: Step) -> tuple[str, ...]:
     return (*sorted(upstream_names(step)), QUARANTINE.name, step.target.name)
 
 
-def as_expected_error(error: Exception, lake: Lake | None = None, tables: Sequence[Table] = ()) -> ShopSphereError:
-    """Return an error that a run can continue after; raises any other one. tables: where a missing file may be."""
+def expected_error(error: BaseException, lake: Lake | None = None, tables: Sequence[Table] = ()) -> ShopSphereError | None:
+    """Return an exception as one of this project's errors; None if nobody expected it. tables: where a missing file may be."""
     found = error if isinstance(error, ShopSphereError) else as_transient_error(error)
     if found is None and lake is not None and is_file_missing(error):
-        found = missing_files_error(lake, tables)
-    if found is None:
-        raise error
+        with suppress(Exception):  # the search for the file meets the same fault
+            return missing_files_error(lake, tables)
     return found

@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
+from contextvars import ContextVar
 from types import FrameType
 
 import typer
@@ -28,6 +30,9 @@ REMEDIES = {
 """The sentence for each ShopSphereError.remedy. `{table}` is the error's table, or its tables."""
 NO_PARTIAL_DATA = "No partial data was committed. Run the command again to continue."
 
+shown_causes: ContextVar[bool] = ContextVar("shown_causes", default=False)
+"""Whether --debug was given."""
+
 
 class Terminated(BaseException):
     """SIGTERM, for example from `ray job stop`. Unwinds the command as Ctrl-C does, so that its servers and Ray are stopped."""
@@ -48,6 +53,7 @@ def exit_code(command: Callable[[], object], *, debug: bool) -> int:
 
     An error becomes one line on standard error and exit code 1. debug: errors are raised instead.
     """
+    shown_causes.set(debug)
     try:
         code = command()
         if code == INTERRUPTED:  # Typer turns KeyboardInterrupt into this code
@@ -66,7 +72,7 @@ def exit_code(command: Callable[[], object], *, debug: bool) -> int:
             raise
         if code := _usage_error(error):
             return code
-        print(f"error: {describe(error)}", file=sys.stderr)
+        report(error)
         return 1
 
 
@@ -77,6 +83,13 @@ def _usage_error(error: Exception) -> int:
         show()
         return code
     return 0
+
+
+def report(error: BaseException) -> None:
+    """Print an error as one line on standard error; with --debug, also the traceback of its cause."""
+    print(f"error: {describe(error)}", file=sys.stderr, flush=True)
+    if shown_causes.get() and error.__cause__ is not None:
+        traceback.print_exception(error.__cause__)
 
 
 def describe(error: BaseException) -> str:

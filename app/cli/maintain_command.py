@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from app.cli.errors import report
 from app.cli.options import Json
 from app.cli.output import Output
 from app.cli.unfinished_erasures import finish_erasures
 from app.project import PROJECT
 from lakehouse.format_bytes import format_bytes
+from lakehouse.unforeseen_errors import unforeseen_error
 from pipelines.settings import load_settings
 
 if TYPE_CHECKING:
@@ -34,26 +36,31 @@ def maintain(
     from lakehouse.iceberg.catalog import Lake
     from lakehouse.iceberg.maintenance import maintain as maintain_table
     from lakehouse.run_history import OPERATIONS, delete_old_days
-    from pipelines.runner import open_engine
+    from pipelines.runner import expected_error, open_engine
 
     given = {"snapshot_retention_hours": snapshot_hours, "orphan_retention_hours": orphan_hours}
     output, settings = Output(json), load_settings(**{name: hours for name, hours in given.items() if hours is not None})
     with open_engine(settings) as engine:
-        erased = finish_erasures(engine, output)
+        erased = finish_erasures(engine, output, keep_going=True)
     lake = Lake(settings)
     chosen = _chosen_tables(lake, tables)
     if any(table.name in OPERATIONS for table in chosen):
         delete_old_days(lake, settings.history_days, datetime.now(UTC))
-    maintained = []
+    maintained, errors = [], []
     with output.progress() as show:
         for number, table in enumerate(chosen):
             show("maintain", number, len(chosen))
-            maintained.append(maintain_table(lake, table, datetime.now(UTC)))
+            try:
+                maintained.append(maintain_table(lake, table, datetime.now(UTC)))
+            except Exception as error:
+                errors.append(expected_error(error, lake, [table]) or unforeseen_error(table.name, error))
     if json:
         output.json([asdict(table) for table in maintained])
     else:
         print_maintained(output, maintained)
-    if not erased:
+    for problem in {str(error): error for error in errors}.values():
+        report(problem)
+    if errors or not erased:
         raise typer.Exit(1)
 
 

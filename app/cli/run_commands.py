@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from app.cli.errors import describe
+from app.cli.errors import report
 from app.cli.options import Json, parse_seconds
 from app.cli.output import Output
 from app.cli.step_report import print_run, print_steps, step_json, step_progress
@@ -25,6 +24,7 @@ from pipelines.settings import load_settings
 
 if TYPE_CHECKING:
     from lakehouse.engine.engine import Engine
+    from lakehouse.run_history import RunHistory
 
 EVERY_HELP = "Run every INTERVAL, for example 30s. SIGTERM finishes the current table and exits; a second SIGTERM exits at once."
 
@@ -67,22 +67,35 @@ def stopped_by_signals(stop: threading.Event) -> Iterator[None]:
 def _run_until(engine: Engine, output: Output, stop: threading.Event, interval: float | None) -> bool:
     """Run once, or every `interval` seconds until `stop` is set. Return whether the last run succeeded."""
     from lakehouse.run_history import RunHistory
-    from pipelines.runner import run_once
 
     history = RunHistory(engine.lake)
-    erased = finish_erasures(engine, output, keep_going=interval is not None)
+    erased = finish_erasures(engine, output, keep_going=True)
     while True:
         started = time.monotonic()
-        with output.progress() as show:
-            result = run_once(engine, PROJECT, step_progress(show), stop.is_set, history)
-        print_run(output, result)
+        try:
+            succeeded = _run(engine, output, stop, history)
+        except Exception as error:
+            if interval is None:
+                raise
+            report(error)  # outside of all sources and tables, such as a full disk under the output; the next run tries again
+            succeeded = False
         if not erased and not stop.is_set():
             # the run may have read the corrected rows that the erasure waits for
-            erased = finish_erasures(engine, output, keep_going=interval is not None)
-        for error in result.errors:
-            print(f"error: {describe(error)}", file=sys.stderr, flush=True)
+            erased = finish_erasures(engine, output, keep_going=True)
         if interval is None or stop.wait(max(0.0, interval - (time.monotonic() - started))):
-            return erased and not result.errors
+            return erased and succeeded
+
+
+def _run(engine: Engine, output: Output, stop: threading.Event, history: RunHistory) -> bool:
+    """Run once and print the results and errors. Return whether everything succeeded."""
+    from pipelines.runner import run_once
+
+    with output.progress() as show:
+        result = run_once(engine, PROJECT, step_progress(show), stop.is_set, history)
+    print_run(output, result)
+    for error in result.errors:
+        report(error)
+    return not result.errors
 
 
 def rebuild(tables: Annotated[list[str], typer.Argument(help="Tables, e.g. gold.sales_daily")], json: Json = False) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from app.cli.errors import describe
+from app.cli.errors import describe, report
 from app.cli.output import Output
-from lakehouse.transient_errors import as_transient_error
+from lakehouse.unforeseen_errors import unforeseen_error
 
 if TYPE_CHECKING:
     from lakehouse.engine.engine import Engine
@@ -17,13 +17,13 @@ def finish_erasures(engine: Engine, output: Output, *, keep_going: bool = False)
     """Finish the erasures that an interrupted `erase` left behind and print their receipts on standard error.
 
     Return False when an erasure cannot be finished yet because rows fail an expectation: only a run can read their
-    correction, so the caller continues. keep_going: return False on a transient error as well instead of raising it.
+    correction, so the caller continues. keep_going: return False on any other error as well instead of raising it.
     """
     from app.cli.erasure_receipt import receipt_lines
     from app.erasure import erasure_context
-    from lakehouse.errors import CatalogUnreachable
     from lakehouse.expectations import ExpectationsFailed
     from pipelines.privacy.erase import finish_pending
+    from pipelines.runner import expected_error
 
     try:
         with output.progress() as show:
@@ -32,10 +32,9 @@ def finish_erasures(engine: Engine, output: Output, *, keep_going: bool = False)
         print(f"error: An erasure is pending and cannot be finished yet. {describe(error)}", file=sys.stderr, flush=True)
         return False
     except Exception as error:
-        transient = error if isinstance(error, CatalogUnreachable) else as_transient_error(error)
-        if not keep_going or transient is None:
+        if not keep_going:
             raise
-        print(f"error: {describe(transient)}", file=sys.stderr, flush=True)
+        report(expected_error(error) or unforeseen_error("A pending erasure", error))
         return False
     for receipt in receipts:
         for line in receipt_lines(receipt):

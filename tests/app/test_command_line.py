@@ -217,6 +217,40 @@ def test_maintain_keeps_every_digest(cli):
     assert statuses == {"unchanged"}
 
 
+def test_maintain_continues_after_a_table_that_cannot_be_maintained(cli, monkeypatch):
+    from lakehouse.iceberg import maintenance
+
+    maintain = maintenance.maintain
+
+    def fail_at_orders(lake, table, now):
+        if table.name == "silver.orders_unified":
+            raise KeyError("north@example.org")
+        return maintain(lake, table, now)
+
+    monkeypatch.setattr(maintenance, "maintain", fail_at_orders)
+    code, out, err = cli("maintain", "--json")
+    assert code == 1
+    assert {"silver.users_scd", "gold.sales_daily"} <= {table["table"] for table in from_json(out)}
+    assert re.fullmatch(r"error: silver\.orders_unified: unforeseen KeyError at \S+:\d+\. .*--debug.*", err.strip())
+    assert "example.org" not in err
+
+
+def test_debug_shows_the_traceback_of_an_isolated_exception(cli, monkeypatch):
+    refresh = Engine.refresh
+
+    def fail_at_orders(self, step, **how):
+        if step.target.name == "silver.orders_unified":
+            raise KeyError("a column")
+        return refresh(self, step, **how)
+
+    monkeypatch.setattr(Engine, "refresh", fail_at_orders)
+    code, out, err = cli("run", "--json", "--debug")
+    assert code == 1
+    assert "silver.users_scd" in {step["table"] for step in from_json(out)["steps"]}
+    assert "Traceback (most recent call last)" in err
+    assert err.strip().endswith("KeyError: 'a column'")
+
+
 def test_broken_rows_are_quarantined_corrected_and_replayed(cli, home):
     settings = load_settings()
     cli("run", "--json")

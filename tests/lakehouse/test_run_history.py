@@ -134,7 +134,7 @@ def test_old_days_are_deleted_and_recent_ones_stay(engine):
 @pytest.mark.parametrize(
     ("error", "message", "code"),
     [
-        (ValueError("north@example.org"), "The run ended early with an unforeseen ValueError.", 1),
+        (ValueError("north@example.org"), "gold.totals: unforeseen ValueError at tests/lakehouse/test_run_history.py:", 1),
         (KeyboardInterrupt(), "The run was stopped before its end.", 130),
     ],
 )
