@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from lakehouse.errors import SettingsError, ShopSphereError, TransientError
+from lakehouse.local_access import UMASK
+from lakehouse.private_directory import private_directory
 from lakehouse.settings import RaySettings
 from lakehouse.transient_errors import NOTHING_LOST, as_transient_error, causes_of
 
@@ -152,6 +154,10 @@ class TaskPool:
             return
         if address is None:
             ray.init(
+                # never the cluster that somebody else has started on this machine
+                address="local",
+                # Ray's default, /tmp/ray, is shared by all users, and each of its directories is open to all of them
+                _temp_dir=str(private_directory() / "ray"),
                 num_cpus=self.settings.cpus or None,
                 include_dashboard=False,
                 log_to_driver=False,
@@ -265,8 +271,9 @@ def _keep_signal_handler(number: signal.Signals) -> Iterator[None]:
 
 @contextlib.contextmanager
 def task_environment() -> Iterator[None]:
-    """Prepare a worker for a task: a working directory that exists, and transient errors raised as such, because an error
-    loses its cause on the way to the driver."""
+    """Prepare a worker for a task: a working directory that exists, files that only this user can read, and transient errors
+    raised as such, because an error loses its cause on the way to the driver."""
+    os.umask(UMASK)
     try:
         os.getcwd()
     except FileNotFoundError:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
 import shutil
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,30 +14,18 @@ import psutil
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lakehouse.errors import SettingsError, ShopSphereError
+from lakehouse.errors import SettingsError
+from lakehouse.local_access import close_to_other_users
 from lakehouse.project import Project
 from pipelines.settings import Settings, business_settings, load_settings
 from serve.application import Application
 from serve.http.keys import Keys
 from serve.http.metrics import MULTIPROCESS_VARIABLE
 from serve.http.router import API_PREFIX
+from serve.node import FAST_PATH, check_address
 from serve.settings import ServeSettings, load_serve_settings
 
 logger = logging.getLogger("shopsphere.serve")
-
-FAST_PATH: Mapping[str, str] = {
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-    # by default the path and query of each request, which may contain personal data, are sent to UDP port 514
-    "RAY_SERVE_HAPROXY_LOG_TARGET": "/dev/null",
-}
-"""Must be in the environment before Ray starts. Ten times as many requests per second; see docs/concepts/serving.md."""
-
-HAPROXY_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
-"""HAProxy's further ports, by default the same for every installation on a machine."""
 
 MAX_ONGOING_REQUESTS = 1_000
 
@@ -48,26 +34,7 @@ def check(serving: ServeSettings) -> None:
     """Check the API keys and that the address is free before serving starts. Raises SettingsError, ShopSphereError."""
     if not serving.loopback and not Keys.read(serving.keys).keys:
         raise _no_keys(serving)
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((serving.host, serving.port))
-        except OSError as error:
-            raise ShopSphereError(
-                f"Cannot listen on {serving.host}:{serving.port} ({error.strerror}). Choose another with --host or --port."
-            ) from None
-
-
-def node_environment() -> dict[str, str]:
-    """Return the environment that Ray needs on a node that serves by itself: FAST_PATH and free ports for HAProxy, so that
-    several installations can serve on one machine."""
-    with contextlib.ExitStack() as probes:
-        ports = []
-        for _ in HAPROXY_PORTS:
-            probe = probes.enter_context(socket.socket())
-            probe.bind(("", 0))
-            ports.append(str(probe.getsockname()[1]))
-    return {**FAST_PATH, **dict(zip(HAPROXY_PORTS, ports, strict=True))}
+    check_address(serving.host, serving.port)
 
 
 def _no_keys(serving: ServeSettings) -> SettingsError:
@@ -134,6 +101,7 @@ class Replica:
 
     def __init__(self, settings: Settings, serving: ServeSettings, keys: Keys, project: Project) -> None:
         """settings, keys: as read on the node that started serving; this node may have neither file."""
+        close_to_other_users(Path(settings.home))
         if directory := os.environ.get(MULTIPROCESS_VARIABLE):
             _remove_metrics_of_dead_processes(Path(directory))
         self.application = Application(settings, serving, business_settings(settings), keys, project=project)

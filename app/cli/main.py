@@ -21,6 +21,8 @@ from app.cli import (
     table_commands,
 )
 from app.cli.errors import exit_code, raise_on_sigterm
+from lakehouse.local_access import close_to_other_users
+from lakehouse.settings import home_directory
 
 typer.core.HAS_RICH = False
 app = typer.Typer(
@@ -56,5 +58,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     raise_on_sigterm()
+    close_to_other_users(home_directory())
     command = partial(app, args=[a for a in arguments if a != "--debug"], prog_name="python -m app", standalone_mode=False)
     return exit_code(command, debug="--debug" in arguments)

@@ -33,15 +33,16 @@ def serve(
     json: Json = False,
 ) -> None:
     """Serve inventory, customers and fraud scores over HTTP until SIGTERM or Ctrl-C."""
-    from serve.deployment import check, clear_metrics, node_environment
+    from lakehouse.private_directory import private_directory
+    from serve.deployment import check, clear_metrics
+    from serve.node import reserved_node
     from serve.settings import load_serve_settings
 
     given = {"host": host or None, "port": port or None, "replicas": replicas or None}
     arguments = {name: value for name, value in given.items() if value is not None}
     serving, settings, output = load_serve_settings(**arguments), load_settings(), Output(json)
+    directory = private_directory()  # stops what a killed instance has left on the port
     check(serving)
-    for name, value in node_environment().items():
-        os.environ.setdefault(name, value)
     clear_metrics(Path(settings.home).absolute())
     stop = threading.Event()
 
@@ -51,7 +52,11 @@ def serve(
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     address = f"http://{serving.host}:{serving.port}"
     try:
-        with _deployed(settings.ray, serving.host, serving.port, arguments):
+        with (
+            reserved_node(directory) as environment,
+            _environment(environment),
+            _deployed(settings.ray, serving.host, serving.port, arguments),
+        ):
             # starting Ray replaces the signal handlers
             for number in previous:
                 signal.signal(number, on_signal)
@@ -63,6 +68,18 @@ def serve(
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables that are not set yet, for the length of the block."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 @contextlib.contextmanager

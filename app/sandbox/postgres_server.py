@@ -14,6 +14,7 @@ import psycopg
 
 from app.sandbox.processes import server_environment
 from lakehouse.errors import SandboxError
+from lakehouse.local_access import let_others_pass
 
 DATABASE = "shopsphere"
 ROLE = "shopsphere"
@@ -64,6 +65,9 @@ def as_server_user(command: list[str]) -> list[str]:
 def prepare_data(directory: Path, password: str, network: bool) -> None:
     """Create the data directory if there is none. network: allow connections from beyond loopback."""
     data = directory / "postgres"
+    if server_user():
+        for passed in (directory, directory.parent):
+            let_others_pass(passed)
     if not (data / "PG_VERSION").exists() or (directory / "postgres.new").exists():
         _create_data(directory, password)
     rules = data / "pg_hba.conf"

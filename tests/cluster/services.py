@@ -19,7 +19,7 @@ from support.mlflow_server import http_server, mlflow_server
 from support.waiting import free_port
 
 from app import sandbox
-from serve.deployment import FAST_PATH
+from serve.node import FAST_PATH
 
 NODE_HOME = "/tmp/shopsphere"
 """SHOPSPHERE_HOME on every node: a directory on its own disk."""
