@@ -12,6 +12,7 @@ from types import FrameType
 
 import typer
 
+from app.cli.output import printable
 from lakehouse.errors import ShopSphereError
 from lakehouse.transient_errors import as_transient_error
 
@@ -87,7 +88,7 @@ def _usage_error(error: Exception) -> int:
 
 def report(error: BaseException) -> None:
     """Print an error as one line on standard error; with --debug, also the traceback of its cause."""
-    print(f"error: {describe(error)}", file=sys.stderr, flush=True)
+    print(f"error: {printable(describe(error))}", file=sys.stderr, flush=True)
     if shown_causes.get() and error.__cause__ is not None:
         traceback.print_exception(error.__cause__)
 

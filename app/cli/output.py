@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from lakehouse.json_values import to_json_value
 
 ShowProgress = Callable[[str, int, int], None]
 """show(label, done, total)."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""C0 and C1 control characters, and those that change the direction of text."""
 
 
 def text(value: Any) -> str:
@@ -35,7 +38,12 @@ def text(value: Any) -> str:
         return f"{value:,f}"
     if isinstance(value, datetime):
         return value.isoformat(sep=" ", timespec="seconds").replace("+00:00", "")
-    return str(to_json_value(value))
+    return printable(str(to_json_value(value)))
+
+
+def printable(line: str) -> str:
+    """Return text with its control characters escaped: in data from outside they could drive the terminal."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), line)
 
 
 @dataclass(frozen=True)

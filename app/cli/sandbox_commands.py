@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +13,9 @@ from app.cli.options import Json
 from app.cli.output import Output
 from lakehouse.settings import home_directory
 from pipelines.settings import load_settings
+
+if TYPE_CHECKING:
+    from app.sandbox.servers import Addresses
 
 
 def start(
@@ -39,7 +43,7 @@ def start(
             host=host,
             progress=show,
         )
-    shown = {**asdict(addresses), "settings": str(home / "shopsphere.toml")}
+    shown = {**_without_password(addresses), "settings": str(home / "shopsphere.toml")}
     if json:
         output.json(shown)
     for name, value in shown.items():
@@ -54,7 +58,7 @@ def step(orders: Annotated[int, typer.Option(help="Number of new orders")] = 200
     with output.progress() as show:
         addresses = sandbox.step(home_directory(), orders, show)
     if json:
-        output.json({"orders": orders, **asdict(addresses)})
+        output.json({"orders": orders, **_without_password(addresses)})
     else:
         output.say(f"{orders:,} more orders. `python -m app run` reads them into the lakehouse.")
 
@@ -68,6 +72,11 @@ def stop(json: Json = False) -> None:
         output.json({"stopped": stopped})
     else:
         output.say(f"Stopped {', '.join(stopped)}." if stopped else "No sandbox was running.")
+
+
+def _without_password(addresses: Addresses) -> dict[str, str]:
+    """Return the addresses to show. The password, which is a superuser's, is in the settings file."""
+    return {name: re.sub(r"(?<=:)[^:@/]+(?=@)", "***", address) for name, address in asdict(addresses).items()}
 
 
 def register(app: typer.Typer) -> None:

@@ -41,10 +41,11 @@ class Connection:
 
     @property
     def command(self) -> str:
-        """The shell command that shows the runs."""
+        """The shell command that shows the runs; it contains no password."""
+        shown = _without_password(self.uri)
         if self.uri.startswith(("http://", "https://")):
-            return f"open {self.uri}"
-        return f"mlflow ui --backend-store-uri {shlex.quote(self.uri)}"
+            return f"open {shown}"
+        return f"mlflow ui --backend-store-uri {shlex.quote(self.uri) if shown == self.uri else '$MLFLOW_TRACKING_URI'}"
 
     @property
     def client(self) -> MlflowClient:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -38,6 +39,8 @@ SUBJECT_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "events": ("event_id",),
 }
 """For each kind of identifier the columns, in any table, by which a row belongs to a person."""
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 CONTACT_TABLES = ("silver.users_scd", "silver.orders_unified")
 CONTACT_COLUMNS = ("email", "email_raw", "phone_number", "phone_raw", "phone")
 
@@ -159,8 +162,14 @@ def _to_csv(rows: pl.DataFrame) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream)
     writer.writerow(rows.columns)
-    writer.writerows([["" if value is None else to_json_value(value) for value in row] for row in rows.iter_rows()])
+    writer.writerows([["" if value is None else _csv_cell(to_json_value(value)) for value in row] for row in rows.iter_rows()])
     return stream.getvalue()
+
+
+def _csv_cell(value: Any) -> Any:
+    """Return a value that a spreadsheet shows as it is: text that it would take for a formula gets an apostrophe in front
+    (OWASP ASVS 5.0, 1.2.10)."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) and not _NUMBER.fullmatch(value) else value
 
 
 def _write(file: Path, text: str) -> None:
