@@ -7,12 +7,12 @@ READY := $(VENV)/.ready
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
-$(READY): requirements.lock
+$(READY): requirements-dev.lock
 	@$(PYTHON) -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info[:2] < (3, 14)))' || \
 		{ echo "error: $(PYTHON) is not Python 3.11 to 3.13. Name one that is: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip sync --quiet --compile-bytecode --python $(BIN)/python requirements.lock
+	$(BIN)/uv pip sync --quiet --compile-bytecode --require-hashes --python $(BIN)/python requirements-dev.lock
 	@$(BIN)/python -m pip --version > /dev/null
 	@touch $@
 
@@ -74,10 +74,16 @@ bench: $(READY) ## Cost of an incremental change against a full build; training 
 bench-serve: $(READY) ## Serving compared with a bare server and MLflow's server; needs wrk
 	@$(BIN)/python bench/serving.py
 
-lock: ## Update the pinned packages in requirements.lock
-	$(BIN)/uv pip compile --quiet --universal --no-header --no-emit-index-url --no-annotate --group dev pyproject.toml -o requirements.lock
+# requirements.lock is what nodes and images install; requirements-dev.lock adds what the tests need.
+LOCK := $(BIN)/uv pip compile --quiet --universal --no-header --no-emit-index-url --no-annotate --generate-hashes pyproject.toml
+lock: ## Update the pinned packages in requirements.lock and requirements-dev.lock
+	$(LOCK) --group dev -o requirements-dev.lock
+	$(LOCK) --constraints requirements-dev.lock -o requirements.lock
+
+audit: $(READY) ## Known vulnerabilities of the pinned packages; needs pypi.org
+	$(BIN)/uv tool run pip-audit==2.10.1 --disable-pip --require-hashes -r requirements-dev.lock
 
 clean: ## Remove the virtual environment and all local state
 	rm -rf $(VENV) .shopsphere build
 
-.PHONY: help setup demo test test-slow test-servers test-cluster test-faults test-all lint docs bench bench-serve lock clean
+.PHONY: help setup demo test test-slow test-servers test-cluster test-faults test-all lint docs bench bench-serve lock audit clean

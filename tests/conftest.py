@@ -32,7 +32,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Fail when pytest-xdist ignores the groups, as some versions of pytest make it do: each process would set up everything."""
     grouped = [item for item in session.items if item.get_closest_marker("xdist_group")]
     if getattr(session.config.option, "loadgroup", False) and not all("@" in item.nodeid for item in grouped):
-        raise pytest.UsageError("pytest-xdist ignores xdist_group: use the versions in requirements.lock.")
+        raise pytest.UsageError("pytest-xdist ignores xdist_group: use the versions in requirements-dev.lock.")
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from serve.node import FAST_PATH
 
 ROOT = Path(__file__).resolve().parents[2]
 KUBERAY = sorted((ROOT / "deploy" / "kuberay").glob("*.yaml"))
+NETWORK_POLICY = ROOT / "deploy" / "kuberay" / "network-policy.yaml"
 OPERATOR = "github.com/ray-project/kuberay/ray-operator@v1.6.1"
 PACKAGE_BYTES = 3_000_000
 PACKAGES = ("app", "serve", "ml", "pipelines", "lakehouse")
@@ -68,6 +69,51 @@ def test_kuberay_serving_nodes_have_the_fast_path() -> None:
     for name, value in FAST_PATH.items():
         quoted = "$'" + value.replace("\n", "\\n") + "'" if "\n" in value else value
         assert f"{name}={quoted}" in commented
+
+
+def test_pods_have_no_privileges_and_their_ports_are_closed_to_other_pods() -> None:
+    def containers(value: Any) -> Iterator[dict[str, Any]]:
+        if isinstance(value, dict):
+            yield from value.get("containers", ())
+            for inner in value.values():
+                yield from containers(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                yield from containers(inner)
+
+    for file in KUBERAY:
+        for container in containers(loaded(file)):
+            rights = container["securityContext"]
+            assert rights["runAsNonRoot"], file.name
+            assert not rights["allowPrivilegeEscalation"], file.name
+            assert rights["capabilities"] == {"drop": ["ALL"]}, file.name
+    spec = loaded(NETWORK_POLICY)["spec"]
+    own = {"podSelector": spec["podSelector"]}
+    unrestricted = [rule for rule in spec["ingress"] if "ports" not in rule]
+    assert own in unrestricted[0]["from"]
+    assert [rule["ports"] for rule in spec["ingress"] if "ports" in rule] == [[{"port": 8000, "protocol": "TCP"}]]
+    assert all(rule["from"] for rule in spec["ingress"])
+
+
+def test_every_pinned_package_has_hashes() -> None:
+    runtime, development = (locked(ROOT / f"requirements{suffix}.lock") for suffix in ("", "-dev"))
+    assert runtime.items() <= development.items()
+    assert all(runtime.values())
+    assert all(development.values())
+    assert not {name for name in runtime if name.startswith(("pytest", "moto", "hypothesis", "mypy", "ruff"))}
+
+
+def locked(file: Path) -> dict[str, tuple[str, ...]]:
+    """Return the hashes of each pinned package in a lock file."""
+    found: dict[str, list[str]] = {}
+    name = ""
+    for line in file.read_text().splitlines():
+        if not line.startswith(" "):
+            name = line.rstrip(" \\")
+            found[name] = []
+        elif digest := re.match(r" +--hash=(\S+)", line):
+            found[name].append(digest[1])
+    return {name: tuple(hashes) for name, hashes in found.items()}
 
 
 def test_serve_accepts_both_files() -> None:
@@ -168,7 +214,7 @@ def whole(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("file", KUBERAY, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", [file for file in KUBERAY if file != NETWORK_POLICY], ids=lambda file: file.name)
 def test_kuberay_accepts_the_manifests(file: Path, definitions: dict[str, dict[str, Any]]) -> None:
     manifest = loaded(file)
     schema = whole(definitions[manifest["kind"]])
