@@ -109,8 +109,8 @@ def locked(file: Path) -> dict[str, tuple[str, ...]]:
     name = ""
     for line in file.read_text().splitlines():
         if not line.startswith(" "):
-            name = line.rstrip(" \\")
-            found[name] = []
+            name = line.split(" ")[0]  # without markers
+            found.setdefault(name, [])
         elif digest := re.match(r" +--hash=(\S+)", line):
             found[name].append(digest[1])
     return {name: tuple(hashes) for name, hashes in found.items()}
