@@ -13,6 +13,7 @@ import pyarrow as pa
 from pyiceberg.io import FileIO
 from pyiceberg.typedef import Record
 
+from lakehouse.iceberg.column_mapping import ColumnMapping
 from lakehouse.iceberg.schema import polars_schema
 from lakehouse.table import DELETED, Table
 
@@ -34,10 +35,14 @@ class File:
 
 @dataclass(frozen=True)
 class FileReader:
-    """Reads data files of one table in any process. Picklable; holds no connection."""
+    """Reads data files of one table in any process. Picklable; holds no connection.
+
+    mapping  None if all files have the columns under their current names
+    """
 
     io: FileIO
     schema: pa.Schema
+    mapping: ColumnMapping | None = None
 
     def _source(self, path: str) -> Any:
         if path.startswith("file:") or path.startswith("/"):
@@ -91,19 +96,18 @@ class FileReader:
 
     def _scan(self, file: File, columns: Sequence[str]) -> pl.LazyFrame:
         """Scan `_pos` and the given columns of a file, each with the type that the table has now."""
-        lazy = pl.scan_parquet(self._source(file.path), row_index_name=POS, glob=False)
+        source = self._source(file.path)
+        lazy = pl.scan_parquet(source, row_index_name=POS, glob=False)
         present = lazy.collect_schema()
-        return lazy.select(
-            pl.col(POS),
-            *(
-                pl.col(name)
-                if name in present and present[name] == self._types[name]
-                else pl.col(name).cast(self._types[name])
-                if name in present
-                else pl.lit(None, dtype=self._types[name]).alias(name)
-                for name in columns
-            ),
-        )
+        stored = self.mapping.names_in(source) if self.mapping else {name: name for name in columns if name in present}
+        return lazy.select(pl.col(POS), *(self._column(name, stored.get(name), present) for name in columns))
+
+    def _column(self, name: str, stored: str | None, present: pl.Schema) -> pl.Expr:
+        """Return a column of a file with its current name and type. stored: its name in the file; None if that lacks it."""
+        if stored is None:
+            return pl.lit(None, dtype=self._types[name]).alias(name)
+        column = pl.col(stored) if stored == name else pl.col(stored).alias(name)
+        return column if present[stored] == self._types[name] else column.cast(self._types[name])
 
     def read_at(self, files: Sequence[File], columns: Sequence[str], locations: pl.DataFrame) -> pl.DataFrame:
         """Return the rows at the given locations (`_file`, `_pos`), with their locations."""

@@ -39,6 +39,7 @@ from pyiceberg.table.update import (
 from pyiceberg.types import DateType, TimestamptzType
 
 from lakehouse.errors import CommitConflict, SchemaConflict
+from lakehouse.iceberg.column_mapping import column_mapping
 from lakehouse.iceberg.errors import committing
 from lakehouse.iceberg.reader import File, FileReader, live_rows
 from lakehouse.iceberg.row_delta import RowDelta
@@ -174,7 +175,7 @@ class TableHandle:
     @property
     def reader(self) -> FileReader:
         """A picklable reader of this table's files."""
-        return FileReader(self.iceberg_table.io, self.arrow_schema)
+        return FileReader(self.iceberg_table.io, self.arrow_schema, column_mapping(self.metadata))
 
     @property
     def writer(self) -> FileWriter:
