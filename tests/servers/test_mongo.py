@@ -14,7 +14,7 @@ from bson import Binary, Decimal128, Int64, ObjectId, json_util
 from servers.mongo_servers import FerretDB, MongoWire
 from support.bronze_reading import Reader, live_rows_by_key
 
-from lakehouse.errors import SourceError
+from lakehouse.errors import OffsetExpired, SourceError
 from lakehouse.source import restart_position
 from pipelines.bronze.tables import MARKETPLACE_ORDERS
 from pipelines.settings import MongoSettings
@@ -116,6 +116,28 @@ def test_a_delete_is_found_by_a_resnapshot(market: Market) -> None:
     market.add(10)
     market.reader.run()
     assert market.bronze_documents() == market.source_documents()
+
+
+def test_a_collection_that_was_replaced_by_a_rename_is_an_error_until_it_is_rebuilt(ferretdb: FerretDB) -> None:
+    market = Market(ferretdb)
+    market.add(8, 9)
+    market.reader.run()
+    before = market.reader.positions[TABLE]["collection"]
+    replacement = market.client[market.settings.database].replacement
+    replacement.insert_one({"mp_order_id": "O1", "updated_at": START})  # older than the watermark
+    market.collection.drop()
+    replacement.rename(market.collection.name)
+    with pytest.raises(
+        OffsetExpired, match=rf"marketplace_orders' is not the one that was read: .*{before} .*app rebuild {TABLE}"
+    ):
+        market.reader.plan()
+    market.reader.positions = {TABLE: restart_position(market.reader.positions[TABLE])}  # type: ignore[dict-item]
+    market.reader.run()
+    assert market.bronze_documents() == market.source_documents()
+    assert market.reader.positions[TABLE]["collection"] != before
+    assert not market.reader.plan().tasks
+    market.client.drop_database(market.settings.database)
+    market.client.close()
 
 
 def test_required_but_missing_change_streams_are_an_error(market: Market) -> None:

@@ -39,12 +39,16 @@ CHANGES_PER_BATCH = 1000
 
 @dataclass(frozen=True)
 class ChangeStreamTask:
-    """Reads the change stream from a resume token until it is quiet, or past `upto`, its end when the task was planned."""
+    """Reads the change stream from a resume token until it is quiet, or past `upto`, its end when the task was planned.
+
+    collection  UUID of the collection that was read so far, if the server reports it
+    """
 
     settings: MongoSettings = field(repr=False)
     token: ResumeToken
     upto: str
     epoch: int = 0
+    collection: str | None = None
 
     def read(self) -> Iterator[Rows | Reached]:
         """Give the changes in batches, then the position reached."""
@@ -54,7 +58,7 @@ class ChangeStreamTask:
             rows = _looked_up_rows(collection, changes, self.epoch) if opened.emulated else _change_rows(changes, self.epoch)
             for batch in row_batches(rows):
                 yield Rows(TABLE, bronze_table(batch))
-        yield Reached(TABLE, stream_position(reached[0], self.epoch))
+        yield Reached(TABLE, stream_position(reached[0], self.epoch, self.collection))
 
     def _changes(self, stream: CollectionChangeStream[Document], reached: list[ResumeToken]) -> Iterator[Document]:
         """Give the changes; the only item of `reached` is kept at the token of the last one."""

@@ -1,9 +1,10 @@
 """Resume tokens of change streams, and the positions that store them.
 
-    {"mode": "change_stream", "token": '{"_data": "8265..."}', "at": 1764115200, "generation": 1}
+    {"mode": "change_stream", "token": '{"_data": "8265..."}', "at": 1764115200, "collection": "0b1e...", "generation": 1}
 
 token       the token as Extended JSON text
 at          when the token was taken, in seconds since 1970
+collection  see `collection_id`
 generation  the epoch, see `pipelines.sources.epochs`; missing in epoch 0
 """
 
@@ -20,6 +21,7 @@ from pymongo.errors import OperationFailure
 
 from lakehouse.errors import SourceError
 from lakehouse.source import EPOCH, Position
+from pipelines.sources.mongo.collection_id import collection_entry
 from pipelines.sources.mongo.connection import Document
 from pipelines.sources.mongo.documents import JSON_OPTIONS
 
@@ -31,10 +33,10 @@ UNSUPPORTED_ERRORS = frozenset({40573, 40324, 59, 115, 303, 238})
 ResumeToken = Mapping[str, Any]
 
 
-def stream_position(token: ResumeToken, epoch: int) -> dict[str, Any]:
-    """Return a resume token as a stored position."""
+def stream_position(token: ResumeToken, epoch: int, collection: str | None) -> dict[str, Any]:
+    """Return a resume token as a stored position. collection: its UUID, if the server reports it."""
     text = json_util.dumps(token, json_options=JSON_OPTIONS)
-    position = {"mode": "change_stream", "token": text, "at": int(time.time())}
+    position = {"mode": "change_stream", "token": text, "at": int(time.time()), **collection_entry(collection)}
     return position | ({EPOCH: epoch} if epoch else {})
 
 

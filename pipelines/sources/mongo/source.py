@@ -20,6 +20,7 @@ from lakehouse.source import EPOCH, Plan, Position, Task, epoch, is_resnapshot
 from pipelines.settings import MongoSettings
 from pipelines.sources.epochs import EpochMarkerTask
 from pipelines.sources.mongo.change_stream import MAX_COUNTED_CHANGES, ChangeStreamTask, pending_changes
+from pipelines.sources.mongo.collection_id import COLLECTION_ID, check_collection_id, collection_entry, collection_id
 from pipelines.sources.mongo.connection import Document, open_collection
 from pipelines.sources.mongo.documents import SCHEMA, TABLE
 from pipelines.sources.mongo.initial_read import IdRangeTask, id_range_bounds
@@ -52,20 +53,24 @@ class MongoSource:
                     f"MongoDB: {TABLE} was read in mode '{mode}', but mongo.mode is '{self.settings.mode}'. Set mongo.mode back "
                     f"to '{mode}' or 'auto', or re-snapshot the table: python -m app rebuild {TABLE}"
                 )
+            found = collection_id(collection)
+            check_collection_id(collection, position, found)
+            identity = position.get(COLLECTION_ID, found)
             if mode == "watermark":
                 pending = count_after_watermark(collection, position)
-                task: Task = WatermarkTask(self.settings, position)
+                task: Task = WatermarkTask(self.settings, {**position, **collection_entry(identity)})
             else:
                 pending, upto = pending_changes(collection, position_token(position))
-                task = ChangeStreamTask(self.settings, position_token(position), upto, epoch(position))
+                task = ChangeStreamTask(self.settings, position_token(position), upto, epoch(position), identity)
         is_current = mode == "watermark" or time.time() - float(position.get("at", 0)) < TOKEN_SECONDS
-        if pending == 0 and is_current:
+        if pending == 0 and is_current and identity == position.get(COLLECTION_ID):
             return Plan()
         return Plan(tasks=(task,), schemas={TABLE: SCHEMA}, rows=None if pending >= MAX_COUNTED_CHANGES else pending)
 
     def _plan_initial_read(self, collection: Collection[Document], epoch_number: int) -> Plan:
         """Plan to read the whole collection in the given epoch."""
-        token = None
+        # asked first, so that a collection that is replaced meanwhile is noticed by the next plan
+        token, identity = None, collection_id(collection)
         if self.settings.mode != "watermark":
             token = current_token(collection, required=self.settings.mode == "change_stream")
         count = collection.estimated_document_count()
@@ -74,7 +79,7 @@ class MongoSource:
             return Plan()
         marker = (EpochMarkerTask(TABLE, SCHEMA, epoch_number, moment),) if epoch_number else ()
         if token is None:
-            task = WatermarkTask(self.settings, {EPOCH: epoch_number})
+            task = WatermarkTask(self.settings, {EPOCH: epoch_number, **collection_entry(identity)})
             return Plan(tasks=(*marker, task), schemas={TABLE: SCHEMA}, rows=count)
         bounds = id_range_bounds(collection, count, self.documents_per_task)
         documents = tuple(
@@ -84,7 +89,7 @@ class MongoSource:
         return Plan(
             tasks=(*marker, *documents),
             schemas={TABLE: SCHEMA},
-            positions={TABLE: stream_position(token, epoch_number)},
+            positions={TABLE: stream_position(token, epoch_number, identity)},
             rows=count,
         )
 

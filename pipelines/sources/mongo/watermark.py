@@ -29,6 +29,7 @@ from pipelines.bronze.tables import MILLISECONDS
 from pipelines.settings import MongoSettings
 from pipelines.sources.epochs import epoch_prefix
 from pipelines.sources.mongo.change_stream import MAX_COUNTED_CHANGES
+from pipelines.sources.mongo.collection_id import COLLECTION_ID, collection_entry
 from pipelines.sources.mongo.connection import CODEC, Document, open_collection
 from pipelines.sources.mongo.documents import (
     BATCH_DOCUMENTS,
@@ -65,7 +66,8 @@ class WatermarkTask:
             documents = collection.find(query, batch_size=BATCH_DOCUMENTS)
             for batch in row_batches(self._rows(documents, reached, reads, moment)):
                 yield Rows(TABLE, bronze_table(batch))
-        yield Reached(TABLE, reached.to_position() | {READS: reads} | ({EPOCH: epoch_number} if epoch_number else {}))
+        kept = {EPOCH: epoch_number} if epoch_number else {}
+        yield Reached(TABLE, reached.to_position() | {READS: reads} | kept | collection_entry(self.position.get(COLLECTION_ID)))
 
     def _rows(self, documents: Iterable[Document], reached: Watermark, reads: int, moment: int) -> Iterator[DocumentRow]:
         """Give the rows of new documents and advance `reached` past them.
