@@ -18,7 +18,7 @@ from pyiceberg.table import Table as IcebergTable
 from lakehouse.errors import SettingsError, ShopSphereError, TableNotFound
 from lakehouse.iceberg.errors import catalog_errors
 from lakehouse.iceberg.file_io import NonEmptyFileIO
-from lakehouse.iceberg.schema import can_evolve, declared_types, iceberg_schema, partition_spec
+from lakehouse.iceberg.schema import can_evolve, declared_types, iceberg_schema, partition_spec, table_comment
 from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.settings import LakeSettings
 from lakehouse.table import Table
@@ -118,7 +118,7 @@ class Lake:
                 table.name,
                 schema,
                 partition_spec=partition_spec(table, schema),
-                properties={**TABLE_PROPERTIES, "comment": table.doc, "owner": table.owner},
+                properties={**TABLE_PROPERTIES, "comment": table_comment(table), "owner": table.owner},
             )
         except TableAlreadyExistsError:
             iceberg_table = _of_supported_version(catalog.load_table(table.name))

@@ -40,9 +40,16 @@ def stored_columns(table: Table) -> list[StoredColumn]:
     if table.key:
         engine.append(StoredColumn(GROUP_HASH, pa.int32(), "Hash of the row's group, for look-ups", False))
     if table.keeps_tombstones:
-        doc = "True where the row is a tombstone: deleted, kept until every downstream table has read the deletion"
+        doc = f"True where the row is a tombstone: deleted, but kept for downstream tables. Read with WHERE NOT {DELETED}"
         engine.append(StoredColumn(DELETED, pa.bool_(), doc, False))
     return [StoredColumn(c.name, c.type, c.doc, c.required) for c in table.columns] + engine
+
+
+def table_comment(table: Table) -> str:
+    """Return the comment of a table as it is stored, which warns other engines of rows that only look live."""
+    if not table.keeps_tombstones:
+        return table.doc
+    return f"{table.doc} Contains deleted rows (tombstones): read it with WHERE NOT {DELETED}."
 
 
 @cache

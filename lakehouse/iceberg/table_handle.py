@@ -43,7 +43,7 @@ from lakehouse.iceberg.column_mapping import column_mapping
 from lakehouse.iceberg.errors import committing
 from lakehouse.iceberg.reader import File, FileReader, live_rows
 from lakehouse.iceberg.row_delta import RowDelta
-from lakehouse.iceberg.schema import arrow_schema, is_compatible, promoted_type, stored_columns
+from lakehouse.iceberg.schema import arrow_schema, is_compatible, promoted_type, stored_columns, table_comment
 from lakehouse.iceberg.snapshot_properties import (
     COPIED,
     COPIED_SEQUENCE,
@@ -237,7 +237,7 @@ class TableHandle:
     def update_documentation(self) -> None:
         """Prepare the comments, owner and identifier of the declaration; committed with the data."""
         schema, table = self.metadata.schema(), self.table
-        declared = {"comment": table.doc, "owner": table.owner}
+        declared = {"comment": table_comment(table), "owner": table.owner}
         docs = [
             (column.name, column.doc)
             for column in stored_columns(table)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import duckdb
 import polars as pl
 import pyarrow as pa
 import pytest
@@ -18,7 +20,7 @@ from pyiceberg.table.update import (
     TableUpdate,
 )
 from pyiceberg.transforms import IdentityTransform
-from support.sales_lake import SALES_RECEIVED, SALES_STEP, TOTALS, TOTALS_STEP, receive, sales_engine
+from support.sales_lake import SALES, SALES_RECEIVED, SALES_STEP, TOTALS, TOTALS_STEP, receive, sales_engine
 
 from lakehouse.engine.engine import Engine
 from lakehouse.errors import ShopSphereError
@@ -307,6 +309,20 @@ def test_deletes_of_an_earlier_partition_spec_go_to_its_manifest(engine: Engine)
         assert len(entry.data_file.partition) == len(specs[manifest.partition_spec_id].fields)
     assert {manifest.partition_spec_id for manifest in written} == {0, 1}
     assert sorted(after.iceberg_table.scan().to_arrow()["id"].to_pylist()) == [2, 4]
+
+
+def test_another_engine_is_told_how_to_leave_the_tombstones_of_silver_out(engine: Engine) -> None:
+    receive(engine, (1, "north", 10), (2, "north", 20))
+    run(engine)
+    receive(engine, (2, "north", 20), position="2", op="d")
+    run(engine)
+    silver = engine.lake.load(SALES).iceberg_table
+    assert silver.scan().to_arrow().num_rows == 2
+    (condition,) = re.findall(r"WHERE (NOT _deleted)", silver.properties["comment"])
+    assert f"WHERE {condition}" in silver.schema().find_field("_deleted").doc
+    rows = duckdb.from_arrow(silver.scan().to_arrow())
+    assert rows.filter(condition).project("id").fetchall() == [(1,)]
+    assert "WHERE" not in engine.lake.load(TOTALS).iceberg_table.properties["comment"]
 
 
 def test_a_table_of_another_format_version_is_refused(engine: Engine) -> None:
