@@ -47,6 +47,9 @@ build/engines/.ready: pyproject.toml
 test-servers: $(READY) build/iceberg-rest/.ready build/iceberg-spark/.ready build/engines/.ready ## Tests against genuine servers, catalogs and engines; needs Java 17, Maven and Go
 	@$(BIN)/python -m pytest -m servers -n 2 --dist loadfile --durations 10 tests/servers
 
+test-commits: $(READY) ## The commit protocol: writers interrupted between any two steps; COMMIT_SCHEDULES (10000) random schedules
+	@COMMIT_SCHEDULES=$${COMMIT_SCHEDULES:-10000} $(BIN)/python -m pytest -m "slow or not slow" tests/lakehouse/test_commit_model.py
+
 test-cluster: $(READY) ## Ray jobs on several nodes, nodes killed; 200 faults in a run of 200,000 orders; needs root, Go and Java 17
 	@$(BIN)/python -m pytest -m "cluster or faults" --durations 10 tests/cluster tests/app/test_deploy.py
 
@@ -86,4 +89,4 @@ audit: $(READY) ## Known vulnerabilities of the pinned packages; needs pypi.org
 clean: ## Remove the virtual environment and all local state
 	rm -rf $(VENV) .shopsphere build
 
-.PHONY: help setup demo test test-slow test-servers test-cluster test-faults test-all lint docs bench bench-serve lock audit clean
+.PHONY: help setup demo test test-slow test-servers test-commits test-cluster test-faults test-all lint docs bench bench-serve lock audit clean
