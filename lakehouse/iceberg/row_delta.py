@@ -30,7 +30,7 @@ from pyiceberg.table.update import AssertRefSnapshotId, RemoveSnapshotsUpdate, U
 from pyiceberg.table.update.snapshot import _ManifestMergeManager, _SnapshotProducer
 from pyiceberg.utils.properties import property_as_bool, property_as_int
 
-from lakehouse.iceberg.staging import is_only_staged, staged_snapshot
+from lakehouse.iceberg.staging import is_only_staged, keep_retention, staged_snapshot
 
 if TYPE_CHECKING:
     from pyiceberg.io import FileIO
@@ -82,9 +82,9 @@ class RowDelta(_SnapshotProducer["RowDelta"]):
 
     def _commit(self) -> UpdatesAndRequirements:
         updates, requirements = super()._commit()
-        if self._target_branch == MAIN_BRANCH:
-            return updates, requirements
         metadata = self._transaction.table_metadata
+        if self._target_branch == MAIN_BRANCH:
+            return tuple(keep_retention(metadata, update) for update in updates), requirements
         staged = staged_snapshot(metadata)
         remove_staged = (
             (RemoveSnapshotsUpdate(snapshot_ids=[staged.snapshot_id]),) if staged and is_only_staged(metadata, staged) else ()

@@ -1,11 +1,11 @@
-"""The staged snapshot of a table, told apart from branches that other engines create and move."""
+"""The staged snapshot of a table, told apart from branches that other engines create and move, and the retention of branches."""
 
 from __future__ import annotations
 
 from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.table.refs import SnapshotRefType
 from pyiceberg.table.snapshots import Snapshot, ancestors_of
-from pyiceberg.table.update import RemoveSnapshotRefUpdate, RemoveSnapshotsUpdate, TableUpdate
+from pyiceberg.table.update import RemoveSnapshotRefUpdate, RemoveSnapshotsUpdate, SetSnapshotRefUpdate, TableUpdate
 
 from lakehouse.iceberg.snapshot_properties import POSITIONS
 
@@ -27,6 +27,14 @@ def is_only_staged(metadata: TableMetadata, staged: Snapshot) -> bool:
     """Return whether no other branch or tag has the staged snapshot in its history."""
     heads = (metadata.snapshot_by_id(ref.snapshot_id) for name, ref in metadata.refs.items() if name != AUDIT_BRANCH)
     return all(ancestor.snapshot_id != staged.snapshot_id for head in heads for ancestor in ancestors_of(head, metadata))
+
+
+def keep_retention(metadata: TableMetadata, update: TableUpdate) -> TableUpdate:
+    """Return an update that moves a branch with the retention that the branch has, which PyIceberg's own update resets."""
+    if not isinstance(update, SetSnapshotRefUpdate) or (ref := metadata.refs.get(update.ref_name)) is None:
+        return update
+    retention = {name: getattr(ref, name) for name in ("max_ref_age_ms", "max_snapshot_age_ms", "min_snapshots_to_keep")}
+    return update.model_copy(update=retention)
 
 
 def discard_update(metadata: TableMetadata, staged: Snapshot) -> TableUpdate:

@@ -53,7 +53,7 @@ from lakehouse.iceberg.snapshot_properties import (
     ROWS,
     VIOLATIONS,
 )
-from lakehouse.iceberg.staging import AUDIT_BRANCH, discard_update, is_only_staged, staged_snapshot
+from lakehouse.iceberg.staging import AUDIT_BRANCH, discard_update, is_only_staged, keep_retention, staged_snapshot
 from lakehouse.iceberg.writer import FileWriter
 from lakehouse.table import SEQUENCE, Table
 
@@ -352,18 +352,14 @@ class TableHandle:
             )
         summary = staged.summary.additional_properties if staged.summary else {}
         copied, obsolete = self._copies(summary, staged.sequence_number or 0)
+        move_main = SetSnapshotRefUpdate.model_validate(
+            {"ref-name": MAIN_BRANCH, "type": SnapshotRefType.BRANCH, "snapshot-id": staged.snapshot_id}
+        )
         self._update(
             (
                 SetPropertiesUpdate(updates=copied),
                 *((RemovePropertiesUpdate(removals=obsolete),) if obsolete else ()),
-                SetSnapshotRefUpdate(
-                    ref_name=MAIN_BRANCH,
-                    type=SnapshotRefType.BRANCH,
-                    snapshot_id=staged.snapshot_id,
-                    max_ref_age_ms=None,
-                    max_snapshot_age_ms=None,
-                    min_snapshots_to_keep=None,
-                ),
+                keep_retention(self.iceberg_table.metadata, move_main),
                 RemoveSnapshotRefUpdate(ref_name=AUDIT_BRANCH),
             ),
             (MAIN_BRANCH, AUDIT_BRANCH),

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 from pyiceberg.exceptions import CommitFailedException, ServerError
 from pyiceberg.table.snapshots import Operation
+from pyiceberg.table.update import SetSnapshotRefUpdate
 from support.engines import make_engine
 
 from lakehouse.engine.step_result import StepResult
@@ -200,6 +201,28 @@ def test_a_rollback_of_another_engine_takes_the_positions_back(lake: Lake) -> No
     old = [one.snapshot_id for one in table.metadata.snapshots if one.snapshot_id != foreign]
     table.maintenance.expire_snapshots().by_ids(old).commit()
     assert lake.load(TABLE).positions == {}  # those of the table's properties are past its rows
+
+
+def retention(lake: Lake, branch: str = "main") -> tuple[int | None, int | None]:
+    ref = lake.load(TABLE).metadata.refs[branch]
+    return ref.min_snapshots_to_keep, ref.max_snapshot_age_ms
+
+
+def test_commits_keep_the_retention_of_main(lake: Lake) -> None:
+    append(lake.load(TABLE), 1)
+    table = lake.load(TABLE).iceberg_table
+    head = table.current_snapshot().snapshot_id
+    update = SetSnapshotRefUpdate(
+        ref_name="main", type="branch", snapshot_id=head, min_snapshots_to_keep=5, max_snapshot_age_ms=86_400_000
+    )
+    table.catalog.commit_table(table, (), (update,))
+    append(lake.load(TABLE), 2)
+    assert retention(lake) == (5, 86_400_000)
+    append(lake.load(TABLE), 3, branch=AUDIT_BRANCH)
+    assert retention(lake, AUDIT_BRANCH) == (None, None)
+    lake.load(TABLE).publish()
+    assert retention(lake) == (5, 86_400_000)
+    assert stored_ids(lake) == [1, 2, 3]
 
 
 @dataclass(frozen=True)
