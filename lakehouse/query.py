@@ -53,8 +53,18 @@ def resolve_snapshot(handle: TableHandle, reference: TableReference) -> int | No
         raise QueryError(f"'{as_of.value}' is not a time. Expected a time such as '2026-01-31 12:00:00' (UTC).") from None
     limit = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000
     if (snapshot_id := handle.snapshot_id_at(limit)) is None:
-        raise QueryError(f"{reference.name} has no snapshot at or before {as_of.value}.")
+        raise QueryError(
+            f"{reference.name} has no snapshot at or before {as_of.value}, or it has expired. "
+            f"The oldest that is left is of {_oldest_time(handle)}."
+        )
     return snapshot_id
+
+
+def _oldest_time(handle: TableHandle) -> str:
+    """Return the earliest time of which a snapshot is left."""
+    log = handle.iceberg_table.metadata.snapshot_log
+    times = [entry.timestamp_ms for entry in log if handle.snapshot_id_at(entry.timestamp_ms) is not None]
+    return datetime.fromtimestamp(times[0] / 1000, UTC).isoformat(" ", "milliseconds") if times else "none"
 
 
 def _snapshot_of_version(handle: TableHandle, name: str, version: str) -> int:

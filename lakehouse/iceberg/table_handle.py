@@ -23,7 +23,7 @@ from pyiceberg.table import Table as IcebergTable
 from pyiceberg.table import Transaction
 from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.table.refs import MAIN_BRANCH, SnapshotRef, SnapshotRefType
-from pyiceberg.table.snapshots import Snapshot
+from pyiceberg.table.snapshots import Snapshot, ancestors_of
 from pyiceberg.table.update import (
     AssertRefSnapshotId,
     AssertTableUUID,
@@ -157,10 +157,24 @@ class TableHandle:
         """Return the id of the snapshot that was current at a time, or None if there was none or it has expired.
 
         The snapshot log counts, not when a snapshot was committed: it may have been staged, on a branch, or rolled back.
+        PyIceberg removes expired snapshots from the log, so the one before the time may not be the one that was current.
         """
+        log = self.iceberg_table.metadata.snapshot_log
+        count = next((n for n in range(len(log), 0, -1) if log[n - 1].timestamp_ms <= timestamp_ms), 0)
+        if count == 0 or (count < len(log) and not self._follows(log[count].snapshot_id, log[count - 1].snapshot_id)):
+            return None
+        found = log[count - 1].snapshot_id
+        return found if self.iceberg_table.metadata.snapshot_by_id(found) else None
+
+    def _follows(self, later: int, earlier: int) -> bool:
+        """Return whether one snapshot continues the other, or is a rollback to it, without an expired one in between."""
         metadata = self.iceberg_table.metadata
-        current = next((entry for entry in reversed(metadata.snapshot_log) if entry.timestamp_ms <= timestamp_ms), None)
-        return current.snapshot_id if current and metadata.snapshot_by_id(current.snapshot_id) else None
+        if later == earlier:
+            return False  # a rollback, whose snapshots in between have expired
+        for start, end in ((later, earlier), (earlier, later)):
+            if any(ancestor.snapshot_id == end for ancestor in ancestors_of(metadata.snapshot_by_id(start), metadata)):
+                return True
+        return False
 
     @property
     def position(self) -> dict[str, Any]:

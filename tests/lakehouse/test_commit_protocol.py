@@ -21,7 +21,7 @@ from pyiceberg.table.update import SetSnapshotRefUpdate
 from support.engines import make_engine
 
 from lakehouse.engine.step_result import StepResult
-from lakehouse.errors import CommitConflict, SourceError
+from lakehouse.errors import CommitConflict, QueryError, SourceError
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.compaction import compact
 from lakehouse.iceberg.maintenance import expire
@@ -149,6 +149,43 @@ def test_a_published_snapshot_is_visible_from_its_publication_on(lake: Lake, mon
     lake.load(TABLE).publish()
     assert ids_at(lake, from_milliseconds(staged_at)) == [1]
     assert ids_at(lake, datetime.now(UTC)) == [1, 2]
+
+
+def test_time_travel_to_an_expired_snapshot_is_an_error_although_an_earlier_one_is_left(lake: Lake) -> None:
+    first = append(lake.load(TABLE), 1)
+    with lake.load(TABLE).iceberg_table.manage_snapshots() as snapshots:
+        snapshots.create_tag(first, "year-end")
+    for number in (2, 3):
+        wait_for_the_next_millisecond(lake)
+        append(lake.load(TABLE), number)
+    times = [from_milliseconds(entry.timestamp_ms) for entry in lake.load(TABLE).iceberg_table.metadata.snapshot_log]
+    assert [ids_at(lake, time) for time in times] == [[1], [1, 2], [1, 2, 3]]
+    expire(lake, TABLE, 0, datetime(2100, 1, 1, tzinfo=UTC))
+    assert ids_at(lake, times[2]) == [1, 2, 3]
+    assert query(lake, {TABLE.name: TABLE}, "SELECT id FROM gold.things FOR VERSION AS OF 'year-end'").num_rows == 1
+    for time in times[:2]:  # when the first one was replaced is no longer known
+        with pytest.raises(QueryError, match=f"or it has expired. The oldest that is left is of {times[2].date()}"):
+            ids_at(lake, time)
+
+
+def test_time_travel_to_a_rolled_back_snapshot_that_has_expired_is_an_error(lake: Lake) -> None:
+    first = append(lake.load(TABLE), 1)
+    wait_for_the_next_millisecond(lake)
+    append(lake.load(TABLE), 2)
+    wait_for_the_next_millisecond(lake)
+    with lake.load(TABLE).iceberg_table.manage_snapshots() as snapshots:
+        snapshots.rollback_to_snapshot(first)
+    times = [from_milliseconds(entry.timestamp_ms) for entry in lake.load(TABLE).iceberg_table.metadata.snapshot_log]
+    expire(lake, TABLE, 0, datetime(2100, 1, 1, tzinfo=UTC))
+    assert ids_at(lake, times[2]) == [1]
+    with pytest.raises(QueryError, match="or it has expired"):
+        ids_at(lake, times[1])
+
+
+def wait_for_the_next_millisecond(lake: Lake) -> None:
+    last = from_milliseconds(lake.load(TABLE).iceberg_table.metadata.last_updated_ms + 1)
+    while datetime.now(UTC) <= last:
+        pass
 
 
 def from_milliseconds(timestamp: int) -> datetime:
