@@ -43,8 +43,11 @@ def files_to_compact(files: Iterable[File]) -> list[File]:
 
 
 def compact(lake: Lake, table: Table) -> CompactionResult:
-    """Rewrite small files and files with deleted rows, partition by partition, in one commit. Raises CommitConflict."""
-    return retry_commit(lambda: _compact(lake.load(table, create=False)), attempts=MAX_ATTEMPTS, missing_files=False)
+    """Rewrite small files and files with deleted rows, partition by partition, in one commit.
+
+    Raises CommitConflict, and FileNotFoundError if a file stays missing.
+    """
+    return retry_commit(lambda: _compact(lake.load(table, create=False)), attempts=MAX_ATTEMPTS)
 
 
 def _compact(handle: TableHandle) -> CompactionResult:

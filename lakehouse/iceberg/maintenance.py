@@ -16,7 +16,7 @@ from pyiceberg.table.snapshots import ancestors_of
 
 from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.compaction import MAX_ATTEMPTS, compact
-from lakehouse.iceberg.table_files import file_system, list_files, referenced_files
+from lakehouse.iceberg.table_files import delete_file, file_system, list_files, referenced_files
 from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.retry import retry_commit
 from lakehouse.table import Table
@@ -36,11 +36,14 @@ class MaintenanceResult:
 
 
 def maintain(lake: Lake, table: Table, now: datetime) -> MaintenanceResult:
-    """Compact one table, expire its old snapshots and delete its orphan files. Raises CommitConflict."""
+    """Compact one table, expire its old snapshots and delete its orphan files.
+
+    Raises CommitConflict, and FileNotFoundError if a file stays missing: one that an erasure has just replaced does not.
+    """
     compaction = compact(lake, table)
-    hours = lake.settings.snapshot_retention_hours
-    expired = retry_commit(lambda: expire(lake, table, hours, now), attempts=MAX_ATTEMPTS, missing_files=False)
-    orphans, size = delete_orphans(lake, table, lake.settings.orphan_retention_hours, now)
+    retention, orphan_retention = lake.settings.snapshot_retention_hours, lake.settings.orphan_retention_hours
+    expired = retry_commit(lambda: expire(lake, table, retention, now), attempts=MAX_ATTEMPTS)
+    orphans, size = retry_commit(lambda: delete_orphans(lake, table, orphan_retention, now), attempts=MAX_ATTEMPTS)
     return MaintenanceResult(
         table=table.name,
         files_before=compaction.files_before,
@@ -131,5 +134,5 @@ def delete_orphans(lake: Lake, table: Table, retention_hours: float, now: dateti
     keep = {io.parse_location(path)[2] for path in referenced_files(lake.load(table, create=False))}
     orphans = [info for info in found if info.path not in keep]
     for info in orphans:
-        filesystem.delete_file(info.path)
+        delete_file(filesystem, info.path)
     return len(orphans), sum(int(info.size or 0) for info in orphans)

@@ -7,14 +7,13 @@ drops the manifests that record their removal, all older snapshots are expired, 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import polars as pl
-from pyarrow.fs import FileInfo, FileSystem
+from pyarrow.fs import FileInfo
 from pyiceberg.io.pyarrow import PyArrowFileIO
 from pyiceberg.table.snapshots import Snapshot
 
@@ -22,7 +21,7 @@ from lakehouse.iceberg.catalog import Lake
 from lakehouse.iceberg.maintenance import expire
 from lakehouse.iceberg.reader import File
 from lakehouse.iceberg.snapshot_properties import REWRITTEN, REWRITTEN_FILES, REWRITTEN_ROWS
-from lakehouse.iceberg.table_files import file_system, list_files, referenced_files
+from lakehouse.iceberg.table_files import delete_file, file_system, list_files, referenced_files
 from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.table import DELETED, SEQUENCE, Table
 
@@ -242,9 +241,3 @@ def _delete_unreferenced(handle: TableHandle, before: set[str]) -> tuple[int, in
     for info in unreferenced:
         delete_file(filesystem, info.path)
     return len(unreferenced), sum(int(info.size or 0) for info in unreferenced)
-
-
-def delete_file(filesystem: FileSystem, path: str) -> None:
-    """Delete a file. It is no error if it has already been deleted."""
-    with contextlib.suppress(FileNotFoundError):
-        filesystem.delete_file(path)

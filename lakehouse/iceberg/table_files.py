@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
 from pyiceberg.io.pyarrow import PyArrowFileIO
 
@@ -38,3 +40,9 @@ def referenced_files(handle: TableHandle) -> set[str]:
             paths.add(manifest.manifest_path)
             paths |= {entry.data_file.file_path for entry in manifest.fetch_manifest_entry(io, discard_deleted=True)}
     return paths
+
+
+def delete_file(filesystem: FileSystem, path: str) -> None:
+    """Delete a file. It is no error if it has already been deleted."""
+    with contextlib.suppress(FileNotFoundError):
+        filesystem.delete_file(path)

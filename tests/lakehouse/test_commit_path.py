@@ -6,6 +6,7 @@ import json
 import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import polars as pl
@@ -25,8 +26,10 @@ from support.sales_lake import SALES, SALES_RECEIVED, SALES_STEP, TOTALS, TOTALS
 from lakehouse.engine.engine import Engine
 from lakehouse.errors import ShopSphereError
 from lakehouse.expectations import ExpectationsFailed
-from lakehouse.iceberg import rewrite
+from lakehouse.iceberg import maintenance, rewrite
+from lakehouse.iceberg.compaction import compact
 from lakehouse.iceberg.maintenance import expire, maintain
+from lakehouse.iceberg.reader import FileReader
 from lakehouse.iceberg.rewrite import purge_history
 from lakehouse.iceberg.staging import AUDIT_BRANCH
 from lakehouse.iceberg.table_handle import TableHandle
@@ -99,6 +102,35 @@ def test_a_purge_keeps_the_files_of_a_writer_that_can_still_commit(engine: Engin
     ((handle, files),) = writers
     handle.commit(files, positions={})
     assert sales_received(engine) == [1, 2, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(FileReader, "read"), (TableHandle, "files"), (maintenance, "referenced_files"), (maintenance, "delete_file")],
+)
+def test_maintenance_starts_over_when_a_purge_deletes_its_files(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+) -> None:
+    monkeypatch.setattr("lakehouse.retry.time.sleep", lambda seconds: None)
+    for number in (1, 2):
+        receive(engine, (number, "north", number))
+    orphan = Path(engine.lake.load(SALES_RECEIVED).iceberg_table.location().removeprefix("file://")) / "data" / "orphan.parquet"
+    orphan.write_bytes(b"PAR1")
+    pending, original = [True], getattr(owner, name)
+
+    def beside_a_purge(*arguments: Any, **named: Any) -> Any:
+        if pending:
+            pending.clear()
+            compact(engine.lake, SALES_RECEIVED)
+            engine.lake.load(SALES_RECEIVED).commit(positions={})
+            purge_history(engine.lake, SALES_RECEIVED, tombstones_read_to=None)
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, beside_a_purge)
+    maintain(engine.lake, SALES_RECEIVED, datetime.now(UTC) + LATER)
+    assert not pending
+    assert not orphan.exists()
+    assert sales_received(engine) == [1, 2]
 
 
 # staged snapshots and branches of others
