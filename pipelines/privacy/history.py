@@ -41,11 +41,16 @@ def forget_history(context: ErasureContext) -> tuple[PurgeResult, ...]:
         for table in tables:
             result = retry_commit(partial(_purge, lake, project, table))
             results[table.name] = results[table.name] + result if table.name in results else result
-        tables = [table for table in tables if table.name in until and has_tombstones(lake.load(table), until[table.name])]
+        tables = [table for table in tables if table.name in until and _has_tombstones(lake, table, until[table.name])]
         if not tables:
             return tuple(results.values())
         refresh_all(context)
     raise ShopSphereError(_unread_message(lake, project, tables))
+
+
+def _has_tombstones(lake: Lake, table: Table, until: int) -> bool:
+    # another erasure may delete the files of the snapshot that was loaded
+    return retry_commit(lambda: has_tombstones(lake.load(table), until))
 
 
 def _purge(lake: Lake, project: Project, table: Table) -> PurgeResult:

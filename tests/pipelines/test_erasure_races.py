@@ -11,7 +11,8 @@ from support.sales_lake import SALES, SALES_RECEIVED, SALES_STEP, TOTALS, TOTALS
 
 from lakehouse.engine.engine import Engine
 from lakehouse.errors import ShopSphereError
-from lakehouse.iceberg.rewrite import PurgeResult, has_tombstones
+from lakehouse.iceberg.rewrite import PurgeResult, has_tombstones, purge_history
+from lakehouse.iceberg.table_handle import TableHandle
 from lakehouse.project import Project
 from lakehouse.table import Table
 from pipelines.privacy import history
@@ -107,3 +108,24 @@ def test_tombstones_that_no_table_reads_are_removed_at_once(engine: Engine, monk
     monkeypatch.setattr(history, "refresh_all", lambda context: pytest.fail("no table has to be refreshed"))
     forget_history(replace(context_of(engine), project=replace(PROJECT, steps=(SALES_STEP,))))
     assert engine.lake.load(SALES).read(["shop"], tombstones=True)["shop"].to_list().count("north") == 1
+
+
+def test_a_purge_of_another_erasure_does_not_end_the_search_for_tombstones(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lakehouse.retry.time.sleep", lambda seconds: None)
+    move_sale(engine, "2")
+    pending = [True]
+
+    def search_beside_another_erasure(handle: TableHandle, until: int) -> bool:
+        if pending:
+            pending.clear()
+            engine.refresh(TOTALS_STEP)
+            purge_history(engine.lake, SALES, tombstones_read_to=until)
+        return has_tombstones(handle, until)
+
+    monkeypatch.setattr(history, "has_tombstones", search_beside_another_erasure)
+    forget_history(context_of(engine))
+    assert not pending
+    assert not has_tombstones(engine.lake.load(SALES), engine.lake.load(SALES).data_sequence)
+    assert totals(engine) == {"north": 20, "south": 10}
