@@ -122,6 +122,13 @@ class TaskPool:
             # the default of Ray, which prints a notice on every start unless it is set. Ray reads it when it is imported: set
             # later, the processes that it starts would require a token that this one does not send
             os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if address and self.settings.require_token and os.environ.get("RAY_AUTH_MODE") != "token":
+            # a cluster that authenticates would not accept this process either
+            raise SettingsError(
+                f"The Ray cluster at {address} does not authenticate: whoever reaches its ports can run code on it. Set "
+                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN on its nodes and here, or SHOPSPHERE_RAY__REQUIRE_TOKEN=false if nobody "
+                "else reaches its network."
+            )
         import ray
 
         try:

@@ -55,6 +55,11 @@ class RaySettings(Section):
         description="Directory of training checkpoints, a path or a URI (s3://bucket/path) that all nodes can reach; empty: "
         "beside the tables if they are in an object store, otherwise `training` in SHOPSPHERE_HOME",
     )
+    require_token: bool = Field(
+        True,
+        description="Refuse a cluster that does not authenticate with tokens (RAY_AUTH_MODE=token): whoever reaches its ports "
+        "can run code on it",
+    )
     shared_disk: bool = Field(
         False, description="All nodes of the cluster mount SHOPSPHERE_HOME at the same path, so that tables may be on disk"
     )

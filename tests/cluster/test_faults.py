@@ -110,6 +110,7 @@ def rows(env: dict[str, str], query: str) -> list[dict[str, str]]:
 def test_faults_leave_the_tables_of_an_undisturbed_run(tmp_path, shop, small_disk, store, ray_nodes, capsys):
     address, workers = ray_nodes
     common = {**os.environ, "SHOPSPHERE_CONFIG": str(shop.config), "RAY_AUTH_MODE": "disabled"}
+    common["SHOPSPHERE_RAY__REQUIRE_TOKEN"] = "false"
     undisturbed = {**common, "SHOPSPHERE_HOME": str(tmp_path / "undisturbed"), "SHOPSPHERE_POSTGRES__SLOT": "undisturbed"}
     catalog = {"type": "sql", "uri": f"sqlite:///{small_disk}/catalog.db", **store.properties()}
     faulted = {

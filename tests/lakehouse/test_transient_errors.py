@@ -14,7 +14,9 @@ import pipelines.runner
 from app.cli.output import Output
 from app.cli.unfinished_erasures import finish_erasures
 from app.project import PROJECT
-from lakehouse.errors import TransientError, UnforeseenError
+from lakehouse.errors import SettingsError, TransientError, UnforeseenError
+from lakehouse.parallel import TaskPool
+from lakehouse.settings import RaySettings
 from lakehouse.transient_errors import as_transient_error
 from pipelines.runner import open_engine, run_once
 from pipelines.settings import KafkaSettings, MongoSettings, PostgresSettings, Settings
@@ -99,3 +101,10 @@ def test_a_recurring_run_may_start_during_an_outage(tmp_path, monkeypatch, capsy
         assert "cannot be used: AWS Error NETWORK_CONNECTION" in capsys.readouterr().err
         with pytest.raises(OSError, match="HeadObject"):
             finish_erasures(engine, Output(False))
+
+
+def test_a_cluster_without_tokens_is_refused(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    pool = TaskPool(RaySettings(address="192.0.2.1:6379"))
+    with pytest.raises(SettingsError, match=r"192\.0\.2\.1:6379 does not authenticate: .*RAY_AUTH_MODE=token"):
+        pool.start()
