@@ -39,6 +39,11 @@ class ServeSettings(BaseSettings):
     model_seconds: float = Field(3.0, gt=0, description="Interval between checks for a new champion or challenger")
     scores_topic: str = Field("fraud_scores", description="Topic for scores; empty: scores are not stored")
     same_answer_seconds: float = Field(3600.0, gt=0, description="How long a repeated order gets the same answer")
+    remembered_scores: int = Field(
+        100_000,
+        ge=1,
+        description="Scored orders of the last `same_answer_seconds` in a replica's memory, 32 kB each; more get 429",
+    )
     review_share: float = Field(
         0.5,
         gt=0,
@@ -52,6 +57,11 @@ class ServeSettings(BaseSettings):
     def keys(self) -> Path:
         """The file of API keys."""
         return self.keys_file or home_directory() / "serve_keys.json"
+
+    @property
+    def keys_named(self) -> bool:
+        """Whether the settings name the file of API keys, which must exist then."""
+        return self.keys_file is not None
 
     @property
     def loopback(self) -> bool:

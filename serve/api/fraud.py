@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -30,7 +31,7 @@ from pipelines.settings import BusinessSettings
 from serve.http.bounded_pool import BoundedThreadPool, call_catching_panic
 from serve.http.endpoints import ApiRequest, Endpoint, json_response
 from serve.http.metrics import DECISIONS
-from serve.http.problems import retry_later
+from serve.http.problems import bad_field, retry_later
 from serve.settings import ServeSettings
 from serve.state.models import ModelWatcher, Scorer, ServedModels
 from serve.state.online_state import OnlineState
@@ -43,7 +44,13 @@ from serve.state.topic_follower import TopicFollower
 
 logger = logging.getLogger("shopsphere.serve")
 
+T = TypeVar("T")
+
 MAX_BATCH = 1_000
+CHUNK = 20
+"""Orders of a batch that are scored before other requests get their turn: about 10 ms."""
+ORDER_ENCODER = msgspec.json.Encoder()
+OTHER_CONTENT = "was scored with other content; repeat the request as it was, or give the changed order another id"
 DATETIME_COLUMNS = tuple(name for name, kind in ORDER_COLUMNS.items() if isinstance(kind, pl.Datetime))
 Decision = Literal["approve", "review", "decline"]
 
@@ -121,6 +128,18 @@ EXAMPLE_SCORE = FraudScore(
     as_of=AsOf({"gold.inventory_health": 4051}, {"events:0": 1041}),
     staleness_ms=130,
 )
+
+
+class RequestRow(NamedTuple):
+    """An order in the form of the features, and the digest of its request."""
+
+    row: Row
+    digest: str
+
+
+def request_digest(order: Order) -> str:
+    """Return the digest of an order's content, which tells a repeated request from another one with the same order_id."""
+    return hashlib.blake2b(ORDER_ENCODER.encode(order), digest_size=16).hexdigest()
 
 
 class Fraud:
@@ -208,7 +227,7 @@ class Fraud:
         answer = msgspec.convert(score.answer, FraudScore)
         features = FeatureRequest.of(row)
         with self._lock:
-            self.recent.add(row, score.scored_at, answer)
+            self.recent.add(row, score.scored_at, answer, score.digest)
             if self.scoring is not None:
                 self.scoring.online.observe(features.order)
 
@@ -228,16 +247,56 @@ class Fraud:
         return json_response((await self.pool.run(self.score_orders, [request.body], [""]))[0])
 
     async def score_batch(self, request: ApiRequest) -> Response:
-        """Answer POST /v1/fraud/score:batch."""
-        locations = [f"orders[{number}]." for number in range(len(request.body.orders))]
-        return json_response(FraudScores(await self.pool.run(self.score_orders, request.body.orders, locations)))
+        """Answer POST /v1/fraud/score:batch. Other orders are scored between the chunks of a batch."""
+        orders = request.body.orders
+        locations = [f"orders[{number}]." for number in range(len(orders))]
+        answers, rows = await self.pool.run(self._with_lock, self._prepare, orders, locations)
+        for start in range(0, len(rows), CHUNK):
+            answers |= await self.pool.run(self._with_lock, self._score_rows, rows[start : start + CHUNK])
+        return json_response(FraudScores([answers[order.order_id] for order in orders]))
 
     def score_orders(self, orders: Sequence[Order], locations: Sequence[str]) -> list[FraudScore]:
         """Return the scores of the orders. locations: prefix of field names in problems, by order. Raises Problem."""
+        return self._with_lock(self._score_orders, orders, locations)
+
+    def _with_lock(self, function: Callable[..., T], *arguments: Any) -> T:
         with self._lock:
-            return self._score_orders(orders, locations)
+            return function(*arguments)
 
     def _score_orders(self, orders: Sequence[Order], locations: Sequence[str]) -> list[FraudScore]:
+        answers, rows = self._prepare(orders, locations)
+        answers |= self._score_rows(rows)
+        return [answers[order.order_id] for order in orders]
+
+    def _prepare(self, orders: Sequence[Order], locations: Sequence[str]) -> tuple[dict[str, FraudScore], list[RequestRow]]:
+        """Return the answers that are repeated, and the rows to score. Each order sees those placed before it, in whatever order
+        they are sent. Raises Problem."""
+        _, scoring = self._ready()
+        now = datetime.now(UTC)
+        answers: dict[str, FraudScore] = {}
+        rows: dict[str, RequestRow] = {}
+        for order, location in zip(orders, locations, strict=True):
+            digest = request_digest(order)
+            answer, known = self.recent.answer_of(order.order_id, now), rows.get(order.order_id)
+            if (answer is not None and self.recent.differs(order.order_id, digest)) or (known and known.digest != digest):
+                raise bad_field(f"{location}order_id", OTHER_CONTENT, 409)
+            if answer is not None:
+                answers[order.order_id] = answer
+            elif known is None:
+                row = order_row(order, scoring.reference, self.context, now, location)
+                rows[order.order_id] = RequestRow(row, digest)
+        self._check_space(len(rows), now)
+        return answers, sorted(rows.values(), key=lambda one: (one.row["placed_at"], one.row["order_id"]))
+
+    def _check_space(self, added: int, now: datetime) -> None:
+        """Raise Problem 429 when more orders would be remembered than the settings allow."""
+        if len(self.recent) + added > self.serving.remembered_scores:
+            self.recent.remove_expired_answers(now)
+        if len(self.recent) + added > self.serving.remembered_scores:
+            raise retry_later(429, "As many orders as this server can remember were scored lately. Try again later.", 10)
+
+    def _ready(self) -> tuple[Scorer, ScoringState]:
+        """Return the champion and the scoring state. Raises Problem 503."""
         models, scoring = self.models.current, self.scoring
         if models.champion is None:
             if self.models.error is not None:
@@ -245,21 +304,21 @@ class Fraud:
             raise retry_later(503, "There is no champion model yet. Train one: python -m app train.", 10)
         if scoring is None:
             raise retry_later(503, "The online state is being loaded.", 2)
-        now = datetime.now(UTC)
-        answers: dict[str, FraudScore] = {}
-        rows: dict[str, Row] = {}
-        for order, location in zip(orders, locations, strict=True):
-            if (answer := self.recent.answer_of(order.order_id, now)) is not None:
-                answers[order.order_id] = answer
-            elif order.order_id not in rows:  # a repeated order in a batch is the same order
-                rows[order.order_id] = order_row(order, scoring.reference, self.context, now, location)
-        scoring.catch_up()
-        # each order sees those placed before it, in whatever order they are sent
-        for row in sorted(rows.values(), key=lambda row: (row["placed_at"], row["order_id"])):
-            answers[row["order_id"]] = self._score(row, models, models.champion, scoring, now)
-        return [answers[order.order_id] for order in orders]
+        return models.champion, scoring
 
-    def _score(self, row: Row, models: ServedModels, champion: Scorer, scoring: ScoringState, now: datetime) -> FraudScore:
+    def _score_rows(self, rows: Sequence[RequestRow]) -> dict[str, FraudScore]:
+        """Return the answers to requests by order_id; one that was answered meanwhile gets that answer. Raises Problem."""
+        champion, scoring = self._ready()
+        now = datetime.now(UTC)
+        scoring.catch_up()
+        answers: dict[str, FraudScore] = {}
+        for request in rows:
+            order_id = request.row["order_id"]
+            answers[order_id] = self.recent.answer_of(order_id, now) or self._score(request, champion, scoring, now)
+        return answers
+
+    def _score(self, request: RequestRow, champion: Scorer, scoring: ScoringState, now: datetime) -> FraudScore:
+        row, models = request.row, self.models.current
         order_id = row["order_id"]
         values, score, reasons = self._evaluate(row, champion, scoring)
         decision = self.decision(score, champion.threshold)
@@ -275,12 +334,20 @@ class Fraud:
             staleness_ms=fresh.staleness_ms,
         )
         _decision_counter(CHAMPION, champion.number, decision).inc()
-        self.recent.add(row, now, answer)
+        self.recent.add(row, now, answer, request.digest)
         challenger = self._challenger_score(models, values)
         if self.topic is not None:
             features = champion.model_features(values)
             self.topic.write(
-                Score(order_id=order_id, scored_at=now, entity=row, features=features, answer=answer, challenger=challenger)
+                Score(
+                    order_id=order_id,
+                    scored_at=now,
+                    entity=row,
+                    features=features,
+                    answer=answer,
+                    challenger=challenger,
+                    digest=request.digest,
+                )
             )
         return answer
 

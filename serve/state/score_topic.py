@@ -46,6 +46,7 @@ class Score:
     features    the model's input; NaN (null in the topic): unknown
     answer      the answer: a struct, or its JSON values when read from the topic
     challenger  the challenger's version, score and decision
+    digest      of the request; '' if unknown
     """
 
     order_id: str
@@ -54,6 +55,7 @@ class Score:
     features: Mapping[str, Any]
     answer: Any
     challenger: Mapping[str, Any] | None
+    digest: str = ""
 
 
 class _Origin(msgspec.Struct):
@@ -152,6 +154,7 @@ class ScoreTopic:
             "metadata": {
                 "order_ref": score.order_id,
                 "replica": self.replica,
+                "request_digest": score.digest,
                 "order": score.entity,
                 "features": score.features,
                 "answer": score.answer,
@@ -254,6 +257,7 @@ class ScoreTopic:
                 features=metadata["features"],
                 answer=metadata["answer"],
                 challenger=metadata["challenger"],
+                digest=metadata.get("request_digest", ""),
             )
             self._on_score(score)
         except (msgspec.DecodeError, ShopSphereError, KeyError, TypeError, ValueError) as error:

@@ -34,22 +34,33 @@ class RecentScores(Generic[Answer]):
     def __init__(self, same_answer: timedelta) -> None:
         self.same_answer = same_answer
         self.scored: dict[str, tuple[datetime, Row]] = {}
-        self._answers: OrderedDict[str, tuple[datetime, Answer]] = OrderedDict()
+        self._answers: OrderedDict[str, tuple[datetime, Answer, str]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._answers)
 
     def answer_of(self, order_id: str, now: datetime) -> Answer | None:
         """Return the answer that this order got within the window."""
         found = self._answers.get(order_id)
         return found[1] if found is not None and now - found[0] <= self.same_answer else None
 
+    def differs(self, order_id: str, digest: str) -> bool:
+        """Return whether the order was scored with other content, by the digest of its request."""
+        found = self._answers.get(order_id)
+        return found is not None and found[2] not in ("", digest)
+
     def answers(self, now: datetime) -> list[tuple[datetime, Answer]]:
         """Return all answers within the window with their times, oldest first."""
-        return [found for found in self._answers.values() if now - found[0] <= self.same_answer]
+        return [(at, answer) for at, answer, _ in self._answers.values() if now - at <= self.same_answer]
 
-    def add(self, row: Row, at: datetime, answer: Answer) -> None:
-        """Add an order scored by any replica. Of several answers the first is kept, of several rows the last."""
+    def add(self, row: Row, at: datetime, answer: Answer, digest: str = "") -> None:
+        """Add an order scored by any replica. Of several answers the first is kept, of several rows the last.
+
+        digest: of the request, '' if unknown
+        """
         order_id = row["order_id"]
         if self.answer_of(order_id, at) is None:
-            self._answers[order_id] = (at, answer)
+            self._answers[order_id] = (at, answer, digest)
             self._answers.move_to_end(order_id)
         self.scored[order_id] = (at, row)
 
@@ -66,9 +77,13 @@ class RecentScores(Generic[Answer]):
         ]
         for order_id in settled:
             del self.scored[order_id]
+        self.remove_expired_answers(now)
+        return settled
+
+    def remove_expired_answers(self, now: datetime) -> None:
+        """Remove the answers that are no longer repeated."""
         while self._answers and now - next(iter(self._answers.values()))[0] > self.same_answer:
             self._answers.popitem(last=False)
-        return settled
 
 
 @dataclass

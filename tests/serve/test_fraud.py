@@ -33,6 +33,7 @@ from ml.tables.order_features import EVENT_READS, ORDER_FEATURES, account_events
 from pipelines.runner import open_engine, run_once
 from pipelines.settings import Settings
 from pipelines.silver.events_clean import EVENTS_CLEAN
+from serve.api.fraud import CHUNK
 from serve.state.score_topic import Score
 from serve.state.scoring_state import RecentScores
 
@@ -86,7 +87,9 @@ def test_repeated_order_gets_the_same_answer_and_counts_once(desk: Desk) -> None
     fields = {"card_fingerprint": f"card{time.time_ns()}", "user_id": 5}
     first = desk.score(order_id="same", **fields)
     assert desk.score(order_id="same", **fields) == first
-    assert desk.score(order_id="same", **fields, total_amount="1.00") == first
+    changed = desk.client.post("/v1/fraud/score", json=order_body(order_id="same", **fields, total_amount="1.00"))
+    assert (changed.status_code, changed.json()["errors"][0]["field"]) == (409, "order_id")
+    assert "was scored with other content" in changed.json()["detail"]
     assert [one.order_id for one in desk.written].count("same") == 1
     desk.score(order_id="next", **fields)
     assert desk.features("next")["card_orders_1h"] == 1
@@ -123,6 +126,7 @@ def test_replicas_share_orders_and_answers(desk: Desk) -> None:
     with running(other) as client:
         wait_for(lambda: other.models.current.champion is not None)
         assert client.post("/v1/fraud/score", json=order_body(order_id="shared", card_fingerprint=card)).json() == first
+        assert client.post("/v1/fraud/score", json=order_body(order_id="shared", card_fingerprint="x")).status_code == 409
         desk.score(order_id="shared2", card_fingerprint=card)
         wait_for(lambda: other.fraud.recent.answer_of("shared2", datetime.now(UTC)) is not None)
         written_by_other: list[Score] = []
@@ -300,12 +304,53 @@ def test_invalid_order_names_the_field(desk: Desk, change: dict[str, Any], field
 
 
 def test_repeated_order_in_a_batch_is_one_order(desk: Desk) -> None:
-    orders = [order_body(order_id="twice"), order_body(order_id="other"), order_body(order_id="twice", total_amount="9.00")]
+    orders = [order_body(order_id="twice"), order_body(order_id="other"), order_body(order_id="twice")]
     scores = desk.client.post("/v1/fraud/score:batch", json={"orders": orders}).json()["scores"]
     assert [one["order_id"] for one in scores] == ["twice", "other", "twice"]
     assert scores[0] == scores[2]
     assert desk.features("twice")["amount"] == 120
     assert [one.order_id for one in desk.written].count("twice") == 1
+    changed = {"orders": [order_body(order_id="third"), order_body(order_id="third", total_amount="9.00")]}
+    response = desk.client.post("/v1/fraud/score:batch", json=changed)
+    assert (response.status_code, response.json()["errors"][0]["field"]) == (409, "orders[1].order_id")
+
+
+def test_a_batch_lets_other_orders_through_between_its_chunks(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    fraud = desk.application.fraud
+    waiting, held, order = threading.Event(), threading.Event(), list[str]()
+    score = fraud._score
+
+    def recorded(request: Any, *more: Any) -> Any:
+        order.append(request.row["order_id"])
+        if len(order) == 1:
+            waiting.set()
+            held.wait(10)
+        return score(request, *more)
+
+    monkeypatch.setattr(fraud, "_score", recorded)
+    started = f"{time.time_ns()}"
+    orders = [order_body(order_id=f"{started}-{number:04}") for number in range(10 * CHUNK)]
+    with ThreadPoolExecutor(2) as senders:
+        batch = senders.submit(desk.client.post, "/v1/fraud/score:batch", json={"orders": orders})
+        assert waiting.wait(10)
+        single = senders.submit(desk.score, order_id=f"{started}-single")
+        wait_for(lambda: fraud.pool._pending == 2)
+        held.set()
+        assert single.result(30)["order_id"] == f"{started}-single"
+        assert batch.result(30).status_code == 200
+    assert order.index(f"{started}-single") <= 2 * CHUNK
+    assert len(order) == 10 * CHUNK + 1
+
+
+def test_remembered_orders_are_bounded(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    fraud = desk.application.fraud
+    desk.score(order_id="remembered")
+    full = fraud.serving.model_copy(update={"remembered_scores": len(fraud.recent)})
+    monkeypatch.setattr(fraud, "serving", full)
+    response = desk.client.post("/v1/fraud/score", json=order_body())
+    assert response.status_code == 429
+    assert response.headers["retry-after"]
+    assert desk.score(order_id="remembered")["order_id"] == "remembered"
 
 
 def test_integers_may_be_written_as_floats(desk: Desk) -> None:
