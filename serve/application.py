@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import time
@@ -11,6 +12,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest, multiprocess
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -28,10 +30,10 @@ from serve.api.inventory import Inventory
 from serve.api.openapi import describe
 from serve.http.access_log import AccessLog
 from serve.http.bounded_pool import BoundedThreadPool
-from serve.http.endpoints import ApiRequest, Endpoint, json_response
+from serve.http.endpoints import ApiRequest, Endpoint
 from serve.http.keys import Keys
 from serve.http.metrics import EVENTS_AFTER_SNAPSHOT, MULTIPROCESS_VARIABLE, REJECTED_MESSAGES, STALENESS
-from serve.http.problems import Problem, retry_later
+from serve.http.problems import API_HEADERS, Problem, retry_later
 from serve.http.router import EndpointApp, Router
 from serve.pages.site import Site
 from serve.settings import ServeSettings
@@ -47,6 +49,8 @@ logger = logging.getLogger("shopsphere.serve")
 
 VERSION = "1"
 TICK_SECONDS = 0.5
+METRICS_SECONDS = 1.0
+"""How long the rendered metrics are sent again: rendering takes milliseconds, and anybody with a key may ask."""
 READY_POLL_SECONDS = 0.05
 HTTP_ERRORS = {
     404: "This path does not exist. /openapi.json lists all paths.",
@@ -68,12 +72,14 @@ class Application:
     ) -> None:
         """keys: None: read them from the file in the settings. project: its tables are listed on the freshness page."""
         self.project = project
-        self._keys = keys
+        self._keys = Keys.read(serving.keys, named=serving.keys_named) if keys is None else keys
+        self._keys.share_ended_sessions(Path(settings.home) / "serve" / "ended_sessions")
         self.settings, self.serving = settings, serving
         self.state = OnlineState(settings, serving, context, self._prepare_follower)
         self.lookup_pool = BoundedThreadPool("lookup", serving.lookup_threads, serving.lookup_queue)
         self.status_pool = BoundedThreadPool("sources", 1, serving.lookup_queue)
         self._started = 0.0
+        self._metrics_text, self._metrics_until = b"", 0.0
         self.log = AccessLog(Path(settings.home) / "logs" / f"access-{os.getpid()}.jsonl")
         self.inventory = Inventory(self.state, self.lookup_pool)
         self.tables = TableCache(Lake(settings))
@@ -126,10 +132,11 @@ class Application:
                 method="GET",
                 path="/-/metrics",
                 name="metrics",
-                doc="Prometheus metrics.",
+                doc="Prometheus metrics, at most a second old. With API keys, any key is required.",
                 handler=self._metrics,
                 answer=str,
                 media_type="text/plain",
+                any_key=True,
             ),
             Endpoint(
                 method="GET",
@@ -151,20 +158,24 @@ class Application:
 
     async def _metrics(self, request: ApiRequest) -> Response:
         self.log.flush()
-        registry = REGISTRY
-        if MULTIPROCESS_VARIABLE in os.environ:
-            registry = CollectorRegistry()
-            multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+        if time.monotonic() >= self._metrics_until:
+            self._metrics_until = time.monotonic() + METRICS_SECONDS
+            self._metrics_text = await asyncio.to_thread(_render_metrics)
+        return Response(self._metrics_text, 200, API_HEADERS, CONTENT_TYPE_LATEST)
 
     async def _openapi(self, request: ApiRequest) -> Response:
-        return json_response(describe(self.endpoints, VERSION))
+        return Response(self._description, 200, API_HEADERS, "application/json")
+
+    @functools.cached_property
+    def _description(self) -> bytes:
+        return msgspec.json.encode(describe(self.endpoints, VERSION))
 
     async def _tick(self) -> None:
         """Every half second: update gauges and flush the access log."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
             self.log.flush()
+            self._keys.refresh()
             if self.state.ready.is_set():
                 follower = self.state.follower
                 STALENESS.set(self.state.freshness(follower).staleness_ms / 1000)
@@ -237,7 +248,7 @@ class Application:
 
     def asgi(self) -> Starlette:
         """Return the ASGI application. Raises SettingsError."""
-        keys = Keys.read(self.serving.keys) if self._keys is None else self._keys
+        keys = self._keys
         site = Site(
             lake=Lake(self.settings),
             project=self.project,
@@ -258,6 +269,15 @@ class Application:
             lifespan=self.lifespan,
             exception_handlers={HTTPException: http_error},
         )
+
+
+def _render_metrics() -> bytes:
+    """Return the metrics of all replicas that share this node's directory, else of this process."""
+    registry = REGISTRY
+    if MULTIPROCESS_VARIABLE in os.environ:
+        registry = CollectorRegistry()
+        multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return generate_latest(registry)
 
 
 def _http_problem(error: Exception) -> Problem:

@@ -32,7 +32,7 @@ MAX_ONGOING_REQUESTS = 1_000
 
 def check(serving: ServeSettings) -> None:
     """Check the API keys and that the address is free before serving starts. Raises SettingsError, ShopSphereError."""
-    if not serving.loopback and not Keys.read(serving.keys).keys:
+    if not Keys.read(serving.keys, named=serving.keys_named).keys and not serving.loopback:
         raise _no_keys(serving)
     check_address(serving.host, serving.port)
 
@@ -119,7 +119,7 @@ def build(project: Project, arguments: Mapping[str, Any] | None = None) -> Any:
     from ray import serve as rayserve
 
     serving, settings = load_serve_settings(**dict(arguments or {})), load_settings()
-    keys = Keys.read(serving.keys)
+    keys = Keys.read(serving.keys, named=serving.keys_named)
     if not serving.loopback and not keys.keys:
         raise _no_keys(serving)
     home = Path(settings.home).absolute()

@@ -23,8 +23,9 @@ FAST_PATH: Mapping[str, str] = {
     # by default a client that sends nothing holds a connection for an hour; event streams send something every 15 s
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
     # Ray Serve has no setting for the time that the headers of a request may take, and writes this one into the `defaults`
-    # section as it is: without the second line, clients that send their headers slowly use up all connections
-    "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "leastconn\n    timeout http-request 10s",
+    # section as it is: without the second line, clients that send their headers slowly use up all connections. The third one
+    # gives replicas the address of the client for their access log
+    "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "leastconn\n    timeout http-request 10s\n    option forwardfor",
 }
 """Must be in the environment before Ray starts. Ten times as many requests per second; see docs/concepts/serving.md."""
 

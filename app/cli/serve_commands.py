@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 import urllib.error
@@ -12,7 +13,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,7 +23,15 @@ from lakehouse.errors import ShopSphereError
 from lakehouse.settings import RaySettings
 from pipelines.settings import load_settings
 
+if TYPE_CHECKING:
+    from serve.http.keys import Keys
+
 START_SECONDS = 120.0
+TLS_WARNING = (
+    "warning: {host} is reachable from other machines, and serve does not encrypt. Keys and personal data must not cross a "
+    "network in clear: put a reverse proxy with TLS in front (docs/how-to/serve-over-tls.md)."
+)
+MAX_DAYS = 36_500
 SCOPE_HELP = "Scope of the key: score, inventory or customers (personal data); repeat the option for several"
 
 
@@ -41,6 +50,8 @@ def serve(
     given = {"host": host or None, "port": port or None, "replicas": replicas or None}
     arguments = {name: value for name, value in given.items() if value is not None}
     serving, settings, output = load_serve_settings(**arguments), load_settings(), Output(json)
+    if not serving.loopback:
+        print(TLS_WARNING.format(host=serving.host), file=sys.stderr)
     directory = private_directory()  # stops what a killed instance has left on the port
     check(serving)
     clear_metrics(Path(settings.home).absolute())
@@ -121,20 +132,47 @@ def _wait_until_ready(address: str, stop: threading.Event) -> None:
 
 
 def api_key(
-    name: Annotated[str, typer.Argument(help="Name of the key's owner; replaces an existing key of that name")],
-    scope: Annotated[list[str], typer.Option(help=SCOPE_HELP)],
+    name: Annotated[str, typer.Argument(help="Name of the key's owner; replaces an existing key of that name")] = "",
+    scope: Annotated[list[str] | None, typer.Option(help=SCOPE_HELP)] = None,
+    days: Annotated[float | None, typer.Option(help="Days until the key expires; by default it does not")] = None,
+    revoke: Annotated[bool, typer.Option("--revoke", help="Revoke the key of that name")] = False,
+    show: Annotated[bool, typer.Option("--list", help="List the keys")] = False,
     json: Json = False,
 ) -> None:
-    """Create an API key. It is shown once; only its hash is stored. Serving reads the keys when it starts."""
+    """Create, list or revoke API keys. A new key is shown once; only its hash is stored. Serving follows within a second."""
     from serve.http.keys import SCOPES, Keys
     from serve.settings import load_serve_settings
 
-    if unknown := [one for one in scope if one not in SCOPES]:
+    output, file = Output(json), load_serve_settings().keys
+    keys = Keys.read(file)
+    if show:
+        _print_keys(output, keys)
+        return
+    if not name:
+        raise ShopSphereError("Name the owner of the key: python -m app api-key NAME --scope SCOPE. --list shows all keys.")
+    if revoke:
+        if not keys.revoke(file, name):
+            raise ShopSphereError(f"{file} has no key named '{name}'. List the keys: python -m app api-key --list.")
+        output.json({"name": name, "revoked": True}) if json else output.say(f"The key of '{name}' is revoked.")
+        return
+    if unknown := [one for one in scope or () if one not in SCOPES]:
         raise ShopSphereError(f"Scope '{unknown[0]}' does not exist. Scopes: {', '.join(SCOPES)}.")
-    file = load_serve_settings().keys
-    key = Keys.read(file).add(file, name, tuple(one for one in SCOPES if one in scope))
-    output = Output(json)
+    if not scope:
+        raise ShopSphereError(f"Name a scope of the key: --scope {' or --scope '.join(SCOPES)}.")
+    if days is not None and not 0 < days <= MAX_DAYS:
+        raise ShopSphereError(f"--days is {days:g}. Give a number above 0, and at most {MAX_DAYS}.")
+    key = keys.add(file, name, tuple(one for one in SCOPES if one in scope), days)
     output.json({"name": name, "key": key, "file": str(file)}) if json else output.say(key)
+
+
+def _print_keys(output: Output, keys: Keys) -> None:
+    now = time.time()
+    rows = [(key.name, " ".join(key.scopes), key.created, key.expires, key.is_valid(now)) for key in keys.keys]
+    columns = ("name", "scopes", "created", "expires", "valid")
+    if output.as_json:
+        output.json([dict(zip(columns, row, strict=True)) for row in rows])
+    else:
+        output.table(columns, rows)
 
 
 def register(app: typer.Typer) -> None:

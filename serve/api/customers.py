@@ -26,7 +26,7 @@ from pipelines.silver.chargebacks import CHARGEBACKS
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
 from pipelines.silver.orders_unified import ORDERS_UNIFIED
 from pipelines.silver.users_scd import USERS_SCD
-from serve.api.parameters import ID_SCHEMA, limit_parameter, read_id
+from serve.api.parameters import ID_SCHEMA, MAX_ID_LENGTH, limit_parameter, read_id
 from serve.http.bounded_pool import BoundedThreadPool
 from serve.http.endpoints import ApiRequest, Endpoint, Parameter, json_response
 from serve.http.problems import Problem, Wrong, bad_field
@@ -35,6 +35,8 @@ from serve.state.table_cache import TableCache
 Struct = TypeVar("Struct", bound=msgspec.Struct)
 
 MAX_TIMELINE = 1_000
+MAX_SEARCH_BYTES = 4_096
+SearchText = Annotated[str, Meta(min_length=1, max_length=MAX_ID_LENGTH)]
 MAX_LISTED = 20
 """Customers listed when several match."""
 SECONDS_PER_DAY = 86_400.0
@@ -200,6 +202,16 @@ IDENTIFIERS = ("email", "phone", "loyalty_id", "order_id")
 TABLES: tuple[Table, ...] = (CUSTOMER_360, USER_RISK_SCORES, IDENTITY_GRAPH, USERS_SCD, ORDERS_UNIFIED, CHARGEBACKS)
 
 
+class CustomerSearch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Identifiers of one customer: one of them, or several that all belong to the customer."""
+
+    email: SearchText | None = None
+    phone: SearchText | None = None
+    loyalty_id: SearchText | None = None
+    order_id: SearchText | None = None
+    limit: Annotated[int, Meta(ge=1, le=MAX_TIMELINE, description="Entries of the timeline.")] = 100
+
+
 class Customers:
     """The customer endpoints."""
 
@@ -218,6 +230,14 @@ class Customers:
             raise Problem(404, f"No identifier is given. Use {', '.join(IDENTIFIERS[:-1])} or {IDENTIFIERS[-1]}.")
         limit = request.query.get("limit", 100)
         return json_response(await self.pool.run(self.find_by_identifiers, identifiers, limit))
+
+    async def by_search(self, request: ApiRequest) -> Response:
+        """Answer POST /v1/customers/search."""
+        search: CustomerSearch = request.body
+        identifiers = {name: value for name in IDENTIFIERS if (value := getattr(search, name)) is not None}
+        if not identifiers:
+            raise bad_field("body", f"names no identifier, expected {', '.join(IDENTIFIERS[:-1])} or {IDENTIFIERS[-1]}")
+        return json_response(await self.pool.run(self.find_by_identifiers, identifiers, search.limit))
 
     def find_by_master(self, master: str, limit: int) -> Customer:
         """Return the person with a master_user_id, also one from before a merge. Raises Problem 404."""
@@ -335,11 +355,25 @@ class Customers:
                 method="GET",
                 path="/v1/customers",
                 name="find_customer",
-                doc="The customer with an identifier, or with all of several identifiers.",
+                doc="The customer with an identifier, or with all of several identifiers. Proxies log addresses, with the "
+                "identifiers in them: prefer POST /v1/customers/search.",
                 handler=self.by_identifier,
                 answer=Customer,
                 scope="customers",
                 parameters=(EMAIL, PHONE, LOYALTY_ID, ORDER_ID, LIMIT),
+                statuses=(404, 409, 429),
+            ),
+            Endpoint(
+                method="POST",
+                path="/v1/customers/search",
+                name="search_customer",
+                doc="The customer with an identifier, or with all of several identifiers, which are in no log.",
+                handler=self.by_search,
+                answer=Customer,
+                scope="customers",
+                body=CustomerSearch,
+                body_limit=MAX_SEARCH_BYTES,
+                body_example=CustomerSearch(email="siti.hidayat145@post.example"),
                 statuses=(404, 409, 429),
             ),
             Endpoint(

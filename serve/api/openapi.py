@@ -82,8 +82,8 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
 
 def _error_statuses(endpoint: Endpoint) -> set[int]:
     statuses = {400, *endpoint.statuses} if endpoint.parameters or endpoint.body else set(endpoint.statuses)
-    statuses |= {401, 403} if endpoint.scope else set()
-    statuses |= {413, 415} if endpoint.body else set()
+    statuses |= {401, 403} if endpoint.scope or endpoint.any_key else set()
+    statuses |= {403, 408, 413, 415} if endpoint.body else set()
     return statuses
 
 

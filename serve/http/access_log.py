@@ -20,7 +20,7 @@ BACKUP_FILES = 3
 
 
 class AccessRecord(NamedTuple):
-    """A finished request. at: unix time; key: name of the API key, empty without one."""
+    """A finished request. at: unix time; key: name of the API key, empty without one; client: address, '' if unknown."""
 
     at: float
     method: str
@@ -28,6 +28,7 @@ class AccessRecord(NamedTuple):
     status: int
     seconds: float
     key: str
+    client: str = ""
 
 
 class AccessLog:
@@ -71,5 +72,6 @@ def _json_line(record: AccessRecord) -> bytes:
             "status": record.status,
             "ms": round(record.seconds * 1000, 2),
             "key": record.key,
+            "client": record.client,
         }
     )

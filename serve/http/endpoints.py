@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serve.http.keys import KeyScope
-from serve.http.problems import Problem
+from serve.http.problems import API_HEADERS, Problem
 
 
 @dataclass(frozen=True)
@@ -69,4 +69,4 @@ class Endpoint:
 
 def json_response(content: Any, status: int = 200) -> Response:
     """Return `content` as JSON."""
-    return Response(msgspec.json.encode(content), status, media_type="application/json")
+    return Response(msgspec.json.encode(content), status, API_HEADERS, "application/json")

@@ -14,6 +14,12 @@ _MISSING = re.compile(r"missing required field `(?P<field>[^`]+)`")
 _UNKNOWN = re.compile(r"unknown field `(?P<field>[^`]+)`")
 
 
+API_HEADERS: Mapping[str, str] = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+"""Answers contain personal data: no cache may keep them, and no browser may take them for something else."""
+MAX_REFLECTED = 200
+"""Characters of a request's own text in the answer to it."""
+
+
 class Wrong(msgspec.Struct, frozen=True):
     """An invalid field of the input."""
 
@@ -38,12 +44,17 @@ class Problem(Exception):
         body["detail"] = self.detail
         if self.errors:
             body["errors"] = self.errors
-        return Response(msgspec.json.encode(body), self.status, self.headers, "application/problem+json")
+        return Response(msgspec.json.encode(body), self.status, {**API_HEADERS, **self.headers}, "application/problem+json")
 
 
 def bad_field(field: str, detail: str, status: int = 400) -> Problem:
     """Return a problem about one field of the input. detail: continues the field's name, as in 'is missing'."""
+    field, detail = _clipped(field), _clipped(detail)
     return Problem(status, f"{field}: {detail}", errors=(Wrong(field, detail),))
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= MAX_REFLECTED else f"{text[:MAX_REFLECTED]}..."
 
 
 def bad_body(error: msgspec.DecodeError | UnicodeDecodeError) -> Problem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,9 @@ from starlette.requests import Request
 
 from serve.http.endpoints import Parameter
 from serve.http.problems import Problem, bad_body, bad_field
+
+BODY_SECONDS = 30.0
+"""How long a body may take to arrive, however steadily it does."""
 
 
 def read_query(request: Request, parameters: Mapping[str, Parameter]) -> dict[str, Any]:
@@ -31,18 +35,22 @@ def read_query(request: Request, parameters: Mapping[str, Parameter]) -> dict[st
 
 
 async def read_body(request: Request, decoder: msgspec.json.Decoder[Any], limit: int) -> Any:
-    """Return the decoded JSON body of at most `limit` bytes. Raises Problem 400, 413 or 415."""
-    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    """Return the decoded JSON body of at most `limit` bytes. Raises Problem 400, 408, 413 or 415."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
-        raise Problem(415, "The body must be application/json.")
+        raise Problem(415, "The body must be JSON. Send the header Content-Type: application/json.")
     length = request.headers.get("content-length", "")
     body = bytearray()
     if length.isdigit() and int(length) > limit:
         raise Problem(413, f"The body is larger than {limit} bytes.")
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise Problem(413, f"The body is larger than {limit} bytes.")
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise Problem(413, f"The body is larger than {limit} bytes.")
+    except TimeoutError:
+        raise Problem(408, f"The body did not arrive within {BODY_SECONDS:.0f} s.") from None
     try:
         return decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

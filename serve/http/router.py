@@ -16,7 +16,8 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from serve.http.access_log import AccessLog, AccessRecord
-from serve.http.authentication import authenticate
+from serve.http.authentication import authenticate, client_address
+from serve.http.cross_site import refuse_cross_site
 from serve.http.endpoints import ApiRequest, Endpoint
 from serve.http.keys import Keys
 from serve.http.problems import Problem
@@ -49,6 +50,8 @@ class EndpointApp:
         started = time.perf_counter()
         request, key = Request(scope, receive), ""
         try:
+            if self.endpoint.method != "GET":
+                refuse_cross_site(request)
             key = authenticate(request, self.endpoint, self.keys)
             query = read_query(request, self._parameters)
             body = await read_body(request, self._decoder, self.endpoint.body_limit) if self._decoder is not None else None
@@ -67,7 +70,8 @@ class EndpointApp:
             await response(scope, receive, send)
         finally:
             seconds = time.perf_counter() - started
-            self.log.write(AccessRecord(time.time(), self.endpoint.method, self.endpoint.path, status, seconds, key))
+            method, path = self.endpoint.method, self.endpoint.path
+            self.log.write(AccessRecord(time.time(), method, path, status, seconds, key, client_address(request)))
 
 
 class Router(Starlette):

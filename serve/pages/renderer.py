@@ -13,10 +13,10 @@ from starlette.responses import RedirectResponse, Response
 
 from lakehouse.format_bytes import format_bytes
 from pipelines.silver.quarantine import QUARANTINE
-from serve.http.authentication import COOKIE
 from serve.http.endpoints import ApiRequest
 from serve.http.keys import Keys
 from serve.http.problems import Problem
+from serve.http.sessions import COOKIE
 from serve.pages import charts, segments
 from serve.pages.assets import DIRECTORY, Asset
 from serve.pages.formatting import (
@@ -106,7 +106,7 @@ class Renderer:
         context = {
             "problem": problem,
             "path": local_path(path),
-            "keyed": bool(self.keys.keys),
+            "keyed": self.keys.required,
             "masters": [error.detail for error in problem.errors if error.field == "master_user_id"],
         }
         return self._render(request, "problem.html", tab, problem.status, problem.headers, context)
@@ -114,6 +114,6 @@ class Renderer:
     def _render(
         self, request: Request, template: str, tab: str, status: int, headers: Mapping[str, str], context: Mapping[str, Any]
     ) -> Response:
-        signed_in = bool(self.keys.keys) and COOKIE in request.cookies
+        signed_in = self.keys.required and COOKIE in request.cookies
         html = self._templates.get_template(template).render(tab=tab, signed_in=signed_in, now=datetime.now(UTC), **context)
         return Response(html, status, {**HEADERS, **headers}, "text/html; charset=utf-8")

@@ -35,9 +35,8 @@ def settings(filled: Settings) -> Settings:
 @pytest.fixture(scope="module")
 def client(settings: Settings) -> TestClient:
     """A client of an application that is not started: customers need no online state."""
-    serving = ServeSettings(keys_file=settings.home / "no-keys.json")
     return TestClient(
-        Application(settings, serving, business_settings(settings), project=PROJECT).asgi(),
+        Application(settings, ServeSettings(), business_settings(settings), Keys(), project=PROJECT).asgi(),
         client=("127.0.0.1", 1),
         base_url="http://127.0.0.1",
     )
@@ -62,6 +61,8 @@ def merged(graph: pl.DataFrame) -> list[str]:
 def find(client: TestClient, **query: Any) -> str:
     response = client.get("/v1/customers", params=query)
     assert response.status_code == 200, (query, response.text)
+    posted = client.post("/v1/customers/search", json=query)
+    assert all(posted.json()[field] == response.json()[field] for field in ("master_user_id", "profile", "links", "timeline"))
     return str(response.json()["master_user_id"])
 
 

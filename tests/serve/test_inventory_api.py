@@ -84,8 +84,8 @@ def shop(servers: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inv
     engine = make_engine(home)
     kafka = KafkaSettings(bootstrap_servers=servers.kafka_bootstrap, topics=(topic,))  # type: ignore[call-arg]
     settings = Settings(home=home, kafka=kafka)
-    serving = ServeSettings(keys_file=home / "keys.json", refresh_seconds=0.3, probe_seconds=0.05, wait_seconds=1.0)
-    application = Application(settings, serving, business_settings(settings), project=PROJECT)
+    serving = ServeSettings(refresh_seconds=0.3, probe_seconds=0.05, wait_seconds=1.0)
+    application = Application(settings, serving, business_settings(settings), Keys(), project=PROJECT)
     producer = Producer({"bootstrap.servers": servers.kafka_bootstrap, "linger.ms": 0})
     shop = InventoryWorld(engine, settings, topic, application, None, producer)  # type: ignore[arg-type]
     for number in range(40):

@@ -14,8 +14,8 @@ from support.scoring_desk import order_body, replica
 
 from pipelines.settings import Settings
 from serve.http.access_log import AccessLog
-from serve.http.authentication import COOKIE
 from serve.http.keys import SCOPES, Keys
+from serve.http.sessions import COOKIE
 
 
 @pytest.fixture

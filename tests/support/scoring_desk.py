@@ -25,6 +25,7 @@ from ml.training.settings import TrainingSettings
 from pipelines.settings import Settings, business_settings
 from pipelines.silver.events_clean import EVENTS_CLEAN
 from serve.application import Application
+from serve.http.keys import Keys
 from serve.settings import ServeSettings
 from serve.state.reference_data import read_reference_data
 from serve.state.score_topic import Score
@@ -89,10 +90,9 @@ def train_model(settings: Settings, seed: int) -> TrainingRecord:
 
 
 def replica(settings: Settings, **serving: Any) -> Application:
-    options = {"keys_file": settings.home / "none.json", "scores_topic": TOPIC, "refresh_seconds": 0.3, "model_seconds": 0.3}
-    return Application(
-        settings, ServeSettings(**(options | {"probe_seconds": 0.05} | serving)), business_settings(settings), project=PROJECT
-    )
+    options = {"scores_topic": TOPIC, "refresh_seconds": 0.3, "model_seconds": 0.3, "probe_seconds": 0.05} | serving
+    keys = None if "keys_file" in serving else Keys()
+    return Application(settings, ServeSettings(**options), business_settings(settings), keys, project=PROJECT)
 
 
 @contextlib.contextmanager
