@@ -269,7 +269,15 @@ def check_crossing(directory: WorldDirectory, first: str, paused: int, second: s
 @pytest.mark.timeout(60 + 10 * SCHEDULES)
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("erase", "run"), ("run", "erase"), ("run", "run"), ("maintain", "run"), ("run", "maintain"), ("erase", "maintain")],
+    [
+        ("erase", "run"),
+        ("run", "erase"),
+        ("erase", "erase"),
+        ("run", "run"),
+        ("maintain", "run"),
+        ("run", "maintain"),
+        ("erase", "maintain"),
+    ],
 )
 def test_two_writers_that_cross_at_any_two_points(directory: WorldDirectory, first: str, second: str) -> None:
     """With a large COMMIT_SCHEDULES all pairs of points, otherwise a sample."""
