@@ -25,6 +25,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from hypothesis import given
 from hypothesis import strategies as st
 from support.bronze_reading import Reader
+from support.raw_producer import produce_with_header
 
 from lakehouse.errors import OffsetExpired, SourceError
 from lakehouse.source import Position, restart_position
@@ -34,6 +35,7 @@ from pipelines.sources.kafka import ranges, source
 from pipelines.sources.kafka.clients import open_consumer
 from pipelines.sources.kafka.deletion import delete_records_before
 from pipelines.sources.kafka.ranges import OffsetRange, OffsetRangesTask, split_ranges
+from pipelines.sources.kafka.records import UNREADABLE_HEADERS
 from pipelines.sources.kafka.source import KafkaSource
 
 TABLE = EVENTS.name
@@ -87,6 +89,21 @@ def separate_broker(directory: Path, *, without_topic_ids: bool = False) -> Iter
     finally:
         broker.kill()
         broker.wait()
+
+
+def test_a_header_name_that_is_not_utf_8_holds_nothing_up(topic: Topic, servers: Any) -> None:
+    for number in range(12):  # often enough for the interpreter to specialise the call
+        topic.producer.produce(topic.name, value=f"before{number}".encode(), partition=0, headers=[("a", b"1")])
+    topic.producer.flush(10)
+    for number in range(12):
+        produce_with_header(servers.kafka_bootstrap, topic.name, f"bad{number}".encode(), b"\xff\xfe")
+    topic.producer.produce(topic.name, value=b"after", headers=[("b", b"2")])
+    topic.producer.flush(10)
+    rows = {row["value"]: row["headers"] for row in topic.reader.run()[TABLE]}
+    assert len(rows) == 25
+    assert {rows[f"bad{number}".encode()] for number in range(12)} == {UNREADABLE_HEADERS}
+    assert json.loads(rows[b"after"]) == [["b", base64.b64encode(b"2").decode()]]
+    assert json.loads(rows[b"before11"]) == [["a", base64.b64encode(b"1").decode()]]
 
 
 def test_messages_are_stored_byte_for_byte(topic: Topic) -> None:
