@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from lakehouse.errors import ShopSphereError
 from lakehouse.table import BOOKKEEPING, Table
+from pipelines.bronze.name_list import join_names, split_names
 from pipelines.bronze.tables import (
     COPIED_FIELDS,
     EVENTS,
@@ -64,8 +65,8 @@ def _postgres_columns(table: Table, row: pl.DataFrame, value: bytes, schema: pa.
     unreadable = {name: text for name, text in json.loads(row["_unreadable"][0] or "{}").items() if name not in corrections}
     text = json.dumps(unreadable, ensure_ascii=False, sort_keys=True) if unreadable else None
     # a column that the update did not send has the value of the previous version, unless it is corrected
-    unsent = [name for name in (row["_unchanged"][0] or "").split(",") if name and name not in corrections]
-    unchanged = ",".join(unsent) or None
+    unsent = [name for name in split_names(row["_unchanged"][0] or "") if name not in corrections]
+    unchanged = join_names(unsent) or None
     return {
         **changes,
         "_unreadable": pl.Series([text], dtype=pl.String),

@@ -8,11 +8,13 @@ an epoch (see `pipelines.sources.epochs`) is that epoch's marker: it deletes the
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import polars as pl
 
 from lakehouse.step import Parsed
+from pipelines.bronze.name_list import escaped, split_names
 from pipelines.sources.epochs import epoch_prefix_of, is_epoch_marker
 
 _POSITION = pl.col("_source_position")
@@ -77,13 +79,19 @@ def one_per_position(rows: pl.DataFrame, identity: Sequence[str], tie_break: pl.
     return ranked.unique(subset=identity, keep="last", maintain_order=True).drop(list(rank))
 
 
-def unreadable_rows(bronze: pl.DataFrame) -> Parsed:
-    """Reject rows with a value that its column's type cannot represent (`_unreadable`: NaN, infinity).
+def unreadable_rows(bronze: pl.DataFrame, limits: Mapping[str, int] = MappingProxyType({})) -> Parsed:
+    """Reject rows with a value that its column's type cannot represent (`_unreadable`: NaN, infinity), or of a magnitude that
+    the tables downstream cannot hold, as a widened column of the source can.
 
     Such a row keeps its other values, with null in that column, and is in quarantine until a correction is delivered.
     `original` is the row as a JSON object, with the value as the source printed it.
+
+    limits  by column, the magnitude from which on a number is rejected; the step reads it with `within_limit`
     """
+    limits = {name: limit for name, limit in limits.items() if name in bronze.columns}
     is_unreadable = pl.col("_unreadable").is_not_null() if "_unreadable" in bronze.columns else pl.lit(False)
+    for name, limit in limits.items():
+        is_unreadable |= ~is_within(name, limit)
     if "_op" in bronze.columns:
         # the values of a deleted row are not used; a correction of them would make the row live again
         is_unreadable &= pl.col("_op") != "d"
@@ -91,18 +99,30 @@ def unreadable_rows(bronze: pl.DataFrame) -> Parsed:
     readable = bronze.filter(~is_unreadable)["_source_position"]
     unreadable = bronze.filter(is_unreadable & ~pl.col("_source_position").is_in(readable.implode()))
     schema = {"reason": pl.String, "source_position": pl.String, "original": pl.Binary}
-    rejected = pl.DataFrame(_rejections(unreadable), schema=schema, orient="row")
+    rejected = pl.DataFrame(_rejections(unreadable, limits), schema=schema, orient="row")
     return Parsed(rows=bronze, rejected=rejected, parsed_positions=readable)
 
 
-def _rejections(unreadable: pl.DataFrame) -> list[tuple[str, str, bytes]]:
+def is_within(name: str, limit: int) -> pl.Expr:
+    """Return whether the magnitude of a number is below the limit; true for null."""
+    return pl.col(name).is_between(-limit, limit, closed="none").fill_null(True)
+
+
+def within_limit(name: str, limit: int) -> pl.Expr:
+    """Return the number where its magnitude is below the limit, else null: such a row is in quarantine."""
+    return pl.when(is_within(name, limit)).then(pl.col(name)).alias(name)
+
+
+def _rejections(unreadable: pl.DataFrame, limits: Mapping[str, int]) -> list[tuple[str, str, bytes]]:
     """Return reason, position and original of each row."""
     if unreadable.is_empty():
         return []
     columns = [name for name in unreadable.columns if not name.startswith("_")]
+    marks = [name for name in ("_source_position", "_unreadable") if name in unreadable.columns]
     rejections = []
-    for row in unreadable.select(*columns, "_source_position", "_unreadable").unique().iter_rows(named=True):
-        values = json.loads(row["_unreadable"])
+    for row in unreadable.select(*columns, *marks).unique().iter_rows(named=True):
+        too_large = {name: str(row[name]) for name, limit in limits.items() if row[name] is not None and abs(row[name]) >= limit}
+        values = json.loads(row.get("_unreadable") or "{}") | too_large
         original = {name: None if row[name] is None else str(row[name]) for name in columns} | values
         reason = f"{', '.join(sorted(values))}: a value that the column's type cannot hold"
         text = json.dumps(original, ensure_ascii=False, sort_keys=True)
@@ -160,11 +180,11 @@ def _fill_unchanged(versions: pl.DataFrame, key: tuple[str, ...]) -> pl.DataFram
     if "_unchanged" not in versions.columns or versions["_unchanged"].null_count() == versions.height:
         return versions
     unsent = versions["_unchanged"].str.split(",").explode().drop_nulls().unique()
-    columns = [name for name in unsent.to_list() if name in versions.columns and name not in key]
+    columns = [name for text in unsent for name in split_names(text) if name in versions.columns and name not in key]
     numbered = versions.with_row_index("_row")
     for name in sorted(columns):
         source_row = (
-            pl.when(pl.col("_unchanged").str.split(",").list.contains(name).fill_null(False))
+            pl.when(pl.col("_unchanged").str.split(",").list.contains(escaped(name)).fill_null(False))
             .then(None)
             .otherwise(pl.col("_row"))
             .forward_fill()

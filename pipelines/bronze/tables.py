@@ -35,7 +35,8 @@ INGESTED_AT = column("_ingested_at", TIMESTAMP, "Start of the run that stored th
 UNCHANGED = column(
     "_unchanged",
     pa.string(),
-    "Comma-separated columns that an update did not change and PostgreSQL did not send; null here, as in the previous version",
+    "Columns, separated by commas (in a name: %2C), that an update did not change and PostgreSQL did not send; null here, as in "
+    "the previous version",
 )
 UNREADABLE = column(
     "_unreadable",
@@ -242,7 +243,8 @@ EVENTS = Table(
         column(
             "headers",
             pa.string(),
-            "JSON list of [name, base64 of the value], with repeated names; null without headers",
+            "JSON list of [name, base64 of the value], with repeated names; null without headers, [[null, null]] if a name is "
+            "not UTF-8",
             personal="text",
         ),
         column("timestamp", TIMESTAMP, "Timestamp of the message as the broker has it; null outside the years 1-9999"),

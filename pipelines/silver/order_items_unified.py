@@ -8,12 +8,12 @@ import polars as pl
 import pyarrow as pa
 
 from lakehouse.expectations import not_null, row_count_drift
-from lakehouse.step import Grouped, Step
+from lakehouse.step import Grouped, Parsed, Step
 from lakehouse.table import MONEY, TIMESTAMP, Table, column
-from pipelines.bronze.current_rows import current_rows, unreadable_rows
+from pipelines.bronze.current_rows import current_rows, is_within, unreadable_rows, within_limit
 from pipelines.bronze.tables import MARKETPLACE_ORDERS, ORDER_ITEMS, ORDER_ITEMS_KEY
 from pipelines.identity.records import MARKETPLACE_ORDER_ID
-from pipelines.parsing.amounts import AMOUNT, line_amounts, to_base_currency
+from pipelines.parsing.amounts import AMOUNT, MAX_AMOUNT, line_amounts, to_base_currency
 from pipelines.parsing.marketplace_documents import parse_items
 from pipelines.sales import is_cancelled
 from pipelines.settings import BusinessSettings
@@ -73,6 +73,8 @@ ORDER_ITEMS_UNIFIED = Table(
     ),
 )
 
+MAX_INTEGER = 2**31
+"""Magnitude from which on a number of pieces or lines does not fit into its column."""
 _LINE_COLUMNS = ("order_id", "line_no", "product_id", "product_name", "quantity", "unit_price", "variant")
 _ORDER_COLUMNS = (
     "order_id",
@@ -104,21 +106,27 @@ def transform(frames: Mapping[str, pl.DataFrame], context: BusinessSettings) -> 
 def _shop_lines(bronze: pl.DataFrame) -> pl.DataFrame:
     """Return the current lines of the web shop and the stores."""
     no_text = pl.lit(None, pl.String)
-    return current_rows(bronze, ORDER_ITEMS_KEY).select(
+    current = current_rows(bronze, ORDER_ITEMS_KEY)
+    return current.filter(is_within("line_no", MAX_INTEGER)).select(
         pl.col("order_id").cast(pl.String),
         pl.col("line_no").cast(pl.Int32),
         "product_id",
         no_text.alias("product_name"),
-        pl.col("quantity").cast(pl.Int32),
-        pl.col("unit_price").cast(AMOUNT),
+        within_limit("quantity", MAX_INTEGER).cast(pl.Int32),
+        within_limit("unit_price", MAX_AMOUNT).cast(AMOUNT),
         no_text.alias("variant"),
     )
+
+
+def parse_lines(bronze: pl.DataFrame) -> Parsed:
+    """Reject rows with a number that is none, or does not fit into its column."""
+    return unreadable_rows(bronze, {"line_no": MAX_INTEGER, "quantity": MAX_INTEGER, "unit_price": MAX_AMOUNT})
 
 
 STEP = Step(
     target=ORDER_ITEMS_UNIFIED,
     reads={
-        "lines": Grouped(ORDER_ITEMS, keys=((pl.col("order_id").cast(pl.String),),), parse=unreadable_rows),
+        "lines": Grouped(ORDER_ITEMS, keys=((pl.col("order_id").cast(pl.String),),), parse=parse_lines),
         "marketplace": Grouped(
             MARKETPLACE_ORDERS, keys=((MARKETPLACE_ORDER_ID,),), columns=MARKETPLACE_COLUMNS, resolve=("document_id",)
         ),

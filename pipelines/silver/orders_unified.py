@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 
 import polars as pl
 import pyarrow as pa
 
-from lakehouse.expectations import accepted, fresh, not_null, row_count_drift
-from lakehouse.step import Broadcast, Grouped, Lookup, Step
+from lakehouse.expectations import accepted, fresh, not_null, row_count_drift, within
+from lakehouse.step import Broadcast, Grouped, Lookup, Parsed, Step
 from lakehouse.table import MONEY, TIMESTAMP, Table, column
 from pipelines.affected_rows import rows_priced_since, rows_with
-from pipelines.bronze.current_rows import current_rows, unreadable_rows
+from pipelines.bronze.current_rows import current_rows, unreadable_rows, within_limit
 from pipelines.bronze.tables import MARKETPLACE_ORDERS, ORDERS, ORDERS_KEY
 from pipelines.identity.records import (
     MARKETPLACE_ORDER_ID,
@@ -22,7 +23,7 @@ from pipelines.identity.records import (
     user_record_ids,
 )
 from pipelines.parsing import contacts
-from pipelines.parsing.amounts import AMOUNT, to_base_currency
+from pipelines.parsing.amounts import AMOUNT, MAX_AMOUNT, to_base_currency
 from pipelines.parsing.marketplace_documents import find_unreadable_documents, parse_documents
 from pipelines.parsing.text import trimmed
 from pipelines.settings import BusinessSettings
@@ -30,6 +31,9 @@ from pipelines.silver.exchange_rates import EXCHANGE_RATES, with_rates
 from pipelines.silver.identity_graph import IDENTITY_GRAPH
 from pipelines.silver.stores import STORES
 from pipelines.silver.users_scd import USERS_SCD
+
+PLAUSIBLE_TIMES = (datetime(1990, 1, 1, tzinfo=UTC), datetime(2050, 1, 1, tzinfo=UTC))
+"""An order outside of these is in quarantine: gold has a row for each month of a cohort, and 9999 is a common placeholder."""
 
 ORDERS_UNIFIED = Table(
     "silver.orders_unified",
@@ -99,7 +103,9 @@ ORDERS_UNIFIED = Table(
     sort_by=("platform", "order_date", "order_id"),
     owner="commerce",
     expectations=(
-        not_null("placed_at", "currency", "total_amount", severity="warn"),
+        not_null("placed_at", severity="quarantine"),
+        within("placed_at", *PLAUSIBLE_TIMES, severity="quarantine"),
+        not_null("currency", "total_amount", severity="warn"),
         accepted("channel", {"web", "pos", "marketplace"}, severity="warn"),
         fresh("placed_at", hours=24),
         row_count_drift(0.5),
@@ -139,7 +145,7 @@ def _shop_orders(bronze: pl.DataFrame) -> pl.DataFrame:
         "store_id",
         trimmed("status").str.to_lowercase().alias("status"),
         trimmed("currency").str.to_uppercase().alias("currency"),
-        pl.col("total_amount").cast(AMOUNT),
+        within_limit("total_amount", MAX_AMOUNT).cast(AMOUNT),
         "payment_method",
         "card_fingerprint",
         "ip_address",
@@ -199,10 +205,15 @@ def _record_ids(frames: Mapping[str, pl.DataFrame]) -> pl.Series:
     return pl.concat([user_record_ids(_user_ids(frames)), marketplace])
 
 
+def parse_orders(bronze: pl.DataFrame) -> Parsed:
+    """Reject rows with a total that is no number, or too large to be one."""
+    return unreadable_rows(bronze, {"total_amount": MAX_AMOUNT})
+
+
 STEP = Step(
     target=ORDERS_UNIFIED,
     reads={
-        "web": Grouped(ORDERS, keys=((pl.col("order_id").cast(pl.String),),), parse=unreadable_rows),
+        "web": Grouped(ORDERS, keys=((pl.col("order_id").cast(pl.String),),), parse=parse_orders),
         "marketplace": Grouped(
             MARKETPLACE_ORDERS,
             keys=((MARKETPLACE_ORDER_ID,),),

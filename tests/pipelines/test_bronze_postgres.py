@@ -12,6 +12,7 @@ from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any
 
+import polars as pl
 import psycopg
 import pyarrow as pa
 import pytest
@@ -22,6 +23,8 @@ from support.bronze_reading import Reader, live_rows_by_key
 
 from lakehouse.errors import CommitConflict, OffsetExpired, SchemaConflict, SourceError, UnknownColumn
 from lakehouse.source import Rows, restart_position
+from pipelines.bronze.current_rows import current_rows
+from pipelines.bronze.name_list import split_names
 from pipelines.bronze.tables import POSTGRES_TABLES, TABLES
 from pipelines.settings import PostgresSettings
 from pipelines.sources.postgres import connection, initial_read, slot
@@ -264,6 +267,21 @@ def test_unsent_toast_values_are_listed_or_taken_from_the_old_row_image(shop: Sh
     rows = shop.reader.run()
     assert ops(rows[STORES], "name", "city", "_unchanged") == [("u", None, "Z", "name")]
     assert ops(rows[PRODUCTS], "name", "brand", "_unchanged") == [("u", "y" * 9000, "Z", None)]
+
+
+def test_any_column_name_can_be_unsent(shop: Shop) -> None:
+    names = ("width, cm", "a%2Cb", "two words", "dims.width")
+    for name in names:
+        shop(f'ALTER TABLE stores ADD "{name}" text; ALTER TABLE stores ALTER "{name}" SET STORAGE EXTERNAL')
+    columns = ", ".join(f'"{name}"' for name in names)
+    values = ", ".join(["repeat('x', 9000)"] * len(names))
+    shop(f"INSERT INTO stores (store_id, {columns}) VALUES ('S', {values})")
+    (inserted,) = shop.reader.run()[STORES]
+    shop("UPDATE stores SET city = 'Z'")
+    (updated,) = shop.reader.run()[STORES]
+    assert set(split_names(updated["_unchanged"])) == set(names)
+    (current,) = current_rows(pl.DataFrame([inserted, updated], infer_schema_length=None), ("store_id",)).to_dicts()
+    assert [len(current[name]) for name in names] == [9000] * len(names)
 
 
 def test_truncate_is_a_row_without_a_key(shop: Shop) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from struct import Struct
 from typing import NamedTuple
 
+from pipelines.bronze.name_list import join_names
 from pipelines.sources.postgres.types import SourceColumn
 
 EPOCH_MICROSECONDS = 946_684_800_000_000
@@ -117,7 +118,7 @@ def decode_messages(messages: Iterable[bytes], key_of: KeyOf) -> Iterator[RowCha
 def _names(relation: Relation, indexes: Sequence[int] | None) -> str | None:
     if not indexes:
         return None
-    return ",".join(relation.columns[index].name for index in indexes)
+    return join_names(relation.columns[index].name for index in indexes)
 
 
 def _changes_key(relation: Relation, old: Values, new: Values, unsent: Sequence[int]) -> bool:

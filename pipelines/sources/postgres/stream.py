@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from lakehouse.source import Position, Reached, Rows, epoch
+from pipelines.bronze.name_list import join_names, split_names
 from pipelines.bronze.tables import POSTGRES_TABLES
 from pipelines.settings import PostgresSettings
 from pipelines.sources.epochs import epoch_prefix
@@ -136,7 +137,7 @@ class ChangeBuffer:
         if names is None:
             return None
         targets = {column.name: target for column, target in zip(self.relation.columns, self.targets, strict=True)}
-        return ",".join(targets[name] for name in names.split(","))
+        return join_names(targets[name] for name in split_names(names))
 
 
 def _primary_key(schema: str, table: str) -> tuple[str, ...]:
