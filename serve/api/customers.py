@@ -227,7 +227,7 @@ class Customers:
         """Answer GET /v1/customers."""
         identifiers = {name: request.query[name] for name in IDENTIFIERS if name in request.query}
         if not identifiers:
-            raise Problem(404, f"No identifier is given. Use {', '.join(IDENTIFIERS[:-1])} or {IDENTIFIERS[-1]}.")
+            raise _no_identifier()
         limit = request.query.get("limit", 100)
         return json_response(await self.pool.run(self.find_by_identifiers, identifiers, limit))
 
@@ -236,7 +236,7 @@ class Customers:
         search: CustomerSearch = request.body
         identifiers = {name: value for name in IDENTIFIERS if (value := getattr(search, name)) is not None}
         if not identifiers:
-            raise bad_field("body", f"names no identifier, expected {', '.join(IDENTIFIERS[:-1])} or {IDENTIFIERS[-1]}")
+            raise _no_identifier()
         return json_response(await self.pool.run(self.find_by_identifiers, identifiers, search.limit))
 
     def find_by_master(self, master: str, limit: int) -> Customer:
@@ -389,6 +389,10 @@ class Customers:
                 statuses=(404, 409, 429),
             ),
         )
+
+
+def _no_identifier() -> Problem:
+    return Problem(404, f"No identifier is given. Use {', '.join(IDENTIFIERS[:-1])} or {IDENTIFIERS[-1]}.")
 
 
 def _no_match() -> Problem:
