@@ -11,7 +11,7 @@ ShopSphereError            any error that this project raises on purpose (one li
 |- TableNotFound           the table does not exist
 |- MissingFilesError       a file of a table is missing
 |- TransientError          the disk, the object store, the catalog or Ray failed; committed data is complete
-|- UnforeseenError         an exception that nobody expected, in one source or table; the others went on
+|- UnforeseenError         an unforeseen exception in one source or table; the others went on
 |- QueryError              a SQL statement cannot be run
 |- ExpectationsFailed      a staged snapshot violates an expectation and was not published (lakehouse/expectations.py)
 |- SandboxError            a sandbox server cannot be started, or is not running
@@ -101,7 +101,7 @@ class TransientError(ShopSphereError):
 
 
 class UnforeseenError(ShopSphereError):
-    """An exception that nobody expected ended the work on one source or table, and nothing else. `__cause__` is that exception.
+    """An unforeseen exception ended the work on one source or table, and nothing else. `__cause__` is that exception.
 
     The message leaves the exception's text out, since it may quote values of rows.
     """

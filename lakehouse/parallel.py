@@ -126,8 +126,8 @@ class TaskPool:
             # a cluster that authenticates would not accept this process either
             raise SettingsError(
                 f"The Ray cluster at {address} does not authenticate: whoever reaches its ports can run code on it. Set "
-                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN on its nodes and here, or SHOPSPHERE_RAY__REQUIRE_TOKEN=false if nobody "
-                "else reaches its network."
+                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN on its nodes and here, or SHOPSPHERE_RAY__REQUIRE_TOKEN=false if no "
+                "other user reaches its network."
             )
         import ray
 
@@ -161,7 +161,7 @@ class TaskPool:
             return
         if address is None:
             ray.init(
-                # never the cluster that somebody else has started on this machine
+                # never a cluster that another program has started on this machine
                 address="local",
                 # Ray's default, /tmp/ray, is shared by all users, and each of its directories is open to all of them
                 _temp_dir=str(private_directory() / "ray"),

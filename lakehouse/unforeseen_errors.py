@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def unforeseen_error(name: str, error: BaseException) -> UnforeseenError:
-    """Return the error to record for a source or table that failed with an exception nobody expected, caused by it."""
+    """Return the error to record for a source or table that failed with an unforeseen exception, which is its cause."""
     cause = list(causes_of(error))[-1]
     found = UnforeseenError(name, type(cause).__name__, _place(cause) or _place(error))
     found.__cause__ = error

@@ -61,7 +61,7 @@ def open_engine(settings: Settings) -> Iterator[Engine]:
 
 
 def on_arrival(lake: Lake) -> OnArrival | None:
-    """Return the function that anonymises rows of erased people before they are stored; None when nobody was erased."""
+    """Return the function that anonymises rows of erased people before they are stored; None when no one was erased."""
     lake.load(ERASURES)  # create the table with the others, even before the first erasure
     suppression = load_suppression(lake)
     return OnArrival(Anonymiser(suppression)) if suppression is not None else None
@@ -236,7 +236,7 @@ def tables_of(step: Step) -> tuple[str, ...]:
 
 
 def expected_error(error: BaseException, lake: Lake | None = None, tables: Sequence[Table] = ()) -> ShopSphereError | None:
-    """Return an exception as one of this project's errors; None if nobody expected it. tables: where a missing file may be."""
+    """Return an exception as one of this project's errors; None if it is unforeseen. tables: where a missing file may be."""
     found = error if isinstance(error, ShopSphereError) else as_transient_error(error)
     if found is None and lake is not None and is_file_missing(error):
         with suppress(Exception):  # the search for the file meets the same fault

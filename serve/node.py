@@ -44,8 +44,8 @@ def reserved_node(directory: Path) -> Iterator[dict[str, str]]:
     directory  for HAProxy's sockets and files: only this user may enter it, since the admin socket is open to all who reach it
 
     HAProxy passes requests to 127.0.0.1 and a port, so a port of another instance would be that instance's data. This process
-    and its HAProxy each listen on a port of the block that they share with nobody, so no other instance takes the block while
-    one of them runs. Raises ShopSphereError.
+    and its HAProxy each hold a port of the block exclusively, so no other instance takes the block while one of them runs.
+    Raises ShopSphereError.
     """
     block, guard = _reserve_block()
     with guard:

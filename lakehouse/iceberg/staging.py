@@ -1,4 +1,4 @@
-"""The staged snapshot of a table, told apart from branches that other engines create and move, and the retention of branches."""
+"""The staged snapshot of a table, as opposed to branches that other engines create and move, and the retention of branches."""
 
 from __future__ import annotations
 

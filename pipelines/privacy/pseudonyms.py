@@ -23,7 +23,7 @@ MIN_KEY_CHARACTERS = 8
 
 EMAIL_DOMAIN = "@erased.invalid"
 PHONE_PREFIX = "+8839"
-"""The country code belongs to no country, and nobody is assigned a number of this range."""
+"""The country code belongs to no country, and no number of this range is assigned."""
 IP_PREFIX = "2001:db8:"
 """Addresses reserved for documentation (RFC 3849)."""
 TEXT_PREFIX = "erased-"
@@ -122,7 +122,7 @@ def is_pseudonym(kind: str, value: str) -> bool:
 
 
 def normalise_value(kind: str, raw: str, region: str, city: str = "") -> str | None:
-    """Return a value as silver normalises it; None when it identifies nobody (a masked number, for example)."""
+    """Return a value as silver normalises it; None when it identifies no person (a masked number, for example)."""
     if kind == "email":
         return normalise_email(raw)
     if kind == "phone":

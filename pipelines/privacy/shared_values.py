@@ -31,7 +31,7 @@ def split_by_sharing(lake: Lake, person: DataSubject, values: set[PersonalValue]
     """Return the values that are replaced wherever they occur, and by kind how many are not.
 
     An e-mail, phone, card or device is the person's own unless a crowd shares it, by the limits of the identity graph. So
-    is an address where they live. An address that they only ship to is theirs when nobody else shows it.
+    is an address where they live. An address that they only ship to is theirs when no other customer shows it.
     """
     settings = settings_of(lake)
     holders = _count_holders(lake, person, {(value.kind, value.normalised) for value in values if value.normalised is not None})

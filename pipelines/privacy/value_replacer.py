@@ -12,7 +12,7 @@ from pipelines.privacy.suppression import Suppression
 
 @dataclass(frozen=True)
 class PersonalValue:
-    """A value in a row of the person. normalised: as silver normalises it, None when it identifies nobody."""
+    """A value in a row of the person. normalised: as silver normalises it, None when it identifies no person."""
 
     kind: str
     raw: str
@@ -37,7 +37,7 @@ class ValueReplacer:
     def replace(self, kind: str, raw: str, owner: str | None, begin: int, region: str = "", city: str = "") -> str | None:
         """Return what replaces a value, or the value itself.
 
-        owner   the erasure of the person whose row it is; None: a row of somebody else
+        owner   the erasure of the person whose row it is; None: a row of another person
         begin   when the record began: in other people's rows only values of earlier records are replaced
         region  of a phone number without a country code
         city    of an address without one

@@ -53,7 +53,7 @@ class TopicFollower:
     offsets     first offset not yet in `stock`, by 'topic:partition'
     fresh_at    unix time up to which the state is complete
     error       why the follower has stopped
-    anonymiser  applied to messages of erased people; None: nobody was erased
+    anonymiser  applied to messages of erased people; None: no one was erased
     on_change   called after messages were applied, with the stores and products whose figures changed
     """
 
