@@ -41,7 +41,7 @@ def maintain(
     given = {"snapshot_retention_hours": snapshot_hours, "orphan_retention_hours": orphan_hours}
     output, settings = Output(json), load_settings(**{name: hours for name, hours in given.items() if hours is not None})
     with open_engine(settings) as engine:
-        erased = finish_erasures(engine, output, keep_going=True)
+        erased = finish_erasures(engine, output)
     lake = Lake(settings)
     chosen = _chosen_tables(lake, tables)
     if any(table.name in OPERATIONS for table in chosen):

@@ -69,7 +69,7 @@ def _run_until(engine: Engine, output: Output, stop: threading.Event, interval: 
     from lakehouse.run_history import RunHistory
 
     history = RunHistory(engine.lake)
-    erased = finish_erasures(engine, output, keep_going=True)
+    erased = finish_erasures(engine, output, keep_going=interval is not None)
     while True:
         started = time.monotonic()
         try:
@@ -81,7 +81,7 @@ def _run_until(engine: Engine, output: Output, stop: threading.Event, interval: 
             succeeded = False
         if not erased and not stop.is_set():
             # the run may have read the corrected rows that the erasure waits for
-            erased = finish_erasures(engine, output, keep_going=True)
+            erased = finish_erasures(engine, output, keep_going=interval is not None)
         if interval is None or stop.wait(max(0.0, interval - (time.monotonic() - started))):
             return erased and succeeded
 

@@ -17,7 +17,8 @@ def finish_erasures(engine: Engine, output: Output, *, keep_going: bool = False)
     """Finish the erasures that an interrupted `erase` left behind and print their receipts on standard error.
 
     Return False when an erasure cannot be finished yet because rows fail an expectation: only a run can read their
-    correction, so the caller continues. keep_going: return False on any other error as well instead of raising it.
+    correction, so the caller continues. After an unforeseen exception it continues too.
+    keep_going: return False on any other error as well instead of raising it.
     """
     from app.cli.erasure_receipt import receipt_lines
     from app.erasure import erasure_context
@@ -32,9 +33,10 @@ def finish_erasures(engine: Engine, output: Output, *, keep_going: bool = False)
         print(f"error: An erasure is pending and cannot be finished yet. {describe(error)}", file=sys.stderr, flush=True)
         return False
     except Exception as error:
-        if not keep_going:
+        expected = expected_error(error)
+        if expected is not None and not keep_going:
             raise
-        report(expected_error(error) or unforeseen_error("A pending erasure", error))
+        report(expected or unforeseen_error("A pending erasure", error))
         return False
     for receipt in receipts:
         for line in receipt_lines(receipt):

@@ -6,6 +6,7 @@ only when they are older than any active writer can be.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -64,7 +65,8 @@ def expire(lake: Lake, table: Table, retention_hours: float, now: datetime) -> i
     """
     handle = lake.load(table, create=False)
     snapshots_before = len(handle.iceberg_table.metadata.snapshots)
-    limit = (now - timedelta(hours=retention_hours)).timestamp() * 1000
+    # Iceberg's times are whole milliseconds, rounded down
+    limit = math.floor((now - timedelta(hours=retention_hours)).timestamp() * 1000)
     if (staged := handle.staged) is not None and staged.timestamp_ms < limit:
         handle.discard_staged()
         handle = lake.load(table, create=False)

@@ -383,6 +383,7 @@ def test_a_table_that_cannot_be_refreshed_does_not_stop_the_others(cli, home, mo
     assert cli("run", "--json")[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["data", "metadata", "metadata/*.avro"])
 def test_a_table_that_lost_files_is_named_and_rebuilt(cli, home, monkeypatch, lost):
     monkeypatch.setattr("lakehouse.retry.MAX_ATTEMPTS", 2)

@@ -452,6 +452,7 @@ def test_maintenance_keeps_a_recent_staged_snapshot_and_deletes_an_old_one_with_
     assert totals(engine) == {"north": 10}
 
 
+@pytest.mark.slow
 def test_readers_never_see_a_refused_snapshot(tmp_path):
     engine, reader = sales_engine(tmp_path), sales_engine(tmp_path)
     receive(engine, (1, "north", 10))

@@ -185,6 +185,7 @@ def test_a_failed_expectation_delays_an_erasure_and_nothing_else(
     assert files_containing(world.home, personal_texts(person)) == []
 
 
+@pytest.mark.slow
 def test_quarantined_rows_are_erased_and_their_correction_restores_nothing(world: World, tmp_path: Path) -> None:
     person = find_customer(world.lake, 1)
     broken = {"_id": "erasure-broken", "platform": "lazada", "mp_order_id": "LZ-BROKEN", "user_email": person["email_raw"]}
@@ -223,6 +224,7 @@ def test_quarantined_rows_are_erased_and_their_correction_restores_nothing(world
         collection.delete_one({"_id": "erasure-broken"})
 
 
+@pytest.mark.slow
 def test_texts_that_name_the_person_are_removed_from_undeclared_fields(world: World) -> None:
     person = find_customer(world.lake, 1)
     name, email, account = person["name"], person["email_raw"], int(person["primary_user_id"])
@@ -258,6 +260,7 @@ def test_texts_that_name_the_person_are_removed_from_undeclared_fields(world: Wo
     assert files_containing(world.home, [*personal_texts(person), quote_plus(email), b64encode(email.encode()).decode()]) == []
 
 
+@pytest.mark.slow
 def test_rows_with_a_future_timestamp_are_erased(world: World) -> None:
     person = find_customer(world.lake, 2)
     later = {"timestamp": "2090-01-01T00:00:00Z", "event_type": "view_page", "metadata": {}}
@@ -290,6 +293,7 @@ def test_rows_of_other_customers_are_unchanged(world: World) -> None:
     assert after.equals(others)
 
 
+@pytest.mark.slow
 def test_the_search_list_is_deleted_with_the_end_of_its_erasure(world: World) -> None:
     person, place = find_customer(world.lake), world.home / "erasures"
     with world.engine() as engine:
@@ -315,6 +319,7 @@ def test_erasing_a_person_twice_changes_nothing_more(world: World) -> None:
     assert again.values == 0
 
 
+@pytest.mark.slow
 def test_truncated_files_of_tables_are_deleted_and_others_are_reported(world: World) -> None:
     person, warehouse = find_customer(world.lake), world.home / "warehouse"
     whole = next((warehouse / "gold" / "dim_stores").rglob("*.parquet")).read_bytes()

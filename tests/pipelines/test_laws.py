@@ -123,7 +123,8 @@ def test_a_rebuild_from_nothing_gives_the_same_tables(shop, fresh):
     assert digests(fresh) == expected
 
 
-@pytest.mark.parametrize("runs", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("runs", [2, 3])
 def test_maintenance_during_a_run_loses_nothing(shop, fresh, runs):
     bronze, expected = shop
     stop = threading.Event()

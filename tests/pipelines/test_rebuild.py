@@ -165,6 +165,7 @@ def test_a_dropped_slot_is_recovered_by_the_suggested_command(cli: Cli, database
     }
 
 
+@pytest.mark.slow
 def test_a_replaced_server_with_lower_positions_is_followed(
     cli: Cli, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +300,7 @@ def test_a_rebuild_killed_at_any_time_is_finished_by_the_suggested_command(cli: 
     assert killed >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", ["users", "products"])
 def test_one_table_can_be_reread_whichever_changed_last(cli: Cli, database: Database, table: str) -> None:
     database.add(1, 3)

@@ -412,6 +412,7 @@ def new_order_bodies(desk: Desk) -> list[dict[str, Any]]:
     return bodies
 
 
+@pytest.mark.slow
 def test_served_scores_are_reproduced_from_the_lakehouse(desk: Desk) -> None:
     """New orders are scored one by one, `run` ingests them, and their features are computed offline."""
     bodies = new_order_bodies(desk)
