@@ -185,6 +185,7 @@ def test_a_wrong_statement_is_one_line(cli, statement, expected):
     assert expected in err
 
 
+@pytest.mark.slow
 def test_rebuild_gives_the_same_digest(cli):
     before = digests(cli)
     for table in ("silver.orders_unified", "gold.sales_daily", "silver.inventory_snapshots", "silver.identity_graph"):
@@ -193,6 +194,7 @@ def test_rebuild_gives_the_same_digest(cli):
     assert cli("rebuild", "no_such_table")[0] == 1
 
 
+@pytest.mark.slow
 def test_rereading_a_source_changes_no_silver_or_gold_table(cli):
     assert cli("run")[0] == 0  # an earlier test may have changed a source since the last run
     before = digests(cli)
@@ -317,6 +319,7 @@ def test_broken_rows_are_quarantined_corrected_and_replayed(cli, home):
     assert "is readable" in err
 
 
+@pytest.mark.slow
 def test_a_postgres_row_with_an_unreadable_value_is_quarantined_corrected_and_replayed(cli, home):
     with psycopg.connect(load_settings().postgres.dsn.get_secret_value(), autocommit=True) as connection:
         row = connection.execute("SELECT order_id, line_no FROM order_items ORDER BY 1, 2 LIMIT 1").fetchone()
@@ -465,6 +468,7 @@ def test_a_wrong_correction_is_one_line(cli, tmp_path, line, expected):
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_new_source_column_arrives_and_a_changed_type_is_named(cli, home, monkeypatch):
     dsn = load_settings().postgres.dsn.get_secret_value()
     with psycopg.connect(dsn, autocommit=True) as connection:

@@ -96,6 +96,7 @@ def everything(shop: tuple[Path, sandbox.Addresses]) -> dict[str, Any]:
     return contents(shop[1])
 
 
+@pytest.mark.slow
 def test_the_same_seed_and_steps_give_the_same_sources(
     shop: tuple[Path, sandbox.Addresses], everything: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -216,6 +217,7 @@ def test_steps_update_and_delete_existing_rows(shop: tuple[Path, sandbox.Address
     assert any(document.get("updated_at") and document["updated_at"].month == 2 for document in documents(shop[1]))
 
 
+@pytest.mark.slow
 def test_some_messages_are_late_repeated_or_unreadable(tmp_path: Path) -> None:
     addresses = sandbox.start(tmp_path, orders=2000, seed=3)
     try:

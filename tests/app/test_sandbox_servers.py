@@ -134,6 +134,7 @@ def test_the_broker_finds_offsets_by_time_and_stores_commits(servers: Addresses)
     consumer.close()
 
 
+@pytest.mark.slow
 def test_transactions_are_visible_when_committed_and_never_when_aborted(servers: Addresses) -> None:
     topic = "transactions"
     producer = Producer({"bootstrap.servers": servers.kafka_bootstrap, "transactional.id": "t", "log_level": 0})

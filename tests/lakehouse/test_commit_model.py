@@ -197,6 +197,7 @@ def directory() -> Iterator[WorldDirectory]:
 
 
 @pytest.mark.timeout(60 + 10 * SCHEDULES)
+@pytest.mark.slow
 def test_any_schedule_of_writers_loses_and_doubles_nothing(directory: WorldDirectory) -> None:
     machine = type("Machine", (CommitProtocol,), {"directory": directory})
     options = settings(

@@ -256,6 +256,7 @@ def test_a_table_with_its_own_reason_column_can_quarantine(engine):
 
 
 @pytest.mark.parametrize("orders", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_any_order_and_split_gives_equal_tables_and_quarantine(tmp_path, orders):
     chance = random.Random(5)
     sales = [(chance.randrange(12), "north", chance.choice([5, 70, 2_000_000]), str(n)) for n in range(60)]

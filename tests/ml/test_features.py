@@ -38,6 +38,7 @@ def slice_of(order: pl.DataFrame, orders: pl.DataFrame, events: pl.DataFrame, ca
 
 
 @pytest.mark.parametrize("rows", [250, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_training_rows_equal_features_computed_alone(rows):
     orders, events, categories = plain_history(4000, seed=5)
     trained = compute(orders, OrderHistory(events=events, categories=categories))

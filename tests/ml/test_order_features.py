@@ -72,6 +72,7 @@ ON_TABLES = {
 
 @settings(max_examples=2, **ON_TABLES)
 @given(st.lists(shops, min_size=2, max_size=2))
+@pytest.mark.slow
 def test_an_incremental_change_equals_a_single_build(versions):
     check_changes(versions)
 

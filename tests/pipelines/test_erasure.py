@@ -154,6 +154,7 @@ def test_rereading_a_source_does_not_restore_the_person(world: World) -> None:
             source.execute("DELETE FROM users WHERE user_id = 987654")
 
 
+@pytest.mark.slow
 def test_a_failed_expectation_delays_an_erasure_and_nothing_else(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -307,6 +308,7 @@ def test_the_search_list_is_deleted_with_the_end_of_its_erasure(world: World) ->
     assert not list(place.glob(".*"))
 
 
+@pytest.mark.slow
 def test_erasing_a_person_twice_changes_nothing_more(world: World) -> None:
     person = find_customer(world.lake)
     with world.engine() as engine:

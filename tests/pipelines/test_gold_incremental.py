@@ -198,6 +198,7 @@ def rebuilt(step: Step, shop: Shop) -> pl.DataFrame:
 
 
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_refresh_equals_rebuild(engine: Engine, seed: int) -> None:
     dice, shop = random.Random(seed), new_shop()
     for kind in dice.sample(range(CHANGE_KINDS), CHANGE_KINDS):

@@ -238,6 +238,7 @@ def test_any_order_and_duplication_equals_the_oracle(events: list[dict[str, Any]
 
 @settings(max_examples=300, deadline=None)
 @given(stock_events, st.integers(0, 25))
+@pytest.mark.slow
 def test_late_events_recompute_only_later_rows(events: list[dict[str, Any]], cut: int) -> None:
     """For late events, `since`, `opening` and announcements are sufficient to compute the ledger of all events."""
     before, late = frame(events[:cut]), frame(events[cut:])

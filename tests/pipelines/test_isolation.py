@@ -101,6 +101,7 @@ def tables_behind(unit: str) -> set[str]:
 
 
 @pytest.mark.parametrize(("seed", "rounds"), [(1, 2), pytest.param(2, 8, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_fault_at_a_random_point_of_a_random_source_or_step_stops_nothing_else(shop, seed, rounds) -> None:
     home, engine, calls = shop
     chance = random.Random(seed)

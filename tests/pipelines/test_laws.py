@@ -100,6 +100,7 @@ def arrivals(bronze: Bronze, chance: random.Random, runs: int) -> list[dict[str,
 
 
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_any_order_duplication_and_split_of_arrivals_gives_the_same_tables(shop, fresh, seed):
     bronze, expected = shop
     chance = random.Random(seed)
@@ -112,6 +113,7 @@ def test_any_order_duplication_and_split_of_arrivals_gives_the_same_tables(shop,
     assert set(refresh_all(fresh)) == {"unchanged"}
 
 
+@pytest.mark.slow
 def test_a_rebuild_from_nothing_gives_the_same_tables(shop, fresh):
     bronze, expected = shop
     for name, rows in bronze.items():

@@ -132,6 +132,7 @@ def assert_silver_equals(cli: Cli, shop: Database) -> None:
     assert [row["id"] for row in orders] == [row[0] for row in shop("SELECT order_id FROM orders ORDER BY order_id")]
 
 
+@pytest.mark.slow
 def test_a_dropped_slot_is_recovered_by_the_suggested_command(cli: Cli, database: Database) -> None:
     database.add(1, 4)
     run(cli)
