@@ -366,15 +366,22 @@ def test_ingestion_fails_without_the_erasure_key(world: World) -> None:
     key = world.home / KEY_FILE
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     key.rename(world.home / "elsewhere")
-    with world.engine() as engine, pytest.raises(SettingsError, match="key"):
-        run_once(engine, PROJECT, lambda name, report: None)
+    assert_nothing_is_ingested(world, "key")
     with world.engine() as engine, pytest.raises(SettingsError, match="is missing"):
         erase_person(context_of(engine), SubjectQuery(user_id=int(find_customer(world.lake, 1)["primary_user_id"])))
     assert not key.exists(), "a new key would replace the former one"
     key.write_text(os.urandom(32).hex())
-    with world.engine() as engine, pytest.raises(SettingsError, match="differs"):
-        run_once(engine, PROJECT, lambda name, report: None)
+    assert_nothing_is_ingested(world, "differs")
     (world.home / "elsewhere").unlink()
+
+
+def assert_nothing_is_ingested(world: World, reason: str) -> None:
+    """Assert that a run fails with this reason for each source, and reads none of them."""
+    with world.engine() as engine:
+        done = run_once(engine, PROJECT, lambda name, report: None)
+    assert [type(error) for error in done.errors] == [SettingsError], "the same error for each source is reported once"
+    assert reason in str(done.errors[0])
+    assert not {result.table for result in done.results if result.table.startswith("bronze")}
 
 
 def test_export_writes_all_rows_and_overwrites_nothing(world: World, tmp_path: Path) -> None:
