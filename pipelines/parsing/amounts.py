@@ -22,7 +22,7 @@ import pyarrow as pa
 SCALE = 4
 AMOUNT = pl.Decimal(20, SCALE)
 """Type of an amount of money."""
-MAX_AMOUNT = 10**12
+MAX_AMOUNT = 10**13
 """Magnitude from which on an amount of one order or line is taken for an error. Sums of smaller ones fit into AMOUNT."""
 _RATE_SCALE = 8
 _QUANTUM = Decimal(1).scaleb(-SCALE)

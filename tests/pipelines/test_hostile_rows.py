@@ -27,7 +27,7 @@ from pipelines.silver.quarantine import QUARANTINE
 
 GOOD, BAD = 800_000, 900_000
 TIMES = (None, "infinity", "-infinity", "9999-12-31", "2062-05-05", "0001-01-01", "0044-03-15 BC", "1970-01-01")
-TOTALS = ("99999999999999999.00", "-1000000000000.00", "NaN")
+TOTALS = ("99999999999999999.00", "-10000000000000.00", "NaN")
 QUANTITIES = (5_000_000_000, -(2**40))
 
 
